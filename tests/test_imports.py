@@ -1,0 +1,179 @@
+"""Which part of the package may import which: every import statement is read and held to the table below."""
+
+import ast
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "tvkd_fast"
+
+BELOW_TRAINING = {"models", "data", "distributed", "losses", "ops", "kernels"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "kernels": set(),
+    "losses": set(),
+    "ops": {"kernels"},
+    "models": {"ops", "kernels"},
+    "data": {"ops", "kernels"},
+    "distributed": {"models", "ops", "kernels"},
+    "training": BELOW_TRAINING,
+    "cli": BELOW_TRAINING | {"training"},
+    "integrations": {"ops", "losses", "models"},
+    "__init__": BELOW_TRAINING,
+    "version": set(),
+}
+FOR_EVERYBODY = {"version"}
+NEVER_IMPORTED = {"kernels", "bench", "tests"}
+"""Folders of the project that are no packages of their own, though a working directory makes them look so."""
+
+
+def violations(root: Path) -> list[str]:
+    """What the package's imports and files do against the house's rules, one line each."""
+    package = root / PACKAGE
+    found = [
+        f"{file.relative_to(root)}:{line}: {problem}"
+        for file in sorted(python_files(package))
+        for line, target in imports(file, package)
+        if (problem := forbidden(floor_of(module_of(file, package)), target))
+    ]
+    found += [f"{file.relative_to(root)}: name the file by what is in it" for file in named(package, "utils.py")]
+    found += [
+        f"{file.relative_to(root)}: kernels has no __init__.py" for file in named(package / "kernels", "__init__.py")
+    ]
+    return found
+
+
+def python_files(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(parent) / name for name in names if name.endswith(".py"))
+
+
+def named(folder: Path, name: str) -> list[Path]:
+    return [file for file in python_files(folder) if file.name == name]
+
+
+def module_of(file: Path, package: Path) -> str:
+    return ".".join((PACKAGE, *file.relative_to(package).with_suffix("").parts))
+
+
+def imports(file: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """The modules that a file imports, by absolute name, with their lines; a relative import is resolved."""
+    parents = module_of(file, package).split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) + 1 - node.level] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, full_name(origin, alias.name, package)) for alias in node.names)
+
+
+def full_name(origin: str, name: str, package: Path) -> str:
+    """`from origin import name` imports the module origin.name where there is one, and origin otherwise."""
+    inside = Path(package.parent, *origin.split("."), name)
+    return f"{origin}.{name}" if inside.is_dir() or inside.with_suffix(".py").is_file() else origin
+
+
+def floor_of(module: str) -> str:
+    """The part of the package that a module belongs to; the package itself is its `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def forbidden(floor: str, target: str) -> str | None:
+    """Why a file of a floor must not import a module, or None where it may."""
+    top = target.split(".")[0]
+    if top in NEVER_IMPORTED:
+        return f"imports the top-level {top}"
+    if top != PACKAGE:
+        return None
+    if floor not in MAY_IMPORT:
+        return f"{floor} is no floor of the house: say in MAY_IMPORT what it may import"
+    imported = floor_of(target)
+    if imported in {floor} | MAY_IMPORT[floor] | FOR_EVERYBODY:
+        return None
+    return f"{floor} imports {imported}"
+
+
+def planted(root: Path, file: str, code: str) -> list[str]:
+    """The violations of a small house in which one file holds the given code."""
+    for floor in (*BELOW_TRAINING, "training", "integrations"):
+        (root / PACKAGE / floor).mkdir(parents=True)
+    (root / PACKAGE / "cli.py").touch()
+    (root / PACKAGE / "version.py").touch()
+    (root / PACKAGE / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / PACKAGE / file).write_text(code)
+    return violations(root)
+
+
+def test_the_house_is_in_order() -> None:
+    assert not violations(ROOT)
+
+
+def test_the_kernels_live_at_the_top_and_are_linked_into_the_package() -> None:
+    link = ROOT / PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert link.resolve() == (ROOT / "kernels").resolve()
+
+
+def test_no_attic_outside_the_package_either() -> None:
+    assert not [file for folder in ("bench", "tests") for file in named(ROOT / folder, "utils.py")]
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "problem"),
+    [
+        ("ops/a.py", "import tvkd_fast.losses", "ops imports losses"),
+        ("ops/a.py", "from tvkd_fast.models import loading", "ops imports models"),
+        ("ops/a.py", "from ..models import loading", "ops imports models"),
+        ("ops/a.py", "from .. import training", "ops imports training"),
+        ("ops/a.py", "from tvkd_fast import linear_logps", "ops imports __init__"),
+        ("ops/__init__.py", "from ..data import formats", "ops imports data"),
+        ("ops/deep/a.py", "from ...data import formats", "ops imports data"),
+        ("ops/a.py", "def f():\n    import tvkd_fast.training.step", "ops imports training"),
+        ("losses/a.py", "from tvkd_fast.ops import linear_logps", "losses imports ops"),
+        ("models/a.py", "from tvkd_fast.data import formats", "models imports data"),
+        ("data/a.py", "from tvkd_fast.models import loading", "data imports models"),
+        ("models/a.py", "from tvkd_fast.distributed import mesh", "models imports distributed"),
+        ("distributed/a.py", "from tvkd_fast.data import formats", "distributed imports data"),
+        ("training/a.py", "from tvkd_fast import cli", "training imports cli"),
+        ("training/a.py", "from tvkd_fast.integrations import trl", "training imports integrations"),
+        ("cli.py", "import tvkd_fast.integrations", "cli imports integrations"),
+        ("integrations/a.py", "from tvkd_fast.training import step", "integrations imports training"),
+        ("kernels/a.py", "from tvkd_fast.ops import checks", "kernels imports ops"),
+        ("kernels/a.py", "from ..ops import checks", "kernels imports ops"),
+        ("__init__.py", "from tvkd_fast.training import step", "__init__ imports training"),
+        ("__init__.py", "from .training import step", "__init__ imports training"),
+        ("ops/a.py", "from kernels import lse", "imports the top-level kernels"),
+        ("training/a.py", "import bench.census", "imports the top-level bench"),
+        ("training/a.py", "from tests import conftest", "imports the top-level tests"),
+        ("attic/a.py", "from tvkd_fast.ops import checks", "attic is no floor"),
+        ("ops/utils.py", "", "name the file by what is in it"),
+        ("kernels/__init__.py", "", "kernels has no __init__.py"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, code: str, problem: str) -> None:
+    (found,) = planted(tmp_path, file, code)
+    assert found.startswith(f"tvkd_fast/{file}:")
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        (
+            "ops/a.py",
+            "import torch\nfrom . import checks\nfrom ..kernels import lse\nfrom tvkd_fast.kernels.lse import f",
+        ),
+        ("kernels/a.py", "import triton\nfrom . import lse\nfrom tvkd_fast.kernels import lse"),
+        ("losses/a.py", "from .segments import segment_sums"),
+        ("distributed/a.py", "from tvkd_fast.models import loading"),
+        ("training/a.py", "from .. import ops, losses, data, models, distributed\nfrom ..version import __version__"),
+        ("cli.py", "from .training import trainer\nfrom . import data\nfrom tvkd_fast.version import __version__"),
+        ("integrations/a.py", "from tvkd_fast import models, losses\nfrom ..ops import linear_logps"),
+        ("__init__.py", "from .ops import linear_logps\nfrom tvkd_fast.losses import tvkd_loss"),
+    ],
+)
+def test_imports_that_go_down_are_let_through(tmp_path: Path, file: str, code: str) -> None:
+    assert planted(tmp_path, file, code) == []

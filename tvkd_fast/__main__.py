@@ -1,0 +1,5 @@
+"""`python -m tvkd_fast` is `tvkd`."""
+
+from tvkd_fast.cli import main
+
+main()

@@ -1,0 +1,181 @@
+"""`tvkd score | train | eval | demo`: every field of a config is an option, every recipe a YAML of the same fields."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from tvkd_fast.training.config import EvalConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.road import DemoConfig
+from tvkd_fast.version import __version__
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "score": (ScoreConfig, "run teacher and reference once over the data and keep one float a state"),
+    "train": (TrainConfig, "train a policy by tvkd, dpo or sft"),
+    "eval": (EvalConfig, "evaluate a policy on preference pairs; prints one JSON line"),
+    "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
+}
+_SWITCHES = ("--dry_run", "--quick")
+
+
+class Parser(ArgumentParser):
+    """Short errors that name the nearest known option."""
+
+    known: tuple[str, ...] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        nearest = self._nearest(message)
+        hint = f" Did you mean {nearest}?" if nearest else ""
+        command = re.match(r".*?\b(score|train|eval|demo)\b", self.prog)
+        name = f"tvkd {command[1]}" if command else "tvkd"
+        print(f"{name}: error: {message}{hint}\nAll options: {name} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _nearest(self, message: str) -> str | None:
+        unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'|Key '([^']+)'", message)
+        if unknown is None:
+            return None
+        word = next(w for w in unknown.groups() if w).lstrip("-").split("=")[0]
+        close = difflib.get_close_matches(word, self.known, n=1, cutoff=0.5)
+        return f"--{close[0]}" if close else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. Errors that a user can mend are one line and exit status 2."""
+    arguments = _expand(list(sys.argv[1:] if argv is None else argv))
+    parser = make_parser()
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    settings = parsed[parsed.command]
+    _be_quiet()
+    try:
+        run(parsed.command, {k: v for k, v in vars(settings).items() if k != "config"})
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(_fail(parsed.command, error)) from error
+    except RuntimeError as error:
+        if type(error).__name__ != "CheckpointError":
+            raise
+        raise SystemExit(_fail(parsed.command, error)) from error
+
+
+def run(command: str, fields: dict[str, Any]) -> None:
+    """One command with its fields already typed."""
+    from tvkd_fast.training import build, plan, road
+
+    if command == "demo":
+        demo = DemoConfig(**fields)
+        road.walk(demo, load_recipe(demo.recipe))
+    elif command == "score":
+        config = ScoreConfig(**fields)
+        manifest = build.score(config).manifest
+        print(
+            f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): {config.output_dir}"
+        )
+    elif command == "eval":
+        evaluation = EvalConfig(**fields)
+        found = build.evaluate_policy(evaluation, show_progress=False)
+        line = json.dumps({"policy": evaluation.policy, **found.known()})
+        print(line)
+        if evaluation.output is not None:
+            with Path(evaluation.output).open("a") as file:
+                file.write(line + "\n")
+    else:
+        train = TrainConfig(**fields)
+        if train.dry_run:
+            print(plan.plan(train))
+            return
+        figures = build.train(train)
+        print(f"final model: {Path(train.output_dir) / build.FINAL}")
+        if figures is not None:
+            print(json.dumps(figures.known()))
+
+
+def make_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="tvkd", description="Preference distillation (TVKD) at the cost of fine-tuning.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subcommands(dest="command")
+    for name, (config, summary) in COMMANDS.items():
+        sub = Parser(
+            prog=f"tvkd {name}",
+            usage=f"tvkd {name} [--config FILE_OR_RECIPE] [options]",
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            allow_abbrev=False,
+        )
+        if name != "demo":
+            sub.add_argument(
+                "--config", action="config", help=f"YAML of the options below, or a recipe: {', '.join(recipes())}"
+            )
+        sub.add_class_arguments(config)
+        sub.known = tuple(a.dest for a in sub._actions)
+        commands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files("tvkd_fast").joinpath("recipes").iterdir()
+        if p.name.endswith(".yaml")
+    )
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """A training recipe by the name of one that comes with the package, or by file."""
+    parser = make_parser()
+    parsed = parser.instantiate(parser.parse_args(["train", "--config", str(_recipe_path(name))]))
+    return TrainConfig(**{k: v for k, v in vars(parsed.train).items() if k != "config"})
+
+
+def _recipe_path(name: str) -> Path:
+    packaged = Path(str(resources.files("tvkd_fast").joinpath("recipes", f"{name}.yaml")))
+    if not Path(name).exists() and packaged.exists():
+        return packaged
+    if not Path(name).exists():
+        print(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}", file=sys.stderr)
+        raise SystemExit(2)
+    return Path(name)
+
+
+def _expand(arguments: list[str]) -> list[str]:
+    """Bare switches get their value, and names of recipes their path."""
+    expanded: list[str] = []
+    for i, argument in enumerate(arguments):
+        expanded.append(argument)
+        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        if argument in _SWITCHES and following.startswith("--"):
+            expanded.append("true")
+        if i > 0 and arguments[i - 1] == "--config":
+            expanded[-1] = str(_recipe_path(argument))
+        elif argument.startswith("--config="):
+            expanded[-1] = f"--config={_recipe_path(argument.removeprefix('--config='))}"
+    return expanded
+
+
+def _fail(command: str, error: Exception) -> int:
+    print(f"tvkd {command}: error: {error}", file=sys.stderr)
+    return 2
+
+
+def _be_quiet() -> None:
+    """Loading bars and notices of the libraries beneath would drown the run's own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""A micro-batch of pairs as tensors. The shift between states and the tokens they predict happens here, once.
+
+Letters: P pairs, L row length, N response tokens, M response states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tvkd_fast.data.tokenization import TokenizedPair
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """2P rows [prompt | response], chosen rows first, then the rejected ones in the same order; P rows in SFT.
+
+    A response of T tokens has T predicting states s_0..s_{T−1} and T+1 states in all; s_0 is the prompt's last one.
+    """
+
+    pairs: Tensor
+    """(P,) int64: which pairs of the dataset these are."""
+    input_ids: Tensor
+    """[2P, L] int64, padded on the right: a causal model's states before the padding do not see it."""
+    predicting: Tensor
+    """(N,) int64 flat positions in [2P·L] of the states that predict `labels`."""
+    labels: Tensor
+    """(N,) int64 response tokens."""
+    cu_seqlens: Tensor
+    """(2P+1,) int64 boundaries of the responses in N."""
+    states: Tensor
+    """(M,) int64 flat positions of every response state, s_0 and s_T included: M = N + 2P."""
+    cu_states: Tensor
+    """(2P+1,) int64 boundaries of the responses in M."""
+    ended: Tensor
+    """(2P,) bool: the response ends with its end-of-sequence token, and was not cut off."""
+    num_tokens: int
+    """Prompt and response tokens of all rows, without padding."""
+
+    @property
+    def num_pairs(self) -> int:
+        return self.pairs.shape[0]
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device)
+        return replace(self, **moved)
+
+
+def collate_pairs(
+    pairs: Sequence[TokenizedPair], indices: Sequence[int], *, pad_id: int = 0, chosen_only: bool = False
+) -> PairBatch:
+    """The pairs (`indices` are their places in the dataset) as one padded batch."""
+    assert len(pairs) == len(indices) > 0
+    rows = [(p.prompt_ids, p.chosen_ids) for p in pairs]
+    ended = [p.chosen_ended for p in pairs]
+    if not chosen_only:
+        rows += [(p.prompt_ids, p.rejected_ids) for p in pairs]
+        ended += [p.rejected_ended for p in pairs]
+    length = max(len(prompt) + len(response) for prompt, response in rows)
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    states: list[int] = []
+    predicting: list[int] = []
+    labels: list[int] = []
+    for i, (prompt, response) in enumerate(rows):
+        ids = prompt + response
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        s_0 = i * length + len(prompt) - 1
+        states += range(s_0, s_0 + len(response) + 1)
+        predicting += range(s_0, s_0 + len(response))
+        labels += response
+    lengths = torch.tensor([0] + [len(response) for _, response in rows])
+    cu_seqlens = lengths.cumsum(0)
+    return PairBatch(
+        pairs=torch.tensor(indices),
+        input_ids=input_ids,
+        predicting=torch.tensor(predicting),
+        labels=torch.tensor(labels),
+        cu_seqlens=cu_seqlens,
+        states=torch.tensor(states),
+        cu_states=cu_seqlens + torch.arange(len(rows) + 1),
+        ended=torch.tensor(ended),
+        num_tokens=sum(len(prompt) + len(response) for prompt, response in rows),
+    )
+
+
+def micro_batches(
+    dataset: Sequence[TokenizedPair],
+    indices: Sequence[int],
+    *,
+    size: int,
+    pad_id: int = 0,
+    chosen_only: bool = False,
+) -> list[PairBatch]:
+    """A step's pairs in micro-batches of at most `size`, pairs of like length together so that padding is little."""
+    by_length = sorted(indices, key=lambda i: (_row_length(dataset[i]), i))
+    chunks = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    return [
+        collate_pairs([dataset[i] for i in chunk], chunk, pad_id=pad_id, chosen_only=chosen_only) for chunk in chunks
+    ]
+
+
+def _row_length(pair: TokenizedPair) -> int:
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))

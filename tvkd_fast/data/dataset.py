@@ -1,0 +1,215 @@
+"""A tokenized preference set that knows what was cut, what was dropped, and what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
+
+import numpy as np
+
+from tvkd_fast.data.formats import BadPair, LoadedPreferences, Preference, load_preferences, to_preference
+from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """What tokenization did: counts of pairs kept, cut and dropped, and of the tokens that remain.
+
+    `str()` of it is one paragraph to read.
+    """
+
+    source: str
+    pairs: int
+    max_length: int
+    truncation: str
+    truncated: int = 0
+    dropped_overlong: int = 0
+    dropped_bad: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    chosen_tokens: int = 0
+    rejected_tokens: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.pairs:,} pairs of {self.source}"]
+        if self.truncated:
+            parts.append(f"{self.truncated:,} cut to {self.max_length:,} tokens ({self.truncation})")
+        if self.dropped_overlong:
+            parts.append(f"{self.dropped_overlong:,} dropped: longer than {self.max_length:,} tokens even when cut")
+        parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped_bad.items())]
+        if self.pairs:
+            tokens = (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
+            prompt, chosen, rejected = (f"{count / self.pairs:,.1f}" for count in tokens)
+            parts.append(f"tokens a pair: {prompt} prompt, {chosen} chosen, {rejected} rejected")
+        return "; ".join(parts)
+
+
+class PairDataset(Sequence[TokenizedPair]):
+    """Tokenized pairs in order; a slice is a list of them."""
+
+    def __init__(self, pairs: Iterable[TokenizedPair], report: TokenReport) -> None:
+        self._pairs = list(pairs)
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedPair]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedPair | list[TokenizedPair]:
+        return self._pairs[index]
+
+    @cached_property
+    def vocab_size_needed(self) -> int:
+        """The largest token id plus one."""
+        return 1 + max(max(max(p.prompt_ids), max(p.chosen_ids), max(p.rejected_ids)) for p in self._pairs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the pairs' token ids, of which of them ended, and of their order; of nothing else."""
+        digest = hashlib.sha256(b"tvkd_fast pairs 1")
+        for pair in self._pairs:
+            parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+            head = [*map(len, parts), pair.chosen_ended, pair.rejected_ended]
+            digest.update(np.array([*head, *(i for part in parts for i in part)], dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+
+def build_dataset(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+    max_length: int = 1024,
+    truncation: Literal["keep_start", "keep_end"] = "keep_start",
+    overlong: Literal["error", "drop"] = "error",
+    bad_pairs: Literal["error", "drop"] = "error",
+    chat_template: Literal["auto", "never"] = "auto",
+    progress: bool = False,
+) -> PairDataset:
+    """Reads, tokenizes and truncates a preference set. Nothing is dropped without being counted in the report.
+
+    Args:
+        source: what `load_preferences` reads, or `"bundled:train"` and `"bundled:eval"`, made on the spot without any
+            file; a number after a second colon says how many rows (`"bundled:train:200"`).
+        tokenizer: a transformers tokenizer.
+        split, subset, limit: as in `load_preferences`.
+        max_length, truncation: as in `truncate_pair`.
+        overlong: what to do with a pair that `truncate_pair` cannot cut: "error" stops, "drop" leaves it out.
+        bad_pairs: the same for a row that is no preference, or none once it is tokenized.
+        chat_template: as in `PairTokenizer`.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        BadPair: a row cannot be used and the setting for its kind is "error".
+        ValueError: the source cannot be read, or no pair is left.
+    """
+    if overlong not in ("error", "drop"):
+        raise ValueError(f"overlong is {overlong!r}: give 'error' or 'drop'")
+    to_tokens = PairTokenizer(tokenizer, chat_template=chat_template)
+    loaded = _load(source, split, subset, limit, bad_pairs)
+    dropped = Counter(loaded.dropped)
+    dropped_overlong = truncated = 0
+    first_dropped: BadPair | None = None
+    pairs: list[TokenizedPair] = []
+    for pair in _with_progress(loaded.pairs, progress):
+        try:
+            whole = to_tokens(pair)
+        except BadPair as bad:
+            if bad_pairs == "error":
+                remedy = "Mend the row, or leave such rows out with --data.bad_pairs drop"
+                raise BadPair(bad.row, bad.reason, bad.detail, remedy) from bad
+            first_dropped = first_dropped or bad
+            dropped[bad.reason] += 1
+            continue
+        try:
+            kept, was_cut = truncate_pair(whole, max_length=max_length, truncation=truncation)
+        except BadPair as bad:
+            if overlong == "error":
+                raise
+            first_dropped = first_dropped or bad
+            dropped_overlong += 1
+            continue
+        truncated += was_cut
+        pairs.append(kept)
+    if not pairs:
+        raise ValueError(f"{source}: no pair is left of {len(loaded.pairs)}; the first one dropped was {first_dropped}")
+    report = TokenReport(
+        source=loaded.source,
+        pairs=len(pairs),
+        max_length=max_length,
+        truncation=truncation,
+        truncated=truncated,
+        dropped_overlong=dropped_overlong,
+        dropped_bad=dict(dropped),
+        prompt_tokens=sum(len(p.prompt_ids) for p in pairs),
+        chosen_tokens=sum(len(p.chosen_ids) for p in pairs),
+        rejected_tokens=sum(len(p.rejected_ids) for p in pairs),
+    )
+    return PairDataset(pairs, report)
+
+
+def check_token_ids(dataset: Sequence[TokenizedPair], vocab_size: int) -> None:
+    """Raises a ValueError that names the first row with a token id outside `range(vocab_size)`."""
+    for pair in dataset:
+        largest = max(max(pair.prompt_ids), max(pair.chosen_ids), max(pair.rejected_ids))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{pair.row} has token id {largest}, but the model's vocabulary ends at {vocab_size - 1}: the "
+                "tokenizer does not belong to this model; give the model's own tokenizer"
+            )
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of what decides a tokenizer's ids: vocabulary, special tokens, chat template, and for fast
+    tokenizers the whole pipeline with its merges. Its name, path and padding or truncation state leave it unchanged.
+    """
+    content: dict[str, object] = {
+        "vocab": sorted(tokenizer.get_vocab().items()),
+        "special_tokens": tokenizer.special_tokens_map,
+        "chat_template": tokenizer.chat_template,
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        pipeline = json.loads(backend.to_str())
+        content["pipeline"] = {key: pipeline[key] for key in pipeline if key not in ("truncation", "padding")}
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _load(
+    source: str | Path, split: str, subset: str | None, limit: int | None, bad_pairs: Literal["error", "drop"]
+) -> LoadedPreferences:
+    if not (isinstance(source, str) and source.startswith("bundled:")):
+        return load_preferences(source, split=split, subset=subset, limit=limit, bad_pairs=bad_pairs)
+    from tvkd_fast.data.synthetic import preference_rows
+
+    matched = re.fullmatch(r"bundled:(train|eval)(?::([1-9]\d*))?", source)
+    if matched is None:
+        raise ValueError(
+            f"{source!r} is no bundled set: use bundled:train or bundled:eval, with a count bundled:train:200"
+        )
+    count = int(matched[2]) if matched[2] else None
+    rows = preference_rows("train" if matched[1] == "train" else "eval", count)[:limit]
+    return LoadedPreferences([to_preference(row, f"{source} row {i}") for i, row in enumerate(rows)], {}, source)
+
+
+def _with_progress(items: list[Preference], progress: bool) -> Iterable[Preference]:
+    if not progress:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="tokenizing", unit="pair")

@@ -1,0 +1,26 @@
+"""Which pairs a step takes: a pure function of (seed, step), so that a loader has no state to save."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+
+
+def pairs_of_step(seed: int, step: int, *, num_pairs: int, pairs_per_step: int) -> list[int]:
+    """Dataset indices of the pairs that step `step` (from 0) takes.
+
+    Epochs are permutations laid end to end; a step takes the next `pairs_per_step` of them, across an epoch's end where
+    it falls inside the step. Depends on nothing but the arguments.
+    """
+    start = step * pairs_per_step
+    places = range(start, start + pairs_per_step)
+    return [_epoch_order(seed, place // num_pairs, num_pairs)[place % num_pairs] for place in places]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_pairs: int) -> list[int]:
+    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(num_pairs, generator=generator).tolist()

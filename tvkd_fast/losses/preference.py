@@ -1,0 +1,111 @@
+"""TVKD's loss; DPO is the same line without shaping.
+
+Letters: P pairs, 2P sequences, chosen rows first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class TVKDOutput:
+    """The loss and what a trainer shows of it. Only `loss` and `losses` carry gradients."""
+
+    loss: Tensor
+    """Scalar: mean over pairs."""
+    losses: Tensor
+    """(P,): one a pair; sum them and divide by the global number of pairs where gradients are accumulated."""
+    chosen_rewards: Tensor
+    """(P,): β ρ_w, unshaped."""
+    rejected_rewards: Tensor
+    """(P,): β ρ_l, unshaped."""
+    margins: Tensor
+    """(P,): β (ρ_w − ρ_l), unshaped."""
+    accuracy: Tensor
+    """Scalar: share of pairs with a margin above 0."""
+    shaping_margins: Tensor
+    """(P,): α (Ψ_w − Ψ_l), what shaping takes from the margin; zeros in DPO."""
+
+
+def tvkd_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    psi: Tensor | None,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> TVKDOutput:
+    """Preference loss shaped by a teacher's potential (arXiv 2509.16965):
+
+        m = β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l],   ρ = log π_θ(y) − log π_ref(y)
+        L = −(1−λ) log σ(m) − λ log σ(−m), mean over pairs
+
+    so that dL/dlog π_θ(y_t) = ∓β[(1−λ)σ(−m) − λσ(m)]/P for chosen/rejected: one number a pair. Under the minus before
+    α the policy's implicit reward carries the shaped reward; a negative α gives the other sign.
+
+    Args:
+        policy_logps: (2P,) summed response log-probabilities under the policy, chosen first, then rejected in the same
+            order. Differentiable.
+        ref_logps: (2P,) the same under the frozen reference.
+        psi: (2P,) shaping returns (`shaping_returns`); None is DPO, and so is alpha=0.
+        beta: β > 0, strength of the KL term.
+        alpha: α, strength and sign of the shaping.
+        label_smoothing: λ in [0, 0.5): the share of labels taken to be wrong (conservative DPO).
+
+    Returns:
+        `TVKDOutput`, in policy_logps' dtype.
+
+    Raises:
+        ValueError: β ≤ 0, λ outside [0, 0.5), α not finite, shapes that differ or an odd number of rows.
+    """
+    _check(policy_logps, ref_logps, psi, beta, alpha, label_smoothing)
+    log_ratios = policy_logps - ref_logps
+    rho_chosen, rho_rejected = log_ratios.chunk(2)
+    margins = beta * (rho_chosen - rho_rejected)
+    if psi is None or alpha == 0:
+        shaping_margins = torch.zeros_like(margins)
+    else:
+        psi_chosen, psi_rejected = psi.to(margins.dtype).chunk(2)
+        shaping_margins = alpha * (psi_chosen - psi_rejected)
+    shaped = margins - shaping_margins
+    losses = -(1 - label_smoothing) * F.logsigmoid(shaped) - label_smoothing * F.logsigmoid(-shaped)
+    margins = margins.detach()
+    return TVKDOutput(
+        loss=losses.mean(),
+        losses=losses,
+        chosen_rewards=beta * rho_chosen.detach(),
+        rejected_rewards=beta * rho_rejected.detach(),
+        margins=margins,
+        accuracy=(margins > 0).to(margins.dtype).mean(),
+        shaping_margins=shaping_margins.detach(),
+    )
+
+
+def dpo_loss(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> TVKDOutput:
+    """DPO (arXiv 2305.18290): `tvkd_loss` without shaping. Arguments and result as there."""
+    return tvkd_loss(policy_logps, ref_logps, None, beta=beta, alpha=0.0, label_smoothing=label_smoothing)
+
+
+def _check(
+    policy_logps: Tensor, ref_logps: Tensor, psi: Tensor | None, beta: float, alpha: float, label_smoothing: float
+) -> None:
+    if not (beta > 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be a positive number (0.1 is usual), got {beta}: at 0 the policy is never moved")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite (0 is DPO), got {alpha}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}: at 0.5 a label says nothing")
+    if policy_logps.dim() != 1 or policy_logps.shape[0] == 0 or policy_logps.shape[0] % 2:
+        raise ValueError(
+            f"policy_logps must be (2P,), chosen rows first, then as many rejected, got {tuple(policy_logps.shape)}"
+        )
+    for name, tensor in (("ref_logps", ref_logps), ("psi", psi)):
+        if tensor is not None and tensor.shape != policy_logps.shape:
+            raise ValueError(f"{name} must be {tuple(policy_logps.shape)} like policy_logps, got {tuple(tensor.shape)}")

@@ -1,0 +1,32 @@
+"""Sums over packed ragged sequences.
+
+Letters: N tokens, S sequences; sequence i is `cu_seqlens[i]:cu_seqlens[i+1]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(N,) packed numbers to one sum a sequence, (S,), in a fixed order; an empty sequence sums to 0. Differentiable.
+
+    Summed in float64 whatever the dtype: added up one by one in float32, 100,000 log-probabilities are off by a nat.
+    """
+    check_boundaries("cu_seqlens", cu_seqlens, per_token.shape[0])
+    sums = torch.segment_reduce(per_token.double(), "sum", lengths=cu_seqlens.diff(), unsafe=True, initial=0)
+    return sums.to(per_token.dtype)
+
+
+def check_boundaries(name: str, cu: Tensor, total: int) -> None:
+    """`cu` (S+1,) must rise from 0 to `total`; looked at on a CPU only, where looking waits for nothing."""
+    if cu.dim() != 1 or cu.numel() < 1 or cu.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be (S+1,) int32 or int64 boundaries, got {tuple(cu.shape)} {cu.dtype}")
+    if cu.device.type != "cpu":
+        return
+    if cu[0] != 0 or cu[-1] != total or (cu.diff() < 0).any():
+        raise ValueError(
+            f"{name} must rise from 0 to {total}, the number of packed entries; it runs from {int(cu[0])} to "
+            f"{int(cu[-1])}"
+        )

@@ -1,0 +1,26 @@
+"""Causal language models: loading them, calling them without logits, and making students out of teachers."""
+
+from tvkd_fast.models.fingerprint import fingerprint_weights
+from tvkd_fast.models.head import FusedLMHead, HeadTransforms, head_transforms
+from tvkd_fast.models.load import load_model, load_tokenizer, save_model
+from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
+from tvkd_fast.models.probe import probe_head
+from tvkd_fast.models.prune import disable_dropout, prune_layers
+from tvkd_fast.models.shapes import ModelShape, model_shape
+
+__all__ = [
+    "FusedLMHead",
+    "HeadTransforms",
+    "ModelShape",
+    "PolicyWithHead",
+    "TeacherWithHead",
+    "disable_dropout",
+    "fingerprint_weights",
+    "head_transforms",
+    "load_model",
+    "load_tokenizer",
+    "model_shape",
+    "probe_head",
+    "prune_layers",
+    "save_model",
+]

@@ -1,0 +1,80 @@
+"""The root modules that training calls, and later shards: backbone and head in one forward, and no logits.
+
+Letters: P pairs, L row length, N response tokens, M response states, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+from tvkd_fast.models.head import FusedLMHead, head_transforms
+from tvkd_fast.models.probe import probe_head
+from tvkd_fast.models.prune import disable_dropout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ModelBatch(Protocol):
+    """What a model is given of a batch."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[2P, L] rows, padded on the right, where a causal model cannot see the padding."""
+
+    @property
+    def predicting(self) -> Tensor:
+        """(N,) flat positions in [2P·L] of the states that predict the response tokens."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) the tokens they predict."""
+
+    @property
+    def states(self) -> Tensor:
+        """(M,) flat positions of every response state, s_0 and s_T included."""
+
+
+class PolicyWithHead(nn.Module):
+    """A causal language model as the root that is called, sharded and trained: `forward(batch)` returns logps (N,).
+
+    The model's head becomes a `FusedLMHead` that holds the same parameters; dropout is set to 0, since a log-ratio of
+    two passes with different masks is noise; `probe_head` refuses a family whose logits it does not reproduce.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, probe: bool = True) -> None:
+        super().__init__()
+        model.set_output_embeddings(
+            FusedLMHead.from_linear(model.get_output_embeddings(), head_transforms(model.config))
+        )
+        disable_dropout(model)
+        if probe:
+            probe_head(model)
+        self.model = model
+
+    def forward(self, batch: ModelBatch) -> Tensor:
+        """(N,) float32 log-probabilities of `batch.labels`; only response positions reach the head."""
+        return self.head(self.hidden(batch.input_ids, batch.predicting), batch.labels)
+
+    @property
+    def head(self) -> FusedLMHead:
+        # Looked up at every call: FSDP and PEFT replace modules.
+        return self.model.get_output_embeddings()
+
+    def hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """[2P, L] ids and flat positions to [len(positions), D] states. Called from `forward` only."""
+        states = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[positions]
+
+
+class TeacherWithHead(PolicyWithHead):
+    """A frozen teacher: `forward(batch)` returns LSE(z) and LSE(κz) of every response state, two (M,) float32."""
+
+    def __init__(self, model: PreTrainedModel, *, kappa: float = 1.0, probe: bool = True) -> None:
+        super().__init__(model.eval().requires_grad_(False), probe=probe)
+        self.kappa = kappa
+
+    def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.head(self.hidden(batch.input_ids, batch.states), kappa=self.kappa)

@@ -1,0 +1,68 @@
+"""Students out of teachers, and dropout off."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def kept_layers(num_layers: int, keep: int) -> list[int]:
+    """`keep` of `num_layers` indices, evenly spaced, the first and the last among them."""
+    if not 1 <= keep <= num_layers:
+        raise ValueError(f"cannot keep {keep} of {num_layers} layers: choose between 1 and {num_layers}")
+    if keep == 1:
+        return [0]
+    return [round(i * (num_layers - 1) / (keep - 1)) for i in range(keep)]
+
+
+def prune_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
+    """A new, shallower model of the same family that keeps evenly spaced layers of `model`, with weights of its own.
+
+    Works for families whose blocks are one list and whose parameters are named by it (`model.layers.7.…`). Raises
+    ValueError where they are not, or where `keep` is not between 1 and the number of layers.
+    """
+    prefix, blocks = _block_list(model)
+    layers = kept_layers(len(blocks), keep)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = keep
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in layers]
+    student = type(model)(config).to(dtype=model.dtype, device=model.device)
+    place = {old: new for new, old in enumerate(layers)}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        match = re.match(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)
+        if match is None:
+            state[name] = tensor
+        elif int(match[1]) in place:
+            state[f"{prefix}.{place[int(match[1])]}.{match[2]}"] = tensor
+    student.load_state_dict(state)
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student.train(model.training)
+
+
+def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    depth = getattr(model.config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {depth} blocks to prune: prune_layers knows decoders whose blocks are "
+        "one ModuleList of config.num_hidden_layers; choose another student"
+    )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Every dropout probability to 0, in modules and in attention's keyword arguments."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]

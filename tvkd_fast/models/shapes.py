@@ -1,0 +1,72 @@
+"""A model's architecture without its weights, for planning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tvkd_fast.models.load import locate, unreadable
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-3.2-1B-Instruct": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "meta-llama/Llama-3.1-8B-Instruct": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+}
+"""Llama shapes of models that recipes name and whose repositories are gated: the figures of their published configs."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan needs of a model."""
+
+    name: str
+    parameters: int
+    hidden: int
+    layers: int
+    intermediate: int
+    vocab: int
+
+
+def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelShape:
+    """The shape of `name`, pruned to `layers` where given; parameters are counted on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    if name in PUBLISHED:
+        config: Any = LlamaConfig(**PUBLISHED[name])
+    else:
+        source = locate(name)
+        try:
+            config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
+        except (OSError, ImportError) as error:
+            raise ValueError(unreadable("config", name, error)) from error
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return ModelShape(
+        name=name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+    )

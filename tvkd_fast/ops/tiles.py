@@ -1,0 +1,247 @@
+"""The head in torch, one tile of logits at a time: statistics forward, gradients backward, on any device.
+
+Letters: N tokens, K of them kept, D hidden, V vocabulary, R rows and C vocabulary columns of a tile.
+
+A tile is the only place where logits exist. `WORKSPACE_FLOATS` bounds what a call holds beside its inputs and its
+results, whatever N and V are; 16-bit inputs are upcast tile by tile, because a 16-bit `mm` on a CPU rounds its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORKSPACE_FLOATS = 4 * 2**20
+TILE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = softcap·tanh(a/softcap), a = logit_scale·(h·w + bias): a vocabulary projection and its transforms."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class HeadSums:
+    """What one pass over the vocabulary leaves of N rows: LSE(z), LSE(κz) and the target's logit, each (N,)."""
+
+    lse: Tensor
+    lse_kappa: Tensor | None
+    target: Tensor | None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_sums(
+    hidden: Tensor,
+    head: Head,
+    *,
+    kept: Tensor | None = None,
+    labels: Tensor | None = None,
+    kappa: float | None = None,
+) -> HeadSums:
+    """Online log-sum-exp over the vocabulary, and beside it what else was asked of the same tiles.
+
+    hidden [N, D]; kept (K,) names the rows to compute (all where None); labels (K,) or None; kappa asks for LSE(κz),
+    which shares the tile and its maximum: κ·max z = max κz. A label that no tile holds leaves NaN, not a number.
+    """
+    tiles = _Tiles(hidden, head, kept)
+    lse = hidden.new_empty(tiles.count, dtype=tiles.acc)
+    lse_kappa = None if kappa is None else torch.empty_like(lse)
+    target = None if labels is None else torch.full_like(lse, torch.nan)
+    for rows in tiles.row_blocks():
+        h = tiles.states(rows)
+        running_max = h.new_full((h.shape[0],), -torch.inf)
+        total, total_kappa = torch.zeros_like(running_max), torch.zeros_like(running_max)
+        for columns in tiles.column_blocks():
+            z = tiles.logits(h, tiles.upcast(head.weight[columns]), columns)
+            if labels is not None and target is not None:
+                _pick_targets(z, labels[rows], columns, out=target[rows])
+            new_max = torch.maximum(running_max, z.amax(1))
+            # A row whose logits so far are all -inf has no finite maximum to subtract.
+            shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
+            decay = running_max - shift
+            z.sub_(shift[:, None])
+            if kappa is not None:
+                total_kappa.mul_(decay.mul(kappa).exp_()).add_(z.mul(kappa).exp_().sum(1))
+            total.mul_(decay.exp_()).add_(z.exp_().sum(1))
+            running_max = new_max
+        if head.softcap is not None:
+            # tanh makes an infinite logit finite: 0·inf = NaN lets a broken state show all the same.
+            total.add_(h.sum(1).mul_(0.0))
+        lse[rows] = total.log_().add_(running_max)
+        if lse_kappa is not None and kappa is not None:
+            lse_kappa[rows] = total_kappa.log_().add_(running_max, alpha=kappa)
+    return HeadSums(lse, lse_kappa, target)
+
+
+@dataclass(frozen=True)
+class HeadGradients:
+    """Gradients in their inputs' dtypes; None where none was asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def head_gradients(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    *,
+    kept: Tensor | None = None,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> HeadGradients:
+    """Exact gradients of Σ_t c_t·logp_t by recomputed tiles, with c = `grad_logps`; labels, lse and c are (K,).
+
+    With p = softmax(z) and J = dz/da, the gradient by h·w_j is c·s·J_j·(δ_jy − p_j). Columns are walked outside, rows
+    inside, so that a slice of dW is accumulated in float32 over all rows and written once. dH is then accumulated over
+    the columns: in place where it already has the accumulator's dtype, else in a float32 buffer where that fits the
+    workspace, else in a walk of its own with rows outside (one product more, and the memory stays bounded).
+    """
+    tiles = _Tiles(hidden, head, kept)
+    want_columns = want_weight or want_bias
+    hidden_in_place = hidden.dtype == tiles.acc or hidden.numel() <= WORKSPACE_FLOATS
+    grad_hidden = accumulated = None
+    if want_hidden and want_columns and hidden_in_place:
+        accumulated = hidden.new_zeros(hidden.shape, dtype=tiles.acc)
+    elif want_hidden:
+        grad_hidden = _hidden_gradient(tiles, labels, lse, grad_logps)
+    grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
+    grad_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
+    if want_columns:
+        _column_gradients(tiles, labels, lse, grad_logps, accumulated, grad_weight, grad_bias)
+    if accumulated is not None:
+        grad_hidden = accumulated.to(hidden.dtype)
+    return HeadGradients(grad_hidden, grad_weight, grad_bias)
+
+
+def _hidden_gradient(tiles: _Tiles, labels: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
+    weight = tiles.head.weight
+    grad = tiles.hidden.new_zeros(tiles.hidden.shape)
+    for rows in tiles.row_blocks():
+        h = tiles.states(rows)
+        total = h.new_zeros(h.shape)
+        for columns in tiles.column_blocks():
+            w = tiles.upcast(weight[columns])
+            total.addmm_(tiles.dlogps(h, w, labels[rows], lse[rows], columns), w)
+        grad[tiles.index(rows)] = total.mul_(grad_logps[rows, None]).to(grad.dtype)
+    return grad
+
+
+def _column_gradients(
+    tiles: _Tiles,
+    labels: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    accumulated: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    for columns in tiles.column_blocks():
+        w = tiles.upcast(tiles.head.weight[columns])
+        in_place = grad_weight is not None and grad_weight.dtype == tiles.acc
+        total = grad_weight[columns].zero_() if grad_weight is not None and in_place else torch.zeros_like(w)
+        total_bias = w.new_zeros(w.shape[0])
+        for rows in tiles.row_blocks():
+            h, c = tiles.states(rows), grad_logps[rows]
+            g = tiles.dlogps(h, w, labels[rows], lse[rows], columns)
+            # c multiplies [R, D] rows, not the [R, C] tile: the same products for fewer multiplications.
+            if accumulated is not None:
+                accumulated[tiles.index(rows)] += (g @ w).mul_(c[:, None])
+            if grad_weight is not None:
+                total.addmm_(g.T, h * c[:, None])
+            if grad_bias is not None:
+                total_bias.addmv_(g.T, c)
+        if grad_weight is not None and not in_place:
+            grad_weight[columns] = total.to(grad_weight.dtype)
+        if grad_bias is not None:
+            grad_bias[columns] = total_bias.to(grad_bias.dtype)
+
+
+def _pick_targets(z: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
+    here, local = _locate(labels, columns)
+    out.copy_(torch.where(here, z.gather(1, local), out[:, None])[:, 0])
+
+
+def _locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Whether each row's target lies in these columns, and where in them: [R, 1] each, the place clamped."""
+    here = (labels >= columns.start) & (labels < columns.stop)
+    return here[:, None], (labels - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
+
+
+class _Tiles:
+    """The walk over [K, V] in [R, C] tiles that share one buffer; K are the kept rows of hidden, or all of them."""
+
+    def __init__(self, hidden: Tensor, head: Head, kept: Tensor | None) -> None:
+        self.hidden, self.head, self.kept = hidden, head, kept
+        self.acc = accumulation_dtype(hidden.dtype)
+        self.count = hidden.shape[0] if kept is None else kept.shape[0]
+        d = hidden.shape[1]
+        # A 16-bit walk also holds the upcast rows of the weight and the float32 slice of their gradient.
+        held_per_column = 0 if hidden.dtype == self.acc else 2 * d
+        self.rows = max(1, min(self.count, TILE_ROWS, WORKSPACE_FLOATS // (4 * d)))
+        self.columns = max(1, min(head.vocab_size, WORKSPACE_FLOATS // 2 // (self.rows + held_per_column)))
+        self.buffer = hidden.new_empty(self.rows * self.columns, dtype=self.acc)
+
+    def index(self, rows: slice) -> slice | Tensor:
+        return rows if self.kept is None else self.kept[rows]
+
+    def states(self, rows: slice) -> Tensor:
+        return self.upcast(self.hidden[self.index(rows)])
+
+    def row_blocks(self) -> Iterator[slice]:
+        return _blocks(self.count, self.rows)
+
+    def column_blocks(self) -> Iterator[slice]:
+        return _blocks(self.head.vocab_size, self.columns)
+
+    def upcast(self, x: Tensor) -> Tensor:
+        return x.to(self.acc)
+
+    def logits(self, h: Tensor, w: Tensor, columns: slice) -> Tensor:
+        """z [R, C] in the shared buffer: valid until the next tile."""
+        head = self.head
+        z = self.buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
+        torch.mm(h, w.T, out=z)
+        if head.bias is not None:
+            z.add_(self.upcast(head.bias[columns]))
+        if head.logit_scale != 1.0:
+            z.mul_(head.logit_scale)
+        if head.softcap is not None:
+            z.div_(head.softcap).tanh_().mul_(head.softcap)
+        return z
+
+    def dlogps(self, h: Tensor, w: Tensor, labels: Tensor, lse: Tensor, columns: slice) -> Tensor:
+        """d logp / d(h·w) = s·J·(onehot − softmax), [R, C] in the shared buffer."""
+        head = self.head
+        z = self.logits(h, w, columns)
+        chain = None if head.softcap is None else 1 - (z / head.softcap).square_()
+        g = z.sub_(lse[:, None]).exp_().neg_()
+        here, local = _locate(labels, columns)
+        g.scatter_add_(1, local, here.to(g.dtype))
+        if chain is not None:
+            g.mul_(chain)
+        return g.mul_(head.logit_scale) if head.logit_scale != 1.0 else g
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

@@ -1,0 +1,204 @@
+"""What a run is made of. Every field is a command-line option of the same name and a key in a recipe's YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Preference data and how it becomes tokens."""
+
+    train: str | None = None
+    """Training pairs: hub name (`org/name`, `org/name:data_dir`), .jsonl(.gz) or .parquet file, `datasets` folder, or
+    `bundled:train`."""
+    eval: str | None = None
+    """Held-out pairs, from the same kinds of places."""
+    train_split: str = "train"
+    """Split of a hub dataset or `datasets` folder to train on."""
+    eval_split: str = "test"
+    """Split of a hub dataset or `datasets` folder to evaluate on."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    train_limit: int | None = None
+    """Read only so many training rows."""
+    eval_limit: int | None = None
+    """Read only so many held-out rows."""
+    max_length: int = 1024
+    """Most tokens of prompt and response together."""
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    """What survives in a longer pair: `keep_start` cuts the responses' ends, `keep_end` the prompt's beginning."""
+    overlong: Literal["error", "drop"] = "error"
+    """A pair that cutting would leave without a response: stop, or drop and count it."""
+    bad_pairs: Literal["error", "drop"] = "error"
+    """A row that is no preference (empty, equal or unrelated responses): stop, or drop and count it."""
+    chat_template: Literal["auto", "never"] = "auto"
+    """`auto` writes conversations with the tokenizer's template, `never` as plain text."""
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """The TVKD loss; see docs/method.md."""
+
+    beta: float = 0.1
+    """β > 0: strength of the KL term."""
+    alpha: float = 1.0
+    """α: strength and sign of the teacher's shaping; 0 is DPO."""
+    gamma: float = 1.0
+    """γ in [0, 1]: discount of the shaping."""
+    kappa: float = 1.0
+    """κ > 0: inverse temperature of the teacher's soft value."""
+    value_scale: float | None = None
+    """b: scale of the soft value; β where not given, as in the paper."""
+    value_from: Literal["logits", "logprobs"] = "logits"
+    """Soft value from the teacher's logits (the paper) or its log-probabilities (needs κ ≠ 1)."""
+    terminal: Literal["last_content", "eos", "zero"] = "last_content"
+    """Which state ends the shaping sum."""
+    label_smoothing: float = 0.0
+    """λ in [0, 0.5): share of preferences taken to be wrong."""
+
+    def __post_init__(self) -> None:
+        if self.value_from == "logprobs" and self.kappa == 1.0:
+            raise ValueError(
+                "value_from='logprobs' is 0 everywhere at kappa=1: set --loss.kappa to another value, such as 0.7"
+            )
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW, a linear warm-up and a cosine down to `final_lr_ratio`."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = 1e-8
+    """AdamW's ε."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    final_lr_ratio: float = 0.1
+    """Learning rate at the last step over the peak."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 leaves it alone."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}: set --optim.lr")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """How models are loaded and run; shared by policy, reference and teacher."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights. Training wants float32 (see `autocast`); scoring runs in either."""
+    autocast: Literal["off", "bfloat16"] = "off"
+    """Run the forward products in bfloat16 over float32 weights."""
+    attn_implementation: str | None = None
+    """transformers' attention: sdpa, eager, flash_attention_2 …; the model's default where not given."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward."""
+    device: str = "auto"
+    """`auto` takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model. Off unless asked for."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One training run: `tvkd train`."""
+
+    policy: str
+    """Model to train: a hub name, a folder, a .gguf file, or `smollm2-135m`."""
+    output_dir: str
+    """Folder of the run: metrics.jsonl, checkpoints, and the final model in `final/`."""
+    objective: Literal["tvkd", "dpo", "sft"] = "tvkd"
+    """Loss: tvkd, dpo (tvkd without a teacher), or sft on the chosen responses."""
+    teacher: str | None = None
+    """DPO-trained teacher; needed by tvkd unless its scores are given."""
+    reference: str | None = None
+    """Frozen reference; the policy at the start where not given."""
+    student_layers: int | None = None
+    """Prune the policy to so many evenly spaced layers before training."""
+    scores: str | None = None
+    """Folder that `tvkd score` wrote for the training data: then neither teacher nor reference is loaded."""
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    max_steps: int | None = None
+    """Optimizer steps; `epochs` over the data where not given."""
+    epochs: float = 1.0
+    """Passes over the training pairs, where max_steps is not given."""
+    pairs_per_step: int = 32
+    """Global batch: pairs an optimizer step averages over."""
+    pairs_per_micro_batch: int = 4
+    """Pairs that go through the model at once."""
+    eval_every: int = 0
+    """Evaluate every so many steps; 0 only at the end. Needs data.eval."""
+    save_every: int = 0
+    """Checkpoint every so many steps and at the end; 0 only at the end; -1 never."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    log_every: int = 1
+    """Write metrics every so many steps."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint in output_dir, if there is one."""
+    seed: int = 0
+    """Seed of the order of pairs and of every generator."""
+    dry_run: bool = False
+    """Print the plan (models, tokens, memory by part, steps) and stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs_per_step", "pairs_per_micro_batch", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """One scoring pass: `tvkd score`."""
+
+    output_dir: str
+    """Folder to write the scores to."""
+    policy: str
+    """The policy to be trained: its tokenizer makes the tokens."""
+    teacher: str | None = None
+    """Teacher whose soft values to keep; none for DPO's reference alone."""
+    reference: str | None = None
+    """Reference whose log-probabilities to keep; the policy where not given."""
+    student_layers: int | None = None
+    """As in `tvkd train`: the reference is the policy pruned to so many layers."""
+    kappa: float = 1.0
+    """κ of the soft values; alpha, gamma, terminal and value_scale can be chosen later."""
+    which: Literal["train", "eval"] = "train"
+    """Which of data.train and data.eval to score."""
+    pairs_per_micro_batch: int = 8
+    """Pairs that go through the models at once."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """One evaluation: `tvkd eval`."""
+
+    policy: str
+    """Model to evaluate."""
+    reference: str | None = None
+    """Reference for the rewards; without it log-probabilities themselves are compared."""
+    beta: float = 0.1
+    """β of the rewards."""
+    output: str | None = None
+    """File to append the JSON line to, beside printing it."""
+    pairs_per_micro_batch: int = 8
+    """Pairs that go through the model at once."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)

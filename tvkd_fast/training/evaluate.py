@@ -1,0 +1,99 @@
+"""A policy on held-out pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from tvkd_fast.data import PairDataset, micro_batches
+from tvkd_fast.losses import segment_sums
+from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.training.config import LossConfig
+from tvkd_fast.training.metrics import shaping_metrics
+from tvkd_fast.training.scoring import OnlineScorer, Scorer
+from tvkd_fast.training.step import length_differences, preference_output
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over `pairs` held-out pairs, with the half-width of a 95% interval (normal) where there is an `_ci`."""
+
+    pairs: int
+    accuracy: float
+    """Share of pairs in which the policy gives the chosen response the higher log-probability."""
+    accuracy_ci: float
+    margin: float
+    """Mean of log π(y_w) − log π(y_l), nats."""
+    margin_ci: float
+    reward_accuracy: float | None = None
+    """Share of pairs with β(ρ_w − ρ_l) > 0; None without a reference."""
+    reward_margin: float | None = None
+    """Mean of β(ρ_w − ρ_l); None without a reference."""
+    loss: float | None = None
+    """The run's own loss; None without a reference."""
+    shaping_margin: float | None = None
+    """Mean of α(Ψ_w − Ψ_l), and the diagnostics of losses.ShapingReport; None without a teacher."""
+    shaping_std_ratio: float | None = None
+    shaping_length_correlation: float | None = None
+    shaping_flipped: float | None = None
+
+    def known(self) -> dict[str, float]:
+        """The figures that there are."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@torch.no_grad()
+def evaluate(
+    policy: PolicyWithHead,
+    dataset: PairDataset,
+    *,
+    scorer: Scorer | None = None,
+    loss: LossConfig | None = None,
+    objective: str = "dpo",
+    pairs_per_micro_batch: int = 8,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Accuracy and margins of the policy alone, and of its rewards where the scorer has a reference."""
+    was_training = policy.training
+    policy.eval()
+    config = LossConfig() if loss is None else loss
+    scorer = OnlineScorer(None, None) if scorer is None else scorer
+    differences, losses, margins, shaping, lengths = [], [], [], [], []
+    has_reference = False
+    for batch in micro_batches(dataset, range(len(dataset)), size=pairs_per_micro_batch):
+        batch = batch.to(device)
+        logps = segment_sums(policy(batch), batch.cu_seqlens)
+        scores = scorer.of(batch)
+        has_reference = scores.ref_logps is not None
+        out = preference_output(logps, batch, scores, config, objective)
+        chosen, rejected = logps.chunk(2)
+        differences.append(chosen - rejected)
+        losses.append(out.losses)
+        margins.append(out.margins)
+        shaping.append(out.shaping_margins)
+        lengths.append(length_differences(batch))
+    policy.train(was_training)
+    difference = torch.cat(differences).double()
+    right = (difference > 0).double()
+    figures: dict[str, Any] = {
+        "pairs": len(dataset),
+        "accuracy": float(right.mean()),
+        "accuracy_ci": _half_width(right),
+        "margin": float(difference.mean()),
+        "margin_ci": _half_width(difference),
+    }
+    if has_reference:
+        margin, shaped = torch.cat(margins), torch.cat(shaping)
+        figures["reward_accuracy"] = float((margin > 0).double().mean())
+        figures["reward_margin"] = float(margin.double().mean())
+        figures["loss"] = float(torch.cat(losses).double().mean())
+        if torch.count_nonzero(shaped):
+            figures |= shaping_metrics(margin, shaped, torch.cat(lengths))
+    return Evaluation(**figures)
+
+
+def _half_width(x: torch.Tensor) -> float:
+    return 1.96 * float(x.std()) / math.sqrt(x.numel()) if x.numel() > 1 else math.inf

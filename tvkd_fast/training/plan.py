@@ -1,0 +1,143 @@
+"""What a run would take: `tvkd train --dry_run`. Memory is an estimate from shapes; nothing is loaded or downloaded.
+
+Letters: P pairs of a micro-batch, L row length, D hidden, F intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tvkd_fast.data import build_dataset
+from tvkd_fast.models import ModelShape, load_tokenizer, model_shape
+from tvkd_fast.training.config import TrainConfig
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_HEAD_WORKSPACE = 64 * 2**20
+
+
+def plan(config: TrainConfig) -> str:
+    """The plan as text: models, tokens, memory by part, steps."""
+    trust = config.model.trust_remote_code
+    policy = model_shape(config.policy, layers=config.student_layers, trust_remote_code=trust)
+    teacher = None
+    if config.objective == "tvkd" and config.teacher is not None and config.scores is None:
+        teacher = model_shape(config.teacher, trust_remote_code=trust)
+    tokens, pairs, source = _tokens(config)
+    steps = config.max_steps or (max(1, round(config.epochs * pairs / config.pairs_per_step)) if pairs else None)
+    lines = [
+        f"objective   {config.objective}: {_loss_line(config)}",
+        f"policy      {_shape_line(policy)}",
+        f"reference   {_reference_line(config)}",
+        f"teacher     {_teacher_line(config, teacher)}",
+        f"data        {source}",
+        f"steps       {steps if steps else 'set --max_steps, or give data that can be counted'}: "
+        f"{config.pairs_per_step} pairs each in micro-batches of {config.pairs_per_micro_batch}",
+    ]
+    if steps:
+        pairs_seen = steps * config.pairs_per_step
+        flops = 6 * policy.parameters * tokens * pairs_seen
+        if teacher is not None:
+            flops += 2 * teacher.parameters * tokens * pairs_seen
+        if config.objective != "sft" and config.scores is None:
+            flops += 2 * policy.parameters * tokens * pairs_seen
+        lines.append(
+            f"tokens      {tokens:,.0f} a pair at most, {tokens * pairs_seen:,.0f} in all; about {flops:.1e} floating-"
+            "point operations (6 a parameter and token trained, 2 scored)"
+        )
+    memory = _memory(config, policy, teacher, tokens)
+    lines.append("memory      (estimated, one process)")
+    lines += [f"  {part:<24}{size / 2**30:>9.2f} GiB" for part, size in memory.items()]
+    lines.append(f"  {'peak, about':<24}{sum(memory.values()) / 2**30:>9.2f} GiB")
+    return "\n".join(lines)
+
+
+def _tokens(config: TrainConfig) -> tuple[float, int, str]:
+    """Tokens a pair (both rows), pairs, and a line on where the figures come from."""
+    source = config.data.train
+    if source is None:
+        raise ValueError("no train data: set --data.train")
+    most = 2 * config.data.max_length
+    if not (source.startswith("bundled:") or Path(source).exists()):
+        return (
+            most,
+            0,
+            f"{source} (not downloaded in a dry run: every response counted at {config.data.max_length} tokens)",
+        )
+    data = config.data
+    dataset = build_dataset(
+        source,
+        load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code),
+        split=data.train_split,
+        subset=data.subset,
+        limit=data.train_limit,
+        max_length=data.max_length,
+        truncation=data.truncation,
+        overlong=data.overlong,
+        bad_pairs=data.bad_pairs,
+        chat_template=data.chat_template,
+    )
+    report = dataset.report
+    total = 2 * report.prompt_tokens + report.chosen_tokens + report.rejected_tokens
+    return total / report.pairs, report.pairs, str(report)
+
+
+def _memory(
+    config: TrainConfig, policy: ModelShape, teacher: ModelShape | None, tokens_per_pair: float
+) -> dict[str, float]:
+    size = _BYTES[config.model.dtype]
+    compute = 2 if config.model.autocast == "bfloat16" else size
+    rows = config.pairs_per_micro_batch * tokens_per_pair
+    # Saved by a block for its backward: about 12 hidden-sized and 4 intermediate-sized tensors a token.
+    per_block = rows * (12 * policy.hidden + 4 * policy.intermediate) * compute
+    activations = rows * policy.hidden * compute * policy.layers + per_block
+    if not config.model.gradient_checkpointing:
+        activations = per_block * policy.layers
+    parts = {
+        "policy weights": policy.parameters * size,
+        "gradients": policy.parameters * size,
+        "AdamW's two moments": 2 * policy.parameters * size,
+        "activations": activations,
+        "head's workspace": _HEAD_WORKSPACE,
+    }
+    if config.objective != "sft" and config.scores is None:
+        parts["reference weights"] = policy.parameters * size
+    if teacher is not None:
+        parts["teacher weights"] = teacher.parameters * size
+    return {name: float(value) for name, value in parts.items()}
+
+
+def _shape_line(shape: ModelShape) -> str:
+    return (
+        f"{shape.name}: {shape.parameters / 1e6:,.1f} M parameters, {shape.layers} layers, hidden {shape.hidden:,}, "
+        f"vocabulary {shape.vocab:,}"
+    )
+
+
+def _reference_line(config: TrainConfig) -> str:
+    if config.objective == "sft":
+        return "none (sft)"
+    if config.scores is not None:
+        return f"scored already, in {config.scores}"
+    return config.reference or "the policy at the start"
+
+
+def _teacher_line(config: TrainConfig, teacher: ModelShape | None) -> str:
+    if config.objective != "tvkd":
+        return f"none ({config.objective})"
+    if config.scores is not None:
+        return f"scored already, in {config.scores}"
+    return _shape_line(teacher) if teacher is not None else "none yet: set --teacher or --scores"
+
+
+def _loss_line(config: TrainConfig) -> str:
+    loss = config.loss
+    if config.objective == "sft":
+        return "mean negative log-likelihood of the chosen responses"
+    line = f"beta {loss.beta}, label_smoothing {loss.label_smoothing}"
+    if config.objective == "dpo":
+        return line
+    scale = loss.beta if loss.value_scale is None else loss.value_scale
+    return (
+        f"{line}, alpha {loss.alpha}, gamma {loss.gamma}, terminal {loss.terminal}, value {scale}·LSE from "
+        f"{loss.value_from} at kappa {loss.kappa}"
+    )

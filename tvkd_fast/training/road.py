@@ -1,0 +1,287 @@
+"""The whole road on one machine: a teacher by DPO, a pruned student, the teacher's scores, TVKD and DPO side by side.
+
+Each stage leaves a folder under `out` and is passed over when the road is walked again there.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tvkd_fast.data.synthetic import judge, preference_rows
+from tvkd_fast.models import load_model, load_tokenizer, prune_layers
+from tvkd_fast.training.build import FINAL, evaluate_policy, save_final, score, train
+from tvkd_fast.training.config import EvalConfig, OptimConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.generate import answers
+from tvkd_fast.training.metrics import read_metrics
+from tvkd_fast.training.plot import plot_curves
+from tvkd_fast.version import __version__
+
+if TYPE_CHECKING:
+    from tvkd_fast.data.formats import Message
+
+SHOWN_ANSWERS = 3
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """The whole road: `tvkd demo`."""
+
+    out: str = "out/demo"
+    """Folder for models, scores, metrics, report.json and curves.png."""
+    recipe: str = "demo"
+    """Training recipe of the student: a name in tvkd_fast/recipes or a YAML file."""
+    quick: bool = False
+    """The same road in under a minute: fewer steps and pairs. Its figures mean little."""
+    train: str | None = None
+    """Training pairs instead of the recipe's."""
+    eval: str | None = None
+    """Held-out pairs instead of the recipe's."""
+    teacher_steps: int = 40
+    """DPO steps that make the teacher out of the recipe's policy."""
+    teacher_lr: float = 2e-6
+    """Peak learning rate of the teacher's DPO."""
+    warm_steps: int = 80
+    """SFT steps on chosen responses that warm the pruned student."""
+    warm_lr: float = 5e-4
+    """Peak learning rate of the student's SFT."""
+    steps: int | None = None
+    """Steps of TVKD, and of DPO beside it, instead of the recipe's."""
+    judged: int = 48
+    """Bundled prompts answered greedily by each model and judged by rule; 0 leaves it out."""
+    seed: int | None = None
+    """Seed instead of the recipe's."""
+
+    def __post_init__(self) -> None:
+        if self.quick:
+            self.teacher_steps, self.warm_steps, self.steps, self.judged = 2, 6, 4, 12
+
+
+def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Walk the road and return the report, which is also written to `out/report.json` beside `out/curves.png`."""
+    out = Path(config.out)
+    recipe = _adapt(config, recipe)
+    started = time.perf_counter()
+    stages = {
+        "base": lambda: _base(recipe, out / "base"),
+        "teacher": lambda: _teacher(config, recipe, out),
+        "student": lambda: _student(config, recipe, out),
+        "scores": lambda: _scores(recipe, out),
+        "dpo": lambda: _run(recipe, out, "dpo"),
+        "tvkd": lambda: _run(recipe, out, "tvkd"),
+    }
+    settings = {"config": asdict(config) | {"out": None}, "recipe": asdict(recipe) | {"output_dir": None}}
+    _claim(out, settings)
+    seconds = {}
+    for name, stage in stages.items():
+        if _finished(out / name):
+            say(f"{name}: done already")
+            continue
+        say(f"{name} …")
+        since = time.perf_counter()
+        stage()
+        seconds[name] = round(time.perf_counter() - since, 1)
+    say("evaluation …")
+    report = _report(config, recipe, out)
+    report["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
+    report["made_by"] = _made_by(settings)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    runs = {name: [_start_line(report), *read_metrics(out / name / "metrics.jsonl")] for name in ("dpo", "tvkd")}
+    plot_curves(
+        runs, out / "curves.png", title=f"{recipe.data.train}: one start, one seed, the same pairs in the same order"
+    )
+    say(table(report))
+    say(f"\nwrote {out / 'report.json'} and {out / 'curves.png'} in {report['seconds']['total']:.0f} s")
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The four models of a report as text."""
+    judged = "judged" in report["start"]
+    head = f"{'':<10}{'accuracy':>16}{'margin (nats)':>20}{'reward accuracy':>17}" + (
+        f"{'good answers':>14}" if judged else ""
+    )
+    lines = [f"held-out pairs: {report['pairs']}", head]
+    for name in ("start", "dpo", "tvkd", "teacher"):
+        row = report[name]
+        reward = f"{row['reward_accuracy']:.3f}" if row.get("reward_accuracy") is not None else "–"
+        accuracy = f"{row['accuracy']:.3f} ± {row['accuracy_ci']:.3f}"
+        margin = f"{row['margin']:+.3f} ± {row['margin_ci']:.3f}"
+        good = f"{row['judged']:>14.2f}" if judged else ""
+        lines.append(f"{name:<10}{accuracy:>16}{margin:>20}{reward:>17}{good}")
+    lines.append(
+        "accuracy and margin: log π(chosen) against log π(rejected); reward accuracy: against the model's own start"
+    )
+    for shown in report["answers"]:
+        lines += ["", f"prompt  {shown['prompt']}", f"before  {shown['before']}", f"after   {shown['after']}"]
+    return "\n".join(lines)
+
+
+def _adapt(config: DemoConfig, recipe: TrainConfig) -> TrainConfig:
+    data = replace(recipe.data, train=config.train or recipe.data.train, eval=config.eval or recipe.data.eval)
+    if config.quick:
+        data = replace(data, train_limit=48, eval_limit=24)
+    steps = config.steps or recipe.max_steps
+    return replace(
+        recipe,
+        data=data,
+        max_steps=steps,
+        seed=recipe.seed if config.seed is None else config.seed,
+        pairs_per_step=4 if config.quick else recipe.pairs_per_step,
+        eval_every=0 if config.quick else recipe.eval_every,
+        optim=replace(recipe.optim, warmup_steps=min(recipe.optim.warmup_steps, (steps or 10) // 2)),
+        save_every=-1,
+    )
+
+
+def _base(recipe: TrainConfig, folder: Path) -> None:
+    """The recipe's policy in a folder, so that a GGUF file is dequantised once."""
+    save_final(load_model(recipe.policy), load_tokenizer(recipe.policy), folder / FINAL)
+
+
+def _teacher(config: DemoConfig, recipe: TrainConfig, out: Path) -> None:
+    train(
+        replace(
+            recipe,
+            policy=str(out / "base" / FINAL),
+            output_dir=str(out / "teacher"),
+            objective="dpo",
+            teacher=None,
+            student_layers=None,
+            max_steps=config.teacher_steps,
+            optim=OptimConfig(lr=config.teacher_lr, warmup_steps=config.teacher_steps // 10),
+            data=replace(recipe.data, eval=None),
+        )
+    )
+
+
+def _student(config: DemoConfig, recipe: TrainConfig, out: Path) -> None:
+    pruned = out / "pruned" / FINAL
+    if recipe.student_layers is None:
+        raise ValueError("the road prunes its student: set student_layers in the recipe")
+    base = str(out / "base" / FINAL)
+    save_final(prune_layers(load_model(base), recipe.student_layers), load_tokenizer(base), pruned)
+    train(
+        replace(
+            recipe,
+            policy=str(pruned),
+            output_dir=str(out / "student"),
+            objective="sft",
+            teacher=None,
+            student_layers=None,
+            max_steps=config.warm_steps,
+            optim=OptimConfig(lr=config.warm_lr, warmup_steps=config.warm_steps // 10),
+            data=replace(recipe.data, eval=None),
+        )
+    )
+
+
+def _scores(recipe: TrainConfig, out: Path) -> None:
+    score(
+        ScoreConfig(
+            output_dir=str(out / "scores" / FINAL),
+            policy=str(out / "student" / FINAL),
+            teacher=str(out / "teacher" / FINAL),
+            kappa=recipe.loss.kappa,
+            data=recipe.data,
+            model=recipe.model,
+        )
+    )
+
+
+def _run(recipe: TrainConfig, out: Path, objective: str) -> None:
+    train(
+        replace(
+            recipe,
+            policy=str(out / "student" / FINAL),
+            output_dir=str(out / objective),
+            objective=objective,  # type: ignore[arg-type]
+            teacher=None,
+            student_layers=None,
+            scores=str(out / "scores" / FINAL),
+        )
+    )
+
+
+def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any]:
+    students = {
+        "start": ("student", None),
+        "dpo": ("dpo", "student"),
+        "tvkd": ("tvkd", "student"),
+        "teacher": ("teacher", "base"),
+    }
+    report: dict[str, Any] = {}
+    for name, (folder, reference) in students.items():
+        evaluation = evaluate_policy(
+            EvalConfig(
+                policy=str(out / folder / FINAL),
+                reference=None if reference is None else str(out / reference / FINAL),
+                beta=recipe.loss.beta,
+                data=recipe.data,
+                model=recipe.model,
+            ),
+            show_progress=False,
+        )
+        report[name] = {k: v for k, v in evaluation.known().items() if k not in ("pairs", "loss")}
+        report["pairs"] = evaluation.pairs
+    prompts: list[list[Message]] = [row["prompt"] for row in preference_rows("eval", max(SHOWN_ANSWERS, config.judged))]
+    given: dict[str, list[str]] = {}
+    for name, (folder, _) in students.items():
+        if config.judged == 0 and name not in ("start", "tvkd"):
+            continue
+        path = str(out / folder / FINAL)
+        given[name] = answers(load_model(path), load_tokenizer(path), prompts)
+        if config.judged:
+            good = [judge(p, a).good for p, a in zip(prompts, given[name], strict=True)]
+            report[name]["judged"] = sum(good) / len(good)
+    report["answers"] = [
+        {"prompt": prompts[i][-1]["content"], "before": given["start"][i], "after": given["tvkd"][i]}
+        for i in range(SHOWN_ANSWERS)
+    ]
+    return report
+
+
+def _start_line(report: dict[str, Any]) -> dict[str, Any]:
+    """Where both curves begin."""
+    return {"step": 0, "eval/accuracy": report["start"]["accuracy"], "eval/margin": report["start"]["margin"]}
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / FINAL).is_dir()
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """One folder holds one road: finished stages of another's would pass for this one's."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, text = out / "road.json", json.dumps(settings, indent=2) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise ValueError(f"{out} holds a road with other settings: give --out a folder of its own, or remove that one")
+    path.write_text(text)
+
+
+def _made_by(settings: dict[str, Any]) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "tvkd_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {_processor()}",
+        **settings,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"

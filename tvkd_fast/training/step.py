@@ -1,0 +1,109 @@
+"""The method on one page: from a step's micro-batches of pairs to one update of the policy.
+
+    ρ(y) = log π_θ(y) − log π_ref(y)                             policy, reference
+    Ψ(y) = Σ_t γ V(s_{t+1}) − V(s_t)                             teacher
+    L    = −log σ( β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l] ), mean over the step's pairs
+
+Letters: P pairs of a micro-batch (2P responses, chosen first), N response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.losses import TVKDOutput, segment_sums, sft_loss, shaping_returns, tvkd_loss
+from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.ops import soft_values
+from tvkd_fast.training.config import LossConfig
+from tvkd_fast.training.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One step's numbers, still on the device: reading one waits for it."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    outputs: list[TVKDOutput]
+    """One a micro-batch; none in sft."""
+    length_differences: list[Tensor]
+    """One a micro-batch, (P,): chosen length − rejected length, in tokens; none in sft."""
+
+
+def train_step(
+    policy: PolicyWithHead,
+    scorer: Scorer,
+    batches: Sequence[PairBatch],
+    optimizer: torch.optim.Optimizer,
+    config: LossConfig,
+    *,
+    objective: str,
+    clip_norm: float,
+) -> StepOutput:
+    """Accumulate the gradient of the mean over all pairs of the step, clip it, and update if it is finite."""
+    num_pairs = sum(batch.num_pairs for batch in batches)
+    num_tokens = sum(batch.labels.numel() for batch in batches)
+    losses, outputs, lengths = [], [], []
+    for batch in batches:
+        policy_logps = segment_sums(policy(batch), batch.cu_seqlens)
+        if objective == "sft":
+            loss = sft_loss(policy_logps, num_tokens)
+        else:
+            out = preference_output(policy_logps, batch, scorer.of(batch), config, objective)
+            # Summed, then divided once by the whole step's pairs: micro-batches of any size weigh as their pairs do.
+            loss = out.losses.sum() / num_pairs
+            outputs.append(out)
+            lengths.append(length_differences(batch))
+        loss.backward()
+        losses.append(loss.detach())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else float("inf"))
+    check_finite_step(losses, grad_norm, batches)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepOutput(torch.stack(losses).sum(), grad_norm, outputs, lengths)
+
+
+def preference_output(
+    policy_logps: Tensor, batch: PairBatch, scores: Scores, config: LossConfig, objective: str
+) -> TVKDOutput:
+    """The shaped loss of one micro-batch, from (2P,) policy log-probabilities and what reference and teacher say."""
+    psi = None
+    if objective == "tvkd" and scores.lse is not None and scores.lse_kappa is not None:
+        value_scale = config.beta if config.value_scale is None else config.value_scale
+        values = soft_values(
+            scores.lse, scores.lse_kappa, kappa=config.kappa, value_scale=value_scale, value_from=config.value_from
+        )
+        psi = shaping_returns(values, batch.cu_states, gamma=config.gamma, terminal=config.terminal, ended=batch.ended)
+    ref_logps = torch.zeros_like(policy_logps) if scores.ref_logps is None else scores.ref_logps
+    return tvkd_loss(
+        policy_logps,
+        ref_logps.to(policy_logps.dtype),
+        psi,
+        beta=config.beta,
+        alpha=config.alpha,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def length_differences(batch: PairBatch) -> Tensor:
+    """(P,) chosen length − rejected length, in tokens."""
+    chosen, rejected = batch.cu_seqlens.diff().chunk(2)
+    return chosen - rejected
+
+
+def check_finite_step(losses: Sequence[Tensor], grad_norm: Tensor, batches: Sequence[PairBatch]) -> None:
+    """Stop before a NaN or inf reaches the weights, and name the pairs of the step."""
+    if torch.isfinite(torch.stack([*losses, grad_norm])).all():
+        return
+    pairs = sorted(int(i) for batch in batches for i in batch.pairs)
+    raise FloatingPointError(
+        f"loss or gradient is not finite in the step of pairs {pairs}: the weights were left as they were. Lower "
+        "--optim.lr, add --optim.warmup_steps, or look at these pairs; the newest checkpoint is whole"
+    )

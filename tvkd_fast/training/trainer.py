@@ -1,0 +1,199 @@
+"""The loop around the step: order of pairs, learning rate, metrics, evaluation, checkpoints, resume."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvkd_fast.data import PairDataset, micro_batches, pairs_of_step
+from tvkd_fast.losses import ShapingReport
+from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from tvkd_fast.training.config import TrainConfig
+from tvkd_fast.training.evaluate import Evaluation, evaluate
+from tvkd_fast.training.metrics import MetricsLog, progress_bar, step_metrics
+from tvkd_fast.training.optim import learning_rate, make_optimizer
+from tvkd_fast.training.scoring import Scorer
+from tvkd_fast.training.step import train_step
+
+
+class Trainer:
+    """Trains `policy` on `dataset`; `run` returns the last evaluation.
+
+    Args:
+        config: the run. Its data and model fields were used to make the other arguments and are only recorded.
+        policy: on its device; its parameters are what is trained.
+        scorer: what reference and teacher say of training pairs.
+        dataset: training pairs.
+        held_out: pairs to evaluate on, with a scorer of their own (or None: the policy alone is evaluated).
+        identity: names and fingerprints that a checkpoint must share to be resumed from.
+        show_progress: draw a progress bar on stderr.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: PolicyWithHead,
+        scorer: Scorer,
+        dataset: PairDataset,
+        *,
+        held_out: PairDataset | None = None,
+        held_out_scorer: Scorer | None = None,
+        identity: dict[str, Any] | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.config, self.policy, self.scorer, self.dataset = config, policy, scorer, dataset
+        self.held_out, self.held_out_scorer = held_out, held_out_scorer
+        self.show_progress = show_progress
+        self._warned = False
+        self.folder = Path(config.output_dir)
+        self.max_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / config.pairs_per_step))
+        self.device = next(policy.parameters()).device
+        self.optimizer = make_optimizer(policy, config.optim)
+        self.identity = {"dataset": dataset.fingerprint, **_trajectory(config), **(identity or {})}
+
+    def run(self) -> Evaluation | None:
+        done = self._resume()
+        log = MetricsLog(self.folder, resume_from=done)
+        self.policy.train()
+        evaluation = None
+        tokens, pairs, since = 0, 0, time.perf_counter()
+        bar = progress_bar(self.max_steps, done, description=self.config.objective, enabled=self.show_progress)
+        with bar:
+            for step in range(done, self.max_steps):
+                batches = self._batches(step)
+                lr = self._set_learning_rate(step)
+                with self._autocast():
+                    out = train_step(
+                        self.policy,
+                        self.scorer,
+                        batches,
+                        self.optimizer,
+                        self.config.loss,
+                        objective=self.config.objective,
+                        clip_norm=self.config.optim.clip_norm,
+                    )
+                number = step + 1
+                tokens += sum(batch.num_tokens for batch in batches)
+                pairs += self.config.pairs_per_step
+                last = number == self.max_steps
+                if number % self.config.log_every == 0 or last:
+                    elapsed = time.perf_counter() - since
+                    metrics = {"step": number, **step_metrics(out), "lr": lr}
+                    metrics |= {"tokens_per_s": tokens / elapsed, "pairs_per_s": pairs / elapsed}
+                    log.write(metrics)
+                    bar.set_postfix(_shown(metrics), refresh=False)
+                    self._warn_of_shaping(metrics)
+                    tokens, pairs, since = 0, 0, time.perf_counter()
+                bar.update()
+                if self.held_out is not None and (last or _due(number, self.config.eval_every)):
+                    evaluation = self._evaluate()
+                    log.write({"step": number} | {f"eval/{k}": v for k, v in evaluation.known().items()})
+                    since = time.perf_counter()
+                if (last and self.config.save_every >= 0) or _due(number, self.config.save_every):
+                    self._save(number)
+                    since = time.perf_counter()
+        log.close()
+        return evaluation
+
+    def _resume(self) -> int:
+        """Steps that a whole checkpoint of this run has done already; its state is put back."""
+        torch.manual_seed(self.config.seed)
+        path = newest_checkpoint(self.folder / "checkpoints") if self.config.resume else None
+        if path is None:
+            return 0
+        state = read_state(path)
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                raise CheckpointError(
+                    f"{path} was made with another {name} ({state['identity'].get(name)}, now {value}): give "
+                    "--output_dir a folder of its own, or --resume false to start again there"
+                )
+        load_checkpoint(path, self.policy, self.optimizer)
+        return int(state["step"])
+
+    def _save(self, step: int) -> None:
+        extra = {"identity": self.identity, "config": asdict(self.config)}
+        save_checkpoint(
+            self.folder / "checkpoints",
+            step,
+            self.policy,
+            self.optimizer,
+            extra,
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _batches(self, step: int) -> list:
+        config = self.config
+        indices = pairs_of_step(config.seed, step, num_pairs=len(self.dataset), pairs_per_step=config.pairs_per_step)
+        size, chosen_only = config.pairs_per_micro_batch, config.objective == "sft"
+        return [b.to(self.device) for b in micro_batches(self.dataset, indices, size=size, chosen_only=chosen_only)]
+
+    def _set_learning_rate(self, step: int) -> float:
+        lr = learning_rate(step, self.max_steps, self.config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.model.autocast == "bfloat16")
+
+    def _evaluate(self) -> Evaluation:
+        assert self.held_out is not None
+        with self._autocast():
+            return evaluate(
+                self.policy,
+                self.held_out,
+                scorer=self.held_out_scorer,
+                loss=self.config.loss,
+                objective=self.config.objective,
+                pairs_per_micro_batch=self.config.pairs_per_micro_batch,
+                device=self.device,
+            )
+
+    def _warn_of_shaping(self, metrics: dict[str, Any]) -> None:
+        """Once the policy has margins of its own; at the start they are 0 and any shaping outweighs them."""
+        if "shaping_std_ratio" not in metrics or metrics["step"] < min(20, self.max_steps):
+            return
+        report = ShapingReport(
+            metrics["shaping_std_ratio"], metrics["shaping_length_correlation"], metrics["shaping_flipped"]
+        )
+        if report.warning and not self._warned:
+            self._warned = True
+            warnings.warn(report.warning, stacklevel=3)
+
+
+def _trajectory(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide where a run goes: a resumed run must share them, or it would be neither."""
+    names = ("objective", "seed", "pairs_per_step", "max_steps", "epochs")
+    return {name: getattr(config, name) for name in names} | {
+        "loss": asdict(config.loss),
+        "optim": _plain(config.optim),
+    }
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """As JSON reads it back: lists for tuples."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _shown(metrics: dict[str, Any]) -> dict[str, str]:
+    shown = {"loss": f"{metrics['loss']:.3f}"}
+    if "accuracy" in metrics:
+        shown["acc"] = f"{metrics['accuracy']:.2f}"
+    return shown | {"tok/s": f"{metrics['tokens_per_s']:,.0f}"}
