@@ -142,9 +142,7 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
-        # AdamW keeps its step count on the CPU, whatever the parameter's device.
-        device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device)
+        optimizer.state[parameter][key] = tensor.to(parameter.device)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -19,7 +19,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+    # One fused pass: on two CPU cores torch's plain loop over 71 M parameters takes a quarter of a small step.
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -274,9 +276,22 @@ def _made_by(settings: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "commit": _commit(),
+        "command": " ".join(sys.argv),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {_processor()}",
         **settings,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package runs from, with + where it was changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def _processor() -> str:
