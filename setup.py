@@ -33,7 +33,7 @@ setup(
     install_requires=[
         "torch>=2.13,<2.14",
         "triton>=3.5; sys_platform == 'linux'",
-        "transformers>=5.20,<6",
+        "transformers>=5.23,<6",
         "datasets>=5,<6",
         "safetensors>=0.8",
         "jsonargparse[signatures]>=4.50,<5",

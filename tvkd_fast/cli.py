@@ -7,13 +7,15 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
+from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.road import DemoConfig
 from tvkd_fast.version import __version__
@@ -35,7 +37,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         nearest = self._nearest(message)
         hint = f" Did you mean {nearest}?" if nearest else ""
-        command = re.match(r".*?\b(score|train|eval|demo)\b", self.prog)
+        # An error in a YAML file reaches the outer parser, which names the command in the message.
+        command = re.search(rf"\b({'|'.join(COMMANDS)})\b", f"{self.prog} {message}")
         name = f"tvkd {command[1]}" if command else "tvkd"
         print(f"{name}: error: {message}{hint}\nAll options: {name} --help", file=sys.stderr)
         raise SystemExit(2)
@@ -53,17 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Errors that a user can mend are one line and exit status 2."""
     arguments = _expand(list(sys.argv[1:] if argv is None else argv))
     parser = make_parser()
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    settings = parsed[parsed.command]
+    parsed = parser.parse_args(arguments)
     _be_quiet()
     try:
-        run(parsed.command, {k: v for k, v in vars(settings).items() if k != "config"})
-    except (ValueError, FloatingPointError) as error:
-        raise SystemExit(_fail(parsed.command, error)) from error
-    except RuntimeError as error:
-        if type(error).__name__ != "CheckpointError":
-            raise
-        raise SystemExit(_fail(parsed.command, error)) from error
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            run(parsed.command, _fields(parser.instantiate(parsed)))
+    except (ValueError, FloatingPointError, CheckpointError) as error:
+        print(f"tvkd {parsed.command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def run(command: str, fields: dict[str, Any]) -> None:
@@ -100,6 +101,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
 
 def make_parser() -> Parser:
     """The parser of all commands."""
+    # The help texts are the docstrings under the configs' fields.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
         prog="tvkd", description="Preference distillation (TVKD) at the cost of fine-tuning.", allow_abbrev=False
     )
@@ -117,7 +120,8 @@ def make_parser() -> Parser:
                 "--config", action="config", help=f"YAML of the options below, or a recipe: {', '.join(recipes())}"
             )
         sub.add_class_arguments(config)
-        sub.known = tuple(a.dest for a in sub._actions)
+        sub.known = tuple(action.dest for action in sub._actions)
+        parser.known += sub.known
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
@@ -134,8 +138,13 @@ def recipes() -> list[str]:
 def load_recipe(name: str) -> TrainConfig:
     """A training recipe by the name of one that comes with the package, or by file."""
     parser = make_parser()
-    parsed = parser.instantiate(parser.parse_args(["train", "--config", str(_recipe_path(name))]))
-    return TrainConfig(**{k: v for k, v in vars(parsed.train).items() if k != "config"})
+    parsed = parser.parse_args(["train", "--config", str(_recipe_path(name))])
+    return TrainConfig(**_fields(parser.instantiate(parsed)))
+
+
+def _fields(parsed: Any) -> dict[str, Any]:
+    """The chosen command's fields, typed, without the file that they may have come from."""
+    return {name: value for name, value in vars(parsed[parsed.command]).items() if name != "config"}
 
 
 def _recipe_path(name: str) -> Path:
@@ -163,9 +172,10 @@ def _expand(arguments: list[str]) -> list[str]:
     return expanded
 
 
-def _fail(command: str, error: Exception) -> int:
-    print(f"tvkd {command}: error: {error}", file=sys.stderr)
-    return 2
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """What is said to a user, in a line; where in the code it was said is nothing to them."""
+    if issubclass(category, UserWarning):
+        print(f"\ntvkd: warning: {message}", file=sys.stderr)
 
 
 def _be_quiet() -> None:

@@ -25,8 +25,11 @@ def check_boundaries(name: str, cu: Tensor, total: int) -> None:
         raise ValueError(f"{name} must be (S+1,) int32 or int64 boundaries, got {tuple(cu.shape)} {cu.dtype}")
     if cu.device.type != "cpu":
         return
-    if cu[0] != 0 or cu[-1] != total or (cu.diff() < 0).any():
+    if cu[0] != 0 or cu[-1] != total:
         raise ValueError(
             f"{name} must rise from 0 to {total}, the number of packed entries; it runs from {int(cu[0])} to "
             f"{int(cu[-1])}"
         )
+    falls = cu.diff() < 0
+    if falls.any():
+        raise ValueError(f"{name} must rise from 0 to {total}; it falls after entry {int(falls.nonzero()[0, 0])}")

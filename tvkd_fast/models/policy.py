@@ -73,7 +73,8 @@ class TeacherWithHead(PolicyWithHead):
     """A frozen teacher: `forward(batch)` returns LSE(z) and LSE(κz) of every response state, two (M,) float32."""
 
     def __init__(self, model: PreTrainedModel, *, kappa: float = 1.0, probe: bool = True) -> None:
-        super().__init__(model.eval().requires_grad_(False), probe=probe)
+        super().__init__(model, probe=probe)
+        self.eval().requires_grad_(False)
         self.kappa = kappa
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]

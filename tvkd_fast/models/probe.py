@@ -44,6 +44,6 @@ def probe_head(model: PreTrainedModel) -> None:
     if not error <= _TOLERANCES[head.weight.dtype]:
         raise ValueError(
             f"{type(model).__name__} ({model.config.model_type}) transforms its logits in a way this library does not "
-            f"know: its log-probabilities differ from the head's by {error:.1e} (relative) under {head.transforms}. Add the "
+            f"know: its log-probabilities differ from the head's by {error:.1e} under {head.transforms}. Add the "
             "family to tvkd_fast/models/head.py, or train it with a trainer that keeps its logits."
         )

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from tvkd_fast.ops.checks import check_finite, check_head, check_labels
 from tvkd_fast.ops.dispatch import autocast_input, check_impl, without_autocast
-from tvkd_fast.ops.tiles import Head, head_gradients, head_sums
+from tvkd_fast.ops.tiles import Head, HeadSums, head_gradients, head_sums
 
 
 def linear_logps(
@@ -81,21 +81,20 @@ class _LinearLogps(torch.autograd.Function):
         kept_labels = labels.long() if kept is None else labels.long()[kept]
         head = Head(weight, bias, softcap, logit_scale)
         sums = head_sums(hidden, head, kept=kept, labels=kept_labels)
-        assert sums.target is not None
-        logps = sums.target - sums.lse
+        logps = sums.logps
         if kept is None:
             logps = logps.masked_fill_(kept_labels == ignore_index, 0.0)
         else:
             logps = logps.new_zeros(labels.shape).index_copy_(0, kept, logps)
         check_finite(logps, hidden, weight, bias)
-        ctx.save_for_backward(hidden, weight, bias, labels, kept, sums.lse)
+        ctx.save_for_backward(hidden, weight, bias, labels, kept, sums.maximum, sums.log_total)
         ctx.transforms = (softcap, logit_scale, ignore_index)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, kept, lse = ctx.saved_tensors
+        hidden, weight, bias, labels, kept, maximum, log_total = ctx.saved_tensors
         softcap, logit_scale, ignore_index = ctx.transforms
         labels, grad_logps = labels.long(), grad_logps.masked_fill(labels == ignore_index, 0.0)
         if kept is not None:
@@ -106,7 +105,7 @@ class _LinearLogps(torch.autograd.Function):
                 hidden,
                 Head(weight, bias, softcap, logit_scale),
                 labels,
-                lse,
+                HeadSums(maximum, log_total),
                 grad_logps,
                 kept=kept,
                 want_hidden=want_hidden,

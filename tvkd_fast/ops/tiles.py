@@ -34,11 +34,26 @@ class Head:
 
 @dataclass(frozen=True)
 class HeadSums:
-    """What one pass over the vocabulary leaves of N rows: LSE(z), LSE(κz) and the target's logit, each (N,)."""
+    """What one pass over the vocabulary leaves of K rows, each (K,).
 
-    lse: Tensor
-    lse_kappa: Tensor | None
-    target: Tensor | None
+    LSE(z) stays in two parts, max z and log Σ exp(z − max z): rounded to one float it would cost the probabilities of
+    large logits their last digits.
+    """
+
+    maximum: Tensor
+    log_total: Tensor
+    lse_kappa: Tensor | None = None
+    target: Tensor | None = None
+
+    @property
+    def lse(self) -> Tensor:
+        return self.maximum + self.log_total
+
+    @property
+    def logps(self) -> Tensor:
+        """log softmax(z) at the target."""
+        assert self.target is not None
+        return (self.target - self.maximum).sub_(self.log_total)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,9 +74,10 @@ def head_sums(
     which shares the tile and its maximum: κ·max z = max κz. A label that no tile holds leaves NaN, not a number.
     """
     tiles = _Tiles(hidden, head, kept)
-    lse = hidden.new_empty(tiles.count, dtype=tiles.acc)
-    lse_kappa = None if kappa is None else torch.empty_like(lse)
-    target = None if labels is None else torch.full_like(lse, torch.nan)
+    maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
+    log_total = torch.empty_like(maximum)
+    lse_kappa = None if kappa is None else torch.empty_like(maximum)
+    target = None if labels is None else torch.full_like(maximum, torch.nan)
     for rows in tiles.row_blocks():
         h = tiles.states(rows)
         running_max = h.new_full((h.shape[0],), -torch.inf)
@@ -82,10 +98,10 @@ def head_sums(
         if head.softcap is not None:
             # tanh makes an infinite logit finite: 0·inf = NaN lets a broken state show all the same.
             total.add_(h.sum(1).mul_(0.0))
-        lse[rows] = total.log_().add_(running_max)
+        maximum[rows], log_total[rows] = running_max, total.log_()
         if lse_kappa is not None and kappa is not None:
             lse_kappa[rows] = total_kappa.log_().add_(running_max, alpha=kappa)
-    return HeadSums(lse, lse_kappa, target)
+    return HeadSums(maximum, log_total, lse_kappa, target)
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,7 @@ def head_gradients(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    lse: Tensor,
+    sums: HeadSums,
     grad_logps: Tensor,
     *,
     kept: Tensor | None = None,
@@ -109,31 +125,31 @@ def head_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> HeadGradients:
-    """Exact gradients of Σ_t c_t·logp_t by recomputed tiles, with c = `grad_logps`; labels, lse and c are (K,).
+    """Exact gradients of Σ_t c_t·logp_t by recomputed tiles, with c = `grad_logps`; labels, sums and c are (K,).
 
-    With p = softmax(z) and J = dz/da, the gradient by h·w_j is c·s·J_j·(δ_jy − p_j). Columns are walked outside, rows
+    With p = softmax(z) and J = dz/da, the gradient by h·w_j is −c·s·J_j·(p_j − δ_jy). Columns are walked outside, rows
     inside, so that a slice of dW is accumulated in float32 over all rows and written once. dH is then accumulated over
     the columns: in place where it already has the accumulator's dtype, else in a float32 buffer where that fits the
     workspace, else in a walk of its own with rows outside (one product more, and the memory stays bounded).
     """
-    tiles = _Tiles(hidden, head, kept)
+    tiles, upstream = _Tiles(hidden, head, kept), -grad_logps
     want_columns = want_weight or want_bias
     hidden_in_place = hidden.dtype == tiles.acc or hidden.numel() <= WORKSPACE_FLOATS
     grad_hidden = accumulated = None
     if want_hidden and want_columns and hidden_in_place:
         accumulated = hidden.new_zeros(hidden.shape, dtype=tiles.acc)
     elif want_hidden:
-        grad_hidden = _hidden_gradient(tiles, labels, lse, grad_logps)
+        grad_hidden = _hidden_gradient(tiles, labels, sums, upstream)
     grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
     grad_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
     if want_columns:
-        _column_gradients(tiles, labels, lse, grad_logps, accumulated, grad_weight, grad_bias)
+        _column_gradients(tiles, labels, sums, upstream, accumulated, grad_weight, grad_bias)
     if accumulated is not None:
         grad_hidden = accumulated.to(hidden.dtype)
     return HeadGradients(grad_hidden, grad_weight, grad_bias)
 
 
-def _hidden_gradient(tiles: _Tiles, labels: Tensor, lse: Tensor, grad_logps: Tensor) -> Tensor:
+def _hidden_gradient(tiles: _Tiles, labels: Tensor, sums: HeadSums, upstream: Tensor) -> Tensor:
     weight = tiles.head.weight
     grad = tiles.hidden.new_zeros(tiles.hidden.shape)
     for rows in tiles.row_blocks():
@@ -141,16 +157,16 @@ def _hidden_gradient(tiles: _Tiles, labels: Tensor, lse: Tensor, grad_logps: Ten
         total = h.new_zeros(h.shape)
         for columns in tiles.column_blocks():
             w = tiles.upcast(weight[columns])
-            total.addmm_(tiles.dlogps(h, w, labels[rows], lse[rows], columns), w)
-        grad[tiles.index(rows)] = total.mul_(grad_logps[rows, None]).to(grad.dtype)
+            total.addmm_(tiles.dlosses(h, w, labels[rows], sums, rows, columns), w)
+        grad[tiles.index(rows)] = total.mul_(upstream[rows, None]).to(grad.dtype)
     return grad
 
 
 def _column_gradients(
     tiles: _Tiles,
     labels: Tensor,
-    lse: Tensor,
-    grad_logps: Tensor,
+    sums: HeadSums,
+    upstream: Tensor,
     accumulated: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
@@ -161,8 +177,8 @@ def _column_gradients(
         total = grad_weight[columns].zero_() if grad_weight is not None and in_place else torch.zeros_like(w)
         total_bias = w.new_zeros(w.shape[0])
         for rows in tiles.row_blocks():
-            h, c = tiles.states(rows), grad_logps[rows]
-            g = tiles.dlogps(h, w, labels[rows], lse[rows], columns)
+            h, c = tiles.states(rows), upstream[rows]
+            g = tiles.dlosses(h, w, labels[rows], sums, rows, columns)
             # c multiplies [R, D] rows, not the [R, C] tile: the same products for fewer multiplications.
             if accumulated is not None:
                 accumulated[tiles.index(rows)] += (g @ w).mul_(c[:, None])
@@ -229,14 +245,14 @@ class _Tiles:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
         return z
 
-    def dlogps(self, h: Tensor, w: Tensor, labels: Tensor, lse: Tensor, columns: slice) -> Tensor:
-        """d logp / d(h·w) = s·J·(onehot − softmax), [R, C] in the shared buffer."""
+    def dlosses(self, h: Tensor, w: Tensor, labels: Tensor, sums: HeadSums, rows: slice, columns: slice) -> Tensor:
+        """d(−logp)/d(h·w) = s·J·(softmax − onehot), [R, C] in the shared buffer; labels are these rows'."""
         head = self.head
         z = self.logits(h, w, columns)
         chain = None if head.softcap is None else 1 - (z / head.softcap).square_()
-        g = z.sub_(lse[:, None]).exp_().neg_()
+        g = z.sub_(sums.maximum[rows, None]).sub_(sums.log_total[rows, None]).exp_()
         here, local = _locate(labels, columns)
-        g.scatter_add_(1, local, here.to(g.dtype))
+        g.scatter_add_(1, local, here.to(g.dtype).neg_())
         if chain is not None:
             g.mul_(chain)
         return g.mul_(head.logit_scale) if head.logit_scale != 1.0 else g

@@ -41,8 +41,9 @@ def linear_lse(
     check_head(hidden, weight, bias, softcap, logit_scale)
     with without_autocast(hidden):
         sums = head_sums(hidden, Head(weight, bias, softcap, logit_scale), kappa=None if kappa == 1.0 else kappa)
-    check_finite(sums.lse, hidden, weight, bias)
-    return sums.lse, sums.lse if sums.lse_kappa is None else sums.lse_kappa
+    lse = sums.lse
+    check_finite(lse, hidden, weight, bias)
+    return lse, lse if sums.lse_kappa is None else sums.lse_kappa
 
 
 def linear_soft_values(

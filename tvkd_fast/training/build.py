@@ -72,7 +72,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
         # What was loaded to be compared or to score the held-out pairs is not needed any longer.
         models.reference = models.teacher = None
     if config.model.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable()
+        policy.model.activation_checkpointing_enable()
     trainer = Trainer(
         config,
         policy,

@@ -94,7 +94,9 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
     report = _report(config, recipe, out)
     report["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
     report["made_by"] = _made_by(settings)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    text = json.dumps(report, indent=2)
+    report = json.loads(text)
+    (out / "report.json").write_text(text + "\n")
     runs = {name: [_start_line(report), *read_metrics(out / name / "metrics.jsonl")] for name in ("dpo", "tvkd")}
     plot_curves(
         runs, out / "curves.png", title=f"{recipe.data.train}: one start, one seed, the same pairs in the same order"

@@ -65,6 +65,9 @@ class Trainer:
 
     def run(self) -> Evaluation | None:
         done = self._resume()
+        if done >= self.max_steps:
+            print(f"{self.folder}: all {self.max_steps} steps are finished already; nothing was done")
+            return None
         log = MetricsLog(self.folder, resume_from=done)
         self.policy.train()
         evaluation = None

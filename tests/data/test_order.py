@@ -1,0 +1,32 @@
+import subprocess
+import sys
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvkd_fast.data import pairs_of_step
+
+
+@given(st.integers(0, 5), st.integers(1, 40), st.integers(1, 13))
+def test_an_epoch_takes_every_pair_once(seed, num_pairs, pairs_per_step):
+    steps = -(-3 * num_pairs // pairs_per_step)
+    taken = [
+        i
+        for step in range(steps)
+        for i in pairs_of_step(seed, step, num_pairs=num_pairs, pairs_per_step=pairs_per_step)
+    ]
+    for epoch in range(3):
+        assert sorted(taken[epoch * num_pairs : (epoch + 1) * num_pairs]) == list(range(num_pairs))
+
+
+def test_the_order_is_the_same_in_any_process():
+    here = pairs_of_step(3, 5, num_pairs=1000, pairs_per_step=8)
+    code = "from tvkd_fast.data import pairs_of_step; print(pairs_of_step(3, 5, num_pairs=1000, pairs_per_step=8))"
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == str(here)
+
+
+def test_seeds_and_epochs_differ():
+    first = pairs_of_step(0, 0, num_pairs=50, pairs_per_step=50)
+    assert first != pairs_of_step(1, 0, num_pairs=50, pairs_per_step=50)
+    assert first != pairs_of_step(0, 1, num_pairs=50, pairs_per_step=50)

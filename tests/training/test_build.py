@@ -1,0 +1,197 @@
+"""Scores made once against scores made online, and what does not fit together."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tvkd_fast.data import ScoreCache
+from tvkd_fast.models import PolicyWithHead, load_model
+from tvkd_fast.training.build import evaluate_policy, score
+from tvkd_fast.training.config import EvalConfig, LossConfig, ScoreConfig
+from tvkd_fast.training.metrics import read_metrics
+
+
+def losses(config):
+    return [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture
+def make_scores(files):
+    def make(config, **changes):
+        settings = {
+            "output_dir": str(files / "scores"),
+            "policy": config.policy,
+            "teacher": config.teacher,
+            "kappa": config.loss.kappa,
+            "data": config.data,
+        }
+        score(ScoreConfig(**(settings | changes)), show_progress=False)
+        return str(files / "scores")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"loss_gamma": 0.9, "loss_terminal": "eos"},
+        {"loss_gamma": 0.9, "loss_terminal": "zero", "loss_kappa": 0.7},
+        {"loss_kappa": 0.7, "loss_value_from": "logprobs", "loss_alpha": -2.0},
+    ],
+)
+def test_a_run_on_scores_is_the_online_run(loss, make_config, make_scores, run, files):
+    online = make_config(output_dir=str(files / "online"), **loss)
+    scores = make_scores(online)
+    cached = replace(make_config(output_dir=str(files / "cached"), scores=scores, **loss), teacher=None)
+    run(online)
+    run(cached)
+    assert losses(cached) == pytest.approx(losses(online), abs=1e-6)
+
+
+def test_one_scoring_serves_other_settings_of_the_loss(make_config, make_scores, run, files):
+    scores = make_scores(make_config())
+    for i, loss in enumerate([{"loss_gamma": 0.9}, {"loss_alpha": 0.3, "loss_beta": 0.4}, {"loss_terminal": "eos"}]):
+        online = make_config(output_dir=str(files / f"online-{i}"), **loss)
+        cached = replace(online, output_dir=str(files / f"cached-{i}"), scores=scores, teacher=None)
+        run(online)
+        run(cached)
+        assert losses(cached) == pytest.approx(losses(online), abs=1e-6)
+
+
+def test_dpo_runs_on_a_reference_scored_alone(make_config, make_scores, run, files):
+    config = make_config(objective="dpo", output_dir=str(files / "online"))
+    scores = make_scores(config, teacher=None)
+    run(config)
+    cached = replace(config, output_dir=str(files / "cached"), scores=scores)
+    run(cached)
+    assert losses(cached) == pytest.approx(losses(config), abs=1e-6)
+    with pytest.raises(ValueError, match="hold no teacher's values: run `tvkd score` with --teacher"):
+        run(replace(cached, objective="tvkd", teacher=None, output_dir=str(files / "other")))
+
+
+def test_a_reference_of_its_own_is_used(make_config, model_folder, run, files):
+    config = make_config(objective="dpo", reference=model_folder(seed=8), max_steps=1)
+    run(config)
+    assert losses(config)[0] != pytest.approx(0.6931472, abs=1e-3)
+
+
+def test_a_pruned_policy_is_its_own_reference(make_config, make_scores, run, files):
+    config = make_config(student_layers=2, output_dir=str(files / "online"))
+    scores = make_scores(config, student_layers=2)
+    cached = replace(config, scores=scores, output_dir=str(files / "cached"))
+    run(config)
+    run(cached)
+    assert losses(cached) == pytest.approx(losses(config), abs=1e-6)
+    assert load_model(Path(config.output_dir) / "final").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data_max_length": 24}, "dataset"),
+        ({"loss_kappa": 0.5}, "kappa"),
+        ({"policy": "other"}, "reference"),
+        ({"teacher": "other"}, "teacher"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused_by_name(changes, field, make_config, make_scores, model_folder, run):
+    config = make_config(data_max_length=30)
+    scores = make_scores(config)
+    changes = {k: model_folder(seed=7) if v == "other" else v for k, v in changes.items()}
+    fields = {"data_max_length": 30} | changes
+    with pytest.raises(ValueError, match=rf"made with another {field} |was made of other data"):
+        run(make_config(scores=scores, **fields))
+
+
+def test_scores_under_another_tokenizer_are_refused(make_config, make_scores, model_folder, make_tokenizer, run):
+    scores = make_scores(make_config())
+    other = model_folder(seed=0, tokenizer=make_tokenizer(chat_template="{{ messages }}"))
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        run(make_config(policy=other, teacher=None, scores=scores))
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_with_the_reason(make_config, model_folder, chatml, run):
+    import copy
+
+    other = copy.deepcopy(chatml)
+    other.add_tokens(["extra"])
+    folder = model_folder(seed=1, tokenizer=other, vocab_size=263)
+    with pytest.raises(
+        ValueError, match=r"has another tokenizer than the policy \(263 tokens against 262; they differ"
+    ):
+        run(make_config(teacher=folder))
+
+
+def test_tvkd_without_a_teacher_names_the_ways_out(make_config, run):
+    with pytest.raises(
+        ValueError, match="tvkd needs a teacher: set --teacher, or --scores .*--objective dpo needs none"
+    ):
+        run(make_config(teacher=None))
+
+
+def test_tokens_outside_the_vocabulary_are_refused_by_row(make_config, model_folder, run):
+    with pytest.raises(ValueError, match=r"row \d+ has token id \d+, but the model's vocabulary ends at 99"):
+        run(make_config(policy=model_folder(vocab_size=100), objective="dpo"))
+
+
+def test_no_data_names_the_option(make_config, run):
+    with pytest.raises(ValueError, match=r"no train data: set --data\.train"):
+        run(make_config(data_train=None))
+
+
+def test_scores_are_what_the_models_say(make_config, make_scores, files, chatml):
+    from tvkd_fast.data import build_dataset
+
+    config = make_config()
+    folder = make_scores(config)
+    dataset = build_dataset(config.data.train, chatml)
+    cache = ScoreCache.load(folder, dataset)
+    pair = dataset[3]
+    for model, side in ((config.policy, "ref"), (config.teacher, "values")):
+        ids = torch.tensor([pair.prompt_ids + pair.rejected_ids])
+        logits = load_model(model)(input_ids=ids).logits[0, len(pair.prompt_ids) - 1 :].double()
+        scores = cache.of(torch.tensor([3]))
+        if side == "ref":
+            logps = logits[:-1].log_softmax(-1).gather(1, torch.tensor(pair.rejected_ids)[:, None])
+            assert float(scores.ref_logps[1]) == pytest.approx(float(logps.sum().detach()), abs=1e-4)
+        else:
+            torch.testing.assert_close(
+                scores.lse[-logits.shape[0] :].double(), logits.logsumexp(-1).detach(), rtol=1e-5, atol=1e-5
+            )
+    tensors = load_file(Path(folder) / "scores.safetensors")
+    assert set(tensors) == {"ref_logps", "lse"}
+    assert tensors["lse"].dtype == torch.float32
+
+
+def test_evaluation_is_the_same_whatever_the_batch(make_config, model_folder):
+    config = make_config()
+    found = [
+        evaluate_policy(
+            EvalConfig(
+                policy=config.policy, reference=model_folder(seed=3), data=config.data, pairs_per_micro_batch=size
+            ),
+            show_progress=False,
+        )
+        for size in (1, 3, 10)
+    ]
+    for other in found[1:]:
+        assert other.known() == pytest.approx(found[0].known(), abs=1e-5)
+    assert found[0].pairs == 10
+    assert found[0].reward_accuracy is not None
+
+
+def test_evaluation_without_a_reference_has_no_rewards(make_config):
+    config = make_config()
+    found = evaluate_policy(EvalConfig(policy=config.policy, data=config.data), show_progress=False)
+    assert set(found.known()) == {"pairs", "accuracy", "accuracy_ci", "margin", "margin_ci"}
+    own = PolicyWithHead(load_model(config.policy))
+    assert not own.head.weight.is_meta
+
+
+def test_logprob_values_at_kappa_one_are_refused():
+    with pytest.raises(ValueError, match=r"value_from='logprobs' is 0 everywhere at kappa=1: set --loss\.kappa"):
+        LossConfig(value_from="logprobs")

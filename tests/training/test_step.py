@@ -1,0 +1,157 @@
+"""The step against a twin that does everything the long way: whole logits, a row at a time, in float64."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tvkd_fast.data import Scores, build_dataset, micro_batches
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead
+from tvkd_fast.training.config import LossConfig
+from tvkd_fast.training.scoring import OnlineScorer
+from tvkd_fast.training.step import train_step
+
+
+@pytest.fixture
+def dataset(files, chatml):
+    return build_dataset(files / "train.jsonl", chatml, limit=5, max_length=40)
+
+
+@pytest.fixture
+def models(tiny_model):
+    policy, reference, teacher = (tiny_model(seed).double() for seed in range(3))
+    return policy, reference.eval(), teacher.eval()
+
+
+def row_logits(model, prompt, response):
+    return model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 :]
+
+
+def row_logp(model, prompt, response):
+    logps = row_logits(model, prompt, response)[:-1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(response)[:, None]).sum()
+
+
+def row_return(teacher, prompt, response, ended, config):
+    z = row_logits(teacher, prompt, response)
+    scale = config.beta if config.value_scale is None else config.value_scale
+    source = z.log_softmax(-1) if config.value_from == "logprobs" else z
+    values = (scale / config.kappa * (config.kappa * source).logsumexp(-1)).tolist()
+    if config.terminal == "zero":
+        values[-1] = 0.0
+    if config.terminal == "last_content" and ended:
+        values = values[:-1]
+    return sum(config.gamma * after - before for before, after in pairwise(values))
+
+
+def twin_loss(models, dataset, config, objective):
+    policy, reference, teacher = models
+    losses = []
+    for pair in dataset:
+        margin = 0.0
+        for sign, response, ended in (
+            (1, pair.chosen_ids, pair.chosen_ended),
+            (-1, pair.rejected_ids, pair.rejected_ended),
+        ):
+            with torch.no_grad():
+                ref = row_logp(reference, pair.prompt_ids, response)
+                psi = row_return(teacher, pair.prompt_ids, response, ended, config) if objective == "tvkd" else 0.0
+            rho = row_logp(policy, pair.prompt_ids, response) - ref
+            margin = margin + sign * (config.beta * rho - config.alpha * psi)
+        smoothing = config.label_smoothing
+        losses.append(
+            -(1 - smoothing) * torch.nn.functional.logsigmoid(margin)
+            - smoothing * torch.nn.functional.logsigmoid(-margin)
+        )
+    return torch.stack(losses).mean()
+
+
+CONFIGS = [
+    ("dpo", LossConfig()),
+    ("tvkd", LossConfig()),
+    ("tvkd", LossConfig(gamma=0.9, terminal="eos", alpha=0.5, label_smoothing=0.1)),
+    ("tvkd", LossConfig(gamma=0.95, terminal="zero", kappa=0.7, value_scale=0.3, beta=0.2)),
+    ("tvkd", LossConfig(gamma=0.5, kappa=0.7, value_from="logprobs", alpha=-1.0)),
+]
+
+
+@pytest.mark.parametrize(("objective", "config"), CONFIGS)
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_loss_and_gradient_are_the_twins(objective, config, micro, models, dataset):
+    policy, reference, teacher = models
+    expected = twin_loss(models, dataset, config, objective)
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    policy.zero_grad()
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    out = train_step(
+        PolicyWithHead(policy),
+        OnlineScorer(PolicyWithHead(reference), TeacherWithHead(teacher, kappa=config.kappa)),
+        micro_batches(dataset, range(len(dataset)), size=micro),
+        torch.optim.SGD(policy.parameters(), lr=1.0),
+        config,
+        objective=objective,
+        clip_norm=0.0,
+    )
+    torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-10, atol=1e-12)
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(before[name] - parameter, wanted[name], rtol=1e-7, atol=1e-10)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
+    assert float(out.grad_norm) == pytest.approx(norm, rel=1e-7)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 5])
+def test_sft_is_the_mean_over_chosen_tokens(micro, models, dataset):
+    policy = models[0]
+    tokens = sum(len(p.chosen_ids) for p in dataset)
+    expected = -sum(row_logp(policy, p.prompt_ids, p.chosen_ids) for p in dataset) / tokens
+    out = train_step(
+        PolicyWithHead(policy),
+        OnlineScorer(None, None),
+        micro_batches(dataset, range(len(dataset)), size=micro, chosen_only=True),
+        torch.optim.SGD(policy.parameters(), lr=0.1),
+        LossConfig(),
+        objective="sft",
+        clip_norm=1.0,
+    )
+    torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-10, atol=1e-12)
+    assert out.outputs == []
+
+
+def test_gradients_are_clipped_to_the_norm(models, dataset):
+    policy, reference, _ = models
+    before = [p.detach().clone() for p in policy.parameters()]
+    out = train_step(
+        PolicyWithHead(policy),
+        OnlineScorer(PolicyWithHead(reference), None),
+        micro_batches(dataset, range(len(dataset)), size=5),
+        torch.optim.SGD(policy.parameters(), lr=1.0),
+        LossConfig(),
+        objective="dpo",
+        clip_norm=0.25,
+    )
+    moved = torch.cat([(b - p).detach().flatten() for b, p in zip(before, policy.parameters(), strict=True)])
+    assert float(out.grad_norm) > 0.25
+    assert float(moved.norm()) == pytest.approx(0.25, rel=1e-4)
+
+
+class BrokenReference:
+    def of(self, batch):
+        return Scores(torch.full((2 * batch.num_pairs,), torch.nan), None, None)
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_and_names_its_pairs(models, dataset):
+    policy = models[0]
+    before = [p.detach().clone() for p in policy.parameters()]
+    with pytest.raises(FloatingPointError, match=r"not finite in the step of pairs \[0, 3\]: the weights were left"):
+        train_step(
+            PolicyWithHead(policy),
+            BrokenReference(),
+            micro_batches(dataset, [3, 0], size=1),
+            torch.optim.SGD(policy.parameters(), lr=1.0),
+            LossConfig(),
+            objective="dpo",
+            clip_norm=1.0,
+        )
+    assert all(torch.equal(b, p) for b, p in zip(before, policy.parameters(), strict=True))

@@ -1,0 +1,237 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tvkd_fast.training import trainer as trainer_module
+from tvkd_fast.training.checkpoint import CheckpointError
+from tvkd_fast.training.config import OptimConfig, TrainConfig
+from tvkd_fast.training.metrics import MetricsLog, read_metrics
+from tvkd_fast.training.optim import learning_rate
+
+
+def lines(config):
+    return read_metrics(Path(config.output_dir) / "metrics.jsonl")
+
+
+def weights(config):
+    return load_file(Path(config.output_dir) / "final" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def training_lines(config):
+    """Without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in lines(config)]
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "tvkd"])
+def test_a_tiny_policy_learns_the_rule(objective, make_config, run):
+    config = make_config(objective=objective, max_steps=40, pairs_per_step=8, eval_every=10)
+    evaluation = run(config)
+    log = [line for line in lines(config) if "loss" in line]
+    assert [line["step"] for line in log] == list(range(1, 41))
+    assert log[-1]["loss"] < log[0]["loss"]
+    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "pairs_per_s"}
+    if objective != "sft":
+        wanted |= {"accuracy", "margin", "chosen_reward", "rejected_reward"}
+        assert evaluation.accuracy > 0.8
+        assert log[-1]["margin"] > 0
+    if objective == "tvkd":
+        wanted |= {"shaping_margin", "shaping_std_ratio", "shaping_length_correlation", "shaping_flipped"}
+    assert all(set(line) == wanted for line in log)
+    evals = [line for line in lines(config) if "eval/accuracy" in line]
+    assert [line["step"] for line in evals] == [10, 20, 30, 40]
+    assert evals[-1]["eval/accuracy"] == pytest.approx(evaluation.accuracy)
+    assert evals[-1]["eval/pairs"] == 10
+
+
+def test_the_final_folder_loads_and_answers(make_config, run, chatml):
+    config = make_config(max_steps=2)
+    run(config)
+    model = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "final")
+    ids = torch.tensor([chatml("say red.")["input_ids"]])
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=2).shape[1] > ids.shape[1]
+
+
+def test_dpo_starts_at_log_two_and_margins_at_zero(make_config, run):
+    config = make_config(objective="dpo", max_steps=1)
+    run(config)
+    first = lines(config)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == pytest.approx(0, abs=1e-6)
+
+
+def test_tvkd_without_alpha_is_dpo_bit_for_bit(make_config, run, files):
+    dpo = make_config(objective="dpo", output_dir=str(files / "dpo"))
+    tvkd = make_config(objective="tvkd", loss_alpha=0.0, output_dir=str(files / "tvkd"))
+    run(dpo)
+    run(tvkd)
+    assert same(weights(dpo), weights(tvkd))
+
+
+def test_micro_batches_do_not_change_where_a_run_goes(make_config, run, files):
+    configs = [
+        make_config(pairs_per_micro_batch=size, output_dir=str(files / f"run-{size}"), optim_lr=1e-3) for size in (1, 4)
+    ]
+    for config in configs:
+        run(config)
+    small, large = (weights(config) for config in configs)
+    assert all(torch.allclose(small[k], large[k], atol=1e-4) for k in small)
+    for a, b in zip(lines(configs[0]), lines(configs[1]), strict=True):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+class PulledPlugError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 4, 5])
+def test_a_killed_run_resumes_bit_for_bit(killed_at, make_config, run, files, monkeypatch):
+    whole = make_config(output_dir=str(files / "whole"), save_every=2, eval_every=3)
+    broken = make_config(output_dir=str(files / "broken"), save_every=2, eval_every=3)
+    run(whole)
+    taken = 0
+    real = trainer_module.train_step
+
+    def stop_in_the_middle(*args, **kwargs):
+        nonlocal taken
+        taken += 1
+        if taken > killed_at:
+            raise PulledPlugError
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "train_step", stop_in_the_middle)
+        with pytest.raises(PulledPlugError):
+            run(broken)
+    torch.manual_seed(12345)
+    run(broken)
+    assert same(weights(whole), weights(broken))
+    assert training_lines(whole) == training_lines(broken)
+
+
+def test_a_finished_run_does_nothing_more(make_config, run, capsys):
+    config = make_config()
+    run(config)
+    before, log = weights(config), lines(config)
+    assert run(config) is None
+    assert "finished already" in capsys.readouterr().out
+    assert same(before, weights(config))
+    assert lines(config) == log
+
+
+def test_a_run_can_start_again_in_its_folder(make_config, run):
+    run(make_config(seed=1))
+    config = make_config(seed=2, resume=False)
+    run(config)
+    assert [line["step"] for line in lines(config) if "loss" in line] == list(range(1, 7))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"seed": 3}, "seed"),
+        ({"loss_beta": 0.3}, "loss"),
+        ({"optim_lr": 1e-3}, "optim"),
+        ({"data_max_length": 8}, "dataset"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_by_name(changes, name, make_config, run):
+    run(make_config())
+    if name == "dataset":
+        changes = {"data_max_length": 20}
+    with pytest.raises(CheckpointError, match=rf"was made with another {name} .*--output_dir"):
+        run(make_config(max_steps=6, **changes))
+
+
+def test_resuming_under_another_policy_is_refused(make_config, run, model_folder):
+    run(make_config())
+    with pytest.raises(CheckpointError, match="was made with another policy"):
+        run(make_config(policy=model_folder(seed=5)))
+
+
+def test_a_damaged_checkpoint_costs_only_its_steps(make_config, run, files):
+    config = make_config(save_every=2, keep_checkpoints=3)
+    run(config)
+    expected = weights(config)
+    newest = Path(config.output_dir) / "checkpoints" / "step-000006" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
+        run(config)
+    assert same(weights(config), expected)
+
+
+def test_shaping_that_outweighs_the_margins_is_warned_of_once(make_config, run):
+    with pytest.warns(UserWarning, match="shaping outweighs the policy's margins") as warned:
+        run(make_config(loss_alpha=1e4, loss_gamma=0.5, max_steps=8))
+    assert sum("shaping outweighs" in str(w.message) for w in warned) == 1
+
+
+def test_bfloat16_autocast_trains(make_config, run):
+    config = make_config(model=make_config().model, max_steps=30, objective="dpo")
+    config.model.autocast = "bfloat16"
+    assert run(config).accuracy > 0.8
+    assert {t.dtype for t in weights(config).values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(make_config, run, files):
+    plain = make_config(output_dir=str(files / "plain"), max_steps=3)
+    saved = make_config(output_dir=str(files / "saved"), max_steps=3)
+    saved.model.gradient_checkpointing = True
+    run(plain)
+    run(saved)
+    a, b = weights(plain), weights(saved)
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+
+def test_a_metrics_log_survives_a_torn_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    log = MetricsLog(tmp_path, resume_from=1)
+    log.write({"step": 2, "loss": float("inf"), "lr": 1.23456789e-9})
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": None, "lr": 1.2345679e-9},
+    ]
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = OptimConfig(lr=1.0, warmup_steps=4, final_lr_ratio=0.1)
+    rates = [learning_rate(step, 11, config) for step in range(11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == pytest.approx(1.0)
+    assert rates[7] == pytest.approx(0.55)
+    assert rates[10] == pytest.approx(0.1)
+
+
+def test_epochs_count_steps_where_none_are_given(make_config, run):
+    config = make_config(max_steps=None, epochs=0.5)
+    run(config)
+    assert lines(config)[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_steps", 0, "max_steps must be at least 1"),
+        ("pairs_per_step", 0, "pairs_per_step must be at least 1"),
+        ("log_every", 0, "log_every must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(policy="p", output_dir="o", **{field: value})
+
+
+def test_a_rate_that_learns_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"lr must be positive, got 0: set --optim\.lr"):
+        OptimConfig(lr=0)
