@@ -102,7 +102,6 @@ def test_inputs_that_are_not_contiguous(kit: SimpleNamespace, dtype: torch.dtype
     with kit.tile_sizes(512, 8):
         got, expected = kit.run(linear_logps, relaid_case), kit.run(linear_logps, dense_case)
         kit.logps_no_worse(relaid_case)
-    torch.testing.assert_close(got, expected) if False else None
     torch.testing.assert_close(got.logps, expected.logps)
     torch.testing.assert_close(got.hidden, expected.hidden)
     torch.testing.assert_close(got.weight, expected.weight)
@@ -133,8 +132,8 @@ def test_gradients_by_finite_differences(kit: SimpleNamespace, softcap: float | 
 def test_twice_the_same_bits(kit: SimpleNamespace, dtype: torch.dtype) -> None:
     case = kit.case(120, 33, 500, dtype, bias=True)
     torch.set_num_threads(2)
-    with kit.tile_sizes(8192, 32):
-        first, second = kit.run(linear_logps, case), kit.run(linear_logps, case)
+    first, second = kit.run(linear_logps, case), kit.run(linear_logps, case)
+    torch.set_num_threads(1)
     for name in ("logps", "hidden", "weight", "bias"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
@@ -193,8 +192,11 @@ def test_a_second_derivative_is_refused(kit: SimpleNamespace) -> None:
     case = kit.case(8, 4, 9, torch.float64)
     hidden = case.hidden.requires_grad_()
     logps = linear_logps(hidden, case.weight, case.labels)
-    (grad,) = torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+    (grad,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    (grad,) = torch.autograd.grad(linear_logps(hidden, case.weight, case.labels).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
         grad.sum().backward()
 
 

@@ -66,7 +66,7 @@ def tvkd_loss(
         ValueError: β ≤ 0, λ outside [0, 0.5), α not finite, shapes that differ or an odd number of rows.
     """
     _check(policy_logps, ref_logps, psi, beta, alpha, label_smoothing)
-    log_ratios = policy_logps - ref_logps
+    log_ratios = policy_logps - ref_logps.to(policy_logps.dtype)
     rho_chosen, rho_rejected = log_ratios.chunk(2)
     margins = beta * (rho_chosen - rho_rejected)
     if psi is None or alpha == 0:

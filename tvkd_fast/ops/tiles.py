@@ -92,7 +92,8 @@ def head_sums(
             decay = running_max - shift
             z.sub_(shift[:, None])
             if kappa is not None:
-                total_kappa.mul_(decay.mul(kappa).exp_()).add_(z.mul(kappa).exp_().sum(1))
+                scaled = torch.mul(z, kappa, out=tiles.spare(z))
+                total_kappa.mul_(decay.mul(kappa).exp_()).add_(scaled.exp_().sum(1))
             total.mul_(decay.exp_()).add_(z.exp_().sum(1))
             running_max = new_max
         if head.softcap is not None:
@@ -204,7 +205,7 @@ def _locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 
 class _Tiles:
-    """The walk over [K, V] in [R, C] tiles that share one buffer; K are the kept rows of hidden, or all of them."""
+    """The walk over [K, V] in [R, C] tiles that share two buffers; K are the kept rows of hidden, or all of them."""
 
     def __init__(self, hidden: Tensor, head: Head, kept: Tensor | None) -> None:
         self.hidden, self.head, self.kept = hidden, head, kept
@@ -215,7 +216,8 @@ class _Tiles:
         held_per_column = 0 if hidden.dtype == self.acc else 2 * d
         self.rows = max(1, min(self.count, TILE_ROWS, WORKSPACE_FLOATS // (4 * d)))
         self.columns = max(1, min(head.vocab_size, WORKSPACE_FLOATS // 2 // (self.rows + held_per_column)))
-        self.buffer = hidden.new_empty(self.rows * self.columns, dtype=self.acc)
+        # Made once: a tile that came from the allocator anew each time would cost its page faults each time.
+        self.buffers = hidden.new_empty(2, self.rows * self.columns, dtype=self.acc)
 
     def index(self, rows: slice) -> slice | Tensor:
         return rows if self.kept is None else self.kept[rows]
@@ -233,9 +235,9 @@ class _Tiles:
         return x.to(self.acc)
 
     def logits(self, h: Tensor, w: Tensor, columns: slice) -> Tensor:
-        """z [R, C] in the shared buffer: valid until the next tile."""
+        """z [R, C] in the first buffer: valid until the next tile."""
         head = self.head
-        z = self.buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
+        z = self.buffers[0, : h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         torch.mm(h, w.T, out=z)
         if head.bias is not None:
             z.add_(self.upcast(head.bias[columns]))
@@ -245,11 +247,17 @@ class _Tiles:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
         return z
 
+    def spare(self, z: Tensor) -> Tensor:
+        """A tile of z's shape in the second buffer."""
+        return self.buffers[1, : z.numel()].view(z.shape)
+
     def dlosses(self, h: Tensor, w: Tensor, labels: Tensor, sums: HeadSums, rows: slice, columns: slice) -> Tensor:
-        """d(−logp)/d(h·w) = s·J·(softmax − onehot), [R, C] in the shared buffer; labels are these rows'."""
+        """d(−logp)/d(h·w) = s·J·(softmax − onehot), [R, C] in the first buffer; labels are these rows'."""
         head = self.head
         z = self.logits(h, w, columns)
-        chain = None if head.softcap is None else 1 - (z / head.softcap).square_()
+        chain = None
+        if head.softcap is not None:
+            chain = torch.div(z, head.softcap, out=self.spare(z)).square_().neg_().add_(1.0)
         g = z.sub_(sums.maximum[rows, None]).sub_(sums.log_total[rows, None]).exp_()
         here, local = _locate(labels, columns)
         g.scatter_add_(1, local, here.to(g.dtype).neg_())

@@ -20,7 +20,7 @@ import torch
 from tvkd_fast.data.synthetic import judge, preference_rows
 from tvkd_fast.models import load_model, load_tokenizer, prune_layers
 from tvkd_fast.training.build import FINAL, evaluate_policy, save_final, score, train
-from tvkd_fast.training.config import EvalConfig, OptimConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.config import DataConfig, EvalConfig, OptimConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.generate import answers
 from tvkd_fast.training.metrics import read_metrics
 from tvkd_fast.training.plot import plot_curves
@@ -46,24 +46,24 @@ class DemoConfig:
     """Training pairs instead of the recipe's."""
     eval: str | None = None
     """Held-out pairs instead of the recipe's."""
-    teacher_steps: int = 40
+    teacher_steps: int = 20
     """DPO steps that make the teacher out of the recipe's policy."""
-    teacher_lr: float = 2e-6
+    teacher_lr: float = 1e-5
     """Peak learning rate of the teacher's DPO."""
-    warm_steps: int = 80
+    warm_steps: int = 150
     """SFT steps on chosen responses that warm the pruned student."""
-    warm_lr: float = 5e-4
+    warm_lr: float = 1e-3
     """Peak learning rate of the student's SFT."""
     steps: int | None = None
     """Steps of TVKD, and of DPO beside it, instead of the recipe's."""
-    judged: int = 48
+    judged: int = 24
     """Bundled prompts answered greedily by each model and judged by rule; 0 leaves it out."""
     seed: int | None = None
     """Seed instead of the recipe's."""
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.teacher_steps, self.warm_steps, self.steps, self.judged = 2, 6, 4, 12
+            self.teacher_steps, self.warm_steps, self.steps, self.judged = 2, 4, 4, 0
 
 
 def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
     say("evaluation …")
     report = _report(config, recipe, out)
     report["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
-    report["made_by"] = _made_by(settings)
+    report["made_by"] = provenance() | {"command": " ".join(["tvkd", *sys.argv[1:]]), **settings}
     text = json.dumps(report, indent=2)
     report = json.loads(text)
     (out / "report.json").write_text(text + "\n")
@@ -131,7 +131,7 @@ def table(report: dict[str, Any]) -> str:
 def _adapt(config: DemoConfig, recipe: TrainConfig) -> TrainConfig:
     data = replace(recipe.data, train=config.train or recipe.data.train, eval=config.eval or recipe.data.eval)
     if config.quick:
-        data = replace(data, train_limit=48, eval_limit=24)
+        data = replace(data, train_limit=16, eval_limit=12)
     steps = config.steps or recipe.max_steps
     return replace(
         recipe,
@@ -194,7 +194,7 @@ def _scores(recipe: TrainConfig, out: Path) -> None:
             policy=str(out / "student" / FINAL),
             teacher=str(out / "teacher" / FINAL),
             kappa=recipe.loss.kappa,
-            data=recipe.data,
+            data=_used(recipe),
             model=recipe.model,
         )
     )
@@ -210,8 +210,17 @@ def _run(recipe: TrainConfig, out: Path, objective: str) -> None:
             teacher=None,
             student_layers=None,
             scores=str(out / "scores" / FINAL),
+            data=_used(recipe),
         )
     )
+
+
+def _used(recipe: TrainConfig) -> DataConfig:
+    """No more training rows than the run will take: what is not trained on need not be scored."""
+    if recipe.max_steps is None:
+        return recipe.data
+    rows = recipe.max_steps * recipe.pairs_per_step
+    return replace(recipe.data, train_limit=min(rows, recipe.data.train_limit or rows))
 
 
 def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any]:
@@ -235,6 +244,7 @@ def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any
         )
         report[name] = {k: v for k, v in evaluation.known().items() if k not in ("pairs", "loss")}
         report["pairs"] = evaluation.pairs
+    report["shaping"] = _last_shaping(read_metrics(out / "tvkd" / "metrics.jsonl"))
     prompts: list[list[Message]] = [row["prompt"] for row in preference_rows("eval", max(SHOWN_ANSWERS, config.judged))]
     given: dict[str, list[str]] = {}
     for name, (folder, _) in students.items():
@@ -250,6 +260,12 @@ def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any
         for i in range(SHOWN_ANSWERS)
     ]
     return report
+
+
+def _last_shaping(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The shaping's diagnostics on held-out pairs at the end of the TVKD run."""
+    last = next((line for line in reversed(lines) if "eval/pairs" in line), {})
+    return {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/shaping")}
 
 
 def _start_line(report: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +286,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     path.write_text(text)
 
 
-def _made_by(settings: dict[str, Any]) -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine: what stands beside every figure."""
     import transformers
 
     return {
@@ -279,9 +296,7 @@ def _made_by(settings: dict[str, Any]) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
-        "command": " ".join(sys.argv),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {_processor()}",
-        **settings,
     }
 
 

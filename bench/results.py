@@ -1,0 +1,116 @@
+"""Tables of README.md and docs/ from the JSON that the measuring commands wrote.
+
+python -m bench.results add NAME REPORT.json    keep a road's report as docs/results/NAME.json
+python -m bench.results write                   write every table anew between its markers
+python -m bench.results check                   fail where a table is not what its JSON says
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.machine import without_paths
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def road_table(report: dict[str, Any]) -> str:
+    judged = "judged" in report["start"]
+    head = ["model", "accuracy", "margin, nats", "reward accuracy", *(["good answers"] if judged else [])]
+    rows = []
+    for name, label in (("start", "student at the start"), ("dpo", "DPO"), ("tvkd", "TVKD"), ("teacher", "teacher")):
+        row = report[name]
+        reward = "–" if row.get("reward_accuracy") is None else f"{row['reward_accuracy']:.3f}"
+        cells = [
+            label,
+            f"{row['accuracy']:.3f} ± {row['accuracy_ci']:.3f}",
+            f"{row['margin']:+.2f} ± {row['margin_ci']:.2f}",
+            reward,
+        ]
+        rows.append(cells + ([f"{row['judged']:.2f}"] if judged else []))
+    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], f"{report['pairs']} held-out pairs")
+
+
+def shaping_table(report: dict[str, Any]) -> str:
+    row = report["shaping"]
+    head = ["figure", "held-out pairs"]
+    rows = [
+        ["mean αΔΨ", f"{row['shaping_margin']:+.4f}"],
+        ["std(αΔΨ)/std(βΔρ)", f"{row['shaping_std_ratio']:.3f}"],
+        ["correlation of ΔΨ with the length difference", f"{row['shaping_length_correlation']:+.3f}"],
+        ["pairs whose sign αΔΨ flips", f"{row['shaping_flipped']:.1%}"],
+    ]
+    return _markdown(head, rows)
+
+
+def head_table(report: dict[str, Any]) -> str:
+    names = {"product": "the forward product alone", "eager": "eager log-softmax", "tvkd_fast": "`linear_logps`, exact"}
+    rows = [
+        [names[row["name"]], f"{row['over_product']:.2f}", f"{row['peak_mb']:,.0f} MB"] for row in report["results"]
+    ]
+    head = ["head, forward and backward", "time over the product", "memory beyond inputs and gradients"]
+    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], f"{report['shape']} {report['dtype']}")
+
+
+TABLES = {"road": road_table, "shaping": shaping_table, "head": head_table}
+
+
+def render(text: str) -> str:
+    """The page with every table made from its JSON."""
+
+    def block(found: re.Match[str]) -> str:
+        report = json.loads((RESULTS / f"{found[3]}.json").read_text())
+        return f"{found[1]}{TABLES[found[2]](report)}\n{found[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def stale() -> list[str]:
+    """Pages whose tables are not what their JSON says."""
+    return [page.name for page in PAGES if render(page.read_text()) != page.read_text()]
+
+
+def add(name: str, report: Path) -> None:
+    """Keep a report and the picture beside it, without paths of the machine."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(without_paths(report.read_text()))
+    picture = report.with_name("curves.png")
+    if picture.exists():
+        shutil.copy(picture, RESULTS / f"{name}.png")
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _provenance(made: dict[str, Any], what: str) -> str:
+    versions = f"torch {made['torch']}, transformers {made['transformers']}, Python {made['python']}"
+    commit = (made["commit"] or "no checkout")[:12]
+    return f"\n{what}; `{made['command']}`; {made['machine']}; {versions}; commit {commit}."
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["add", name, report]:
+            add(name, Path(report))
+        case ["write"]:
+            for page in PAGES:
+                page.write_text(render(page.read_text()))
+        case ["check"]:
+            if stale():
+                raise SystemExit(f"tables are stale in {', '.join(stale())}: run python -m bench.results write")
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

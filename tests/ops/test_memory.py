@@ -1,0 +1,120 @@
+"""What the ops promise of memory: no tensor of logits, and at most 64 MB beside inputs, results and gradients."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tvkd_fast.ops import linear_logps, linear_soft_values
+
+MEBI = 2**20
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from tvkd_fast.ops import linear_logps, linear_soft_values
+
+op, n, d, v, dtype, options = json.loads(sys.argv[1])
+torch.set_num_threads(2)
+
+def resident(which):
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(which + ":")[1].split()[0]) * 1024
+
+def call(hidden, weight, bias, labels):
+    if op == "soft_values":
+        return linear_soft_values(hidden, weight, bias=bias, kappa=0.7, **options), []
+    leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+    logps = linear_logps(hidden, weight, labels, bias=bias, **options)
+    return logps, torch.autograd.grad(logps.sum(), leaves)
+
+def inputs(n, v):
+    made = [torch.empty(size, dtype=getattr(torch, dtype)).uniform_(-1, 1) for size in ((n, d), (v, d), (v,))]
+    return *(x.requires_grad_() for x in made), torch.randint(v, (n,))
+
+# The first call makes the libraries' own buffers and threads, which are nobody's inputs.
+call(*inputs(64, 2048))
+arguments = inputs(n, v)
+arguments[3][::5] = -100
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+result, gradients = call(*arguments)
+peak = resident("VmHWM")
+kept = sum(x.numel() * x.element_size() for x in (result, *gradients))
+print(json.dumps(peak - before - kept))
+"""
+
+
+def beyond(op: str, n: int, d: int, v: int, dtype: str = "float32", **options: Any) -> float:
+    """Peak resident memory of a call beyond its inputs, result and gradients, in MiB, in a process of its own."""
+    try:
+        with CLEAR_REFS.open("w"):
+            pass
+    except OSError as why:
+        pytest.skip(f"peak memory is reset through {CLEAR_REFS}, which cannot be written here: {why}")
+    arguments = json.dumps([op, n, d, v, dtype, options])
+    done = subprocess.run([sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout) / MEBI
+
+
+@pytest.mark.parametrize("transforms", [{}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_of_logits_is_ever_made(kit: SimpleNamespace, dtype: torch.dtype, transforms: dict[str, Any]) -> None:
+    case = kit.case(300, 8, 700, dtype, bias=True, **transforms)
+    workspace = 4096
+    largest_by_right = max(case.hidden.numel(), case.weight.numel(), workspace)
+    assert 20 * largest_by_right < 300 * 700
+    with kit.tile_sizes(workspace, 64), kit.Watch() as watch:
+        kit.run(linear_logps, case)
+        linear_soft_values(case.hidden, case.weight, bias=case.bias, kappa=0.7, **transforms)
+    assert 0 < watch.largest <= largest_by_right
+
+
+def test_a_float32_head_stays_within_64_mb(record_property: Any) -> None:
+    used = beyond("logps", 4096, 256, 128_256)
+    record_property("mebibytes", used)
+    assert used <= 64
+
+
+@pytest.mark.parametrize(("dtype", "options"), [("float32", {}), ("bfloat16", {"softcap": 30.0})], ids=str)
+def test_four_times_the_tokens_take_no_more(dtype: str, options: dict[str, Any], record_property: Any) -> None:
+    few, many = (beyond("logps", n, 256, 2048, dtype, **options) for n in (4096, 16_384))
+    record_property("mebibytes", (few, many))
+    assert few <= 64
+    assert many <= 64
+    assert many - few <= 16
+
+
+def test_soft_values_stay_within_64_mb(record_property: Any) -> None:
+    used = beyond("soft_values", 4096, 128, 16_384, softcap=30.0)
+    record_property("mebibytes", used)
+    assert used <= 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "d", "dtype", "options"),
+    [
+        (4096, 1024, "bfloat16", {}),
+        (4096, 1024, "bfloat16", {"softcap": 30.0}),
+        (8192, 1024, "bfloat16", {}),
+        (4096, 1024, "float32", {"softcap": 30.0}),
+        (16_384, 256, "float32", {}),
+        (4096, 256, "float64", {}),
+    ],
+    ids=str,
+)
+def test_full_vocabularies_stay_within_64_mb(
+    n: int, d: int, dtype: str, options: dict[str, Any], record_property: Any
+) -> None:
+    used = beyond("logps", n, d, 128_256, dtype, **options)
+    record_property("mebibytes", used)
+    assert used <= 64
