@@ -2,8 +2,8 @@
 
     python -m bench.head --json docs/results/head.json
 
-Time: all three in one process, interleaved, medians, after the gradients were compared. Memory: each in a process of its
-own, the peak of resident memory (VmHWM, reset before) beyond inputs, result and gradients. Linux only.
+Time: all three in one process, interleaved, medians, after the gradients were compared. Memory: each in a process of
+its own, the peak of resident memory (VmHWM, reset before) beyond inputs, result and gradients. Linux only.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
     report = {"shape": arguments.shape, "dtype": "float32", "results": results, "made_by": made_by()}
     for row in results:
         print(
-            f"{row['name']:<10} {row['over_product']:6.2f} x the product   {row['peak_mb']:8.0f} MB beyond inputs and gradients"
+            f"{row['name']:<10} {row['over_product']:6.2f} x the product   {row['peak_mb']:8.0f} MB beyond the gradients"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")

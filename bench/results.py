@@ -40,8 +40,8 @@ def road_table(report: dict[str, Any]) -> str:
 
 
 def shaping_table(report: dict[str, Any]) -> str:
-    row = report["shaping"]
-    head = ["figure", "held-out pairs"]
+    row = report["tvkd"]
+    head = ["shaping at the end of the TVKD run", "held-out pairs"]
     rows = [
         ["mean αΔΨ", f"{row['shaping_margin']:+.4f}"],
         ["std(αΔΨ)/std(βΔρ)", f"{row['shaping_std_ratio']:.3f}"],

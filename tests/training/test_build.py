@@ -127,9 +127,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_the_reason(make_config
 
 
 def test_tvkd_without_a_teacher_names_the_ways_out(make_config, run):
-    with pytest.raises(
-        ValueError, match="tvkd needs a teacher: set --teacher, or --scores .*--objective dpo needs none"
-    ):
+    with pytest.raises(ValueError, match=r"tvkd needs a teacher: set --teacher, or --scores .*--objective dpo needs"):
         run(make_config(teacher=None))
 
 
@@ -190,6 +188,27 @@ def test_evaluation_without_a_reference_has_no_rewards(make_config):
     assert set(found.known()) == {"pairs", "accuracy", "accuracy_ci", "margin", "margin_ci"}
     own = PolicyWithHead(load_model(config.policy))
     assert not own.head.weight.is_meta
+
+
+def test_evaluation_with_a_teacher_reports_the_shaping(make_config, model_folder):
+    config = make_config()
+    models = {"policy": config.policy, "teacher": config.teacher, "data": config.data}
+    found = evaluate_policy(EvalConfig(**models, reference=model_folder(seed=3)), show_progress=False)
+    assert found.shaping_std_ratio is not None
+    assert found.shaping_margin is not None
+    with pytest.raises(ValueError, match="give --reference with --teacher"):
+        evaluate_policy(EvalConfig(**models), show_progress=False)
+
+
+def test_held_out_scores_serve_as_well_as_the_models(make_config, make_scores, run, files):
+    online = make_config(output_dir=str(files / "online"))
+    scores = make_scores(online)
+    held_out = make_scores(online, which="eval", output_dir=str(files / "held-out"))
+    cached = make_config(output_dir=str(files / "cached"), scores=scores, eval_scores=str(files / "held-out"))
+    assert held_out
+    assert run(cached).known() == pytest.approx(run(online).known(), abs=1e-5)
+    with pytest.raises(ValueError, match="was made of other data"):
+        run(make_config(output_dir=str(files / "wrong"), scores=scores, eval_scores=scores))
 
 
 def test_logprob_values_at_kappa_one_are_refused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,26 +47,27 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     for pairs in (dataset, held_out):
         if pairs is not None:
             check_token_ids(pairs, policy.head.out_features)
-    device = next(policy.parameters()).device
     start = fingerprint_weights(policy.model)
     models = OnlineScorer(*_frozen_models(config, policy, tokenizer))
     scorer: Scorer = models
     if config.scores is not None and config.objective != "sft":
-        scorer = CachedScorer(_fitting_cache(config, dataset, tokenizer, start, models))
+        scorer = CachedScorer(_fitting_cache(config.scores, config, dataset, tokenizer, start, models))
     held_out_scorer = None
     if held_out is not None and config.objective != "sft":
-        # Here the policy is still its own reference, also when the run is resumed later on.
-        reference = models.reference or policy
-        held_out_scorer = CachedScorer(
-            score_dataset(
+        if config.eval_scores is not None:
+            cache = _fitting_cache(config.eval_scores, config, held_out, tokenizer, start, models)
+        else:
+            # Here the policy is still its own reference, also when the run is resumed later on.
+            reference = policy if models.reference is None else models.reference
+            cache = score_dataset(
                 held_out,
                 OnlineScorer(reference, models.teacher),
                 _manifest(held_out, tokenizer, None, None, config.loss.kappa),
                 pairs_per_micro_batch=config.pairs_per_micro_batch,
-                device=device,
+                device=next(policy.parameters()).device,
                 progress=show_progress,
             )
-        )
+        held_out_scorer = CachedScorer(cache)
     if scorer is not models:
         # What was loaded to be compared or to score the held-out pairs is not needed any longer.
         models.reference = models.teacher = None
@@ -126,17 +126,21 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
     """`tvkd eval`: a policy, with or without a reference, on data.eval."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = _dataset("eval", config.data, tokenizer, show_progress)
+    if config.teacher is not None and config.reference is None:
+        raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     policy = _frozen(PolicyWithHead(_load_policy(config.policy, None, config.model)))
-    reference = None
+    reference = teacher = None
     if config.reference is not None:
         reference = _frozen(PolicyWithHead(_load_policy(config.reference, None, config.model)))
+    if config.teacher is not None:
+        teacher = _load_teacher(config.teacher, config.loss.kappa, config.model, tokenizer)
     check_token_ids(dataset, policy.head.out_features)
-    loss = replace(TrainConfig(policy=config.policy, output_dir="").loss, beta=config.beta)
     return evaluate(
         policy,
         dataset,
-        scorer=OnlineScorer(reference, None),
-        loss=loss,
+        scorer=OnlineScorer(reference, teacher),
+        loss=config.loss,
+        objective="dpo" if teacher is None else "tvkd",
         pairs_per_micro_batch=config.pairs_per_micro_batch,
         device=next(policy.parameters()).device,
     )
@@ -234,14 +238,14 @@ def _frozen_models(
 
 
 def _fitting_cache(
+    folder: str,
     config: TrainConfig,
     dataset: PairDataset,
     tokenizer: PreTrainedTokenizerBase,
     policy_at_start: str,
     models: OnlineScorer,
 ) -> ScoreCache:
-    assert config.scores is not None
-    cache = ScoreCache.load(config.scores, dataset)
+    cache = ScoreCache.load(folder, dataset)
     shaped = config.objective == "tvkd"
     cache.check(
         tokenizer=fingerprint_tokenizer(tokenizer),
@@ -252,7 +256,7 @@ def _fitting_cache(
     )
     if shaped and cache.scores.lse is None:
         raise ValueError(
-            f"the scores at {config.scores} hold no teacher's values: run `tvkd score` with --teacher, or train with "
+            f"the scores at {folder} hold no teacher's values: run `tvkd score` with --teacher, or train with "
             "--objective dpo"
         )
     return cache

@@ -127,6 +127,8 @@ class TrainConfig:
     """Prune the policy to so many evenly spaced layers before training."""
     scores: str | None = None
     """Folder that `tvkd score` wrote for the training data: then neither teacher nor reference is loaded."""
+    eval_scores: str | None = None
+    """The same for the held-out data (`tvkd score --which eval`); scored at the start of the run where not given."""
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -194,11 +196,12 @@ class EvalConfig:
     """Model to evaluate."""
     reference: str | None = None
     """Reference for the rewards; without it log-probabilities themselves are compared."""
-    beta: float = 0.1
-    """β of the rewards."""
+    teacher: str | None = None
+    """Teacher for the shaping margins and their diagnostics; needs a reference."""
     output: str | None = None
     """File to append the JSON line to, beside printing it."""
     pairs_per_micro_batch: int = 8
     """Pairs that go through the model at once."""
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -188,16 +188,20 @@ def _student(config: DemoConfig, recipe: TrainConfig, out: Path) -> None:
 
 
 def _scores(recipe: TrainConfig, out: Path) -> None:
-    score(
-        ScoreConfig(
-            output_dir=str(out / "scores" / FINAL),
-            policy=str(out / "student" / FINAL),
-            teacher=str(out / "teacher" / FINAL),
-            kappa=recipe.loss.kappa,
-            data=_used(recipe),
-            model=recipe.model,
+    partial = out / "scores" / "partial"
+    for which in ("train", "eval"):
+        score(
+            ScoreConfig(
+                output_dir=str(partial / which),
+                policy=str(out / "student" / FINAL),
+                teacher=str(out / "teacher" / FINAL),
+                kappa=recipe.loss.kappa,
+                which=which,
+                data=_used(recipe),
+                model=recipe.model,
+            )
         )
-    )
+    partial.rename(out / "scores" / FINAL)
 
 
 def _run(recipe: TrainConfig, out: Path, objective: str) -> None:
@@ -209,7 +213,8 @@ def _run(recipe: TrainConfig, out: Path, objective: str) -> None:
             objective=objective,  # type: ignore[arg-type]
             teacher=None,
             student_layers=None,
-            scores=str(out / "scores" / FINAL),
+            scores=str(out / "scores" / FINAL / "train"),
+            eval_scores=str(out / "scores" / FINAL / "eval"),
             data=_used(recipe),
         )
     )
@@ -236,15 +241,16 @@ def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any
             EvalConfig(
                 policy=str(out / folder / FINAL),
                 reference=None if reference is None else str(out / reference / FINAL),
-                beta=recipe.loss.beta,
+                teacher=str(out / "teacher" / FINAL) if name == "tvkd" else None,
+                loss=recipe.loss,
                 data=recipe.data,
                 model=recipe.model,
             ),
             show_progress=False,
         )
-        report[name] = {k: v for k, v in evaluation.known().items() if k not in ("pairs", "loss")}
-        report["pairs"] = evaluation.pairs
-    report["shaping"] = _last_shaping(read_metrics(out / "tvkd" / "metrics.jsonl"))
+        figures = evaluation.known()
+        report["pairs"] = figures.pop("pairs")
+        report[name] = figures
     prompts: list[list[Message]] = [row["prompt"] for row in preference_rows("eval", max(SHOWN_ANSWERS, config.judged))]
     given: dict[str, list[str]] = {}
     for name, (folder, _) in students.items():
@@ -260,12 +266,6 @@ def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any
         for i in range(SHOWN_ANSWERS)
     ]
     return report
-
-
-def _last_shaping(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The shaping's diagnostics on held-out pairs at the end of the TVKD run."""
-    last = next((line for line in reversed(lines) if "eval/pairs" in line), {})
-    return {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/shaping")}
 
 
 def _start_line(report: dict[str, Any]) -> dict[str, Any]:

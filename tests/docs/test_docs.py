@@ -1,0 +1,85 @@
+"""What the pages say is so: code runs, tables are what their JSON says, links lead somewhere."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture
+def results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
+        monkeypatch.delitem(sys.modules, name)
+    from bench import results
+
+    return results
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run(page):
+    torch.manual_seed(0)
+    names = {
+        "hidden": torch.randn(5, 8, requires_grad=True),
+        "labels": torch.randint(30, (5,)),
+        "lm_head": torch.nn.Linear(8, 30, bias=False),
+    }
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_readmes_two_lines_agree():
+    text = (ROOT / "README.md").read_text()
+    before, after = re.search(r"```python\n(# before.*?)\n\n(# after.*?)```", text, re.DOTALL).groups()
+    names = {
+        "hidden": torch.randn(5, 8),
+        "labels": torch.randint(30, (5,)),
+        "lm_head": torch.nn.Linear(8, 30, bias=False),
+    }
+    exec(before, names)
+    eager = names["logps"]
+    exec(after, names)
+    torch.testing.assert_close(names["logps"], eager)
+
+
+def test_every_table_is_what_its_json_says(results):
+    assert results.stale() == []
+
+
+def test_a_table_that_is_not_would_be_found(results, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    text = (ROOT / "docs" / "results.md").read_text()
+    page.write_text(re.sub(r"\| TVKD \| 0\.\d+", "| TVKD | 0.999", text))
+    monkeypatch.setattr(results, "PAGES", (page,))
+    assert page.read_text() != text
+    assert results.stale() == ["page.md"]
+
+
+def test_paths_of_a_machine_do_not_get_in(results):
+    from bench.machine import without_paths
+
+    assert (
+        without_paths("tvkd demo --train /home/me/data/x.jsonl.gz --out out/hh")
+        == "tvkd demo --train x.jsonl.gz --out out/hh"
+    )
+    for file in (ROOT / "docs" / "results").glob("*.json"):
+        assert without_paths(file.read_text()) == file.read_text()
+
+
+def test_the_readmes_commands_exist():
+    from tvkd_fast.cli import COMMANDS
+
+    commands = re.findall(r"^tvkd (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert set(commands) == set(COMMANDS)
