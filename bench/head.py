@@ -132,9 +132,8 @@ def main() -> None:
         )
     report = {"shape": arguments.shape, "dtype": "float32", "results": results, "made_by": made_by()}
     for row in results:
-        print(
-            f"{row['name']:<10} {row['over_product']:6.2f} x the product   {row['peak_mb']:8.0f} MB beyond the gradients"
-        )
+        times, peak = f"{row['over_product']:6.2f}", f"{row['peak_mb']:8,.0f}"
+        print(f"{row['name']:<10} {times} x the product   {peak} MB beyond inputs and gradients")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 

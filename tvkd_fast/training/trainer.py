@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tvkd_fast.data import PairDataset, micro_batches, pairs_of_step
+from tvkd_fast.data import PairBatch, PairDataset, micro_batches, pairs_of_step
 from tvkd_fast.losses import ShapingReport
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.checkpoint import (
@@ -137,7 +137,7 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
-    def _batches(self, step: int) -> list:
+    def _batches(self, step: int) -> list[PairBatch]:
         config = self.config
         indices = pairs_of_step(config.seed, step, num_pairs=len(self.dataset), pairs_per_step=config.pairs_per_step)
         size, chosen_only = config.pairs_per_micro_batch, config.objective == "sft"
