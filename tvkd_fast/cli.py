@@ -82,7 +82,7 @@ def run(command: str, fields: dict[str, Any]) -> None:
         )
     elif command == "eval":
         evaluation = EvalConfig(**fields)
-        found = build.evaluate_policy(evaluation, show_progress=False)
+        found = build.evaluate_policy(evaluation)
         line = json.dumps({"policy": evaluation.policy, **found.known()})
         print(line)
         if evaluation.output is not None:

@@ -172,7 +172,6 @@ def test_evaluation_is_the_same_whatever_the_batch(make_config, model_folder):
             EvalConfig(
                 policy=config.policy, reference=model_folder(seed=3), data=config.data, pairs_per_micro_batch=size
             ),
-            show_progress=False,
         )
         for size in (1, 3, 10)
     ]
@@ -184,7 +183,7 @@ def test_evaluation_is_the_same_whatever_the_batch(make_config, model_folder):
 
 def test_evaluation_without_a_reference_has_no_rewards(make_config):
     config = make_config()
-    found = evaluate_policy(EvalConfig(policy=config.policy, data=config.data), show_progress=False)
+    found = evaluate_policy(EvalConfig(policy=config.policy, data=config.data))
     assert set(found.known()) == {"pairs", "accuracy", "accuracy_ci", "margin", "margin_ci"}
     own = PolicyWithHead(load_model(config.policy))
     assert not own.head.weight.is_meta
@@ -193,11 +192,11 @@ def test_evaluation_without_a_reference_has_no_rewards(make_config):
 def test_evaluation_with_a_teacher_reports_the_shaping(make_config, model_folder):
     config = make_config()
     models = {"policy": config.policy, "teacher": config.teacher, "data": config.data}
-    found = evaluate_policy(EvalConfig(**models, reference=model_folder(seed=3)), show_progress=False)
+    found = evaluate_policy(EvalConfig(**models, reference=model_folder(seed=3)))
     assert found.shaping_std_ratio is not None
     assert found.shaping_margin is not None
     with pytest.raises(ValueError, match="give --reference with --teacher"):
-        evaluate_policy(EvalConfig(**models), show_progress=False)
+        evaluate_policy(EvalConfig(**models))
 
 
 def test_held_out_scores_serve_as_well_as_the_models(make_config, make_scores, run, files):

@@ -41,8 +41,11 @@ FINAL = "final"
 def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | None:
     """`tvkd train`: build the run, train, and leave a folder `final/` that `from_pretrained` loads."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = _dataset("train", config.data, tokenizer, show_progress)
-    held_out = _dataset("eval", config.data, tokenizer, show_progress) if config.data.eval else None
+    dataset = load_dataset("train", config.data, tokenizer)
+    held_out = load_dataset("eval", config.data, tokenizer) if config.data.eval else None
+    if show_progress:
+        for name, pairs in (("train", dataset), ("eval", held_out)):
+            print(f"{name}: {pairs.report}" if pairs else f"{name}: none")
     policy = PolicyWithHead(_load_policy(config.policy, config.student_layers, config.model))
     for pairs in (dataset, held_out):
         if pairs is not None:
@@ -91,7 +94,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep what they say."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = _dataset(config.which, config.data, tokenizer, show_progress)
+    dataset = load_dataset(config.which, config.data, tokenizer)
     if config.reference is not None:
         reference_model = _load_policy(config.reference, None, config.model)
     else:
@@ -122,10 +125,10 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     return cache
 
 
-def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evaluation:
+def evaluate_policy(config: EvalConfig) -> Evaluation:
     """`tvkd eval`: a policy, with or without a reference, on data.eval."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = _dataset("eval", config.data, tokenizer, show_progress)
+    dataset = load_dataset("eval", config.data, tokenizer)
     if config.teacher is not None and config.reference is None:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     policy = _frozen(PolicyWithHead(_load_policy(config.policy, None, config.model)))
@@ -143,6 +146,28 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
         objective="dpo" if teacher is None else "tvkd",
         pairs_per_micro_batch=config.pairs_per_micro_batch,
         device=next(policy.parameters()).device,
+    )
+
+
+def load_dataset(which: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairDataset:
+    """The training ("train") or held-out ("eval") pairs that the config names, tokenized and truncated."""
+    source = config.train if which == "train" else config.eval
+    if source is None:
+        raise ValueError(
+            f"no {which} data: set --data.{which} to a hub name, a .jsonl(.gz) or .parquet file, a `datasets` folder, "
+            f"or bundled:{which}"
+        )
+    return build_dataset(
+        source,
+        tokenizer,
+        split=config.train_split if which == "train" else config.eval_split,
+        subset=config.subset,
+        limit=config.train_limit if which == "train" else config.eval_limit,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        overlong=config.overlong,
+        bad_pairs=config.bad_pairs,
+        chat_template=config.chat_template,
     )
 
 
@@ -173,30 +198,6 @@ def check_same_tokenizer(policy: PreTrainedTokenizerBase, teacher: PreTrainedTok
         f"the teacher {name} has another tokenizer than the policy ({len(theirs):,} tokens against {len(ours):,}; they "
         f"differ at {odd!r}): its soft values would be of other text. Choose a teacher of the policy's family"
     )
-
-
-def _dataset(which: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, show_progress: bool) -> PairDataset:
-    source = config.train if which == "train" else config.eval
-    if source is None:
-        raise ValueError(
-            f"no {which} data: set --data.{which} to a hub name, a .jsonl(.gz) or .parquet file, a `datasets` folder, "
-            f"or bundled:{which}"
-        )
-    dataset = build_dataset(
-        source,
-        tokenizer,
-        split=config.train_split if which == "train" else config.eval_split,
-        subset=config.subset,
-        limit=config.train_limit if which == "train" else config.eval_limit,
-        max_length=config.max_length,
-        truncation=config.truncation,
-        overlong=config.overlong,
-        bad_pairs=config.bad_pairs,
-        chat_template=config.chat_template,
-    )
-    if show_progress:
-        print(f"{which}: {dataset.report}")
-    return dataset
 
 
 def _load_policy(name: str, student_layers: int | None, config: ModelConfig) -> PreTrainedModel:

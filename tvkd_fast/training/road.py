@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tvkd_fast.data import ScoreCache
 from tvkd_fast.data.synthetic import judge, preference_rows
-from tvkd_fast.models import load_model, load_tokenizer, prune_layers
-from tvkd_fast.training.build import FINAL, evaluate_policy, save_final, score, train
-from tvkd_fast.training.config import DataConfig, EvalConfig, OptimConfig, ScoreConfig, TrainConfig
+from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_layers
+from tvkd_fast.training.build import FINAL, load_dataset, save_final, score, train
+from tvkd_fast.training.config import DataConfig, OptimConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.evaluate import evaluate
 from tvkd_fast.training.generate import answers
 from tvkd_fast.training.metrics import read_metrics
 from tvkd_fast.training.plot import plot_curves
+from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer
 from tvkd_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.teacher_steps, self.warm_steps, self.steps, self.judged = 2, 4, 4, 0
+            self.teacher_steps, self.warm_steps, self.steps, self.judged = 1, 3, 3, 0
 
 
 def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -131,14 +134,14 @@ def table(report: dict[str, Any]) -> str:
 def _adapt(config: DemoConfig, recipe: TrainConfig) -> TrainConfig:
     data = replace(recipe.data, train=config.train or recipe.data.train, eval=config.eval or recipe.data.eval)
     if config.quick:
-        data = replace(data, train_limit=16, eval_limit=12)
+        data = replace(data, train_limit=12, eval_limit=8)
     steps = config.steps or recipe.max_steps
     return replace(
         recipe,
         data=data,
         max_steps=steps,
         seed=recipe.seed if config.seed is None else config.seed,
-        pairs_per_step=4 if config.quick else recipe.pairs_per_step,
+        pairs_per_step=2 if config.quick else recipe.pairs_per_step,
         eval_every=0 if config.quick else recipe.eval_every,
         optim=replace(recipe.optim, warmup_steps=min(recipe.optim.warmup_steps, (steps or 10) // 2)),
         save_every=-1,
@@ -229,35 +232,28 @@ def _used(recipe: TrainConfig) -> DataConfig:
 
 
 def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any]:
-    students = {
-        "start": ("student", None),
-        "dpo": ("dpo", "student"),
-        "tvkd": ("tvkd", "student"),
-        "teacher": ("teacher", "base"),
-    }
-    report: dict[str, Any] = {}
-    for name, (folder, reference) in students.items():
-        evaluation = evaluate_policy(
-            EvalConfig(
-                policy=str(out / folder / FINAL),
-                reference=None if reference is None else str(out / reference / FINAL),
-                teacher=str(out / "teacher" / FINAL) if name == "tvkd" else None,
-                loss=recipe.loss,
-                data=recipe.data,
-                model=recipe.model,
-            ),
-            show_progress=False,
-        )
-        figures = evaluation.known()
-        report["pairs"] = figures.pop("pairs")
-        report[name] = figures
+    """The four models on the held-out pairs, and their answers to bundled prompts; each is loaded once."""
+    tokenizer = load_tokenizer(out / "student" / FINAL)
+    held_out = load_dataset("eval", recipe.data, tokenizer)
+    scores = CachedScorer(ScoreCache.load(out / "scores" / FINAL / "eval", held_out))
+    scorers: dict[str, Scorer | None] = {"start": None, "dpo": scores, "tvkd": scores, "teacher": None}
     prompts: list[list[Message]] = [row["prompt"] for row in preference_rows("eval", max(SHOWN_ANSWERS, config.judged))]
+    report: dict[str, Any] = {"pairs": len(held_out)}
     given: dict[str, list[str]] = {}
-    for name, (folder, _) in students.items():
-        if config.judged == 0 and name not in ("start", "tvkd"):
-            continue
-        path = str(out / folder / FINAL)
-        given[name] = answers(load_model(path), load_tokenizer(path), prompts)
+    for name, scorer in scorers.items():
+        model = load_model(out / ("student" if name == "start" else name) / FINAL)
+        if name == "teacher":
+            scorer = OnlineScorer(PolicyWithHead(load_model(out / "base" / FINAL)).eval(), None)
+        evaluation = evaluate(
+            PolicyWithHead(model),
+            held_out,
+            scorer=scorer,
+            loss=recipe.loss,
+            objective="tvkd" if name == "tvkd" else "dpo",
+        )
+        report[name] = {key: value for key, value in evaluation.known().items() if key != "pairs"}
+        if config.judged or name in ("start", "tvkd"):
+            given[name] = answers(model, tokenizer, prompts)
         if config.judged:
             good = [judge(p, a).good for p, a in zip(prompts, given[name], strict=True)]
             report[name]["judged"] = sum(good) / len(good)
