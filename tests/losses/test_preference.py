@@ -1,4 +1,4 @@
-"""Facts 1, 3 and 5 of the method (DESIGN §1) on TVKD's loss, values and gradients."""
+"""What follows from the formulas of docs/method.md for TVKD's loss, values and gradients."""
 
 from dataclasses import fields
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tvkd_fast.losses import TVKDOutput, dpo_loss, segment_sums, shaping_returns, tvkd_loss
 
-draws = settings(deadline=None, max_examples=60, derandomize=True)
+draws = settings(deadline=None, max_examples=40, derandomize=True)
 betas = st.sampled_from([0.01, 0.1, 1.0])
 alphas = st.sampled_from([-1.5, 0.3, 1.0])
 smoothings = st.sampled_from([0.0, 0.1, 0.4])

@@ -91,7 +91,7 @@ def run(op: Callable[..., Tensor], case: Case, upcast_to: torch.dtype | None = N
 
 
 def no_worse(ours: Tensor, twin: Tensor, plain: Tensor) -> None:
-    """DESIGN §5: the error against float64 is at most twice plain torch's, plus 1e-5 of the largest value."""
+    """The error against float64 is at most twice plain torch's, plus 1e-5 of the largest value."""
     assert ours.shape == twin.shape
     if twin.numel() == 0:
         return

@@ -53,7 +53,7 @@ def tvkd_loss(
     Args:
         policy_logps: (2P,) summed response log-probabilities under the policy, chosen first, then rejected in the same
             order. Differentiable.
-        ref_logps: (2P,) the same under the frozen reference.
+        ref_logps: (2P,) the same under the frozen reference; no gradient goes to it, nor to psi.
         psi: (2P,) shaping returns (`shaping_returns`); None is DPO, and so is alpha=0.
         beta: β > 0, strength of the KL term.
         alpha: α, strength and sign of the shaping.
@@ -66,13 +66,13 @@ def tvkd_loss(
         ValueError: β ≤ 0, λ outside [0, 0.5), α not finite, shapes that differ or an odd number of rows.
     """
     _check(policy_logps, ref_logps, psi, beta, alpha, label_smoothing)
-    log_ratios = policy_logps - ref_logps.to(policy_logps.dtype)
+    log_ratios = policy_logps - ref_logps.detach().to(policy_logps.dtype)
     rho_chosen, rho_rejected = log_ratios.chunk(2)
     margins = beta * (rho_chosen - rho_rejected)
     if psi is None or alpha == 0:
         shaping_margins = torch.zeros_like(margins)
     else:
-        psi_chosen, psi_rejected = psi.to(margins.dtype).chunk(2)
+        psi_chosen, psi_rejected = psi.detach().to(margins.dtype).chunk(2)
         shaping_margins = alpha * (psi_chosen - psi_rejected)
     shaped = margins - shaping_margins
     losses = -(1 - label_smoothing) * F.logsigmoid(shaped) - label_smoothing * F.logsigmoid(-shaped)

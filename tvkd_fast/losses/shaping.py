@@ -47,7 +47,7 @@ def shaping_returns(
         ValueError: γ outside [0, 1], an unknown terminal, boundaries that do not fit, a response of under 2 states.
     """
     _check(values, cu_states, gamma, terminal, ended)
-    starts, lasts = cu_states[:-1].long(), cu_states[1:].long() - 1
+    lasts = cu_states[1:].long() - 1
     v = values.double()
     if terminal == "zero":
         v = v.index_fill(0, lasts, 0.0)
@@ -57,13 +57,13 @@ def shaping_returns(
     if terminal == "last_content":
         to_the_end = lasts - 1 if ended is None else (lasts - 1)[ended.to(lasts.device)]
         dropped = torch.cat([dropped, to_the_end])
-    steps = torch.cat([steps.index_fill(0, dropped, 0.0), steps.new_zeros(min(1, starts.numel()))])
+    steps = torch.cat([steps.index_fill(0, dropped, 0.0), steps.new_zeros(min(1, lasts.numel()))])
     return segment_sums(steps, cu_states).to(values.dtype)
 
 
 @dataclass(frozen=True)
 class ShapingReport:
-    """What shaping does to a set of pairs (DESIGN §1: at γ<1 from logits it is nearly a length penalty)."""
+    """What shaping does to a set of pairs (at γ<1 from logits it is nearly a length penalty: docs/method.md)."""
 
     std_ratio: float
     """std(αΔΨ)/std(βΔρ): above 1 the teacher's offset outweighs the policy's own margin."""
@@ -89,7 +89,7 @@ def shaping_report(margins: Tensor, shaping_margins: Tensor, length_differences:
     return ShapingReport(
         std_ratio=_ratio(psi.std(correction=0), rho.std(correction=0)),
         length_correlation=_correlation(psi, length),
-        flipped=float((torch.sign(rho) != torch.sign(rho - psi)).double().mean()),
+        flipped=float((rho * (rho - psi) < 0).double().mean()),
     )
 
 

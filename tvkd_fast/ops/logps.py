@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tvkd_fast.ops.checks import check_finite, check_head, check_labels
 from tvkd_fast.ops.dispatch import autocast_input, check_impl, without_autocast
@@ -92,8 +91,10 @@ class _LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Only create_graph=True comes here with gradients on; a constant would be passed off as a function.
+            raise RuntimeError("linear_logps can be differentiated once: its gradient's own gradient is not computed")
         hidden, weight, bias, labels, kept, maximum, log_total = ctx.saved_tensors
         softcap, logit_scale, ignore_index = ctx.transforms
         labels, grad_logps = labels.long(), grad_logps.masked_fill(labels == ignore_index, 0.0)

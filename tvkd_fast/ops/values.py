@@ -93,6 +93,8 @@ def soft_values(
     """V from the two sums that `linear_lse` returns or a score cache holds: (M,) and (M,) to (M,)."""
     check_kappa(kappa)
     check_value_from(value_from)
+    if not math.isfinite(value_scale):
+        raise ValueError(f"value_scale must be finite (the teacher's DPO β in the paper), got {value_scale}")
     free_energy = lse_kappa if value_from == "logits" else lse_kappa - kappa * lse
     return free_energy * (value_scale / kappa)
 

@@ -36,7 +36,7 @@ def step_metrics(out: StepOutput) -> dict[str, float]:
 
 
 def shaping_metrics(margins: torch.Tensor, shaping_margins: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    """The diagnostics of DESIGN §1 beside the mean shaping margin."""
+    """The shaping's diagnostics (docs/method.md) beside its mean margin."""
     report = shaping_report(margins, shaping_margins, lengths)
     return {
         "shaping_margin": float(shaping_margins.double().mean()),
