@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -130,9 +131,12 @@ def test_a_finished_run_does_nothing_more(make_config, run, capsys):
 
 def test_a_run_can_start_again_in_its_folder(make_config, run):
     run(make_config(seed=1))
-    config = make_config(seed=2, resume=False)
+    config = make_config(seed=2, resume=False, max_steps=4)
     run(config)
-    assert [line["step"] for line in lines(config) if "loss" in line] == list(range(1, 7))
+    assert [line["step"] for line in lines(config) if "loss" in line] == list(range(1, 5))
+    folder = Path(config.output_dir)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000004"]
+    assert [p.name for p in (folder / "checkpoints.before-1").iterdir()] == ["step-000006"]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +177,12 @@ def test_shaping_that_outweighs_the_margins_is_warned_of_once(make_config, run):
     with pytest.warns(UserWarning, match="shaping outweighs the policy's margins") as warned:
         run(make_config(loss_alpha=1e4, loss_gamma=0.5, max_steps=8))
     assert sum("shaping outweighs" in str(w.message) for w in warned) == 1
+
+
+def test_shaping_that_does_not_outweigh_them_is_not_warned_of(make_config, run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(make_config(loss_alpha=1e-3, max_steps=8))
 
 
 def test_bfloat16_autocast_trains(make_config, run):

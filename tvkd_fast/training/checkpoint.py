@@ -80,6 +80,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def set_aside(folder: Path) -> None:
+    """Move an earlier run's checkpoints out of the way of one that starts again; nothing is deleted."""
+    if not any(folder.glob("step-*")):
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """What `state.json` holds: `step`, generators' states, and the caller's `extra`."""
     state: dict[str, Any] = json.loads((path / STATE).read_text())

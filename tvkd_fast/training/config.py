@@ -150,7 +150,8 @@ class TrainConfig:
     log_every: int = 1
     """Write metrics every so many steps."""
     resume: bool = True
-    """Go on from the newest complete checkpoint in output_dir, if there is one."""
+    """Go on from the newest complete checkpoint in output_dir, if there is one; false sets those aside and starts
+    again."""
     seed: int = 0
     """Seed of the order of pairs and of every generator."""
     dry_run: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,33 @@ def shaping_metrics(margins: torch.Tensor, shaping_margins: torch.Tensor, length
         "shaping_length_correlation": report.length_correlation,
         "shaping_flipped": report.flipped,
     }
+
+
+class ShapingWatch:
+    """Warns, once a run, of shaping that outweighs the policy's margins, over enough pairs for that to mean something.
+
+    Margins begin at 0 and any shaping outweighs them there, so the first `skip` steps are not looked at.
+    """
+
+    def __init__(self, *, skip: int, pairs: int = 64) -> None:
+        self.skip, self.pairs = skip, pairs
+        self._seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._warned = False
+
+    def look(self, step: int, out: StepOutput, *, last: bool) -> None:
+        """Add step `step` (from 1) to what is looked at; `last` looks at however few pairs there are."""
+        if self._warned or step <= self.skip:
+            return
+        for output, lengths in zip(out.outputs, out.length_differences, strict=True):
+            self._seen.append((output.margins, output.shaping_margins, lengths))
+        if not self._seen or (sum(m.numel() for m, _, _ in self._seen) < self.pairs and not last):
+            return
+        margins, shaping, lengths = (torch.cat(column) for column in zip(*self._seen, strict=True))
+        self._seen.clear()
+        warning = shaping_report(margins, shaping, lengths).warning
+        if warning:
+            self._warned = True
+            warnings.warn(warning, stacklevel=3)
 
 
 class MetricsLog:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 from tvkd_fast.data import PairBatch, PairDataset, micro_batches, pairs_of_step
-from tvkd_fast.losses import ShapingReport
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.checkpoint import (
     CheckpointError,
@@ -19,13 +17,17 @@ from tvkd_fast.training.checkpoint import (
     newest_checkpoint,
     read_state,
     save_checkpoint,
+    set_aside,
 )
 from tvkd_fast.training.config import TrainConfig
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.metrics import MetricsLog, progress_bar, step_metrics
+from tvkd_fast.training.metrics import MetricsLog, ShapingWatch, progress_bar, step_metrics
 from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.scoring import Scorer
 from tvkd_fast.training.step import train_step
+
+
+CHECKPOINTS = "checkpoints"
 
 
 class Trainer:
@@ -56,7 +58,6 @@ class Trainer:
         self.config, self.policy, self.scorer, self.dataset = config, policy, scorer, dataset
         self.held_out, self.held_out_scorer = held_out, held_out_scorer
         self.show_progress = show_progress
-        self._warned = False
         self.folder = Path(config.output_dir)
         self.max_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / config.pairs_per_step))
         self.device = next(policy.parameters()).device
@@ -70,11 +71,13 @@ class Trainer:
             return None
         log = MetricsLog(self.folder, resume_from=done)
         self.policy.train()
+        watch = ShapingWatch(skip=min(20, self.max_steps // 2))
         evaluation = None
-        tokens, pairs, since = 0, 0, time.perf_counter()
+        tokens, pairs, busy = 0, 0, 0.0
         bar = progress_bar(self.max_steps, done, description=self.config.objective, enabled=self.show_progress)
         with bar:
             for step in range(done, self.max_steps):
+                since = time.perf_counter()
                 batches = self._batches(step)
                 lr = self._set_learning_rate(step)
                 with self._autocast():
@@ -88,32 +91,33 @@ class Trainer:
                         clip_norm=self.config.optim.clip_norm,
                     )
                 number = step + 1
+                busy += time.perf_counter() - since
                 tokens += sum(batch.num_tokens for batch in batches)
                 pairs += self.config.pairs_per_step
                 last = number == self.max_steps
+                watch.look(number, out, last=last)
                 if number % self.config.log_every == 0 or last:
-                    elapsed = time.perf_counter() - since
                     metrics = {"step": number, **step_metrics(out), "lr": lr}
-                    metrics |= {"tokens_per_s": tokens / elapsed, "pairs_per_s": pairs / elapsed}
+                    metrics |= {"tokens_per_s": tokens / busy, "pairs_per_s": pairs / busy}
                     log.write(metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
-                    self._warn_of_shaping(metrics)
-                    tokens, pairs, since = 0, 0, time.perf_counter()
+                    tokens, pairs, busy = 0, 0, 0.0
                 bar.update()
                 if self.held_out is not None and (last or _due(number, self.config.eval_every)):
                     evaluation = self._evaluate()
                     log.write({"step": number} | {f"eval/{k}": v for k, v in evaluation.known().items()})
-                    since = time.perf_counter()
                 if (last and self.config.save_every >= 0) or _due(number, self.config.save_every):
                     self._save(number)
-                    since = time.perf_counter()
         log.close()
         return evaluation
 
     def _resume(self) -> int:
         """Steps that a whole checkpoint of this run has done already; its state is put back."""
         torch.manual_seed(self.config.seed)
-        path = newest_checkpoint(self.folder / "checkpoints") if self.config.resume else None
+        folder = self.folder / CHECKPOINTS
+        if not self.config.resume:
+            set_aside(folder)
+        path = newest_checkpoint(folder)
         if path is None:
             return 0
         state = read_state(path)
@@ -129,7 +133,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         extra = {"identity": self.identity, "config": asdict(self.config)}
         save_checkpoint(
-            self.folder / "checkpoints",
+            self.folder / CHECKPOINTS,
             step,
             self.policy,
             self.optimizer,
@@ -164,17 +168,6 @@ class Trainer:
                 pairs_per_micro_batch=self.config.pairs_per_micro_batch,
                 device=self.device,
             )
-
-    def _warn_of_shaping(self, metrics: dict[str, Any]) -> None:
-        """Once the policy has margins of its own; at the start they are 0 and any shaping outweighs them."""
-        if "shaping_std_ratio" not in metrics or metrics["step"] < min(20, self.max_steps):
-            return
-        report = ShapingReport(
-            metrics["shaping_std_ratio"], metrics["shaping_length_correlation"], metrics["shaping_flipped"]
-        )
-        if report.warning and not self._warned:
-            self._warned = True
-            warnings.warn(report.warning, stacklevel=3)
 
 
 def _trajectory(config: TrainConfig) -> dict[str, Any]:
