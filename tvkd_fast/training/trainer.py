@@ -26,7 +26,6 @@ from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.scoring import Scorer
 from tvkd_fast.training.step import train_step
 
-
 CHECKPOINTS = "checkpoints"
 
 
