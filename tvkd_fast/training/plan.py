@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tvkd_fast.data import build_dataset
 from tvkd_fast.models import ModelShape, load_tokenizer, model_shape
+from tvkd_fast.training.build import load_dataset
 from tvkd_fast.training.config import TrainConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -63,19 +63,8 @@ def _tokens(config: TrainConfig) -> tuple[float, int, str]:
             0,
             f"{source} (not downloaded in a dry run: every response counted at {config.data.max_length} tokens)",
         )
-    data = config.data
-    dataset = build_dataset(
-        source,
-        load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code),
-        split=data.train_split,
-        subset=data.subset,
-        limit=data.train_limit,
-        max_length=data.max_length,
-        truncation=data.truncation,
-        overlong=data.overlong,
-        bad_pairs=data.bad_pairs,
-        chat_template=data.chat_template,
-    )
+    tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset("train", config.data, tokenizer)
     report = dataset.report
     total = 2 * report.prompt_tokens + report.chosen_tokens + report.rejected_tokens
     return total / report.pairs, report.pairs, str(report)
