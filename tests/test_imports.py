@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BELOW_TRAINING | {"training"},
     "integrations": {"ops", "losses", "models"},
     "__init__": BELOW_TRAINING,
+    "__main__": {"cli"},
     "version": set(),
 }
 FOR_EVERYBODY = {"version"}
