@@ -14,6 +14,8 @@ setup(
     name="tvkd_fast",
     version=run_path(str(ROOT / "tvkd_fast" / "version.py"))["__version__"],
     description="Preference distillation (TVKD) with a vocabulary head that never holds a logit tensor",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     author="The tvkd_fast authors",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -78,7 +78,7 @@ def test_the_wheel_holds_kernels_recipes_and_types(tmp_path: Path, source: str) 
 def copy_of_the_tree(target: Path) -> Path:
     """What packaging reads, without what earlier builds left beside it."""
     target.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, target / name)
     for name in ("tvkd_fast", "kernels"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
