@@ -45,16 +45,21 @@ def shaping_table(report: dict[str, Any]) -> str:
     rows = [
         ["mean αΔΨ", f"{row['shaping_margin']:+.4f}"],
         ["std(αΔΨ)/std(βΔρ)", f"{row['shaping_std_ratio']:.3f}"],
-        ["correlation of ΔΨ with the length difference", f"{row['shaping_length_correlation']:+.3f}"],
+        ["correlation of αΔΨ with the length difference", f"{row['shaping_length_correlation']:+.3f}"],
         ["pairs whose sign αΔΨ flips", f"{row['shaping_flipped']:.1%}"],
     ]
     return _markdown(head, rows)
 
 
 def head_table(report: dict[str, Any]) -> str:
-    names = {"product": "the forward product alone", "eager": "eager log-softmax", "tvkd_fast": "`linear_logps`, exact"}
+    names = {
+        "product": "the forward product alone, fastest of six tilings",
+        "eager": "eager log-softmax",
+        "tvkd_fast": "`linear_logps`, exact",
+    }
     rows = [
-        [names[row["name"]], f"{row['over_product']:.2f}", f"{row['peak_mb']:,.0f} MB"] for row in report["results"]
+        [names[row["name"]], f"{row['over_product']:.2f}", f"{row['peak_mb']:,.0f} MB" if "peak_mb" in row else "–"]
+        for row in report["results"]
     ]
     head = ["head, forward and backward", "time over the product", "memory beyond inputs and gradients"]
     return _markdown(head, rows) + "\n" + _provenance(report["made_by"], f"{report['shape']} {report['dtype']}")

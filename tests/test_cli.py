@@ -190,6 +190,11 @@ def test_the_papers_pair_is_planned_without_a_download(capsys):
     assert "GiB" in plan
 
 
+def test_a_plan_does_not_take_a_typing_error_for_the_hub(files, capsys):
+    arguments = ["--policy", files["policy"], "--teacher", files["teacher"], "--data.train", "nowhere.jsonl"]
+    assert "nowhere.jsonl does not exist" in error_of(capsys, "train", *arguments, "--output_dir", "o", "--dry_run")
+
+
 def test_a_plan_counts_local_data_and_writes_nothing(files, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--policy", files["policy"], "--teacher", files["teacher"], "--data.train", files["data"]]

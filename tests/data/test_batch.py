@@ -32,7 +32,7 @@ def test_each_state_predicts_its_token(dataset):
 
 @given(st.lists(pairs, min_size=1, max_size=9), st.integers(1, 4))
 def test_micro_batches_hold_every_pair_once_and_like_lengths_together(dataset, size):
-    batches = micro_batches(dataset, range(len(dataset)), size=size)
+    batches = list(micro_batches(dataset, range(len(dataset)), size=size))
     assert sorted(int(i) for b in batches for i in b.pairs) == list(range(len(dataset)))
     assert all(b.num_pairs <= size for b in batches)
     widths = [b.input_ids.shape[1] for b in batches]

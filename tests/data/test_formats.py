@@ -282,7 +282,9 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(str(tmp_path / "two"))
     assert [pair.row for pair in load_preferences(tmp_path / "one").pairs] == ["one row 0", "one row 1"]
     assert [pair.row for pair in load_preferences(str(tmp_path / "two"), split="test").pairs] == ["two test row 0"]
-    with pytest.raises(ValueError, match=r"has no split 'eval': set --data.split to one of train, test"):
+    with pytest.raises(
+        ValueError, match=r"has no split 'eval': set --data.train_split or --data.eval_split to one of train, test"
+    ):
         load_preferences(tmp_path / "two", split="eval")
 
 
@@ -296,7 +298,7 @@ def test_folder_of_files_picks_the_split(write_jsonl: WriteJsonl) -> None:
         "train-00001-of-00002.jsonl.gz row 1",
     ]
     assert len(load_preferences(folder, split="test").pairs) == 1
-    with pytest.raises(ValueError, match=r"no file of the split 'validation': set --data.split .*test.jsonl"):
+    with pytest.raises(ValueError, match=r"no file of the split 'validation': set --data.train_split or .*test.jsonl"):
         load_preferences(folder, split="validation")
 
 

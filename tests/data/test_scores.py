@@ -28,6 +28,7 @@ def make_cache(dataset):
             "tokenizer": "t" * 64,
             "teacher": "e" * 64,
             "reference": "r" * 64,
+            "precision": "float32",
             "kappa": kappa,
             "pairs": layout.num_pairs,
             "states": layout.num_states,
@@ -80,13 +81,21 @@ def test_a_full_disk_leaves_the_old_scores(make_cache, dataset, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tvkd_fast.data.scores.save_file", full)
-    with pytest.raises(ValueError, match=r"could not write scores to .*No space left on device"):
+    with pytest.raises(ValueError, match=r"could not save scores to .*No space left on device.*is as it was"):
         make_cache(kappa=1.0).save(tmp_path / "scores")
     assert ScoreCache.load(tmp_path / "scores", dataset).manifest.kappa == 0.7
     assert [p.name for p in tmp_path.iterdir()] == ["scores"]
 
 
-@pytest.mark.parametrize("field", ["dataset", "tokenizer", "teacher", "reference"])
+def test_a_folder_of_other_things_is_never_replaced(make_cache, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="holds other things than scores: give --output_dir a folder of its own"):
+        make_cache().save(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("field", ["dataset", "tokenizer", "teacher", "reference", "precision"])
 def test_scores_of_something_else_are_refused_by_name(field, make_cache):
     cache = make_cache()
     cache.check(**{field: getattr(cache.manifest, field)})

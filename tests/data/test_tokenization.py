@@ -299,3 +299,12 @@ def test_tokenizers_that_list_special_tokens_only_as_added_ones_end_turns(make_t
     assert eot in PairTokenizer(tokenizer).special_ids
     slow: Any = SimpleNamespace(eos_token_id=7, chat_template=None, all_special_ids=[7, 8])
     assert PairTokenizer(slow).special_ids == {7, 8}
+
+
+def test_a_template_that_asks_for_the_date_is_told_a_fixed_one(make_tokenizer, chatml) -> None:
+    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer = make_tokenizer(chat_template=dated + "{{ date_string }}" + chatml.chat_template)
+    pair = Preference(
+        [{"role": "user", "content": "a"}], *([{"role": "assistant", "content": c}] for c in "xy"), "row 0"
+    )
+    assert tokenizer.decode(tokenize_pair(pair, tokenizer).prompt_ids).startswith("26 Jul 2024")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import Gemma2Config, GPT2Config
+from transformers import Gemma2Config, GPT2Config, OPTConfig, SmolLM3Config
 
 from tvkd_fast.models import PolicyWithHead, disable_dropout, fingerprint_weights, prune_layers
 from tvkd_fast.models.prune import kept_layers
@@ -58,6 +58,20 @@ def test_layer_types_go_with_their_layers(tiny_model):
     assert student.config.layer_types == [teacher.config.layer_types[0], teacher.config.layer_types[3]]
 
 
+def test_rotary_choices_go_with_their_layers(tiny_model):
+    config = SmolLM3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        no_rope_layers=[1, 0, 1, 0],
+        pad_token_id=0,
+    )
+    assert prune_layers(tiny_model(config=config), 2).config.no_rope_layers == [1, 0]
+
+
 def test_a_pruned_head_counts_for_the_probe_too(tiny_model):
     policy = PolicyWithHead(tiny_model(num_hidden_layers=4))
     PolicyWithHead(prune_layers(policy.model, 2))
@@ -83,6 +97,10 @@ def test_dropout_is_off_in_modules_and_attention(tiny_model):
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
+    shape = {"vocab_size": 64, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_hidden_layers": 2}
+    opt = tiny_model(config=OPTConfig(**shape, num_attention_heads=4, dropout=0.5, layerdrop=0.5)).train()
+    disable_dropout(opt)
+    assert torch.equal(opt(ids).logits, opt(ids).logits)
     llama = tiny_model(attention_dropout=0.5).train()
     disable_dropout(llama)
     assert torch.equal(llama(ids).logits, llama(ids).logits)

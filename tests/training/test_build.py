@@ -1,5 +1,7 @@
 """Scores made once against scores made online, and what does not fit together."""
 
+import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +48,8 @@ def make_scores(files):
 def test_a_run_on_scores_is_the_online_run(loss, make_config, make_scores, run, files):
     online = make_config(output_dir=str(files / "online"), **loss)
     scores = make_scores(online)
-    cached = replace(make_config(output_dir=str(files / "cached"), scores=scores, **loss), teacher=None)
+    cached = make_config(output_dir=str(files / "cached"), scores=scores, data_eval=None, **loss)
+    cached = replace(cached, teacher=None)
     run(online)
     run(cached)
     assert losses(cached) == pytest.approx(losses(online), abs=1e-6)
@@ -56,7 +59,8 @@ def test_one_scoring_serves_other_settings_of_the_loss(make_config, make_scores,
     scores = make_scores(make_config())
     for i, loss in enumerate([{"loss_gamma": 0.9}, {"loss_alpha": 0.3, "loss_beta": 0.4}, {"loss_terminal": "eos"}]):
         online = make_config(output_dir=str(files / f"online-{i}"), **loss)
-        cached = replace(online, output_dir=str(files / f"cached-{i}"), scores=scores, teacher=None)
+        cached = make_config(output_dir=str(files / f"cached-{i}"), scores=scores, data_eval=None, **loss)
+        cached = replace(cached, teacher=None)
         run(online)
         run(cached)
         assert losses(cached) == pytest.approx(losses(online), abs=1e-6)
@@ -115,8 +119,6 @@ def test_scores_under_another_tokenizer_are_refused(make_config, make_scores, mo
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_with_the_reason(make_config, model_folder, chatml, run):
-    import copy
-
     other = copy.deepcopy(chatml)
     other.add_tokens(["extra"])
     folder = model_folder(seed=1, tokenizer=other, vocab_size=263)
@@ -124,6 +126,28 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_the_reason(make_config
         ValueError, match=r"has another tokenizer than the policy \(263 tokens against 262; they differ"
     ):
         run(make_config(teacher=folder))
+
+
+def test_a_reference_with_another_tokenizer_is_refused_too(make_config, model_folder, chatml, run):
+    other = copy.deepcopy(chatml)
+    other.add_tokens(["extra"])
+    folder = model_folder(seed=1, tokenizer=other, vocab_size=263)
+    with pytest.raises(ValueError, match=r"the reference .* has another tokenizer than the policy"):
+        run(make_config(objective="dpo", reference=folder))
+
+
+def test_scores_under_autocast_are_the_online_runs(make_config, make_scores, run, files):
+    online = make_config(output_dir=str(files / "online"), objective="dpo")
+    online.model.autocast = "bfloat16"
+    scores = make_scores(online, teacher=None, model=online.model)
+    cached = replace(online, output_dir=str(files / "cached"), scores=scores)
+    run(online)
+    run(cached)
+    # A bfloat16 product rounds by the shape of its batch, and scoring batches other pairs together than training does.
+    assert losses(cached) == pytest.approx(losses(online), abs=2e-3)
+    assert losses(cached)[0] == pytest.approx(math.log(2), abs=2e-3)
+    with pytest.raises(ValueError, match="made with another precision"):
+        run(make_config(output_dir=str(files / "float32"), objective="dpo", scores=scores))
 
 
 def test_tvkd_without_a_teacher_names_the_ways_out(make_config, run):
@@ -208,6 +232,38 @@ def test_held_out_scores_serve_as_well_as_the_models(make_config, make_scores, r
     assert run(cached).known() == pytest.approx(run(online).known(), abs=1e-5)
     with pytest.raises(ValueError, match="was made of other data"):
         run(make_config(output_dir=str(files / "wrong"), scores=scores, eval_scores=scores))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("beta", 0, "beta must be a positive number"),
+        ("gamma", 1.1, "gamma must be in"),
+        ("kappa", 0, "kappa must be a positive number"),
+        ("label_smoothing", 0.5, "label_smoothing must be in"),
+        ("alpha", math.inf, "alpha must be finite"),
+    ],
+)
+def test_impossible_losses_are_refused_before_anything_is_loaded(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**{field: value})
+
+
+def test_a_device_that_is_not_there_is_refused(make_config, run):
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here, so asking for one is no mistake")
+    config = make_config()
+    config.model.device = "cuda"
+    with pytest.raises(ValueError, match=r"no CUDA device is available: set --model\.device cpu"):
+        run(config)
+
+
+def test_evaluation_without_the_teachers_values_says_so_and_leaves_the_loss_out(make_config, make_scores, run, files):
+    config = replace(make_config(), scores=make_scores(make_config()), teacher=None)
+    with pytest.warns(UserWarning, match="held-out pairs have no teacher's values.*give --eval_scores"):
+        found = run(config)
+    assert found.loss is None
+    assert found.reward_accuracy is not None
 
 
 def test_logprob_values_at_kappa_one_are_refused():

@@ -57,10 +57,21 @@ def test_what_comes_back_goes_on_bit_for_bit(tmp_path):
 
 def test_only_the_newest_are_kept(tmp_path):
     model, optimizer = made()
-    for step in (1, 2, 10, 9):
+    for step in (1, 2, 9, 10):
         save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000009", "step-000010"]
     assert newest_checkpoint(tmp_path).name == "step-000010"
+
+
+def test_a_damaged_later_one_neither_counts_nor_goes(tmp_path):
+    model, optimizer = made()
+    damaged = save_checkpoint(tmp_path, 6, model, optimizer, {}, keep=1) / MODEL
+    damaged.write_bytes(b"")
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, model, optimizer, {}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000006"]
+    with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
+        assert newest_checkpoint(tmp_path).name == "step-000004"
 
 
 def test_no_folder_is_no_checkpoint(tmp_path):

@@ -88,7 +88,7 @@ def test_loss_and_gradient_are_the_twins(objective, config, micro, models, datas
     out = train_step(
         PolicyWithHead(policy),
         OnlineScorer(PolicyWithHead(reference), TeacherWithHead(teacher, kappa=config.kappa)),
-        micro_batches(dataset, range(len(dataset)), size=micro),
+        list(micro_batches(dataset, range(len(dataset)), size=micro)),
         torch.optim.SGD(policy.parameters(), lr=1.0),
         config,
         objective=objective,
@@ -109,7 +109,7 @@ def test_sft_is_the_mean_over_chosen_tokens(micro, models, dataset):
     out = train_step(
         PolicyWithHead(policy),
         OnlineScorer(None, None),
-        micro_batches(dataset, range(len(dataset)), size=micro, chosen_only=True),
+        list(micro_batches(dataset, range(len(dataset)), size=micro, chosen_only=True)),
         torch.optim.SGD(policy.parameters(), lr=0.1),
         LossConfig(),
         objective="sft",
@@ -125,7 +125,7 @@ def test_gradients_are_clipped_to_the_norm(models, dataset):
     out = train_step(
         PolicyWithHead(policy),
         OnlineScorer(PolicyWithHead(reference), None),
-        micro_batches(dataset, range(len(dataset)), size=5),
+        list(micro_batches(dataset, range(len(dataset)), size=5)),
         torch.optim.SGD(policy.parameters(), lr=1.0),
         LossConfig(),
         objective="dpo",
@@ -148,7 +148,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_and_names_its_pairs(models
         train_step(
             PolicyWithHead(policy),
             BrokenReference(),
-            micro_batches(dataset, [3, 0], size=1),
+            list(micro_batches(dataset, [3, 0], size=1)),
             torch.optim.SGD(policy.parameters(), lr=1.0),
             LossConfig(),
             objective="dpo",

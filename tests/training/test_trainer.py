@@ -137,6 +137,7 @@ def test_a_run_can_start_again_in_its_folder(make_config, run):
     folder = Path(config.output_dir)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000004"]
     assert [p.name for p in (folder / "checkpoints.before-1").iterdir()] == ["step-000006"]
+    assert len(read_metrics(folder / "metrics.jsonl.before-1")) > len(lines(config))
 
 
 @pytest.mark.parametrize(
@@ -156,10 +157,46 @@ def test_resuming_with_other_settings_is_refused_by_name(changes, name, make_con
         run(make_config(max_steps=6, **changes))
 
 
-def test_resuming_under_another_policy_is_refused(make_config, run, model_folder):
+@pytest.mark.parametrize("role", ["policy", "teacher", "reference"])
+def test_resuming_with_another_model_is_refused_by_its_role(role, make_config, run, model_folder):
     run(make_config())
-    with pytest.raises(CheckpointError, match="was made with another policy"):
-        run(make_config(policy=model_folder(seed=5)))
+    with pytest.raises(CheckpointError, match=f"was made with another {role}"):
+        run(make_config(**{role: model_folder(seed=5)}))
+
+
+def test_resuming_in_another_precision_is_refused(make_config, run):
+    run(make_config())
+    config = make_config()
+    config.model.autocast = "bfloat16"
+    with pytest.raises(CheckpointError, match="was made with another precision"):
+        run(config)
+
+
+def test_more_pairs_a_step_than_there_are_is_refused(make_config, run):
+    with pytest.raises(ValueError, match=r"a step takes 25 pairs and the data has 24: .*lower --pairs_per_step"):
+        run(make_config(pairs_per_step=25))
+
+
+def test_a_full_disk_keeps_the_old_final_model(make_config, run, monkeypatch):
+    run(make_config(max_steps=2))
+    config = make_config(max_steps=2, seed=1, resume=False)
+    before = weights(config)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tvkd_fast.training.build.save_model", full)
+    with pytest.raises(ValueError, match=r"could not save the model to .*Free some space .*final is as it was"):
+        run(config)
+    assert same(weights(config), before)
+    assert not list(Path(config.output_dir).glob(".final*"))
+
+
+def test_tensorboard_gets_the_metrics_where_it_is_installed(make_config, run):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: make venv")
+    config = make_config(max_steps=2)
+    run(config)
+    assert list((Path(config.output_dir) / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_a_damaged_checkpoint_costs_only_its_steps(make_config, run, files):
@@ -232,6 +269,8 @@ def test_epochs_count_steps_where_none_are_given(make_config, run):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("epochs", 0, "epochs must be positive"),
+        ("eval_every", 5, r"need held-out pairs: set --data\.eval"),
         ("max_steps", 0, "max_steps must be at least 1"),
         ("pairs_per_step", 0, "pairs_per_step must be at least 1"),
         ("log_every", 0, "log_every must be at least 1"),

@@ -5,7 +5,7 @@ Letters: P pairs, L row length, N response tokens, M response states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -98,13 +98,12 @@ def micro_batches(
     size: int,
     pad_id: int = 0,
     chosen_only: bool = False,
-) -> list[PairBatch]:
-    """A step's pairs in micro-batches of at most `size`, pairs of like length together so that padding is little."""
+) -> Iterator[PairBatch]:
+    """These pairs in micro-batches of at most `size`, pairs of like length together so that padding is little."""
     by_length = sorted(indices, key=lambda i: (_row_length(dataset[i]), i))
-    chunks = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-    return [
-        collate_pairs([dataset[i] for i in chunk], chunk, pad_id=pad_id, chosen_only=chosen_only) for chunk in chunks
-    ]
+    for start in range(0, len(by_length), size):
+        chunk = by_length[start : start + size]
+        yield collate_pairs([dataset[i] for i in chunk], chunk, pad_id=pad_id, chosen_only=chosen_only)
 
 
 def _row_length(pair: TokenizedPair) -> int:

@@ -368,7 +368,8 @@ def _folder_records(folder: Path, split: str, subset: str | None) -> Iterator[tu
         if not named:
             names = ", ".join(file.name for file in files)
             raise ValueError(
-                f"{folder} has no file of the split {split!r}: set --data.split to one that it has ({names})"
+                f"{folder} has no file of the split {split!r}: set --data.train_split or --data.eval_split to one that "
+                f"it has ({names})"
             )
         files = named
     return (record for file in files for record in _file_records(file))
@@ -392,7 +393,9 @@ def _saved_records(folder: Path, split: str) -> Iterator[tuple[Mapping[str, Any]
     if not isinstance(saved, datasets.DatasetDict):
         return _numbered(saved, folder.name)
     if split not in saved:
-        raise ValueError(f"{folder} has no split {split!r}: set --data.split to one of {', '.join(saved)}")
+        raise ValueError(
+            f"{folder} has no split {split!r}: set --data.train_split or --data.eval_split to one of {', '.join(saved)}"
+        )
     return _numbered(saved[split], f"{folder.name} {split}")
 
 

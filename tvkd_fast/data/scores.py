@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tvkd_fast.data.folders import whole_folder
 from tvkd_fast.data.tokenization import TokenizedPair
 
 FORMAT = 1
@@ -36,6 +35,8 @@ class ScoreManifest:
     """Of the teacher's weights."""
     reference: str | None
     """Of the reference's weights."""
+    precision: str
+    """Dtype of the weights and of the products: scores in one are not those in another."""
     kappa: float
     pairs: int
     states: int
@@ -74,8 +75,9 @@ class ScoreLayout:
 
     def states(self, pairs: Tensor) -> Tensor:
         """(P,) pairs to the (M,) places of their responses' states, in a batch's order."""
-        bounds = self.bounds.tolist()
-        return torch.cat([torch.arange(bounds[r], bounds[r + 1]) for r in self.responses(pairs).tolist()])
+        responses = self.responses(pairs)
+        ends = zip(self.bounds[responses].tolist(), self.bounds[responses + 1].tolist(), strict=True)
+        return torch.cat([torch.arange(start, end) for start, end in ends])
 
 
 class ScoreCache:
@@ -95,25 +97,17 @@ class ScoreCache:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder whole or not at all: beside its place first, then moved there."""
+        """Write the folder whole or not at all. ValueError where it holds anything but scores, or the disk is full."""
         folder = Path(folder)
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-        partial.mkdir(parents=True)
-        try:
-            tensors = {"ref_logps": self.scores.ref_logps, "lse": self.scores.lse}
-            if self.manifest.kappa != 1.0:
-                tensors["lse_kappa"] = self.scores.lse_kappa
+        if folder.exists() and {p.name for p in folder.iterdir()} - {MANIFEST, TENSORS}:
+            raise ValueError(f"{folder} holds other things than scores: give --output_dir a folder of its own")
+        tensors = {"ref_logps": self.scores.ref_logps, "lse": self.scores.lse}
+        if self.manifest.kappa != 1.0:
+            tensors["lse_kappa"] = self.scores.lse_kappa
+        with whole_folder(folder, "scores") as partial:
             save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, partial / TENSORS)
             body = asdict(self.manifest) | {"sha256": _sha256(partial / TENSORS)}
             (partial / MANIFEST).write_text(json.dumps(body, indent=2) + "\n")
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(
-                f"could not write scores to {folder}: {error.strerror or error}. Nothing was left behind"
-            ) from error
 
     @classmethod
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:

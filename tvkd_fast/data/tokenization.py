@@ -15,6 +15,9 @@ from tvkd_fast.data.formats import BadPair, Message, Preference
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEMPLATE_DATE = "26 Jul 2024"
+"""Llama 3's templates write today's date unless told one: left to the clock, a dataset's tokens change overnight."""
+
 _HH_NAMES = {"user": "Human", "assistant": "Assistant"}
 
 
@@ -113,7 +116,7 @@ class PairTokenizer:
 
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DATE
             )
         except TemplateError as error:
             raise BadPair(row, "refused by the chat template", str(error)) from error

@@ -1,13 +1,15 @@
 """Pure functions of per-token or per-sequence numbers: they know preferences and nothing of vocabulary."""
 
-from tvkd_fast.losses.preference import TVKDOutput, dpo_loss, tvkd_loss
+from tvkd_fast.losses.preference import TVKDOutput, check_preference_settings, dpo_loss, tvkd_loss
 from tvkd_fast.losses.segments import segment_sums
 from tvkd_fast.losses.sft import sft_loss
-from tvkd_fast.losses.shaping import ShapingReport, shaping_report, shaping_returns
+from tvkd_fast.losses.shaping import ShapingReport, check_discount, shaping_report, shaping_returns
 
 __all__ = [
     "ShapingReport",
     "TVKDOutput",
+    "check_discount",
+    "check_preference_settings",
     "dpo_loss",
     "segment_sums",
     "sft_loss",

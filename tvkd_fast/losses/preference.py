@@ -65,7 +65,8 @@ def tvkd_loss(
     Raises:
         ValueError: β ≤ 0, λ outside [0, 0.5), α not finite, shapes that differ or an odd number of rows.
     """
-    _check(policy_logps, ref_logps, psi, beta, alpha, label_smoothing)
+    check_preference_settings(beta, alpha, label_smoothing)
+    _check_shapes(policy_logps, ref_logps, psi)
     log_ratios = policy_logps - ref_logps.detach().to(policy_logps.dtype)
     rho_chosen, rho_rejected = log_ratios.chunk(2)
     margins = beta * (rho_chosen - rho_rejected)
@@ -93,15 +94,17 @@ def dpo_loss(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, labe
     return tvkd_loss(policy_logps, ref_logps, None, beta=beta, alpha=0.0, label_smoothing=label_smoothing)
 
 
-def _check(
-    policy_logps: Tensor, ref_logps: Tensor, psi: Tensor | None, beta: float, alpha: float, label_smoothing: float
-) -> None:
+def check_preference_settings(beta: float, alpha: float, label_smoothing: float) -> None:
+    """β > 0, α finite, λ in [0, 0.5), or a ValueError that says which is not."""
     if not (beta > 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be a positive number (0.1 is usual), got {beta}: at 0 the policy is never moved")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite (0 is DPO), got {alpha}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}: at 0.5 a label says nothing")
+
+
+def _check_shapes(policy_logps: Tensor, ref_logps: Tensor, psi: Tensor | None) -> None:
     if policy_logps.dim() != 1 or policy_logps.shape[0] == 0 or policy_logps.shape[0] % 2:
         raise ValueError(
             f"policy_logps must be (2P,), chosen rows first, then as many rejected, got {tuple(policy_logps.shape)}"

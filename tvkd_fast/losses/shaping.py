@@ -68,7 +68,7 @@ class ShapingReport:
     std_ratio: float
     """std(αΔΨ)/std(βΔρ): above 1 the teacher's offset outweighs the policy's own margin."""
     length_correlation: float
-    """Pearson correlation of ΔΨ with the difference in response length."""
+    """Pearson correlation of αΔΨ with the difference in response length."""
     flipped: float
     """Share of pairs whose margin has another sign once shaped."""
 
@@ -105,9 +105,14 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(a @ b / scale) if scale > 0 else 0.0
 
 
-def _check(values: Tensor, cu_states: Tensor, gamma: float, terminal: str, ended: Tensor | None) -> None:
+def check_discount(gamma: float) -> None:
+    """γ in [0, 1], or a ValueError."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1] (a discount; 1 is the default), got {gamma}")
+
+
+def _check(values: Tensor, cu_states: Tensor, gamma: float, terminal: str, ended: Tensor | None) -> None:
+    check_discount(gamma)
     if terminal not in TERMINALS:
         raise ValueError(f"terminal must be one of {', '.join(TERMINALS)}, got {terminal!r}")
     if values.dim() != 1:

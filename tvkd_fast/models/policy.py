@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tvkd_fast.models.head import FusedLMHead, head_transforms
@@ -42,10 +43,12 @@ class PolicyWithHead(nn.Module):
 
     The model's head becomes a `FusedLMHead` that holds the same parameters; dropout is set to 0, since a log-ratio of
     two passes with different masks is noise; `probe_head` refuses a family whose logits it does not reproduce.
+    `autocast` is the dtype of the products over weights of another dtype, None for the weights' own.
     """
 
-    def __init__(self, model: PreTrainedModel, *, probe: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, autocast: torch.dtype | None = None, probe: bool = True) -> None:
         super().__init__()
+        self.autocast = autocast
         model.set_output_embeddings(
             FusedLMHead.from_linear(model.get_output_embeddings(), head_transforms(model.config))
         )
@@ -56,12 +59,17 @@ class PolicyWithHead(nn.Module):
 
     def forward(self, batch: ModelBatch) -> Tensor:
         """(N,) float32 log-probabilities of `batch.labels`; only response positions reach the head."""
-        return self.head(self.hidden(batch.input_ids, batch.predicting), batch.labels)
+        with self.precision():
+            return self.head(self.hidden(batch.input_ids, batch.predicting), batch.labels)
 
     @property
     def head(self) -> FusedLMHead:
         # Looked up at every call: FSDP and PEFT replace modules.
         return self.model.get_output_embeddings()
+
+    def precision(self) -> torch.autocast:
+        """The products' precision, wherever the model is called: policy, reference and teacher must agree on it."""
+        return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     def hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[2P, L] ids and flat positions to [len(positions), D] states. Called from `forward` only."""
@@ -72,10 +80,13 @@ class PolicyWithHead(nn.Module):
 class TeacherWithHead(PolicyWithHead):
     """A frozen teacher: `forward(batch)` returns LSE(z) and LSE(κz) of every response state, two (M,) float32."""
 
-    def __init__(self, model: PreTrainedModel, *, kappa: float = 1.0, probe: bool = True) -> None:
-        super().__init__(model, probe=probe)
+    def __init__(
+        self, model: PreTrainedModel, *, kappa: float = 1.0, autocast: torch.dtype | None = None, probe: bool = True
+    ) -> None:
+        super().__init__(model, autocast=autocast, probe=probe)
         self.eval().requires_grad_(False)
         self.kappa = kappa
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self.head(self.hidden(batch.input_ids, batch.states), kappa=self.kappa)
+        with self.precision():
+            return self.head(self.hidden(batch.input_ids, batch.states), kappa=self.kappa)

@@ -31,8 +31,10 @@ def prune_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     layers = kept_layers(len(blocks), keep)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = keep
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in layers]
+    # Lists as long as the model is deep say something of each layer: layer_types, SmolLM3's no_rope_layers.
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == len(blocks) and not name.endswith("token_id"):
+            setattr(config, name, [value[i] for i in layers])
     student = type(model)(config).to(dtype=model.dtype, device=model.device)
     place = {old: new for new, old in enumerate(layers)}
     state = {}
@@ -60,9 +62,10 @@ def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Every dropout probability to 0, in modules and in attention's keyword arguments."""
+    """Every dropout probability to 0: of modules, and of attributes that families hand to functions."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)

@@ -46,7 +46,7 @@ def linear_logps(
     Returns:
         (N,) float32 (float64 for float64 inputs), nats. Differentiable once by hidden, weight and bias; what does not
         require a gradient costs none. Memory beyond inputs, result and gradients is bounded by 64 MB whatever N and V
-        are. Deterministic.
+        are (autocast's copy of the weight, where it is on, comes on top, as in any linear layer). Deterministic.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; labels out of range; NaN or inf in hidden or weight, by

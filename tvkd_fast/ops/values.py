@@ -100,6 +100,7 @@ def soft_values(
 
 
 def check_kappa(kappa: float) -> None:
+    """κ > 0, or a ValueError."""
     if not (kappa > 0 and math.isfinite(kappa)):
         raise ValueError(f"kappa must be a positive number (an inverse temperature; 1 is the paper's), got {kappa}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from tvkd_fast.data import (
     check_token_ids,
     fingerprint_tokenizer,
 )
+from tvkd_fast.data.folders import whole_folder
 from tvkd_fast.models import (
     PolicyWithHead,
     TeacherWithHead,
@@ -41,39 +44,31 @@ FINAL = "final"
 def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | None:
     """`tvkd train`: build the run, train, and leave a folder `final/` that `from_pretrained` loads."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("train", config.data, tokenizer)
-    held_out = load_dataset("eval", config.data, tokenizer) if config.data.eval else None
-    if show_progress:
-        for name, pairs in (("train", dataset), ("eval", held_out)):
-            print(f"{name}: {pairs.report}" if pairs else f"{name}: none")
-    policy = PolicyWithHead(_load_policy(config.policy, config.student_layers, config.model))
+    dataset = load_dataset("train", config.data, tokenizer, say=show_progress)
+    held_out = load_dataset("eval", config.data, tokenizer, say=show_progress) if config.data.eval else None
+    policy = PolicyWithHead(
+        _load(config.policy, config.model, layers=config.student_layers), autocast=_autocast(config.model)
+    )
     for pairs in (dataset, held_out):
         if pairs is not None:
             check_token_ids(pairs, policy.head.out_features)
-    start = fingerprint_weights(policy.model)
-    models = OnlineScorer(*_frozen_models(config, policy, tokenizer))
-    scorer: Scorer = models
-    if config.scores is not None and config.objective != "sft":
-        scorer = CachedScorer(_fitting_cache(config.scores, config, dataset, tokenizer, start, models))
+    identity: dict[str, Any] = {"policy": fingerprint_weights(policy.model), "precision": _precision(config.model)}
+    scorer: Scorer = OnlineScorer(None, None)
     held_out_scorer = None
-    if held_out is not None and config.objective != "sft":
-        if config.eval_scores is not None:
-            cache = _fitting_cache(config.eval_scores, config, held_out, tokenizer, start, models)
-        else:
-            # Here the policy is still its own reference, also when the run is resumed later on.
-            reference = policy if models.reference is None else models.reference
-            cache = score_dataset(
-                held_out,
-                OnlineScorer(reference, models.teacher),
-                _manifest(held_out, tokenizer, None, None, config.loss.kappa),
-                pairs_per_micro_batch=config.pairs_per_micro_batch,
-                device=next(policy.parameters()).device,
-                progress=show_progress,
-            )
-        held_out_scorer = CachedScorer(cache)
-    if scorer is not models:
-        # What was loaded to be compared or to score the held-out pairs is not needed any longer.
-        models.reference = models.teacher = None
+    if config.objective != "sft":
+        models = _frozen_models(config, policy, tokenizer)
+        expected = _expected(config, tokenizer, models, identity["policy"])
+        scorer = models
+        if config.scores is not None:
+            cache = _fitting_cache(config.scores, config, dataset, expected)
+            expected |= {"teacher": cache.manifest.teacher}
+            scorer = CachedScorer(cache)
+        if held_out is not None:
+            held_out_scorer = _held_out_scorer(config, policy, models, held_out, tokenizer, expected, show_progress)
+        identity |= {"reference": expected["reference"], "teacher": expected["teacher"]}
+        if scorer is not models:
+            # What was loaded to be compared or to score the held-out pairs is not needed any longer.
+            models.reference = models.teacher = None
     if config.model.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     trainer = Trainer(
@@ -83,7 +78,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
         dataset,
         held_out=held_out,
         held_out_scorer=held_out_scorer,
-        identity={"policy": start},
+        identity=identity,
         show_progress=show_progress,
     )
     evaluation = trainer.run()
@@ -94,24 +89,23 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep what they say."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset(config.which, config.data, tokenizer)
+    dataset = load_dataset(config.which, config.data, tokenizer, say=show_progress)
     if config.reference is not None:
-        reference_model = _load_policy(config.reference, None, config.model)
+        reference = _load_reference(config.reference, config.model, tokenizer)
     else:
-        reference_model = _load_policy(config.policy, config.student_layers, config.model)
-    reference = _frozen(PolicyWithHead(reference_model))
+        model = _load(config.policy, config.model, layers=config.student_layers)
+        reference = _frozen(PolicyWithHead(model, autocast=_autocast(config.model)))
     teacher = None
     if config.teacher is not None:
         teacher = _load_teacher(config.teacher, config.kappa, config.model, tokenizer)
-    for model in (reference, teacher):
-        if model is not None:
-            check_token_ids(dataset, model.head.out_features)
+    check_token_ids(dataset, reference.head.out_features)
     manifest = _manifest(
         dataset,
         tokenizer,
-        None if teacher is None else fingerprint_weights(teacher.model),
-        fingerprint_weights(reference.model),
-        config.kappa,
+        teacher=None if teacher is None else fingerprint_weights(teacher.model),
+        reference=fingerprint_weights(reference.model),
+        kappa=config.kappa,
+        model=config.model,
     )
     cache = score_dataset(
         dataset,
@@ -125,19 +119,19 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     return cache
 
 
-def evaluate_policy(config: EvalConfig) -> Evaluation:
+def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evaluation:
     """`tvkd eval`: a policy, with or without a reference, on data.eval."""
-    tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("eval", config.data, tokenizer)
     if config.teacher is not None and config.reference is None:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
-    policy = _frozen(PolicyWithHead(_load_policy(config.policy, None, config.model)))
+    tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset("eval", config.data, tokenizer, say=show_progress)
+    policy = _frozen(PolicyWithHead(_load(config.policy, config.model), autocast=_autocast(config.model)))
+    check_token_ids(dataset, policy.head.out_features)
     reference = teacher = None
     if config.reference is not None:
-        reference = _frozen(PolicyWithHead(_load_policy(config.reference, None, config.model)))
+        reference = _load_reference(config.reference, config.model, tokenizer)
     if config.teacher is not None:
         teacher = _load_teacher(config.teacher, config.loss.kappa, config.model, tokenizer)
-    check_token_ids(dataset, policy.head.out_features)
     return evaluate(
         policy,
         dataset,
@@ -149,15 +143,26 @@ def evaluate_policy(config: EvalConfig) -> Evaluation:
     )
 
 
-def load_dataset(which: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairDataset:
-    """The training ("train") or held-out ("eval") pairs that the config names, tokenized and truncated."""
+def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model whole or not at all: a folder of this name is never half of one."""
+    with whole_folder(folder, "the model") as partial:
+        save_model(model, tokenizer, partial)
+
+
+def load_dataset(
+    which: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, say: bool = False
+) -> PairDataset:
+    """The training ("train") or held-out ("eval") pairs that the config names, tokenized and truncated.
+
+    `say` prints on stderr what was cut and what was dropped.
+    """
     source = config.train if which == "train" else config.eval
     if source is None:
         raise ValueError(
             f"no {which} data: set --data.{which} to a hub name, a .jsonl(.gz) or .parquet file, a `datasets` folder, "
             f"or bundled:{which}"
         )
-    return build_dataset(
+    dataset = build_dataset(
         source,
         tokenizer,
         split=config.train_split if which == "train" else config.eval_split,
@@ -169,38 +174,38 @@ def load_dataset(which: str, config: DataConfig, tokenizer: PreTrainedTokenizerB
         bad_pairs=config.bad_pairs,
         chat_template=config.chat_template,
     )
-
-
-def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the model whole or not at all: a folder of this name is never half of one."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    save_model(model, tokenizer, partial)
-    if folder.exists():
-        _remove(folder)
-    partial.rename(folder)
+    if say:
+        print(f"{which}: {dataset.report}", file=sys.stderr)
+    return dataset
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
+    """Where the run's models live; ValueError where the device asked for is not there."""
     if config.threads > 0:
         torch.set_num_threads(config.threads)
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available: set --model.device cpu, or install a CUDA build of torch")
+    return device
 
 
-def check_same_tokenizer(policy: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
-    """Teacher and policy must read the same token ids: the teacher's states are taken at the policy's tokens."""
-    ours, theirs = policy.get_vocab(), teacher.get_vocab()
+def check_same_tokenizer(
+    policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, *, role: str
+) -> None:
+    """Every model must read the policy's token ids, at which its states and log-probabilities are taken."""
+    ours, theirs = policy.get_vocab(), other.get_vocab()
     if ours == theirs:
         return
     odd = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
     raise ValueError(
-        f"the teacher {name} has another tokenizer than the policy ({len(theirs):,} tokens against {len(ours):,}; they "
-        f"differ at {odd!r}): its soft values would be of other text. Choose a teacher of the policy's family"
+        f"the {role} {name} has another tokenizer than the policy ({len(theirs):,} tokens against {len(ours):,}; they "
+        f"differ at {odd!r}): what it says would be of other text. Choose a {role} of the policy's family"
     )
 
 
-def _load_policy(name: str, student_layers: int | None, config: ModelConfig) -> PreTrainedModel:
+def _load(name: str, config: ModelConfig, *, layers: int | None = None) -> PreTrainedModel:
     model = load_model(
         name,
         dtype=getattr(torch, config.dtype),
@@ -208,20 +213,23 @@ def _load_policy(name: str, student_layers: int | None, config: ModelConfig) -> 
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
-    return model if student_layers is None else prune_layers(model, student_layers)
+    return model if layers is None else prune_layers(model, layers)
+
+
+def _load_reference(name: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHead:
+    theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    check_same_tokenizer(tokenizer, theirs, name, role="reference")
+    return _frozen(PolicyWithHead(_load(name, config), autocast=_autocast(config)))
 
 
 def _load_teacher(name: str, kappa: float, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> TeacherWithHead:
-    check_same_tokenizer(tokenizer, load_tokenizer(name, trust_remote_code=config.trust_remote_code), name)
-    return TeacherWithHead(_load_policy(name, None, config), kappa=kappa)
+    theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    check_same_tokenizer(tokenizer, theirs, name, role="teacher")
+    return TeacherWithHead(_load(name, config), kappa=kappa, autocast=_autocast(config))
 
 
-def _frozen_models(
-    config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PolicyWithHead | None, TeacherWithHead | None]:
-    """The reference and the teacher that this run has to hold, or has to compare with a cache of scores."""
-    if config.objective == "sft":
-        return None, None
+def _frozen_models(config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase) -> OnlineScorer:
+    """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
     if config.objective == "tvkd" and config.teacher is None and config.scores is None:
         raise ValueError(
             "tvkd needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`; --objective dpo needs "
@@ -229,33 +237,32 @@ def _frozen_models(
         )
     reference = None
     if config.reference is not None:
-        reference = _frozen(PolicyWithHead(_load_policy(config.reference, None, config.model)))
+        reference = _load_reference(config.reference, config.model, tokenizer)
     elif config.scores is None:
         reference = _frozen(copy.deepcopy(policy))
     teacher = None
     if config.objective == "tvkd" and config.teacher is not None:
         teacher = _load_teacher(config.teacher, config.loss.kappa, config.model, tokenizer)
-    return reference, teacher
+    return OnlineScorer(reference, teacher)
 
 
-def _fitting_cache(
-    folder: str,
-    config: TrainConfig,
-    dataset: PairDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    policy_at_start: str,
-    models: OnlineScorer,
-) -> ScoreCache:
+def _expected(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: OnlineScorer, policy_at_start: str
+) -> dict[str, Any]:
+    """What a cache of scores must have been made of to serve this run; None is not compared."""
+    return {
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "precision": _precision(config.model),
+        "kappa": config.loss.kappa if config.objective == "tvkd" else None,
+        "reference": policy_at_start if models.reference is None else fingerprint_weights(models.reference.model),
+        "teacher": None if models.teacher is None else fingerprint_weights(models.teacher.model),
+    }
+
+
+def _fitting_cache(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
     cache = ScoreCache.load(folder, dataset)
-    shaped = config.objective == "tvkd"
-    cache.check(
-        tokenizer=fingerprint_tokenizer(tokenizer),
-        dataset=dataset.fingerprint,
-        reference=policy_at_start if models.reference is None else fingerprint_weights(models.reference.model),
-        teacher=None if models.teacher is None else fingerprint_weights(models.teacher.model),
-        kappa=config.loss.kappa if shaped else None,
-    )
-    if shaped and cache.scores.lse is None:
+    cache.check(**expected, dataset=dataset.fingerprint)
+    if cache.scores.ref_logps is None or (config.objective == "tvkd" and cache.scores.lse is None):
         raise ValueError(
             f"the scores at {folder} hold no teacher's values: run `tvkd score` with --teacher, or train with "
             "--objective dpo"
@@ -263,12 +270,47 @@ def _fitting_cache(
     return cache
 
 
+def _held_out_scorer(
+    config: TrainConfig,
+    policy: PolicyWithHead,
+    models: OnlineScorer,
+    held_out: PairDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    expected: dict[str, Any],
+    show_progress: bool,
+) -> CachedScorer:
+    """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
+    if config.eval_scores is not None:
+        return CachedScorer(_fitting_cache(config.eval_scores, config, held_out, expected))
+    if config.objective == "tvkd" and models.teacher is None:
+        warnings.warn(
+            "held-out pairs have no teacher's values: evaluation leaves the loss and the shaping out. Score them too, "
+            "`tvkd score --which eval`, and give --eval_scores",
+            stacklevel=2,
+        )
+    # Here the policy is still its own reference, also when the run is resumed later on.
+    reference = policy if models.reference is None else models.reference
+    names = {"teacher": expected["teacher"], "reference": expected["reference"], "kappa": config.loss.kappa}
+    return CachedScorer(
+        score_dataset(
+            held_out,
+            OnlineScorer(reference, models.teacher),
+            _manifest(held_out, tokenizer, **names, model=config.model),
+            pairs_per_micro_batch=config.pairs_per_micro_batch,
+            device=next(policy.parameters()).device,
+            progress=show_progress,
+        )
+    )
+
+
 def _manifest(
     dataset: PairDataset,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     teacher: str | None,
     reference: str | None,
     kappa: float,
+    model: ModelConfig,
 ) -> ScoreManifest:
     import transformers
 
@@ -277,6 +319,7 @@ def _manifest(
         tokenizer=fingerprint_tokenizer(tokenizer),
         teacher=teacher,
         reference=reference,
+        precision=_precision(model),
         kappa=kappa,
         pairs=len(dataset),
         states=ScoreLayout(dataset).num_states,
@@ -284,11 +327,13 @@ def _manifest(
     )
 
 
-def _frozen(model: Any) -> Any:
-    return model.eval().requires_grad_(False)
+def _autocast(config: ModelConfig) -> torch.dtype | None:
+    return torch.bfloat16 if config.autocast == "bfloat16" else None
 
 
-def _remove(folder: Path) -> None:
-    import shutil
+def _precision(config: ModelConfig) -> str:
+    return config.dtype if config.autocast == "off" else f"{config.dtype}, products in {config.autocast}"
 
-    shutil.rmtree(folder)
+
+def _frozen(policy: PolicyWithHead) -> PolicyWithHead:
+    return policy.eval().requires_grad_(False)

@@ -53,6 +53,7 @@ def save_checkpoint(
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
         for file in partial.iterdir():
             _flush(file)
+        _flush(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
@@ -65,8 +66,9 @@ def save_checkpoint(
             f"{_size(model) / 2**20:,.0f} MB) and run the same command again; "
             + (f"{left.name} is kept and will be resumed from" if left else "there is no earlier checkpoint")
         ) from error
-    for old in _checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+    # A later folder is damaged, or this run would have gone on from it: it neither counts nor is it ours to drop.
+    for old in [p for p in _checkpoints(folder) if _step(p) <= step][keep:]:
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -80,14 +82,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def set_aside(folder: Path) -> None:
-    """Move an earlier run's checkpoints out of the way of one that starts again; nothing is deleted."""
-    if not any(folder.glob("step-*")):
+def set_aside(path: Path) -> None:
+    """Move what an earlier run left out of the way of one that starts again; nothing is deleted."""
+    if not path.exists():
         return
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+    while (aside := path.with_name(f"{path.name}.before-{number}")).exists():
         number += 1
-    folder.rename(aside)
+    path.rename(aside)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -120,7 +122,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _flaw(path: Path) -> str | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tvkd_fast.losses import check_discount, check_preference_settings
+from tvkd_fast.ops import check_kappa
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -59,6 +62,9 @@ class LossConfig:
     """λ in [0, 0.5): share of preferences taken to be wrong."""
 
     def __post_init__(self) -> None:
+        check_preference_settings(self.beta, self.alpha, self.label_smoothing)
+        check_discount(self.gamma)
+        check_kappa(self.kappa)
         if self.value_from == "logprobs" and self.kappa == 1.0:
             raise ValueError(
                 "value_from='logprobs' is 0 everywhere at kappa=1: set --loss.kappa to another value, such as 0.7"
@@ -94,7 +100,7 @@ class ModelConfig:
     """How models are loaded and run; shared by policy, reference and teacher."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights. Training wants float32 (see `autocast`); scoring runs in either."""
+    """Dtype of the weights. Training wants float32 (see `autocast`); scores serve only runs of the same precision."""
     autocast: Literal["off", "bfloat16"] = "off"
     """Run the forward products in bfloat16 over float32 weights."""
     attn_implementation: str | None = None
@@ -126,7 +132,8 @@ class TrainConfig:
     student_layers: int | None = None
     """Prune the policy to so many evenly spaced layers before training."""
     scores: str | None = None
-    """Folder that `tvkd score` wrote for the training data: then neither teacher nor reference is loaded."""
+    """Folder that `tvkd score` wrote for the training data: teacher and reference need not be given then, and are only
+    compared with it if they are."""
     eval_scores: str | None = None
     """The same for the held-out data (`tvkd score --which eval`); scored at the start of the run where not given."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -161,6 +168,10 @@ class TrainConfig:
         for name in ("pairs_per_step", "pairs_per_micro_batch", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs must be positive, got {self.epochs}")
+        if self.data.eval is None and (self.eval_every or self.eval_scores):
+            raise ValueError("eval_every and eval_scores need held-out pairs: set --data.eval")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
 

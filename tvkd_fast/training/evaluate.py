@@ -33,7 +33,7 @@ class Evaluation:
     reward_margin: float | None = None
     """Mean of β(ρ_w − ρ_l); None without a reference."""
     loss: float | None = None
-    """The run's own loss; None without a reference."""
+    """The run's own loss; None without a reference, or without a teacher in tvkd."""
     shaping_margin: float | None = None
     """Mean of α(Ψ_w − Ψ_l), and the diagnostics of losses.ShapingReport; None without a teacher."""
     shaping_std_ratio: float | None = None
@@ -41,8 +41,8 @@ class Evaluation:
     shaping_flipped: float | None = None
 
     def known(self) -> dict[str, float]:
-        """The figures that there are."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The figures that there are, and are finite: JSON has no other."""
+        return {name: value for name, value in asdict(self).items() if value is not None and math.isfinite(value)}
 
 
 @torch.no_grad()
@@ -62,12 +62,13 @@ def evaluate(
     config = LossConfig() if loss is None else loss
     scorer = OnlineScorer(None, None) if scorer is None else scorer
     differences, losses, margins, shaping, lengths = [], [], [], [], []
-    has_reference = False
+    has_reference = has_loss = False
     for batch in micro_batches(dataset, range(len(dataset)), size=pairs_per_micro_batch):
         batch = batch.to(device)
         logps = segment_sums(policy(batch), batch.cu_seqlens)
         scores = scorer.of(batch)
         has_reference = scores.ref_logps is not None
+        has_loss = has_reference and (objective == "dpo" or scores.lse is not None)
         out = preference_output(logps, batch, scores, config, objective)
         chosen, rejected = logps.chunk(2)
         differences.append(chosen - rejected)
@@ -89,7 +90,8 @@ def evaluate(
         margin, shaped = torch.cat(margins), torch.cat(shaping)
         figures["reward_accuracy"] = float((margin > 0).double().mean())
         figures["reward_margin"] = float(margin.double().mean())
-        figures["loss"] = float(torch.cat(losses).double().mean())
+        if has_loss:
+            figures["loss"] = float(torch.cat(losses).double().mean())
         if torch.count_nonzero(shaped):
             figures |= shaping_metrics(margin, shaped, torch.cat(lengths))
     return Evaluation(**figures)

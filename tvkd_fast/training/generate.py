@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tvkd_fast.data.tokenization import TEMPLATE_DATE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +24,10 @@ def answers(
     max_new_tokens: int = 40,
 ) -> list[str]:
     """The model's greedy answer to each conversation, cut at the end of its turn."""
-    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    texts = [
+        tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE)
+        for p in prompts
+    ]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     length = max(map(len, rows))
     pad = tokenizer.eos_token_id

@@ -47,6 +47,9 @@ def shaping_metrics(margins: torch.Tensor, shaping_margins: torch.Tensor, length
     }
 
 
+METRICS = "metrics.jsonl"
+
+
 class ShapingWatch:
     """Warns, once a run, of shaping that outweighs the policy's margins, over enough pairs for that to mean something.
 
@@ -78,16 +81,15 @@ class MetricsLog:
     """Appends lines to metrics.jsonl and mirrors them to TensorBoard; drops lines of steps after `resume_from`."""
 
     def __init__(self, folder: Path, *, resume_from: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.lines = [line for line in read_metrics(self.path) if line["step"] <= resume_from]
+        self.path = folder / METRICS
+        lines = [line for line in read_metrics(self.path) if line["step"] <= resume_from]
         folder.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_line(metrics) for metrics in self.lines))
+        partial.write_text("".join(_line(metrics) for metrics in lines))
         os.replace(partial, self.path)
         self._tensorboard = _tensorboard_writer(folder / "tensorboard", resume_from)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        self.lines.append(metrics)
         with self.path.open("a") as file:
             file.write(_line(metrics))
         if self._tensorboard is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tvkd_fast.data.formats import FILE_SUFFIXES
 from tvkd_fast.models import ModelShape, load_tokenizer, model_shape
 from tvkd_fast.training.build import load_dataset
 from tvkd_fast.training.config import TrainConfig
@@ -57,7 +58,7 @@ def _tokens(config: TrainConfig) -> tuple[float, int, str]:
     if source is None:
         raise ValueError("no train data: set --data.train")
     most = 2 * config.data.max_length
-    if not (source.startswith("bundled:") or Path(source).exists()):
+    if not (source.startswith("bundled:") or Path(source).exists() or source.endswith(FILE_SUFFIXES)):
         return (
             most,
             0,

@@ -5,6 +5,7 @@ Each stage leaves a folder under `out` and is passed over when the road is walke
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import subprocess
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tvkd_fast.data.formats import Message
 
 SHOWN_ANSWERS = 3
+STAGE = "stage.json"
 
 
 @dataclass(kw_only=True)
@@ -66,13 +68,15 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.teacher_steps, self.warm_steps, self.steps, self.judged = 1, 3, 3, 0
+            self.teacher_steps, self.warm_steps, self.judged = 1, 3, 0
+            self.steps = self.steps or 3
 
 
 def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Walk the road and return the report, which is also written to `out/report.json` beside `out/curves.png`."""
     out = Path(config.out)
     recipe = _adapt(config, recipe)
+    _check(config, recipe)
     started = time.perf_counter()
     stages = {
         "base": lambda: _base(recipe, out / "base"),
@@ -84,7 +88,6 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
     }
     settings = {"config": asdict(config) | {"out": None}, "recipe": asdict(recipe) | {"output_dir": None}}
     _claim(out, settings)
-    seconds = {}
     for name, stage in stages.items():
         if _finished(out / name):
             say(f"{name}: done already")
@@ -92,20 +95,22 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
         say(f"{name} …")
         since = time.perf_counter()
         stage()
-        seconds[name] = round(time.perf_counter() - since, 1)
+        made = provenance() | {"seconds": round(time.perf_counter() - since, 1)}
+        (out / name / STAGE).write_text(json.dumps(made, indent=2) + "\n")
     say("evaluation …")
     report = _report(config, recipe, out)
-    report["seconds"] = seconds | {"total": round(time.perf_counter() - started, 1)}
+    report["stages"] = {n: json.loads(p.read_text()) for n in stages if (p := out / n / STAGE).exists()}
+    report["seconds"] = round(time.perf_counter() - started, 1)
     report["made_by"] = provenance() | {"command": " ".join(["tvkd", *sys.argv[1:]]), **settings}
-    text = json.dumps(report, indent=2)
+    text = json.dumps(report, indent=2, allow_nan=False)
     report = json.loads(text)
     (out / "report.json").write_text(text + "\n")
+    say(table(report))
     runs = {name: [_start_line(report), *read_metrics(out / name / "metrics.jsonl")] for name in ("dpo", "tvkd")}
     plot_curves(
         runs, out / "curves.png", title=f"{recipe.data.train}: one start, one seed, the same pairs in the same order"
     )
-    say(table(report))
-    say(f"\nwrote {out / 'report.json'} and {out / 'curves.png'} in {report['seconds']['total']:.0f} s")
+    say(f"\nwrote {out / 'report.json'} and {out / 'curves.png'} in {report['seconds']:.0f} s")
     return report
 
 
@@ -148,6 +153,18 @@ def _adapt(config: DemoConfig, recipe: TrainConfig) -> TrainConfig:
     )
 
 
+def _check(config: DemoConfig, recipe: TrainConfig) -> None:
+    """What would otherwise fail only after the teacher was trained."""
+    if recipe.student_layers is None:
+        raise ValueError("the road prunes its student: set student_layers in the recipe")
+    if recipe.data.train is None or recipe.data.eval is None:
+        raise ValueError(
+            "the road needs training and held-out pairs: set --train and --eval, or name them in the recipe"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the road draws its curves with matplotlib: pip install 'tvkd_fast[plot]'")
+
+
 def _base(recipe: TrainConfig, folder: Path) -> None:
     """The recipe's policy in a folder, so that a GGUF file is dequantised once."""
     save_final(load_model(recipe.policy), load_tokenizer(recipe.policy), folder / FINAL)
@@ -165,14 +182,14 @@ def _teacher(config: DemoConfig, recipe: TrainConfig, out: Path) -> None:
             max_steps=config.teacher_steps,
             optim=OptimConfig(lr=config.teacher_lr, warmup_steps=config.teacher_steps // 10),
             data=replace(recipe.data, eval=None),
+            eval_every=0,
         )
     )
 
 
 def _student(config: DemoConfig, recipe: TrainConfig, out: Path) -> None:
     pruned = out / "pruned" / FINAL
-    if recipe.student_layers is None:
-        raise ValueError("the road prunes its student: set student_layers in the recipe")
+    assert recipe.student_layers is not None
     base = str(out / "base" / FINAL)
     save_final(prune_layers(load_model(base), recipe.student_layers), load_tokenizer(base), pruned)
     train(
@@ -186,6 +203,7 @@ def _student(config: DemoConfig, recipe: TrainConfig, out: Path) -> None:
             max_steps=config.warm_steps,
             optim=OptimConfig(lr=config.warm_lr, warmup_steps=config.warm_steps // 10),
             data=replace(recipe.data, eval=None),
+            eval_every=0,
         )
     )
 
@@ -224,7 +242,7 @@ def _run(recipe: TrainConfig, out: Path, objective: str) -> None:
 
 
 def _used(recipe: TrainConfig) -> DataConfig:
-    """No more training rows than the run will take: what is not trained on need not be scored."""
+    """No more training rows than the run takes pairs: what is not trained on need not be scored."""
     if recipe.max_steps is None:
         return recipe.data
     rows = recipe.max_steps * recipe.pairs_per_step

@@ -5,7 +5,7 @@ Letters: P pairs, M response states.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -60,7 +60,7 @@ def score_dataset(
     layout = ScoreLayout(dataset)
     kept: dict[str, Tensor] = {}
     batches = micro_batches(dataset, range(len(dataset)), size=pairs_per_micro_batch)
-    for batch in _with_progress(batches, progress):
+    for batch in _with_progress(batches, len(dataset), progress):
         scores = scorer.of(batch.to(device))
         places = {"ref_logps": layout.responses(batch.pairs)}
         places["lse"] = places["lse_kappa"] = layout.states(batch.pairs)
@@ -73,13 +73,10 @@ def score_dataset(
     return ScoreCache(manifest, Scores(ref_logps, kept.get("lse"), kept.get("lse_kappa")), layout)
 
 
-def _with_progress(batches: list[PairBatch], progress: bool) -> Iterable[PairBatch]:
-    if not progress:
-        yield from batches
-        return
+def _with_progress(batches: Iterable[PairBatch], num_pairs: int, progress: bool) -> Iterator[PairBatch]:
     from tqdm import tqdm
 
-    with tqdm(total=sum(b.num_pairs for b in batches), desc="scoring", unit="pair") as bar:
+    with tqdm(total=num_pairs, desc="scoring", unit="pair", disable=not progress) as bar:
         for batch in batches:
             yield batch
             bar.update(batch.num_pairs)

@@ -55,7 +55,10 @@ def train_step(
         if objective == "sft":
             loss = sft_loss(policy_logps, num_tokens)
         else:
-            out = preference_output(policy_logps, batch, scorer.of(batch), config, objective)
+            scores = scorer.of(batch)
+            assert scores.ref_logps is not None
+            assert objective != "tvkd" or scores.lse is not None
+            out = preference_output(policy_logps, batch, scores, config, objective)
             # Summed, then divided once by the whole step's pairs: micro-batches of any size weigh as their pairs do.
             loss = out.losses.sum() / num_pairs
             outputs.append(out)

@@ -21,7 +21,7 @@ from tvkd_fast.training.checkpoint import (
 )
 from tvkd_fast.training.config import TrainConfig
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.metrics import MetricsLog, ShapingWatch, progress_bar, step_metrics
+from tvkd_fast.training.metrics import METRICS, MetricsLog, ShapingWatch, progress_bar, step_metrics
 from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.scoring import Scorer
 from tvkd_fast.training.step import train_step
@@ -61,6 +61,11 @@ class Trainer:
         self.max_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / config.pairs_per_step))
         self.device = next(policy.parameters()).device
         self.optimizer = make_optimizer(policy, config.optim)
+        if config.pairs_per_step > len(dataset):
+            raise ValueError(
+                f"a step takes {config.pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "
+                "lower --pairs_per_step, or give more data"
+            )
         self.identity = {"dataset": dataset.fingerprint, **_trajectory(config), **(identity or {})}
 
     def run(self) -> Evaluation | None:
@@ -79,16 +84,15 @@ class Trainer:
                 since = time.perf_counter()
                 batches = self._batches(step)
                 lr = self._set_learning_rate(step)
-                with self._autocast():
-                    out = train_step(
-                        self.policy,
-                        self.scorer,
-                        batches,
-                        self.optimizer,
-                        self.config.loss,
-                        objective=self.config.objective,
-                        clip_norm=self.config.optim.clip_norm,
-                    )
+                out = train_step(
+                    self.policy,
+                    self.scorer,
+                    batches,
+                    self.optimizer,
+                    self.config.loss,
+                    objective=self.config.objective,
+                    clip_norm=self.config.optim.clip_norm,
+                )
                 number = step + 1
                 busy += time.perf_counter() - since
                 tokens += sum(batch.num_tokens for batch in batches)
@@ -116,10 +120,13 @@ class Trainer:
         folder = self.folder / CHECKPOINTS
         if not self.config.resume:
             set_aside(folder)
+            set_aside(self.folder / METRICS)
         path = newest_checkpoint(folder)
         if path is None:
             return 0
         state = read_state(path)
+        if self.show_progress:
+            print(f"resuming from {path}")
         for name, value in self.identity.items():
             if state["identity"].get(name) != value:
                 raise CheckpointError(
@@ -152,21 +159,17 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.model.autocast == "bfloat16")
-
     def _evaluate(self) -> Evaluation:
         assert self.held_out is not None
-        with self._autocast():
-            return evaluate(
-                self.policy,
-                self.held_out,
-                scorer=self.held_out_scorer,
-                loss=self.config.loss,
-                objective=self.config.objective,
-                pairs_per_micro_batch=self.config.pairs_per_micro_batch,
-                device=self.device,
-            )
+        return evaluate(
+            self.policy,
+            self.held_out,
+            scorer=self.held_out_scorer,
+            loss=self.config.loss,
+            objective=self.config.objective,
+            pairs_per_micro_batch=self.config.pairs_per_micro_batch,
+            device=self.device,
+        )
 
 
 def _trajectory(config: TrainConfig) -> dict[str, Any]:
