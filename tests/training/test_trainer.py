@@ -212,14 +212,15 @@ def test_a_damaged_checkpoint_costs_only_its_steps(make_config, run, files):
 
 def test_shaping_that_outweighs_the_margins_is_warned_of_once(make_config, run):
     with pytest.warns(UserWarning, match="shaping outweighs the policy's margins") as warned:
-        run(make_config(loss_alpha=1e4, loss_gamma=0.5, max_steps=8))
+        run(make_config(loss_alpha=1e4, loss_gamma=0.5, max_steps=24))
     assert sum("shaping outweighs" in str(w.message) for w in warned) == 1
 
 
 def test_shaping_that_does_not_outweigh_them_is_not_warned_of(make_config, run):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        run(make_config(loss_alpha=1e-3, max_steps=8))
+        run(make_config(loss_alpha=1e-3, max_steps=24))
+        run(make_config(loss_alpha=1e4, max_steps=8, output_dir=make_config().output_dir + "-short"))
 
 
 def test_bfloat16_autocast_trains(make_config, run):

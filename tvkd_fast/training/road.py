@@ -270,7 +270,7 @@ def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any
         )
         report[name] = {key: value for key, value in evaluation.known().items() if key != "pairs"}
         if config.judged or name in ("start", "tvkd"):
-            given[name] = answers(model, tokenizer, prompts)
+            given[name] = answers(model, tokenizer, prompts, max_new_tokens=12 if config.quick else 40)
         if config.judged:
             good = [judge(p, a).good for p, a in zip(prompts, given[name], strict=True)]
             report[name]["judged"] = sum(good) / len(good)

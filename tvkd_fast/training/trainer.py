@@ -75,7 +75,7 @@ class Trainer:
             return None
         log = MetricsLog(self.folder, resume_from=done)
         self.policy.train()
-        watch = ShapingWatch(skip=min(20, self.max_steps // 2))
+        watch = ShapingWatch(skip=20)
         evaluation = None
         tokens, pairs, busy = 0, 0, 0.0
         bar = progress_bar(self.max_steps, done, description=self.config.objective, enabled=self.show_progress)
