@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class Trainer:
         evaluation = None
         tokens, pairs, busy = 0, 0, 0.0
         bar = progress_bar(self.max_steps, done, description=self.config.objective, enabled=self.show_progress)
-        with bar:
+        with bar, closing(log):
             for step in range(done, self.max_steps):
                 since = time.perf_counter()
                 batches = self._batches(step)
@@ -111,7 +112,6 @@ class Trainer:
                     log.write({"step": number} | {f"eval/{k}": v for k, v in evaluation.known().items()})
                 if (last and self.config.save_every >= 0) or _due(number, self.config.save_every):
                     self._save(number)
-        log.close()
         return evaluation
 
     def _resume(self) -> int:
