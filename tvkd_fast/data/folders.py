@@ -1,8 +1,8 @@
-"""Folders that are whole or not there."""
+"""Folders that are whole or not there, and the checksums that tell."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +18,13 @@ def whole_folder(target: Path, what: str) -> Iterator[Path]:
     The old one stands until then, and is put back where the new one cannot take its place. Raises ValueError, with what
     to do about it, where the disk refuses; nothing half-written is left.
     """
-    beside = f".{target.name}.{{}}-{os.getpid()}"
-    partial, old = target.with_name(beside.format("partial")), target.with_name(beside.format("old"))
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     try:
+        # What a kill left here the last time.
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         if target.exists():
@@ -36,3 +39,9 @@ def whole_folder(target: Path, what: str) -> Iterator[Path]:
             f"could not save {what} to {target}: {error}. Free some space and run it again{kept}"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

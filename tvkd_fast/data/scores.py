@@ -5,7 +5,6 @@ Letters: P pairs, M response states; responses are stored pair by pair, chosen t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tvkd_fast.data.folders import whole_folder
+from tvkd_fast.data.folders import sha256_of, whole_folder
 from tvkd_fast.data.tokenization import TokenizedPair
 
 FORMAT = 1
@@ -106,7 +105,7 @@ class ScoreCache:
             tensors["lse_kappa"] = self.scores.lse_kappa
         with whole_folder(folder, "scores") as partial:
             save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, partial / TENSORS)
-            body = asdict(self.manifest) | {"sha256": _sha256(partial / TENSORS)}
+            body = asdict(self.manifest) | {"sha256": sha256_of(partial / TENSORS)}
             (partial / MANIFEST).write_text(json.dumps(body, indent=2) + "\n")
 
     @classmethod
@@ -117,7 +116,7 @@ class ScoreCache:
         recorded = body.pop("sha256", None)
         try:
             manifest = ScoreManifest(**body)
-            if _sha256(folder / TENSORS) != recorded:
+            if sha256_of(folder / TENSORS) != recorded:
                 raise ValueError(
                     f"{folder / TENSORS} does not match its checksum: it is damaged; run `tvkd score` again"
                 )
@@ -158,11 +157,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}: it was written by another version; run `tvkd score` again")
     return body
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short(value: object) -> str:

@@ -46,9 +46,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset("train", config.data, tokenizer, say=show_progress)
     held_out = load_dataset("eval", config.data, tokenizer, say=show_progress) if config.data.eval else None
-    policy = PolicyWithHead(
-        _load(config.policy, config.model, layers=config.student_layers), autocast=_autocast(config.model)
-    )
+    policy = load_policy(config.policy, config.model, layers=config.student_layers)
     for pairs in (dataset, held_out):
         if pairs is not None:
             check_token_ids(pairs, policy.head.out_features)
@@ -93,8 +91,7 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     if config.reference is not None:
         reference = _load_reference(config.reference, config.model, tokenizer)
     else:
-        model = _load(config.policy, config.model, layers=config.student_layers)
-        reference = _frozen(PolicyWithHead(model, autocast=_autocast(config.model)))
+        reference = _frozen(load_policy(config.policy, config.model, layers=config.student_layers))
     teacher = None
     if config.teacher is not None:
         teacher = _load_teacher(config.teacher, config.kappa, config.model, tokenizer)
@@ -125,7 +122,7 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset("eval", config.data, tokenizer, say=show_progress)
-    policy = _frozen(PolicyWithHead(_load(config.policy, config.model), autocast=_autocast(config.model)))
+    policy = _frozen(load_policy(config.policy, config.model))
     check_token_ids(dataset, policy.head.out_features)
     reference = teacher = None
     if config.reference is not None:
@@ -179,6 +176,11 @@ def load_dataset(
     return dataset
 
 
+def load_policy(name: str, config: ModelConfig, *, layers: int | None = None) -> PolicyWithHead:
+    """A model on the run's device and in its precision, pruned to `layers` where given."""
+    return PolicyWithHead(_load(name, config, layers=layers), autocast=_autocast(config))
+
+
 def resolve_device(config: ModelConfig) -> torch.device:
     """Where the run's models live; ValueError where the device asked for is not there."""
     if config.threads > 0:
@@ -219,7 +221,7 @@ def _load(name: str, config: ModelConfig, *, layers: int | None = None) -> PreTr
 def _load_reference(name: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHead:
     theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     check_same_tokenizer(tokenizer, theirs, name, role="reference")
-    return _frozen(PolicyWithHead(_load(name, config), autocast=_autocast(config)))
+    return _frozen(load_policy(name, config))
 
 
 def _load_teacher(name: str, kappa: float, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> TeacherWithHead:

@@ -6,7 +6,6 @@ checksums of the other two make it whole. What is not whole is passed over, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from tvkd_fast.data.folders import sha256_of
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -47,7 +48,7 @@ def save_checkpoint(
         state = {
             "step": step,
             "rng": _rng_state(),
-            "sha256": {name: _sha256(partial / name) for name in (MODEL, OPTIMIZER)},
+            "sha256": {name: sha256_of(partial / name) for name in (MODEL, OPTIMIZER)},
             **extra,
         }
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
@@ -133,7 +134,7 @@ def _flaw(path: Path) -> str | None:
     try:
         recorded = read_state(path)["sha256"]
         return next(
-            (f"{n} does not match its checksum" for n in (MODEL, OPTIMIZER) if _sha256(path / n) != recorded[n]), None
+            (f"{n} does not match its checksum" for n in (MODEL, OPTIMIZER) if sha256_of(path / n) != recorded[n]), None
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -182,11 +183,6 @@ def _restore_rng(state: dict[str, Any]) -> None:
 
 def _bytes_tensor(text: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -20,8 +20,8 @@ import torch
 
 from tvkd_fast.data import ScoreCache
 from tvkd_fast.data.synthetic import judge, preference_rows
-from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_layers
-from tvkd_fast.training.build import FINAL, load_dataset, save_final, score, train
+from tvkd_fast.models import load_model, load_tokenizer, prune_layers
+from tvkd_fast.training.build import FINAL, load_dataset, load_policy, save_final, score, train
 from tvkd_fast.training.config import DataConfig, OptimConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.evaluate import evaluate
 from tvkd_fast.training.generate import answers
@@ -258,19 +258,20 @@ def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any
     report: dict[str, Any] = {"pairs": len(held_out)}
     given: dict[str, list[str]] = {}
     for name, scorer in scorers.items():
-        model = load_model(out / ("student" if name == "start" else name) / FINAL)
+        policy = load_policy(str(out / ("student" if name == "start" else name) / FINAL), recipe.model)
         if name == "teacher":
-            scorer = OnlineScorer(PolicyWithHead(load_model(out / "base" / FINAL)).eval(), None)
+            scorer = OnlineScorer(load_policy(str(out / "base" / FINAL), recipe.model).eval(), None)
         evaluation = evaluate(
-            PolicyWithHead(model),
+            policy,
             held_out,
             scorer=scorer,
             loss=recipe.loss,
             objective="tvkd" if name == "tvkd" else "dpo",
+            device=policy.model.device,
         )
         report[name] = {key: value for key, value in evaluation.known().items() if key != "pairs"}
         if config.judged or name in ("start", "tvkd"):
-            given[name] = answers(model, tokenizer, prompts, max_new_tokens=12 if config.quick else 40)
+            given[name] = answers(policy.model, tokenizer, prompts, max_new_tokens=12 if config.quick else 40)
         if config.judged:
             good = [judge(p, a).good for p, a in zip(prompts, given[name], strict=True)]
             report[name]["judged"] = sum(good) / len(good)
