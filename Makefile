@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --qui
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format clean
+.PHONY: help venv demo test test-all gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,16 @@ test: $(STAMP) ## run the tests that need no GPU, no network and little time
 
 test-all: $(STAMP) ## run all tests but those that need the network
 	@$(PYTEST) -m "not network" $(PYTEST_ARGS)
+
+# The peers are no part of constraints.txt: the report names their versions.
+gpu: ## check and time the kernels on this machine's GPU
+	@nvidia-smi -L >/dev/null 2>&1 || test -e /dev/kfd || { echo "make gpu needs a GPU: this machine has none that nvidia-smi or ROCm's driver shows"; exit 1; }
+	@$(MAKE) --no-print-directory venv
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else f"torch {torch.__version__} in .venv does not see the GPU: install a build for it, or look at the driver")'
+	@echo "Installing the peers that the kernels are timed beside"
+	@$(PIP) $(PIP_ARGS) --editable '.[bench]'
+	$(BIN)/python -m pytest -m gpu tests/kernels
+	$(BIN)/python -m bench.gpu --json docs/results/gpu.json
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

@@ -65,7 +65,47 @@ def head_table(report: dict[str, Any]) -> str:
     return _markdown(head, rows) + "\n" + _provenance(report["made_by"], f"{report['shape']} {report['dtype']}")
 
 
-TABLES = {"road": road_table, "shaping": shaping_table, "head": head_table}
+def gpu_table(report: dict[str, Any]) -> str:
+    """One table a shape; what was wrong or refused is a row too, with the reason."""
+    head = ["forward and backward over the product", "forward over it", "memory, MB", "errors of logps, dH, dW"]
+    parts = []
+    for measured in report["shapes"]:
+        rows = [_gpu_row(row) for row in measured.get("rows", [])]
+        if "refused" in measured:
+            rows.append([f"not measured: {_cell(measured['refused'])}", "–", "–", "–", "–"])
+        parts.append(_markdown([f"{measured['shape']} {measured['dtype']}", *head], rows))
+        if products := measured.get("products"):
+            told = (
+                f"{row['name']} {row['over_cublas']:.2f}"
+                if "over_cublas" in row
+                else f"{row['name']} {_not_timed(row)}"
+                for row in products
+            )
+            parts.append(f"Our products over cuBLAS: {'; '.join(told)}.")
+    peers = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["versions"].items())
+    what = f"{report['device']}, driver {report['driver']}, {report['toolkit']}; {peers}; {report['rounds']} rounds"
+    return "\n\n".join(parts) + "\n" + _provenance(report["made_by"], what)
+
+
+def _gpu_row(row: dict[str, Any]) -> list[str]:
+    errors = [row["errors"][name] for name in ("logps", "hidden", "weight")] if "errors" in row else []
+    error = ", ".join(f"{e:.1e}" for e in errors) or "–"
+    if "both_over_product" not in row:
+        return [f"{row['name']}: {_not_timed(row)}", "–", "–", "–", error]
+    ratios = [f"{row[f'{what}_over_product']:.2f}" for what in ("both", "forward")]
+    return [row["name"], *ratios, f"{row['both_peak_mb']:,.0f}", error]
+
+
+def _not_timed(row: dict[str, Any]) -> str:
+    return f"wrong: {_cell(row['wrong'])}" if "wrong" in row else _cell(row["refused"])
+
+
+def _cell(text: str) -> str:
+    """Text of others, which might hold what a table is made of."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+TABLES = {"road": road_table, "shaping": shaping_table, "head": head_table, "gpu": gpu_table}
 
 
 def render(text: str) -> str:

@@ -1,14 +1,21 @@
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from tvkd_fast.ops import linear_logps, logps, reference, values
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -124,3 +131,167 @@ def data_file() -> Callable[[str], Path]:
         return folder / name
 
     return find
+
+
+BODIES: dict[str, Callable[..., Any]] = {
+    "linear_logps": logps._logps,
+    "linear_logps_gradients": logps._logps_gradients,
+    "linear_lse": values._lse,
+    "linear_entropy": values._entropy,
+}
+"""What the registered ops run."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a head op: its tensors, the upstream gradient of each token, and the head's transforms."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    upstream: Tensor
+    bias: Tensor | None = None
+    transforms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Log-probabilities, and the gradients of their sum weighted by the upstream gradient."""
+
+    logps: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def random_case(
+    n: int,
+    d: int,
+    v: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bias: bool = False,
+    ignored: float = 0.2,
+    spread: float = 3.0,
+    seed: int = 0,
+    **transforms: Any,
+) -> Case:
+    """Normal logits of standard deviation `spread`; `ignored` is the share of ignored rows. The last label is V − 1."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(v, (n,), generator=draw)
+    labels[-1:] = v - 1
+    labels[torch.rand(n, generator=draw) < ignored] = transforms.get("ignore_index", -100)
+    return Case(
+        hidden=torch.randn(n, d, generator=draw).to(dtype),
+        weight=(torch.randn(v, d, generator=draw) * spread / d**0.5).to(dtype),
+        labels=labels,
+        upstream=torch.randn(n, generator=draw).double(),
+        bias=torch.randn(v, generator=draw).to(dtype) if bias else None,
+        transforms=transforms,
+    )
+
+
+def torch_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """What a careful user writes: whole logits and log_softmax, in the dtype that came in."""
+    z = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    kept = labels != ignore_index
+    return z.log_softmax(-1).gather(1, labels.where(kept, 0)[:, None])[:, 0].masked_fill(~kept, 0.0)
+
+
+def run(op: Callable[..., Tensor], case: Case, upcast_to: torch.dtype | None = None) -> Results:
+    """`op` and its gradients, on leaves of the case's dtype or upcast from it."""
+    inputs = [None if x is None else x.detach().to(upcast_to or x.dtype) for x in (case.hidden, case.weight, case.bias)]
+    hidden, weight, bias = (None if x is None else x.requires_grad_() for x in inputs)
+    logps = op(hidden, weight, case.labels, bias=bias, **case.transforms)
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    grads = torch.autograd.grad(logps, leaves, case.upstream.to(logps.dtype))
+    return Results(logps.detach(), grads[0], grads[1], None if bias is None else grads[2])
+
+
+def no_worse(ours: Tensor, twin: Tensor, plain: Tensor, unit: float | None = None) -> None:
+    """The error against float64 is at most twice plain torch's, plus 1e-5 of `unit` (where None, the largest value)."""
+    assert ours.shape == twin.shape
+    if twin.numel() == 0:
+        return
+    slack, floor = (1e-13, 1e-12) if ours.dtype == torch.float64 else (1e-5, 0.0)
+    # Values that are infinite by right (a token that a bias takes out) must agree, and have no error to measure.
+    finite = twin.isfinite()
+    assert torch.equal(ours.double()[~finite], twin[~finite])
+    ours, twin, plain = ours[finite].double(), twin[finite], plain[finite].double()
+    # In float64 plain torch and the twin are one computation, equally rounded: hence the floor.
+    error, allowed = (ours - twin).abs().max(), 2 * (plain - twin).abs().max() + floor
+    allowed += slack * (twin.abs().max() if unit is None else unit)
+    assert error <= allowed, f"error {error:.3g}, plain torch {(plain - twin).abs().max():.3g}, allowed {allowed:.3g}"
+
+
+def logps_no_worse(case: Case, op: Callable[..., Tensor] = linear_logps) -> Results:
+    """`linear_logps` held to its float64 twin: values and gradients. Returns what it gave."""
+    ours = run(op, case)
+    twin = run(reference.linear_logps, case, upcast_to=torch.float64)
+    wide = torch.float64 if case.hidden.dtype == torch.float64 else torch.float32
+    plain = run(torch_logps, case, upcast_to=wide)
+    assert ours.logps.dtype == wide
+    no_worse(ours.logps, twin.logps, plain.logps)
+    for name in ("hidden", "weight") if case.bias is None else ("hidden", "weight", "bias"):
+        got, exact, eager = (getattr(results, name) for results in (ours, twin, plain))
+        assert got.dtype == case.hidden.dtype
+        no_worse(got, exact, eager.to(got.dtype))
+    return ours
+
+
+@contextmanager
+def tile_sizes(workspace_floats: int, rows: int) -> Iterator[None]:
+    """Tiles small enough that a small case walks over many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tvkd_fast.ops.tiles.WORKSPACE_FLOATS", workspace_floats)
+        patch.setattr("tvkd_fast.ops.tiles.TILE_ROWS", rows)
+        yield
+
+
+class Watch(TorchDispatchMode):
+    """Counts what happens under autograd: multiply-adds of matrix products, and the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiply_adds = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "tvkd_fast":
+            # Looks into the registered ops, which a dispatch mode is handed whole.
+            with self:
+                return BODIES[func.overloadpacket.__name__](*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.multiply_adds += left.shape[0] * left.shape[1] * right.shape[1]
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.fixture(scope="session")
+def kit() -> SimpleNamespace:
+    """What the ops' tests share; a conftest cannot be imported from."""
+    return SimpleNamespace(
+        case=random_case,
+        Case=Case,
+        run=run,
+        torch_logps=torch_logps,
+        no_worse=no_worse,
+        logps_no_worse=logps_no_worse,
+        tile_sizes=tile_sizes,
+        Watch=Watch,
+    )

@@ -117,10 +117,13 @@ def test_a_logit_scale_without_logits(
 
 
 @every_op
-def test_implementations_that_there_are_not(op: Callable[..., Any], hidden: Tensor, weight: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"impl='triton' is not in this version.*use impl='auto' or 'torch'"):
+def test_implementations_that_there_are_not(
+    op: Callable[..., Any], hidden: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tvkd_fast.kernels.launch.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"CUDA or ROCm tensors, not cpu.*take impl='torch'.*TRITON_INTERPRET=1"):
         op(hidden, weight, impl="triton")
-    with pytest.raises(ValueError, match="impl must be one of auto, torch, got 'cuda'"):
+    with pytest.raises(ValueError, match="impl must be one of auto, torch, triton, got 'cuda'"):
         op(hidden, weight, impl="cuda")
 
 

@@ -97,7 +97,7 @@ def test_nothing_but_ignored_rows(kit: SimpleNamespace, dtype: torch.dtype, bias
 def test_without_a_count_of_kept_rows_as_on_a_gpu(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     case = kit.case(23, 7, 31, ignored=0.4, bias=True, softcap=4.0)
     assert (case.labels == -100).any()
-    monkeypatch.setattr("tvkd_fast.ops.logps._kept_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr("tvkd_fast.ops.head.kept_rows", lambda labels, ignore_index: None)
     grads = kit.logps_no_worse(case)
     assert (grads.hidden[case.labels == -100] == 0).all()
 

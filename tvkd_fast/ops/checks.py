@@ -51,8 +51,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: flo
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
 
 
-def check_labels(labels: Tensor, hidden: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """labels (N,) integers in [0, V) or ignore_index. Out-of-range labels on a GPU give NaN instead of an error."""
+def check_labels(labels: Tensor, hidden: Tensor) -> None:
+    """labels (N,) integers on hidden's device."""
     if labels.shape != hidden.shape[:1]:
         raise ValueError(
             f"labels must be ({hidden.shape[0]},), one a row of hidden, got {tuple(labels.shape)}: hidden[t] is the "
@@ -62,6 +62,10 @@ def check_labels(labels: Tensor, hidden: Tensor, vocab_size: int, ignore_index: 
         raise ValueError(f"labels are {labels.dtype}; int64 token ids are wanted")
     if labels.device != hidden.device:
         raise ValueError(f"hidden is on {hidden.device} and labels on {labels.device}: move one of them")
+
+
+def check_label_range(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """labels in [0, V) or ignore_index. On a GPU, where looking would wait, one out of range gives NaN instead."""
     if labels.device.type != "cpu":
         return
     bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)

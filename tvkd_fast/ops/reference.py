@@ -49,3 +49,15 @@ def linear_soft_values(
     """b·LSE(κz)/κ, or b·LSE(κ log softmax z)/κ from "logprobs": (M,) float64."""
     z = logits(hidden, weight, bias, softcap, logit_scale)
     return value_scale / kappa * (kappa * (z.log_softmax(-1) if value_from == "logprobs" else z)).logsumexp(-1)
+
+
+def linear_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """−Σ p log p with p = softmax(z) and 0·log 0 = 0: (M,) float64."""
+    return torch.special.entr(logits(hidden, weight, bias, softcap, logit_scale).softmax(-1)).sum(-1)

@@ -9,51 +9,14 @@ results, whatever N and V are; 16-bit inputs are upcast tile by tile, because a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
+
 WORKSPACE_FLOATS = 4 * 2**20
 TILE_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Head:
-    """z = softcap·tanh(a/softcap), a = logit_scale·(h·w + bias): a vocabulary projection and its transforms."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
-
-
-@dataclass(frozen=True)
-class HeadSums:
-    """What one pass over the vocabulary leaves of K rows, each (K,).
-
-    LSE(z) stays in two parts, max z and log Σ exp(z − max z): rounded to one float it would cost the probabilities of
-    large logits their last digits.
-    """
-
-    maximum: Tensor
-    log_total: Tensor
-    lse_kappa: Tensor | None = None
-    target: Tensor | None = None
-
-    @property
-    def lse(self) -> Tensor:
-        return self.maximum + self.log_total
-
-    @property
-    def logps(self) -> Tensor:
-        """log softmax(z) at the target."""
-        assert self.target is not None
-        return (self.target - self.maximum).sub_(self.log_total)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,21 +30,24 @@ def head_sums(
     kept: Tensor | None = None,
     labels: Tensor | None = None,
     kappa: float | None = None,
+    entropy: bool = False,
 ) -> HeadSums:
     """Online log-sum-exp over the vocabulary, and beside it what else was asked of the same tiles.
 
     hidden [N, D]; kept (K,) names the rows to compute (all where None); labels (K,) or None; kappa asks for LSE(κz),
-    which shares the tile and its maximum: κ·max z = max κz. A label that no tile holds leaves NaN, not a number.
+    which shares the tile and its maximum: κ·max z = max κz; entropy for −Σ p log p. A label that no tile holds leaves
+    NaN, not a number.
     """
     tiles = _Tiles(hidden, head, kept)
     maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
     log_total = torch.empty_like(maximum)
     lse_kappa = None if kappa is None else torch.empty_like(maximum)
+    entropies = torch.empty_like(maximum) if entropy else None
     target = None if labels is None else torch.full_like(maximum, torch.nan)
     for rows in tiles.row_blocks():
         h = tiles.states(rows)
         running_max = h.new_full((h.shape[0],), -torch.inf)
-        total, total_kappa = torch.zeros_like(running_max), torch.zeros_like(running_max)
+        total, total_kappa, moment = (torch.zeros_like(running_max) for _ in range(3))
         for columns in tiles.column_blocks():
             z = tiles.logits(h, tiles.upcast(head.weight[columns]), columns)
             if labels is not None and target is not None:
@@ -94,24 +60,22 @@ def head_sums(
             if kappa is not None:
                 scaled = torch.mul(z, kappa, out=tiles.spare(z))
                 total_kappa.mul_(decay.mul(kappa).exp_()).add_(scaled.exp_().sum(1))
+            if entropy:
+                # Σ e^z·z moves with the maximum; 0·log 0 is 0, for which -inf would give NaN.
+                moment.addcmul_(total, decay.nan_to_num(neginf=0.0)).mul_(decay.exp())
+                weights = torch.exp(z, out=tiles.spare(z))
+                moment.add_(weights.mul_(z.masked_fill(z == -torch.inf, 0.0)).sum(1))
             total.mul_(decay.exp_()).add_(z.exp_().sum(1))
             running_max = new_max
         if head.softcap is not None:
             # tanh makes an infinite logit finite: 0·inf = NaN lets a broken state show all the same.
             total.add_(h.sum(1).mul_(0.0))
+        if entropies is not None:
+            entropies[rows] = total.log().sub_(moment / total)
         maximum[rows], log_total[rows] = running_max, total.log_()
         if lse_kappa is not None and kappa is not None:
             lse_kappa[rows] = total_kappa.log_().add_(running_max, alpha=kappa)
-    return HeadSums(maximum, log_total, lse_kappa, target)
-
-
-@dataclass(frozen=True)
-class HeadGradients:
-    """Gradients in their inputs' dtypes; None where none was asked for."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    return HeadSums(maximum, log_total, lse_kappa, target, entropies)
 
 
 def head_gradients(
@@ -182,7 +146,7 @@ def _column_gradients(
             g = tiles.dlosses(h, w, labels[rows], sums, rows, columns)
             # c multiplies [R, D] rows, not the [R, C] tile: the same products for fewer multiplications.
             if accumulated is not None:
-                accumulated[tiles.index(rows)] += (g @ w).mul_(c[:, None])
+                accumulated[tiles.index(rows)] += torch.mm(g, w).mul_(c[:, None])
             if grad_weight is not None:
                 total.addmm_(g.T, h * c[:, None])
             if grad_bias is not None:

@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tvkd_fast.kernels.head import Head
 from tvkd_fast.ops.checks import check_finite, check_head
-from tvkd_fast.ops.dispatch import autocast_input, check_impl, without_autocast
-from tvkd_fast.ops.tiles import Head, head_sums
+from tvkd_fast.ops.dispatch import Impl, autocast_input, check_impl
+from tvkd_fast.ops.head import head_sums
+from tvkd_fast.ops.tiles import accumulation_dtype
 
 ValueFrom = Literal["logits", "logprobs"]
 
@@ -27,7 +29,7 @@ def linear_lse(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     kappa: float = 1.0,
-    impl: Literal["auto", "torch"] = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """LSE(z) and LSE(κz) of each state's logits in one pass over the vocabulary: two (M,) float32, no gradient.
 
@@ -39,11 +41,83 @@ def linear_lse(
     hidden, weight = autocast_input(hidden), autocast_input(weight)
     bias = None if bias is None else autocast_input(bias)
     check_head(hidden, weight, bias, softcap, logit_scale)
-    with without_autocast(hidden):
-        sums = head_sums(hidden, Head(weight, bias, softcap, logit_scale), kappa=None if kappa == 1.0 else kappa)
+    lse, lse_kappa = _lse_op(hidden, weight, bias, softcap, logit_scale, kappa, impl)
+    return lse, lse if kappa == 1.0 else lse_kappa
+
+
+def _lse(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    kappa: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """LSE(z) and LSE(κz), the second empty at κ=1: an op's results must not be one tensor."""
+    head = Head(weight, bias, softcap, logit_scale)
+    sums = head_sums(hidden, head, impl, kappa=None if kappa == 1.0 else kappa)
     lse = sums.lse
     check_finite(lse, hidden, weight, bias)
-    return lse, lse if sums.lse_kappa is None else sums.lse_kappa
+    return lse, lse.new_empty(0) if sums.lse_kappa is None else sums.lse_kappa
+
+
+_lse_op = torch.library.custom_op("tvkd_fast::linear_lse", _lse, mutates_args=())
+
+
+@_lse_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    kappa: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden.dtype)
+    count = 0 if kappa == 1.0 else hidden.shape[0]
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(count, dtype=dtype)
+
+
+@torch.no_grad()
+def linear_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """−Σ_a p_a log p_a of each state's softmax, nats, in one pass over the vocabulary: (M,) float32, no gradient.
+
+    Arguments and errors as for `linear_soft_values`.
+    """
+    check_impl(impl)
+    hidden, weight = autocast_input(hidden), autocast_input(weight)
+    bias = None if bias is None else autocast_input(bias)
+    check_head(hidden, weight, bias, softcap, logit_scale)
+    return _entropy_op(hidden, weight, bias, softcap, logit_scale, impl)
+
+
+def _entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, impl: str
+) -> Tensor:
+    entropy = head_sums(hidden, Head(weight, bias, softcap, logit_scale), impl, entropy=True).entropy
+    assert entropy is not None
+    check_finite(entropy, hidden, weight, bias)
+    return entropy
+
+
+_entropy_op = torch.library.custom_op("tvkd_fast::linear_entropy", _entropy, mutates_args=())
+
+
+@_entropy_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, impl: str
+) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
 
 
 def linear_soft_values(
@@ -56,7 +130,7 @@ def linear_soft_values(
     kappa: float = 1.0,
     value_scale: float = 1.0,
     value_from: ValueFrom = "logits",
-    impl: Literal["auto", "torch"] = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """The teacher's soft value of each state, without ever holding [M, V] logits. No gradient.
 
@@ -72,7 +146,7 @@ def linear_soft_values(
         kappa: κ > 0, inverse temperature.
         value_scale: b.
         value_from: "logits" or "logprobs".
-        impl: "torch", or "auto" for the best there is.
+        impl: as in `linear_logps`.
 
     Returns:
         (M,) float32 (float64 for float64 inputs). Memory beyond inputs and result is bounded by 64 MB.

@@ -1,0 +1,469 @@
+"""The vocabulary head on a GPU: ours beside its peers and the bare product, time and memory.
+
+    python -m bench.gpu --json docs/results/gpu.json
+
+The task: log-probabilities of N labels, summed under random coefficients (a preference loss sends such back), and the
+gradients by hidden and weight; then forward alone, of inputs that want no gradient. Rows named DPO compute that whole
+loss, the reference policy's forward included, of four pairs.
+
+Each contender is first held to float32; one that is wrong, is not installed or refuses the shape is a row that says so.
+The rest are timed by CUDA events, interleaved, and their memory is the allocator's peak beyond inputs, values and
+gradients, in a pass of its own. The unit is the forward product (cuBLAS). The inputs are random and the softmax is
+flat, the best case of a contender that skips small gradients (CCE): hence its error beside it, and a row of it that
+skips none.
+
+Letters: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bench.machine import made_by, without_paths
+from tvkd_fast import dpo_loss, linear_logps
+
+SHAPES = ("4096x2048x128256", "8192x4096x128256", "4096x576x49152", "2048x4096x151936")
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl")
+PAIRS = 4
+WARM_UP = 3
+SLACK = 16.0
+"""A contender is wrong where its error is this many times the error of plain torch in the same dtype."""
+SKIPPED = 0.1
+"""The error of gradients that is let through where a contender skips small ones by design."""
+
+Shape = tuple[int, int, int]
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""hidden [N, D], weight [V, D] and labels (N,) to log-probabilities (N,)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    coefficients: Tensor
+    reference: Tensor
+    """[N, D]: the reference policy's states; its weight is the policy's, detached."""
+
+    def frozen(self) -> Inputs:
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
+
+    def float(self) -> Inputs:
+        hidden, weight = (x.detach().float().requires_grad_() for x in (self.hidden, self.weight))
+        return replace(self, hidden=hidden, weight=weight, reference=self.reference.float())
+
+
+Values = tuple[Tensor, Tensor]
+"""What is compared, and the scalar to go backward from."""
+Run = Callable[[Inputs], Values]
+Objective = Callable[[Head, Inputs], Values]
+Job = Callable[[], Any]
+
+
+class Meter(Protocol):
+    """What differs between a device and a test of this file."""
+
+    def milliseconds(self, job: Job) -> float: ...
+
+    def peak_bytes(self, job: Job) -> int: ...
+
+
+class CudaMeter:
+    def milliseconds(self, job: Job) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        job()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    def peak_bytes(self, job: Job) -> int:
+        """Beyond what was there before and what the job returns."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = job()
+        return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in kept)
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    n, d, v = shape
+    torch.manual_seed(0)
+    normal = partial(torch.randn, dtype=dtype, device=device)
+    hidden, weight = normal(n, d), normal(v, d) / d**0.5
+    return Inputs(
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        torch.randint(v, (n,), device=device),
+        torch.randn(n, device=device),
+        hidden.detach() + 0.1 * normal(n, d),
+    )
+
+
+def weighted(head: Head, inputs: Inputs) -> Values:
+    logps = head(inputs.hidden, inputs.weight, inputs.labels)
+    return logps, (logps * inputs.coefficients).sum()
+
+
+def preference(head: Head, inputs: Inputs) -> Values:
+    """DPO's loss of four pairs, chosen sequences first; compared by the sequences' log-probabilities."""
+    policy = sequences(head(inputs.hidden, inputs.weight, inputs.labels)).sum(1)
+    with torch.no_grad():
+        reference = sequences(head(inputs.reference, inputs.weight.detach(), inputs.labels)).sum(1)
+    return policy, dpo_loss(policy, reference).loss
+
+
+def sequences(tokens: Tensor) -> Tensor:
+    """[N, …] as [2P, N/2P, …]."""
+    if len(tokens) % (2 * PAIRS):
+        raise ValueError(f"{len(tokens)} tokens are not {PAIRS} pairs of equal length")
+    return tokens.unflatten(0, (2 * PAIRS, -1))
+
+
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Eager a few rows at a time, logits recomputed: the truth from float32 inputs, the yardstick from bfloat16."""
+    rows = zip(hidden.split(1024), labels.split(1024), strict=True)
+    return torch.cat([checkpoint(eager, h, weight, y, use_reentrant=False) for h, y in rows])
+
+
+@cache
+def _compiled_eager() -> Head:
+    return torch.compile(eager, dynamic=False)
+
+
+def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return _compiled_eager()(hidden, weight, labels)
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor, *, accumulate: torch.dtype | None) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return -LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=accumulate)(weight, hidden, labels)
+
+
+def cce(hidden: Tensor, weight: Tensor, labels: Tensor, *, skip: str | None) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=skip)
+
+
+def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+
+    # No bias, temperature 1, TRL's own chunk of columns, no softcap, logit scale 1, nothing but log-probabilities.
+    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
+
+
+def liger_dpo(inputs: Inputs) -> Values:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss, (chosen, rejected, *_) = LigerFusedLinearDPOLoss()(
+        inputs.weight,
+        sequences(inputs.hidden),
+        sequences(inputs.labels),
+        ref_input=sequences(inputs.reference),
+        ref_weight=inputs.weight.detach(),
+    )
+    return torch.cat([chosen, rejected]), loss
+
+
+@dataclass(frozen=True)
+class Contender:
+    run: Run
+    objective: Objective = weighted
+    skips: bool = False
+
+
+def of(head: Head, objective: Objective = weighted, *, skips: bool = False) -> Contender:
+    return Contender(partial(objective, head), objective, skips)
+
+
+def contenders(impl: Literal["auto", "torch", "triton"] = "triton") -> dict[str, Contender]:
+    ours = partial(linear_logps, impl=impl)
+    return {
+        "tvkd_fast": of(ours),
+        "eager": of(eager),
+        "torch.compile": of(compiled),
+        "Liger": of(partial(liger, accumulate=None)),
+        "Liger, float32 dW": of(partial(liger, accumulate=torch.float32)),
+        "CCE": of(partial(cce, skip="high"), skips=True),
+        "CCE, nothing skipped": of(partial(cce, skip=None)),
+        "TRL": of(trl),
+        "tvkd_fast, DPO": of(ours, preference),
+        "Liger, DPO": Contender(liger_dpo, preference),
+    }
+
+
+def both(run: Run, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Values and the gradients by hidden and weight."""
+    values, loss = run(inputs)
+    return values.detach(), *torch.autograd.grad(loss, (inputs.hidden, inputs.weight))
+
+
+def forward(run: Run, frozen: Inputs) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return (run(frozen)[0],)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        raise ValueError(f"result of shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+    return float((got.float() - want).norm() / want.norm())
+
+
+Truth = tuple[tuple[Tensor, ...], list[float]]
+"""Values and gradients in float32, and the error that each may have."""
+
+
+class Judge:
+    """Float32's results for one shape, and how far plain torch in the inputs' dtype is from them."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.known: dict[Objective, Truth] = {weighted: self._truth(weighted)}
+
+    def _truth(self, objective: Objective) -> Truth:
+        run = partial(objective, chunked)
+        want = both(run, self.inputs.float())
+        yardstick = [error(*pair) for pair in zip(both(run, self.inputs), want, strict=True)]
+        return want, [SLACK * e + 1e-5 for e in yardstick]
+
+    def row(self, contender: Contender) -> dict[str, Any]:
+        """Errors of values and both gradients, and what they may be at most; "wrong" where one is more."""
+        if contender.objective not in self.known:
+            self.known[contender.objective] = self._truth(contender.objective)
+        want, (of_logps, *of_gradients) = self.known[contender.objective]
+        names = ("logps", "hidden", "weight", "logps of forward only")
+        got = (*both(contender.run, self.inputs), *forward(contender.run, self.inputs.frozen()))
+        errors = [error(*pair) for pair in zip(got, (*want, want[0]), strict=True)]
+        if contender.skips:
+            of_gradients = [max(limit, SKIPPED) for limit in of_gradients]
+        limits = [of_logps, *of_gradients, of_logps]
+        row: dict[str, Any] = {
+            "errors": dict(zip(names, errors, strict=True)),
+            "limits": dict(zip(names, limits, strict=True)),
+        }
+        if off := [n for n, e, limit in zip(names, errors, limits, strict=True) if not e <= limit]:
+            row["wrong"] = f"{', '.join(off)} beyond what rounding explains"
+        return row
+
+
+def tried(name: str, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The attempt's row, or one that says why there is none."""
+    try:
+        return {"name": name} | attempt()
+    except Exception as refusal:
+        # Whatever a peer raises, an assertion or a compiler's error, is its answer to the shape.
+        row = {"name": name, "refused": reason(refusal)}
+    if torch.cuda.is_available():
+        _check_device(name)
+    return row
+
+
+def reason(refusal: Exception) -> str:
+    """The first line of what was raised."""
+    if isinstance(refusal, ModuleNotFoundError):
+        return f"not installed: {refusal}"
+    lines = str(refusal).strip().splitlines()
+    return f"{type(refusal).__name__}: {lines[0] if lines else 'no message'}"[:300]
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as broken:
+        raise SystemExit(f"{name} left the device unusable ({broken}): run again with --without '{name}'") from broken
+
+
+def timed(jobs: Mapping[str, Job], meter: Meter, rounds: int) -> dict[str, list[float]]:
+    """Lower quartile, median and upper quartile in milliseconds, of jobs taken in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    for job in jobs.values():
+        for _ in range(WARM_UP):
+            job()
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            taken[name].append(meter.milliseconds(job))
+    return {name: quantiles(values, n=4, method="inclusive") for name, values in taken.items()}
+
+
+def measure(
+    inputs: Inputs,
+    entrants: Mapping[str, Contender],
+    meter: Meter,
+    *,
+    rounds: int,
+    without: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """Rows of all entrants for one shape."""
+    judge = Judge(inputs)
+    # Each shape is compiled afresh: past eight of them torch.compile falls back to eager.
+    torch.compiler.reset()
+    rows: list[dict[str, Any]] = [
+        {"name": name, "refused": "left out by --without"}
+        if name in without
+        else tried(name, partial(judge.row, contender))
+        for name, contender in entrants.items()
+    ]
+    del judge
+    frozen = inputs.frozen()
+    fit = {row["name"]: entrants[row["name"]].run for row in rows if not row.keys() & {"refused", "wrong"}}
+    jobs: dict[str, Job] = {"product": partial(torch.mm, frozen.hidden, frozen.weight.T)}
+    jobs |= {f"{name} both": partial(both, run, inputs) for name, run in fit.items()}
+    jobs |= {f"{name} forward": partial(forward, run, frozen) for name, run in fit.items()}
+    taken = timed(jobs, meter, rounds)
+    unit = taken["product"][1]
+    for row in rows:
+        if (name := row["name"]) in fit:
+            for what in ("both", "forward"):
+                milliseconds = taken[f"{name} {what}"]
+                row |= {f"{what}_ms": milliseconds, f"{what}_over_product": milliseconds[1] / unit}
+                row[f"{what}_peak_mb"] = meter.peak_bytes(jobs[f"{name} {what}"]) / 2**20
+    return {"product_ms": taken["product"], "rows": rows, "products": block_products(frozen, meter, rounds)}
+
+
+def block_products(frozen: Inputs, meter: Meter, rounds: int) -> list[dict[str, Any]]:
+    """The backward's two products of one block of up to 4,096 rows and columns: our kernel's beside cuBLAS."""
+    rows, columns = (min(len(x), 4096) // 256 * 256 for x in (frozen.hidden, frozen.weight))
+    hidden, weight = frozen.hidden[:rows], frozen.weight[:columns]
+    dlogits = torch.randn(rows, columns, dtype=hidden.dtype, device=hidden.device)
+
+    def one(left: Tensor, right: Tensor, transposed: bool) -> dict[str, Any]:
+        if not rows or not columns:
+            raise ValueError("a block takes 256 rows and columns at least")
+        cublas = partial(torch.mm, left.T if transposed else left, right)
+        ours = partial(_our_product, frozen, left, right, transposed)
+        want = (left.T if transposed else left).float() @ right.float()
+        errors = {"tvkd_fast": error(ours(), want), "cuBLAS": error(cublas(), want)}
+        if not errors["tvkd_fast"] <= 2 * errors["cuBLAS"] + 1e-5:
+            return {"errors": errors, "wrong": "off by more than twice cuBLAS's own error"}
+        taken = timed({"tvkd_fast": ours, "cuBLAS": cublas}, meter, rounds)
+        return {"errors": errors, "ms": taken, "over_cublas": taken["tvkd_fast"][1] / taken["cuBLAS"][1]}
+
+    return [
+        tried("dH, a block", partial(one, dlogits, weight, False)),
+        tried("dW, a block", partial(one, dlogits, hidden, True)),
+    ]
+
+
+def _our_product(frozen: Inputs, left: Tensor, right: Tensor, transposed: bool) -> Tensor:
+    from tvkd_fast.kernels.autotune import tiles
+    from tvkd_fast.kernels.products import product
+
+    out = right.new_empty(left.shape[1 if transposed else 0], right.shape[1])
+    config = tiles("product", frozen.hidden, frozen.weight, len(frozen.hidden))
+    one = torch.ones(1, device=left.device)
+    product(left, right, out, config, transposed=transposed, scale=one, alpha=1.0, last=True)
+    return out
+
+
+def device_facts() -> dict[str, Any]:
+    """Device, driver and versions."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "memory_gb": round(properties.total_memory / 2**30, 1),
+        "driver": driver,
+        "toolkit": f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def text(measured: dict[str, Any]) -> str:
+    """One shape's rows, a line each."""
+    lines = [f"{measured['shape']} {measured['dtype']}"]
+    for row in measured.get("rows", []) + measured.get("products", []):
+        errors = ", ".join(f"{name} {e:.1e}" for name, e in row.get("errors", {}).items())
+        if reason := row.get("refused") or row.get("wrong"):
+            told = ("wrong: " if "wrong" in row else "") + reason
+        elif "over_cublas" in row:
+            told = f"{row['over_cublas']:6.2f} x cuBLAS"
+        else:
+            told = (
+                f"{row['both_over_product']:6.2f} x the product, forward {row['forward_over_product']:6.2f}, "
+                f"{row['both_peak_mb']:8,.0f} MB"
+            )
+        lines.append(f"  {row['name']:<22} {told}" + (f"   errors: {errors}" if errors else ""))
+    return "\n".join([*lines, *([f"  {measured['refused']}"] if "refused" in measured else [])])
+
+
+def ours_failed(report: dict[str, Any]) -> list[str]:
+    """A peer may refuse a shape; where ours did or was wrong, the command fails."""
+    return [
+        f"{measured['shape']}: {row['name']}: {row.get('refused') or row['wrong']}"
+        for measured in report["shapes"]
+        for row in [*measured.get("rows", []), *measured.get("products", [])]
+        if row["name"].startswith(("tvkd_fast", "dH", "dW")) and row.keys() & {"refused", "wrong"}
+    ]
+
+
+def require_gpu() -> None:
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda is None and torch.version.hip is None:
+        missing = f"torch {torch.__version__} is a build without CUDA or ROCm: install one that has it"
+    else:
+        missing = f"torch {torch.__version__} finds no CUDA or ROCm device: look at nvidia-smi or rocm-smi"
+    raise SystemExit(f"bench.gpu needs a GPU, and {missing}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", help=f"NxDxV, any number of times; otherwise {', '.join(SHAPES)}")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--without", action="append", default=[], choices=contenders(), help="leave a contender out")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: quartiles take at least 2")
+    require_gpu()
+    report: dict[str, Any] = device_facts() | {"rounds": arguments.rounds, "shapes": []}
+    for name in arguments.shape or SHAPES:
+        n, d, v = (int(x) for x in name.split("x"))
+        measured: dict[str, Any] = {"shape": name, "dtype": "bfloat16"}
+        try:
+            inputs = make_inputs((n, d, v), torch.bfloat16, "cuda")
+            left_out = frozenset(arguments.without)
+            measured |= measure(inputs, contenders(), CudaMeter(), rounds=arguments.rounds, without=left_out)
+        except torch.OutOfMemoryError as refusal:
+            measured["refused"] = reason(refusal)
+        report["shapes"].append(measured)
+        print(text(measured), flush=True)
+        report["made_by"] = made_by()
+        if arguments.json:
+            arguments.json.write_text(without_paths(json.dumps(report, indent=2)) + "\n")
+    if failed := ours_failed(report):
+        raise SystemExit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

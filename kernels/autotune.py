@@ -1,0 +1,141 @@
+"""Tiles for a launch: those that were timed on this machine for shapes like these, else the table's.
+
+    python -m tvkd_fast.kernels.autotune 4096x2048x128256 --dtype bfloat16
+
+times every candidate of every kernel once and keeps the fastest on disk; training never times anything. Letters: N
+tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from tvkd_fast.kernels.configs import BULK_TARGETS, CANDIDATES, Demand, Kernel, TileConfig, choose
+from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.launch import aligned, target_of
+
+TILE_MAX = 256
+BLOCK_COLUMNS = 4096
+
+
+def tiles(kernel: Kernel, left: Tensor, right: Tensor, rows: int, *, heavy: bool = False) -> TileConfig:
+    """The tiles of a launch over `rows` rows of left [·, D] and right [V, D]."""
+    target = target_of(left)
+    demand = Demand(wide=left.dtype == torch.float32, heavy=heavy, aligned=aligned(left, right))
+    if target == "interpreter":
+        return choose(kernel, target, demand)
+    tuned = _tuned(cache_file()).get(key(kernel, left, demand, (rows, right.shape[1], right.shape[0])))
+    return tuned or choose(kernel, target, demand)
+
+
+def cache_file() -> Path:
+    """Where tuned tiles are kept: $TVKD_FAST_TUNING, or tvkd_fast/tuning.json in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TVKD_FAST_TUNING") or Path(home) / "tvkd_fast" / "tuning.json")
+
+
+def key(kernel: Kernel, on: Tensor, demand: Demand, shape: tuple[int, int, int]) -> str:
+    """An entry a kernel, device, Triton version, demand and *bucket* of shapes: sizes rounded up to powers of 2."""
+    device = torch.cuda.get_device_name(on.device) if on.is_cuda else "none"
+    bucket = "x".join(str(triton.next_power_of_2(size)) for size in shape)
+    wants = "".join(name[0] for name, wanted in asdict(demand).items() if wanted)
+    return f"{kernel}|{device}|triton {triton.__version__}|{wants}|{bucket}"
+
+
+@lru_cache
+def _tuned(file: Path) -> dict[str, TileConfig]:
+    if not file.exists():
+        return {}
+    return {name: TileConfig(**entry) for name, entry in json.loads(file.read_text()).items()}
+
+
+def remember(entries: dict[str, TileConfig], file: Path) -> None:
+    """Add entries to the file; whoever reads it meanwhile sees the old one or the new one whole."""
+    kept = _tuned(file) | entries
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps({name: asdict(config) for name, config in sorted(kept.items())}, indent=1) + "\n")
+    partial.replace(file)
+    _tuned.cache_clear()
+
+
+def fastest(candidates: Sequence[TileConfig], seconds: Callable[[TileConfig], float]) -> TileConfig:
+    """The candidate of the fewest seconds; one that the device cannot hold is passed over."""
+    timed: list[tuple[float, int]] = []
+    for index, config in enumerate(candidates):
+        try:
+            timed.append((seconds(config), index))
+        except (triton.OutOfResources, triton.CompilationError, RuntimeError):
+            continue
+    if not timed:
+        raise ValueError("no candidate runs on this device: report its name, and take impl='torch' meanwhile")
+    return candidates[min(timed)[1]]
+
+
+def tune(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: Callable[[Callable[[], object]], float]
+) -> dict[str, TileConfig]:
+    """The fastest tiles of each kernel at hidden [N, D] and weight [V, D]; `seconds` times a call."""
+    # The launchers look their tiles up here, so they are imported when there is something to time.
+    from tvkd_fast.kernels.dlogits import dlogits
+    from tvkd_fast.kernels.head_stats import head_sums
+    from tvkd_fast.kernels.products import product
+
+    n, d, v = shape
+    width = min(v, BLOCK_COLUMNS)
+    hidden = torch.randn(n, d, device=device).to(dtype)
+    weight = (torch.randn(v, d, device=device) / d**0.5).to(dtype)
+    labels = torch.randint(v, (n,), device=device)
+    head = Head(weight)
+    sums = head_sums(hidden, head, labels=labels)
+    ones, whole = torch.ones(n, device=device), TILE_MAX
+    buffer = hidden.new_zeros(triton.cdiv(n, whole) * whole, triton.cdiv(width, whole) * whole)
+    out = hidden.new_empty((n, d), dtype=torch.float32)
+
+    def stats(config: TileConfig) -> object:
+        return head_sums(hidden, head, labels=labels, config=config)
+
+    def gradient(config: TileConfig) -> object:
+        block = (hidden, head.columns(0, width), labels, sums, ones, ones[:1], buffer, config)
+        return dlogits(*block, first_column=0, ignore_index=-100, want_bias=False)
+
+    def multiply(config: TileConfig) -> object:
+        product(buffer, weight[:width], out, config, scale=ones[:1], alpha=1.0, last=True)
+        return out
+
+    target = target_of(hidden)
+    demand = Demand(wide=dtype == torch.float32, aligned=aligned(hidden, weight))
+    candidates = [x for x in CANDIDATES if not x.bulk or (target in BULK_TARGETS and demand.aligned)]
+    runs: dict[Kernel, Callable[[TileConfig], object]] = {"head_stats": stats, "dlogits": gradient, "product": multiply}
+    return {
+        key(kernel, hidden, demand, shape): fastest(candidates, lambda config, run=run: seconds(lambda: run(config)))  # type: ignore[misc]
+        for kernel, run in runs.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", help="tokens x hidden x vocabulary, such as 4096x2048x128256")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tiles are timed on a GPU, and there is none here")
+    n, d, v = (int(size) for size in arguments.shape.split("x"))
+    found = tune((n, d, v), getattr(torch, arguments.dtype), "cuda", lambda run: triton.testing.do_bench(run))
+    remember(found, cache_file())
+    for name, config in found.items():
+        print(name, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Tile sizes for each kernel, target and dtype, which `python -m bench.census` compiles and holds to its gates.
+
+The largest tile that spills no register is taken: a tile of M × N reads (M + N)/(M·N) operand entries a multiply-add.
+docs/kernels.md shows what each row compiles to, and the larger tiles that did not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+Kernel = Literal["head_stats", "dlogits", "product"]
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel walks: an output tile of block_m × block_n, block_k of the inner dimension a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    bulk: bool = False
+    """Operands come through tensor descriptors (TMA) and not by pointer (cp.async, or plain loads)."""
+    group: int = 8
+    """Rows of tiles that go down a column together, so that they meet in L2."""
+    split_tiles: int = 4
+    """head_stats: column tiles that one program reduces before it writes its partial sums."""
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """The compile-time arguments that all three kernels share."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+            "BULK": self.bulk,
+        }
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a launch asks for, as far as its tiles depend on it."""
+
+    wide: bool = False
+    """float32 operands: twice the bytes, three products each."""
+    heavy: bool = False
+    """The epilogue holds a second number for each of the tile's: softcap's derivative, or entropy's product."""
+    aligned: bool = True
+    """Rows begin at multiples of 16 bytes, which bulk copies want."""
+
+
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+"""Families of devices that share a row; sm_86 stands for those with 99 KiB of shared memory (8.6, 8.9, 12.0)."""
+
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+"""Shared memory (LDS) that one program may hold."""
+
+BULK_TARGETS = ("sm_90", "sm_100")
+
+INTERPRETED = TileConfig(32, 64, 32, warps=4, stages=1, group=2, split_tiles=2)
+"""Under Triton's interpreter: small, so that small shapes have many tiles, whole ones and partial ones."""
+
+_AMPERE = TileConfig(128, 128, 64, warps=8, stages=3)
+_AMPERE_WIDE = TileConfig(64, 128, 32, warps=8, stages=3)
+_LONG = TileConfig(128, 256, 64, warps=8, stages=3, bulk=True)
+_SQUARE = TileConfig(128, 128, 64, warps=8, stages=4, bulk=True)
+_SQUARE_WIDE = TileConfig(128, 128, 32, warps=8, stages=3, bulk=True)
+_CDNA = TileConfig(128, 128, 64, warps=8, stages=2)
+_CDNA_WIDE = TileConfig(64, 64, 32, warps=4, stages=2)
+
+
+def choose(kernel: Kernel, target: str, demand: Demand) -> TileConfig:
+    """The shipped tiles of a kernel on a target."""
+    if target == "interpreter":
+        return INTERPRETED
+    if target == "gfx942":
+        return _CDNA_WIDE if demand.wide else _CDNA
+    if target in ("sm_80", "sm_86") or not demand.aligned:
+        return _AMPERE_WIDE if demand.wide else _AMPERE
+    if demand.wide:
+        return _SQUARE_WIDE
+    if target == "sm_90":
+        if kernel == "head_stats":
+            return _LONG
+        return _SQUARE if kernel == "dlogits" and demand.heavy else replace(_LONG, stages=4)
+    if kernel == "head_stats":
+        return _SQUARE if demand.heavy else replace(_LONG, stages=4)
+    return _LONG if kernel == "dlogits" and not demand.heavy else _SQUARE
+
+
+CANDIDATES = tuple(
+    TileConfig(m, n, k, warps, stages, bulk)
+    for m, n in ((128, 256), (256, 128), (128, 128), (128, 64), (64, 128), (64, 64))
+    for k in (32, 64)
+    for warps, stages in ((4, 3), (8, 3), (8, 4))
+    for bulk in (True, False)
+)
+"""What `kernels/autotune.py` times; those that a device cannot hold fall out there."""
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: float32 operands as three TF32 products: 21 bits where Triton's default has 10.
+
+    16-bit operands are exact in the tensor cores; "ieee" asks for nothing beyond.
+    """
+    return "tf32x3" if dtype == torch.float32 else "ieee"

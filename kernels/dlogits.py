@@ -1,0 +1,143 @@
+"""The gradient by the logits, a block of rows and vocabulary columns at a time, from recomputed logits.
+
+Letters: R rows and C columns of a block, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tvkd_fast.kernels.configs import TileConfig, precision
+from tvkd_fast.kernels.head import Head, HeadSums
+from tvkd_fast.kernels.launch import launch, operand
+from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+
+
+@triton.jit
+def dlogits_kernel(
+    hidden,
+    weight,
+    bias,
+    labels,
+    maximum,
+    log_total,
+    coefficients,
+    scale,
+    dlogits,
+    column_sums,
+    R,
+    C,
+    D,
+    hidden_stride,
+    weight_stride,
+    dlogits_stride,
+    first_column,
+    ignore_index,
+    logit_scale,
+    softcap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BULK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_COLUMN_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    m, n = grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(C, BLOCK_N), GROUP)
+    row, column = m * BLOCK_M, n * BLOCK_N
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    z = logits_tile(
+        hidden, weight, bias, row, column, R, C, D, hidden_stride, weight_stride, logit_scale, softcap,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
+    label = tl.load(labels + rows, mask=rows < R, other=ignore_index)
+    top = tl.load(maximum + rows, mask=rows < R, other=0.0)
+    rest = tl.load(log_total + rows, mask=rows < R, other=0.0)
+    c = tl.load(coefficients + rows, mask=rows < R, other=0.0) / tl.load(scale)
+    g = tl.exp(z - top[:, None] - rest[:, None])
+    local = tl.where((label >= first_column) & (label < first_column + C), label - first_column, -1).to(tl.int32)
+    g -= (columns[None, :] == local[:, None]).to(tl.float32)
+    if HAS_SOFTCAP:
+        g *= 1.0 - (z / softcap) * (z / softcap)
+    # Whole tiles are written, zeros past the end, so that the products that read them need no masks.
+    g = tl.where((label != ignore_index)[:, None] & (columns < C)[None, :], g * c[:, None], 0.0)
+    place = dlogits + rows.to(tl.int64)[:, None] * dlogits_stride + columns[None, :]
+    tl.store(place, g)
+    if HAS_COLUMN_SUMS:
+        tl.store(column_sums + m.to(tl.int64) * C + columns, tl.sum(g, 0), mask=columns < C)
+
+
+def dlogits(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    sums: HeadSums,
+    coefficients: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    config: TileConfig,
+    *,
+    first_column: int,
+    ignore_index: int,
+    want_bias: bool,
+) -> Tensor | None:
+    """out[t, j] = (c_t/scale)·J_tj·(p_tj − δ_jy) with p = softmax(z), J = dz/da, y the label of t.
+
+    Times −logit_scale·scale this is the gradient of Σ_t c_t·logp_t by h·w_j. c multiplies p − δ in float32 and the
+    result is rounded once; `scale` keeps float16 in its range. Rows labelled `ignore_index` are 0.
+
+    Args:
+        hidden: [R, D]; labels, sums (of the *whole* vocabulary) and coefficients c: (R,), c float32.
+        head: C columns of the head, the first of them token `first_column`.
+        scale: (1,) float32 on the device.
+        out: [R', C'] of hidden's dtype, R and C rounded up to whole tiles; the rest of the tiles is set to 0, so that
+            the products that read them need no masks.
+        want_bias: asks for the sums of out's columns.
+
+    Returns:
+        (C,) float32 where want_bias, else None.
+
+    Traffic: as `head_sums`, and R·C entries written. One product.
+    """
+    (r, d), c = hidden.shape, head.vocab_size
+    row_tiles = triton.cdiv(r, config.block_m)
+    column_sums = hidden.new_empty((row_tiles, c), dtype=torch.float32) if want_bias else None
+    launch(
+        dlogits_kernel,
+        row_tiles * triton.cdiv(c, config.block_n),
+        operand(hidden, (config.block_m, config.block_k), config),
+        operand(head.weight, (config.block_n, config.block_k), config),
+        head.bias,
+        labels,
+        sums.maximum,
+        sums.log_total,
+        coefficients,
+        scale,
+        out,
+        column_sums,
+        r,
+        c,
+        d,
+        hidden.stride(0),
+        head.weight.stride(0),
+        out.stride(0),
+        first_column,
+        ignore_index,
+        head.logit_scale,
+        head.softcap or 1.0,
+        on=hidden,
+        options=config.options,
+        **config.switches,
+        EVEN_K=d % config.block_k == 0,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        HAS_COLUMN_SUMS=want_bias,
+        PRECISION=precision(hidden.dtype),
+    )
+    return None if column_sums is None else column_sums.sum(0)

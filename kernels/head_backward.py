@@ -1,0 +1,192 @@
+"""The head's exact gradients: logits recomputed a block at a time, and two products of each block.
+
+Letters: N tokens, D hidden, V vocabulary, R rows and C vocabulary columns of a block.
+
+A block's gradient by the logits lives in one buffer of at most `WORKSPACE_BYTES`, in hidden's dtype. Four products in
+all with the forward; the one by weight is left out where the head is frozen, the one by hidden where the backbone is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from tvkd_fast.kernels.autotune import tiles
+from tvkd_fast.kernels.dlogits import dlogits
+from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
+from tvkd_fast.kernels.products import product
+
+WORKSPACE_BYTES = 32 * 2**20
+"""The block of dlogits; as much again may go to the float32 sums of 16-bit gradients."""
+
+BLOCK_ROWS = 8192
+
+HIDDEN_SUM_BYTES = 256 * 2**20
+"""Float32 sums of all of a 16-bit dH. A larger dH takes a walk of its own, which recomputes the logits once more."""
+
+_FLOAT16_ROOM = 2.0**-14
+
+
+def head_gradients(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    sums: HeadSums,
+    coefficients: Tensor,
+    *,
+    ignore_index: int = -100,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> HeadGradients:
+    """Exact gradients of Σ_t c_t·logp_t with c = `coefficients` (N,), zero where a label is `ignore_index`.
+
+    The gradient by h·w_j is −s·c·J_j·(p_j − δ_jy). hidden [N, D], labels, sums (N,) as `head_sums` took and gave them.
+    dH and dW accumulate in float32 and are rounded once; every slice of dW is written once. Bitwise repeatable.
+
+    With dW, columns are walked outside and rows inside, and a 16-bit dH sums in a float32 buffer of its size (up to
+    `HIDDEN_SUM_BYTES`); without, rows outside, and R rows of it are enough.
+    """
+    walk = _Walk(hidden, head, labels, sums, coefficients, ignore_index)
+    want_columns = want_weight or want_bias
+    together = want_hidden and want_columns and (walk.wide or hidden.numel() * 4 <= HIDDEN_SUM_BYTES)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+    if grad_hidden is not None and not together:
+        walk.by_rows(grad_hidden)
+    if not want_columns:
+        return HeadGradients(grad_hidden, None, None)
+    grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
+    grad_bias = None if head.bias is None or not want_bias else torch.empty_like(head.bias)
+    walk.by_columns(grad_hidden if together else None, grad_weight, grad_bias)
+    return HeadGradients(grad_hidden, grad_weight, grad_bias)
+
+
+class _Walk:
+    """Blocks of dlogits over [N, V], and the products that read them."""
+
+    def __init__(
+        self, hidden: Tensor, head: Head, labels: Tensor, sums: HeadSums, coefficients: Tensor, ignore_index: int
+    ) -> None:
+        self.hidden, self.head, self.labels, self.sums, self.ignore_index = hidden, head, labels, sums, ignore_index
+        self.count, self.size = hidden.shape
+        self.wide = hidden.dtype == torch.float32
+        self.tiles = tiles("dlogits", hidden, head.weight, self.count, heavy=head.softcap is not None)
+        self.product_tiles = tiles("product", hidden, head.weight, self.count)
+        self.coefficients = coefficients.float().masked_fill(labels == ignore_index, 0.0).contiguous()
+        # c/scale fills float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
+        room = _FLOAT16_ROOM if hidden.dtype == torch.float16 else 1.0
+        largest = self.coefficients.abs().max() if self.count else self.coefficients.sum()
+        self.scale = (largest * room).clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
+        blocks = (self.tiles, self.product_tiles)
+        # The products read whole steps of block_k from the zeros that dlogits wrote past the end.
+        assert self.tiles.block_m % self.product_tiles.block_k == 0 == self.tiles.block_n % self.product_tiles.block_k
+        self.whole = max(max(x.block_m, x.block_n, x.block_k) for x in blocks)
+
+    def blocks(self, rows: int) -> tuple[int, int, Tensor]:
+        """R ≤ rows, C, and the buffer [R', C'] for dlogits, all whole tiles but where N or V is less."""
+        step = self._rounded(min(self.count, rows))
+        fits = WORKSPACE_BYTES // (step * self.hidden.element_size()) // self.whole * self.whole
+        width = min(max(fits, self.whole), self._rounded(self.head.vocab_size))
+        return step, width, self.hidden.new_empty((step, width))
+
+    def dlogits(self, rows: slice, columns: slice, buffer: Tensor, *, want_bias: bool = False) -> Tensor | None:
+        sums = HeadSums(self.sums.maximum[rows], self.sums.log_total[rows])
+        return dlogits(
+            self.hidden[rows],
+            self.head.columns(columns.start, columns.stop),
+            self.labels[rows],
+            sums,
+            self.coefficients[rows],
+            self.scale,
+            buffer,
+            self.tiles,
+            first_column=columns.start,
+            ignore_index=self.ignore_index,
+            want_bias=want_bias,
+        )
+
+    def add(self, left: Tensor, right: Tensor, total: _Sum, *, transposed: bool = False) -> None:
+        """total += left·right, and the gradient where this was the last block of it."""
+        product(
+            left,
+            right,
+            total.target,
+            self.product_tiles,
+            transposed=transposed,
+            previous=total.previous,
+            scale=self.scale,
+            alpha=-self.head.logit_scale,
+            last=total.last,
+        )
+
+    def by_rows(self, grad_hidden: Tensor) -> None:
+        step, width, buffer = self.blocks(max(self.whole, min(BLOCK_ROWS, WORKSPACE_BYTES // (4 * self.size))))
+        held = None if self.wide else self.hidden.new_empty((step, self.size), dtype=torch.float32)
+        for rows in _slices(self.count, step):
+            place = grad_hidden[rows]
+            total = _Sum(place, place if held is None else held[: place.shape[0]])
+            for columns in _slices(self.head.vocab_size, width):
+                self.dlogits(rows, columns, buffer)
+                total.turn(columns.start == 0, columns.stop == self.head.vocab_size)
+                self.add(buffer, self.head.weight[columns], total)
+
+    def by_columns(self, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None) -> None:
+        step, width, buffer = self.blocks(BLOCK_ROWS)
+        vocab = self.head.vocab_size
+        hidden_sums = grad_hidden
+        if grad_hidden is not None and not self.wide and width < vocab:
+            hidden_sums = torch.empty_like(grad_hidden, dtype=torch.float32)
+        slice_sums = None
+        if grad_weight is not None and not self.wide and step < self.count:
+            slice_sums = self.hidden.new_empty((width, self.size), dtype=torch.float32)
+        for columns in _slices(vocab, width):
+            bias_total = None
+            for rows in _slices(self.count, step):
+                bias_sums = self.dlogits(rows, columns, buffer, want_bias=grad_bias is not None)
+                if bias_sums is not None:
+                    bias_total = bias_sums if bias_total is None else bias_total.add_(bias_sums)
+                if grad_hidden is not None and hidden_sums is not None:
+                    total = _Sum(grad_hidden[rows], hidden_sums[rows])
+                    total.turn(columns.start == 0, columns.stop == vocab)
+                    self.add(buffer, self.head.weight[columns], total)
+                if grad_weight is not None:
+                    place = grad_weight[columns]
+                    total = _Sum(place, place if slice_sums is None else slice_sums[: place.shape[0]])
+                    total.turn(rows.start == 0, rows.stop == self.count)
+                    self.add(buffer, self.hidden[rows], total, transposed=True)
+            if grad_weight is not None and not self.count:
+                grad_weight[columns] = 0
+            if grad_bias is not None:
+                scaled = 0 if bias_total is None else bias_total.mul_(self.scale).mul_(-self.head.logit_scale)
+                grad_bias[columns] = scaled
+
+    def _rounded(self, count: int) -> int:
+        return triton.cdiv(max(count, 1), self.whole) * self.whole
+
+
+@dataclass
+class _Sum:
+    """A gradient that is added up over blocks: in `held` until the last of them, which writes `grad`."""
+
+    grad: Tensor
+    held: Tensor
+    first: bool = True
+    last: bool = True
+
+    def turn(self, first: bool, last: bool) -> None:
+        self.first, self.last = first, last
+
+    @property
+    def previous(self) -> Tensor | None:
+        return None if self.first else self.held
+
+    @property
+    def target(self) -> Tensor:
+        return self.grad if self.last else self.held
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]

@@ -1,0 +1,295 @@
+"""Statistics of the vocabulary head, without logits: one product forward, a few floats a token.
+
+Letters: N tokens, D hidden, V vocabulary, S splits of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tvkd_fast.kernels.autotune import tiles
+from tvkd_fast.kernels.configs import TileConfig, precision
+from tvkd_fast.kernels.head import Head, HeadSums
+from tvkd_fast.kernels.launch import launch, operand
+from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+
+PARTIAL_FLOATS = 4 * 2**20
+"""What the partial sums of one launch may hold; more rows take more launches."""
+
+MERGE_ROWS = 128
+
+
+@triton.jit
+def moved_moment(moment, total, decay):
+    """Σ e^z·z of sums that were taken from a maximum, taken `decay` lower: (moment + total·decay)·e^decay."""
+    return (moment + tl.where(total > 0, total * decay, 0.0)) * tl.exp(decay)
+
+
+@triton.jit
+def head_stats_kernel(
+    hidden,
+    weight,
+    bias,
+    labels,
+    partial_max,
+    partial_sum,
+    partial_sum_kappa,
+    partial_moment,
+    target,
+    N,
+    V,
+    D,
+    hidden_stride,
+    weight_stride,
+    vocab_start,
+    ignore_index,
+    logit_scale,
+    softcap,
+    kappa,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BULK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_KAPPA: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles = tl.cdiv(V, BLOCK_N)
+    m, split = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(tiles, SPLIT_TILES), GROUP)
+    row = m * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    if HAS_LABELS:
+        label = tl.load(labels + rows, mask=rows < N, other=ignore_index)
+        if tl.max((label != ignore_index).to(tl.int32), 0) == 0:
+            return
+        # Compared as it came: an id that 32 bits cannot hold must not wrap round into the vocabulary.
+        label = tl.where((label >= vocab_start) & (label < vocab_start + V), label - vocab_start, -1).to(tl.int32)
+    running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    total_kappa = tl.zeros((BLOCK_M,), tl.float32)
+    moment = tl.zeros((BLOCK_M,), tl.float32)
+    first = split * SPLIT_TILES
+    for tile in range(first, tl.minimum(first + SPLIT_TILES, tiles)):
+        column = tile * BLOCK_N
+        z = logits_tile(
+            hidden, weight, bias, row, column, N, V, D, hidden_stride, weight_stride, logit_scale, softcap,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+        columns = column + tl.arange(0, BLOCK_N)
+        if HAS_LABELS:
+            here = (label >= column) & (label < column + BLOCK_N)
+            picked = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
+            tl.store(target + rows, picked, mask=here & (rows < N))
+        z = tl.where(columns[None, :] < V, z, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(z, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = running_max - shift
+        z -= shift[:, None]
+        e = tl.exp(z)
+        if HAS_ENTROPY:
+            moment = moved_moment(moment, total, decay) + tl.sum(tl.where(z > float("-inf"), e * z, 0.0), 1)
+        total = total * tl.exp(decay) + tl.sum(e, 1)
+        if HAS_KAPPA:
+            total_kappa = total_kappa * tl.exp(kappa * decay) + tl.sum(tl.exp(kappa * z), 1)
+        running_max = new_max
+    place = split.to(tl.int64) * N + rows
+    tl.store(partial_max + place, running_max, mask=rows < N)
+    tl.store(partial_sum + place, total, mask=rows < N)
+    if HAS_KAPPA:
+        tl.store(partial_sum_kappa + place, total_kappa, mask=rows < N)
+    if HAS_ENTROPY:
+        tl.store(partial_moment + place, moment, mask=rows < N)
+
+
+@triton.jit
+def merge_splits_kernel(
+    partial_max,
+    partial_sum,
+    partial_sum_kappa,
+    partial_moment,
+    labels,
+    maximum,
+    log_total,
+    lse_kappa,
+    entropy,
+    N,
+    splits,
+    ignore_index,
+    kappa,
+    BLOCK: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_KAPPA: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < N
+    wanted = inside
+    if HAS_LABELS:
+        wanted = inside & (tl.load(labels + rows, mask=inside, other=ignore_index) != ignore_index)
+    running_max = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    total_kappa = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    place = rows.to(tl.int64)
+    for _ in range(splits):
+        split_max = tl.load(partial_max + place, mask=wanted, other=0.0)
+        split_sum = tl.load(partial_sum + place, mask=wanted, other=1.0)
+        new_max = tl.maximum(running_max, split_max)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay, split_decay = running_max - shift, split_max - shift
+        if HAS_KAPPA:
+            split_kappa = tl.load(partial_sum_kappa + place, mask=wanted, other=1.0)
+            total_kappa = total_kappa * tl.exp(kappa * decay) + split_kappa * tl.exp(kappa * split_decay)
+        if HAS_ENTROPY:
+            split_moment = tl.load(partial_moment + place, mask=wanted, other=0.0)
+            moment = moved_moment(moment, total, decay) + moved_moment(split_moment, split_sum, split_decay)
+        total = total * tl.exp(decay) + split_sum * tl.exp(split_decay)
+        running_max = new_max
+        place += N
+    tl.store(maximum + rows, tl.where(wanted, running_max, 0.0), mask=inside)
+    log_sum = tl.where(wanted, tl.log(total), 0.0)
+    tl.store(log_total + rows, log_sum, mask=inside)
+    if HAS_KAPPA:
+        tl.store(lse_kappa + rows, tl.where(wanted, tl.log(total_kappa) + kappa * running_max, 0.0), mask=inside)
+    if HAS_ENTROPY:
+        tl.store(entropy + rows, tl.where(wanted, log_sum - moment / total, 0.0), mask=inside)
+
+
+def head_sums(
+    hidden: Tensor,
+    head: Head,
+    *,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    kappa: float | None = None,
+    entropy: bool = False,
+    vocab_start: int = 0,
+    absent: float = math.nan,
+    config: TileConfig | None = None,
+) -> HeadSums:
+    """Of each row of hidden: max z and log Σ exp(z − max z); where asked z at the label, LSE(κz), the entropy.
+
+    Each program reduces `config.split_tiles` column tiles of one row tile online and writes its partial sums; a second,
+    small kernel merges the S splits in order. No atomics and no locks: bitwise repeatable.
+
+    Args:
+        hidden: [N, D] float32, bfloat16 or float16, columns contiguous.
+        head: weight [V, D] and bias (V,) of hidden's dtype, columns contiguous.
+        labels: (N,) int32 or int64 token ids. A row labelled `ignore_index` gives zeros, and a row tile of nothing else
+            is not computed.
+        kappa: asks for LSE(κz) from the same tiles and maximum: κ·max z = max κz.
+        entropy: asks for −Σ p log p.
+        vocab_start: the token id of weight's first row, where the vocabulary is sharded.
+        absent: what `target` holds of a label that lies in no row of weight; NaN shows a label that is out of range,
+            0 lets shards be added.
+        config: tiles to take in place of the table's.
+
+    Traffic: hidden is read once a column of tiles and weight once a group of row tiles, both mostly from L2; 8 bytes a
+    row and split are written and read again (4 more each for LSE(κz) and the entropy). Nothing of size N·V.
+    """
+    n = hidden.shape[0]
+    config = config or tiles("head_stats", hidden, head.weight, n, heavy=head.softcap is not None or entropy)
+    splits = triton.cdiv(triton.cdiv(head.vocab_size, config.block_n), config.split_tiles)
+    names = ["maximum", "log_total"] + ["lse_kappa"] * (kappa is not None) + ["entropy"] * entropy
+    sums = {name: hidden.new_empty(n, dtype=torch.float32) for name in names}
+    if labels is not None:
+        sums["target"] = hidden.new_full((n,), absent, dtype=torch.float32)
+    step = max(1, min(n, PARTIAL_FLOATS // (len(names) * splits) // config.block_m * config.block_m))
+    partials = hidden.new_empty((len(names), splits * step), dtype=torch.float32)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        _row_sums(
+            hidden[rows],
+            head,
+            None if labels is None else labels[rows],
+            {name: values[rows] for name, values in sums.items()},
+            dict(zip(names, partials, strict=True)),
+            splits,
+            config,
+            ignore_index=ignore_index,
+            kappa=kappa,
+            vocab_start=vocab_start,
+        )
+    return HeadSums(**sums)
+
+
+def _row_sums(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor | None,
+    sums: dict[str, Tensor],
+    partials: dict[str, Tensor],
+    splits: int,
+    config: TileConfig,
+    *,
+    ignore_index: int,
+    kappa: float | None,
+    vocab_start: int,
+) -> None:
+    """One block of rows through both kernels, into `sums`."""
+    (n, d), weight = hidden.shape, head.weight
+    asked = {"HAS_LABELS": labels is not None, "HAS_KAPPA": kappa is not None, "HAS_ENTROPY": "entropy" in sums}
+    launch(
+        head_stats_kernel,
+        triton.cdiv(n, config.block_m) * splits,
+        operand(hidden, (config.block_m, config.block_k), config),
+        operand(weight, (config.block_n, config.block_k), config),
+        head.bias,
+        labels,
+        partials["maximum"],
+        partials["log_total"],
+        partials.get("lse_kappa"),
+        partials.get("entropy"),
+        sums.get("target"),
+        n,
+        head.vocab_size,
+        d,
+        hidden.stride(0),
+        weight.stride(0),
+        vocab_start,
+        ignore_index,
+        head.logit_scale,
+        head.softcap or 1.0,
+        kappa or 1.0,
+        on=hidden,
+        options=config.options,
+        **config.switches,
+        **asked,
+        SPLIT_TILES=config.split_tiles,
+        EVEN_K=d % config.block_k == 0,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        PRECISION=precision(hidden.dtype),
+    )
+    launch(
+        merge_splits_kernel,
+        triton.cdiv(n, MERGE_ROWS),
+        partials["maximum"],
+        partials["log_total"],
+        partials.get("lse_kappa"),
+        partials.get("entropy"),
+        labels,
+        sums["maximum"],
+        sums["log_total"],
+        sums.get("lse_kappa"),
+        sums.get("entropy"),
+        n,
+        splits,
+        ignore_index,
+        kappa or 1.0,
+        on=hidden,
+        options={"num_warps": 4},
+        **asked,
+        BLOCK=MERGE_ROWS,
+    )

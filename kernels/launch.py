@@ -1,0 +1,71 @@
+"""What every launcher needs: the target of a tensor, and operands as pointers or as descriptors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tvkd_fast.kernels.configs import TileConfig
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether Triton's interpreter runs the kernels: decided, as Triton decides it, when they are imported."""
+
+_NVIDIA = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90"}
+_NVIDIA_MAJOR = {10: "sm_100", 12: "sm_86"}
+_AMD = {"gfx942": "gfx942", "gfx950": "gfx942"}
+_BULK_BYTES = 16
+
+
+def refusal(device: str) -> str | None:
+    """Why tensors of a device's type cannot go through compiled kernels, and the remedy; None where they can."""
+    if device != "cuda":
+        return (
+            f"compiled kernels want CUDA or ROCm tensors, not {device}: move them, take impl='torch', or set "
+            "TRITON_INTERPRET=1 before Python starts, for Triton's slow interpreter"
+        )
+    try:
+        _device_target(torch.cuda.current_device())
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def target_of(tensor: Tensor) -> str:
+    """The row of the configuration table that a tensor's device takes."""
+    return "interpreter" if INTERPRETED else _device_target(tensor.get_device())
+
+
+@lru_cache
+def _device_target(device: int) -> str:
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        target = _AMD.get(name)
+    else:
+        capability = torch.cuda.get_device_capability(device)
+        name = "sm_{}{}".format(*capability)
+        target = _NVIDIA.get(capability, _NVIDIA_MAJOR.get(capability[0]))
+    if target is None:
+        raise ValueError(f"no kernel is configured for {name}: take impl='torch'")
+    return target
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether each row of each begins at a multiple of 16 bytes."""
+    return all(x.data_ptr() % _BULK_BYTES == 0 and x.stride(0) * x.element_size() % _BULK_BYTES == 0 for x in tensors)
+
+
+def operand(tensor: Tensor, block: tuple[int, int], config: TileConfig) -> Tensor | TensorDescriptor:
+    """A matrix as a kernel takes it: a descriptor of blocks where they are copied in bulk, else its pointer."""
+    return TensorDescriptor.from_tensor(tensor, list(block)) if config.bulk else tensor
+
+
+def launch(kernel: Any, programs: int, *args: Any, on: Tensor, options: dict[str, int], **switches: Any) -> None:
+    """Run the programs on the device that `on` lies on, whichever is current; no programs are no launch."""
+    if programs:
+        with torch.cuda.device_of(on):
+            kernel[(programs,)](*args, **switches, **options)

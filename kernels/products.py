@@ -1,0 +1,132 @@
+"""The backward's two products, accumulated in float32 over blocks of the vocabulary or of the rows.
+
+Letters: M, N, K the product's own: out [M, N] = left [M, K] · right [K, N].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tvkd_fast.kernels.configs import TileConfig, precision
+from tvkd_fast.kernels.launch import launch, operand
+from tvkd_fast.kernels.logits import grouped_tile
+
+
+@triton.jit
+def product_kernel(
+    left,
+    right,
+    previous,
+    out,
+    scale,
+    alpha,
+    M,
+    N,
+    K,
+    left_stride,
+    right_stride,
+    previous_stride,
+    out_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BULK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr,
+    LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    m, n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    row, column = m * BLOCK_M, n * BLOCK_N
+    columns = column + tl.arange(0, BLOCK_N)
+    out_rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+    inside = (out_rows[:, None] < M) & (columns[None, :] < N)
+    if HAS_PREVIOUS:
+        total = tl.load(previous + out_rows[:, None] * previous_stride + columns[None, :], mask=inside, other=0.0)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BULK:
+        for k in range(0, K, BLOCK_K):
+            if TRANSPOSED:
+                a = left.load([k, row]).T
+            else:
+                a = left.load([row, k])
+            total = tl.dot(a, right.load([k, column]), total, input_precision=PRECISION)
+    else:
+        inner = tl.arange(0, BLOCK_K)
+        if TRANSPOSED:
+            a_pointers = left + out_rows[:, None] + inner[None, :].to(tl.int64) * left_stride
+        else:
+            a_pointers = left + out_rows[:, None] * left_stride + inner[None, :]
+        for k in range(0, K, BLOCK_K):
+            a = tl.load(a_pointers)
+            right_rows = tl.minimum(k + inner, K - 1).to(tl.int64)
+            b_pointers = right + right_rows[:, None] * right_stride + columns[None, :]
+            if EVEN_N:
+                b = tl.load(b_pointers)
+            else:
+                b = tl.load(b_pointers, mask=columns[None, :] < N, other=0.0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+            if TRANSPOSED:
+                a_pointers += BLOCK_K * left_stride.to(tl.int64)
+            else:
+                a_pointers += BLOCK_K
+    if LAST:
+        total *= alpha * tl.load(scale)
+    tl.store(out + out_rows[:, None] * out_stride + columns[None, :], total, mask=inside)
+
+
+def product(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    config: TileConfig,
+    *,
+    transposed: bool = False,
+    previous: Tensor | None = None,
+    scale: Tensor,
+    alpha: float,
+    last: bool,
+) -> None:
+    """out = previous + left·right in float32, times alpha·scale where this block is the `last` of the sum.
+
+    Args:
+        left: [M', K'], or [K', M'] where `transposed`, of zeros past M and K up to whole tiles of `config`.
+        right: [K, N] of left's dtype, columns contiguous.
+        out: [M, N]; rounded once, from float32, where its dtype is shorter.
+        previous: float32 [M, N], which may be `out`, or None.
+        scale: (1,) float32 on the device.
+
+    Traffic: left once a column of tiles, right once a group of row tiles, out (and previous) once. One product.
+    """
+    (k, n), m = right.shape, out.shape[0]
+    block = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)
+    launch(
+        product_kernel,
+        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        operand(left, block, config),
+        operand(right, (config.block_k, config.block_n), config),
+        previous,
+        out,
+        scale,
+        alpha,
+        m,
+        n,
+        k,
+        left.stride(0),
+        right.stride(0),
+        0 if previous is None else previous.stride(0),
+        out.stride(0),
+        on=right,
+        options=config.options,
+        **config.switches,
+        EVEN_N=n % config.block_n == 0,
+        TRANSPOSED=transposed,
+        HAS_PREVIOUS=previous is not None,
+        LAST=last,
+        PRECISION=precision(right.dtype),
+    )

@@ -1,0 +1,220 @@
+"""`bench.gpu` without a GPU: inputs, judgement, refusals, turns and tables, under a meter that counts."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
+        monkeypatch.delitem(sys.modules, name)
+    from bench import gpu
+
+    return gpu
+
+
+class CountingMeter:
+    """The n-th job takes n milliseconds and n MiB."""
+
+    def __init__(self):
+        self.jobs = []
+
+    def milliseconds(self, job):
+        self.jobs.append(job)
+        return float(len(self.jobs))
+
+    def peak_bytes(self, job):
+        job()
+        return 2**20
+
+
+def measured(gpu, entrants, dtype=torch.float32, shape=(24, 16, 97), **options):
+    meter = CountingMeter()
+    found = gpu.measure(gpu.make_inputs(shape, dtype, "cpu"), entrants, meter, rounds=3, **options)
+    return found, meter
+
+
+def some(gpu, *names):
+    return {name: contender for name, contender in gpu.contenders("torch").items() if name in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contenders_that_are_right_are_timed_in_turns(gpu, dtype):
+    names = ("tvkd_fast", "eager", "tvkd_fast, DPO")
+    found, meter = measured(gpu, some(gpu, *names), dtype)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert tuple(rows) == names
+    for row in rows.values():
+        assert not row.keys() & {"wrong", "refused"}
+        assert all(row["errors"][name] <= limit for name, limit in row["limits"].items())
+        assert row["both_peak_mb"] == 1
+    # Seven jobs a round: the product, then both of three contenders, then forward of three.
+    assert meter.jobs[:7] == meter.jobs[7:14] == meter.jobs[14:21]
+    assert len(set(meter.jobs)) == len(meter.jobs) // 3 == 7
+    assert found["product_ms"] == [4.5, 8.0, 11.5]
+    assert rows["eager"]["both_over_product"] == 10 / 8
+    assert rows["eager"]["forward_over_product"] == 13 / 8
+
+
+@pytest.mark.parametrize("broken", ["scaled", "coefficients", "forward"])
+def test_a_wrong_contender_is_told_and_not_timed(gpu, broken):
+    def head(hidden, weight, labels):
+        logps = gpu.eager(hidden, weight, labels)
+        return logps * 1.01 if broken == "scaled" or (broken == "forward" and not hidden.requires_grad) else logps
+
+    def run(inputs):
+        values, loss = gpu.weighted(head, inputs)
+        return values, values.sum() if broken == "coefficients" else loss
+
+    found, meter = measured(gpu, {"bad": gpu.Contender(run)})
+    (row,) = found["rows"]
+    expected = {
+        "scaled": "logps, hidden, weight, logps of forward only",
+        "coefficients": "hidden, weight",
+        "forward": "logps of forward only",
+    }
+    assert row["wrong"].startswith(f"{expected[broken]} beyond")
+    assert "both_ms" not in row
+    assert len(meter.jobs) == 3
+
+
+def test_nan_is_wrong(gpu):
+    found, _ = measured(gpu, {"nan": gpu.of(lambda h, w, y: gpu.eager(h, w, y) * float("nan"))})
+    assert "wrong" in found["rows"][0]
+
+
+def test_only_a_contender_that_skips_may_be_that_far_off(gpu):
+    class Skipping(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            return hidden.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 0.95
+
+    def head(hidden, weight, labels):
+        return gpu.eager(Skipping.apply(hidden), weight, labels)
+
+    found, _ = measured(gpu, {"skips": gpu.of(head, skips=True), "does not": gpu.of(head)})
+    assert [row.get("wrong") for row in found["rows"]] == [None, "hidden beyond what rounding explains"]
+
+
+def test_what_cannot_run_is_a_row_with_the_reason(gpu):
+    def refusing(inputs):
+        raise AssertionError("wants V % 128 == 0\nand more")
+
+    def missing(inputs):
+        import no_such_peer  # noqa: F401
+
+    entrants = {"a": gpu.Contender(refusing), "b": gpu.Contender(missing)} | some(gpu, "eager", "tvkd_fast, DPO")
+    found, _ = measured(gpu, entrants, shape=(25, 16, 97), without=frozenset({"eager"}))
+    assert [row["refused"] for row in found["rows"]] == [
+        "AssertionError: wants V % 128 == 0",
+        "not installed: No module named 'no_such_peer'",
+        "left out by --without",
+        "ValueError: 25 tokens are not 4 pairs of equal length",
+    ]
+    assert all("256 rows" in row["refused"] for row in found["products"])
+    assert gpu.ours_failed({"shapes": [found | {"shape": "25x16x97"}]})[0].startswith("25x16x97: tvkd_fast, DPO: ")
+    assert "No module named" in gpu.text(found | {"shape": "25x16x97", "dtype": "float32"})
+
+
+def test_every_peer_is_installed_or_says_that_it_is_not(gpu, monkeypatch):
+    for peer in ("liger_kernel", "cut_cross_entropy", "trl"):
+        for name in [n for n in sys.modules if n == peer or n.startswith(f"{peer}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, peer, None)
+    names = [name for name in gpu.contenders() if name.startswith(("Liger", "CCE", "TRL"))]
+    found, _ = measured(gpu, some(gpu, *names))
+    assert len(names) == 6
+    assert all(row["refused"].startswith("not installed: ") for row in found["rows"])
+
+
+def test_without_a_gpu_the_command_says_what_is_missing(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="needs a GPU") as left:
+        gpu.main()
+    assert left.value.code not in (0, None)
+
+
+def report(gpu):
+    found, _ = measured(gpu, some(gpu, "tvkd_fast"))
+    found["rows"] += [
+        {"name": "CCE", "refused": "not installed: no <x>|y"},
+        {"name": "Liger", "errors": {"logps": 1e-4, "hidden": 0.5, "weight": 0.25}, "wrong": "hidden, weight beyond"},
+    ]
+    found["products"] = [{"name": "dH, a block", "over_cublas": 1.25}, {"name": "dW, a block", "refused": "too small"}]
+    made = {"torch": "2", "transformers": "5", "python": "3", "commit": "c" * 40, "machine": "m", "command": "run it"}
+    return {
+        "device": "H",
+        "driver": "1.2",
+        "toolkit": "CUDA 13",
+        "versions": {"triton": "3.9", "trl": None},
+        "rounds": 3,
+        "made_by": made,
+        "shapes": [
+            found | {"shape": "24x16x97", "dtype": "float32"},
+            {"shape": "9x9x9", "dtype": "bfloat16", "refused": "OutOfMemoryError: much"},
+        ],
+    }
+
+
+def test_the_table_of_a_report(gpu):
+    from bench import results
+
+    first, products, second, made = results.TABLES["gpu"](report(gpu)).split("\n\n")
+    head, _, ours, refused, wrong = first.splitlines()
+    assert head.startswith("| 24x16x97 float32 | forward and backward over the product |")
+    assert ours.startswith("| tvkd_fast | 1.25 | 1.50 | 1 | ")
+    assert refused == "| CCE: not installed: no &lt;x>\\|y | – | – | – | – |"
+    assert wrong == "| Liger: wrong: hidden, weight beyond | – | – | – | 1.0e-04, 5.0e-01, 2.5e-01 |"
+    assert products == "Our products over cuBLAS: dH, a block 1.25; dW, a block too small."
+    assert second.splitlines()[2] == "| not measured: OutOfMemoryError: much | – | – | – | – |"
+    assert made == (
+        "H, driver 1.2, CUDA 13; triton 3.9, trl not installed; 3 rounds; `run it`; m; torch 2, transformers 5, "
+        "Python 3; commit cccccccccccc."
+    )
+
+
+def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, capsys):
+    from bench import results
+    from bench.machine import without_paths
+
+    make_inputs, entrants = gpu.make_inputs, some(gpu, "tvkd_fast", "eager")
+    facts = {"device": "D", "driver": "1", "toolkit": "T", "versions": {}}
+    monkeypatch.setattr(gpu, "require_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "device_facts", lambda: dict(facts))
+    monkeypatch.setattr(gpu, "CudaMeter", CountingMeter)
+    monkeypatch.setattr(gpu, "contenders", lambda: entrants)
+    monkeypatch.setattr(gpu, "make_inputs", lambda shape, dtype, device: make_inputs(shape, dtype, "cpu"))
+    file = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--shape", "24x16x97", "--rounds", "2", "--json", str(file)])
+    with pytest.raises(SystemExit, match="24x16x97: dH, a block: ValueError: a block takes 256 rows"):
+        gpu.main()
+    written = file.read_text()
+    assert without_paths(written) == written
+    table = results.gpu_table(json.loads(written))
+    assert "| tvkd_fast | " in table
+    assert "| eager | " in table
+    assert "tvkd_fast " in capsys.readouterr().out
+
+
+def test_float32s_results_are_the_plain_ones(gpu):
+    inputs = gpu.make_inputs((24, 16, 97), torch.float32, "cpu")
+    got = gpu.both(partial(gpu.weighted, gpu.chunked), inputs)
+    doubled = gpu.replace(inputs, **{k: v.double() for k, v in vars(inputs).items() if v.is_floating_point()})
+    doubled = gpu.replace(doubled, **{k: getattr(doubled, k).detach().requires_grad_() for k in ("hidden", "weight")})
+    logps = torch.log_softmax(doubled.hidden @ doubled.weight.T, -1)[torch.arange(24), inputs.labels]
+    want = (logps, *torch.autograd.grad((logps * doubled.coefficients).sum(), (doubled.hidden, doubled.weight)))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)

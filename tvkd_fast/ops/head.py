@@ -1,0 +1,89 @@
+"""The head by either implementation: one call for the statistics, one for the gradients.
+
+Letters: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
+from tvkd_fast.ops import tiles
+from tvkd_fast.ops.dispatch import takes_triton, without_autocast
+
+
+def head_sums(
+    hidden: Tensor,
+    head: Head,
+    impl: str,
+    *,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    kappa: float | None = None,
+    entropy: bool = False,
+) -> HeadSums:
+    """Statistics of hidden [N, D], each (N,); of an ignored label's row they mean nothing."""
+    if takes_triton(impl, hidden):
+        from tvkd_fast.kernels import head_stats
+
+        return head_stats.head_sums(
+            _rows(hidden), _packed(head), labels=labels, ignore_index=ignore_index, kappa=kappa, entropy=entropy
+        )
+    with without_autocast(hidden):
+        kept = None if labels is None else kept_rows(labels, ignore_index)
+        if labels is not None and kept is not None:
+            labels = labels[kept]
+        sums = tiles.head_sums(hidden, head, kept=kept, labels=labels, kappa=kappa, entropy=entropy)
+        if kept is None:
+            return sums
+        spread = hidden.new_zeros(hidden.shape[0], dtype=sums.maximum.dtype)
+        return sums.map(lambda x: spread.index_copy(0, kept, x))
+
+
+def head_gradients(
+    hidden: Tensor,
+    head: Head,
+    impl: str,
+    labels: Tensor,
+    sums: HeadSums,
+    grad_logps: Tensor,
+    *,
+    ignore_index: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> HeadGradients:
+    """Exact gradients of Σ_t grad_logps_t·logp_t; `sums` as `head_sums` gave them."""
+    wants = {"want_hidden": want_hidden, "want_weight": want_weight, "want_bias": want_bias}
+    if takes_triton(impl, hidden):
+        from tvkd_fast.kernels import head_backward
+
+        return head_backward.head_gradients(
+            _rows(hidden), _packed(head), labels, sums, grad_logps, ignore_index=ignore_index, **wants
+        )
+    with without_autocast(hidden):
+        kept = kept_rows(labels, ignore_index)
+        upstream, maximum, log_total = grad_logps.masked_fill(labels == ignore_index, 0), sums.maximum, sums.log_total
+        if kept is not None:
+            labels, upstream, maximum, log_total = (x[kept] for x in (labels, upstream, maximum, log_total))
+        sums = HeadSums(maximum, log_total)
+        return tiles.head_gradients(hidden, head, labels, sums, upstream, kept=kept, **wants)
+
+
+def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
+    """(K,) rows to compute, or None for all. A GPU would have to wait for the count, so it computes them all."""
+    if labels.device.type != "cpu":
+        return None
+    kept = labels != ignore_index
+    return None if kept.all() else kept.nonzero()[:, 0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with contiguous rows, which is how the kernels read it."""
+    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _packed(head: Head) -> Head:
+    return Head(
+        _rows(head.weight), None if head.bias is None else head.bias.contiguous(), head.softcap, head.logit_scale
+    )
