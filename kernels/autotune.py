@@ -28,10 +28,12 @@ TILE_MAX = 256
 BLOCK_COLUMNS = 4096
 
 
-def tiles(kernel: Kernel, left: Tensor, right: Tensor, rows: int, *, heavy: bool = False) -> TileConfig:
+def tiles(
+    kernel: Kernel, left: Tensor, right: Tensor, rows: int, *, heavy: bool = False, bias: bool = False
+) -> TileConfig:
     """The tiles of a launch over `rows` rows of left [·, D] and right [V, D]."""
     target = target_of(left)
-    demand = Demand(wide=left.dtype == torch.float32, heavy=heavy, aligned=aligned(left, right))
+    demand = Demand(left.dtype == torch.float32, heavy, bias, aligned(left, right))
     if target == "interpreter":
         return choose(kernel, target, demand)
     tuned = _tuned(cache_file()).get(key(kernel, left, demand, (rows, right.shape[1], right.shape[0])))
@@ -48,7 +50,7 @@ def key(kernel: Kernel, on: Tensor, demand: Demand, shape: tuple[int, int, int])
     """An entry a kernel, device, Triton version, demand and *bucket* of shapes: sizes rounded up to powers of 2."""
     device = torch.cuda.get_device_name(on.device) if on.is_cuda else "none"
     bucket = "x".join(str(triton.next_power_of_2(size)) for size in shape)
-    wants = "".join(name[0] for name, wanted in asdict(demand).items() if wanted)
+    wants = " ".join(name for name, wanted in asdict(demand).items() if wanted)
     return f"{kernel}|{device}|triton {triton.__version__}|{wants}|{bucket}"
 
 

@@ -55,6 +55,7 @@ class Demand:
     """float32 operands: twice the bytes, three products each."""
     heavy: bool = False
     """The epilogue holds a second number for each of the tile's: softcap's derivative, or entropy's product."""
+    bias: bool = False
     aligned: bool = True
     """Rows begin at multiples of 16 bytes, which bulk copies want."""
 
@@ -72,30 +73,39 @@ INTERPRETED = TileConfig(32, 64, 32, warps=4, stages=1, group=2, split_tiles=2)
 
 _AMPERE = TileConfig(128, 128, 64, warps=8, stages=3)
 _AMPERE_WIDE = TileConfig(64, 128, 32, warps=8, stages=3)
+_AMPERE_BIAS = TileConfig(128, 128, 32, warps=8, stages=4)
+_AMPERE_WIDE_BIAS = TileConfig(64, 64, 16, warps=8, stages=4)
 _LONG = TileConfig(128, 256, 64, warps=8, stages=3, bulk=True)
+_TALL = TileConfig(256, 128, 64, warps=8, stages=4, bulk=True)
 _SQUARE = TileConfig(128, 128, 64, warps=8, stages=4, bulk=True)
 _SQUARE_WIDE = TileConfig(128, 128, 32, warps=8, stages=3, bulk=True)
+_NARROW_WIDE = TileConfig(128, 64, 32, warps=8, stages=3, bulk=True)
 _CDNA = TileConfig(128, 128, 64, warps=8, stages=2)
 _CDNA_WIDE = TileConfig(64, 64, 32, warps=4, stages=2)
+_UNALIGNED = TileConfig(64, 64, 32, warps=8, stages=2)
+_UNALIGNED_WIDE = TileConfig(64, 32, 32, warps=8, stages=2)
 
 
 def choose(kernel: Kernel, target: str, demand: Demand) -> TileConfig:
     """The shipped tiles of a kernel on a target."""
     if target == "interpreter":
         return INTERPRETED
+    if not demand.aligned:
+        return _UNALIGNED_WIDE if demand.wide else _UNALIGNED
     if target == "gfx942":
         return _CDNA_WIDE if demand.wide else _CDNA
-    if target in ("sm_80", "sm_86") or not demand.aligned:
+    if target not in BULK_TARGETS:
+        if demand.bias:
+            return _AMPERE_WIDE_BIAS if demand.wide else _AMPERE_BIAS
         return _AMPERE_WIDE if demand.wide else _AMPERE
     if demand.wide:
-        return _SQUARE_WIDE
-    if target == "sm_90":
-        if kernel == "head_stats":
-            return _LONG
-        return _SQUARE if kernel == "dlogits" and demand.heavy else replace(_LONG, stages=4)
-    if kernel == "head_stats":
-        return _SQUARE if demand.heavy else replace(_LONG, stages=4)
-    return _LONG if kernel == "dlogits" and not demand.heavy else _SQUARE
+        return _NARROW_WIDE if demand.bias else _SQUARE_WIDE
+    if kernel == "product":
+        return _TALL if target == "sm_90" else _SQUARE
+    if demand.bias or (demand.heavy and not (kernel == "head_stats" and target == "sm_90")):
+        return _SQUARE
+    # The deeper pipeline where it fits beside what the epilogue holds.
+    return _LONG if (kernel, target) in (("head_stats", "sm_90"), ("dlogits", "sm_100")) else replace(_LONG, stages=4)
 
 
 CANDIDATES = tuple(
@@ -108,9 +118,9 @@ CANDIDATES = tuple(
 """What `kernels/autotune.py` times; those that a device cannot hold fall out there."""
 
 
-def precision(dtype: torch.dtype) -> str:
-    """tl.dot's input_precision: float32 operands as three TF32 products: 21 bits where Triton's default has 10.
+def precision(dtype: torch.dtype, target: str) -> str:
+    """tl.dot's input_precision. Triton's default for float32 is plain TF32: 10 bits of mantissa.
 
-    16-bit operands are exact in the tensor cores; "ieee" asks for nothing beyond.
+    Three TF32 products keep 21; CDNA's matrix cores multiply float32 itself. 16-bit operands are exact in either.
     """
-    return "tf32x3" if dtype == torch.float32 else "ieee"
+    return "tf32x3" if dtype == torch.float32 and target != "gfx942" else "ieee"

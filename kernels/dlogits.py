@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.configs import TileConfig, precision
 from tvkd_fast.kernels.head import Head, HeadSums
-from tvkd_fast.kernels.launch import launch, operand
+from tvkd_fast.kernels.launch import launch, operand, target_of
 from tvkd_fast.kernels.logits import grouped_tile, logits_tile
 
 
@@ -138,6 +138,6 @@ def dlogits(
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
         HAS_COLUMN_SUMS=want_bias,
-        PRECISION=precision(hidden.dtype),
+        PRECISION=precision(hidden.dtype, target_of(hidden)),
     )
     return None if column_sums is None else column_sums.sum(0)

@@ -73,7 +73,14 @@ class _Walk:
         self.hidden, self.head, self.labels, self.sums, self.ignore_index = hidden, head, labels, sums, ignore_index
         self.count, self.size = hidden.shape
         self.wide = hidden.dtype == torch.float32
-        self.tiles = tiles("dlogits", hidden, head.weight, self.count, heavy=head.softcap is not None)
+        self.tiles = tiles(
+            "dlogits",
+            hidden,
+            head.weight,
+            self.count,
+            heavy=head.softcap is not None,
+            bias=head.bias is not None,
+        )
         self.product_tiles = tiles("product", hidden, head.weight, self.count)
         self.coefficients = coefficients.float().masked_fill(labels == ignore_index, 0.0).contiguous()
         # c/scale fills float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.

@@ -15,7 +15,7 @@ from torch import Tensor
 from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.configs import TileConfig, precision
 from tvkd_fast.kernels.head import Head, HeadSums
-from tvkd_fast.kernels.launch import launch, operand
+from tvkd_fast.kernels.launch import launch, operand, target_of
 from tvkd_fast.kernels.logits import grouped_tile, logits_tile
 
 PARTIAL_FLOATS = 4 * 2**20
@@ -199,7 +199,14 @@ def head_sums(
     row and split are written and read again (4 more each for LSE(κz) and the entropy). Nothing of size N·V.
     """
     n = hidden.shape[0]
-    config = config or tiles("head_stats", hidden, head.weight, n, heavy=head.softcap is not None or entropy)
+    config = config or tiles(
+        "head_stats",
+        hidden,
+        head.weight,
+        n,
+        heavy=head.softcap is not None or entropy,
+        bias=head.bias is not None,
+    )
     splits = triton.cdiv(triton.cdiv(head.vocab_size, config.block_n), config.split_tiles)
     names = ["maximum", "log_total"] + ["lse_kappa"] * (kappa is not None) + ["entropy"] * entropy
     sums = {name: hidden.new_empty(n, dtype=torch.float32) for name in names}
@@ -270,7 +277,7 @@ def _row_sums(
         EVEN_K=d % config.block_k == 0,
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
-        PRECISION=precision(hidden.dtype),
+        PRECISION=precision(hidden.dtype, target_of(hidden)),
     )
     launch(
         merge_splits_kernel,

@@ -36,8 +36,12 @@ def refusal(device: str) -> str | None:
 
 
 def target_of(tensor: Tensor) -> str:
-    """The row of the configuration table that a tensor's device takes."""
-    return "interpreter" if INTERPRETED else _device_target(tensor.get_device())
+    """The row of the configuration table that a tensor's device takes; ValueError for one that no kernel runs on."""
+    if INTERPRETED:
+        return "interpreter"
+    if not tensor.is_cuda:
+        raise ValueError(refusal(tensor.device.type))
+    return _device_target(tensor.get_device())
 
 
 @lru_cache

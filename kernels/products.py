@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkd_fast.kernels.configs import TileConfig, precision
-from tvkd_fast.kernels.launch import launch, operand
+from tvkd_fast.kernels.launch import launch, operand, target_of
 from tvkd_fast.kernels.logits import grouped_tile
 
 
@@ -128,5 +128,5 @@ def product(
         TRANSPOSED=transposed,
         HAS_PREVIOUS=previous is not None,
         LAST=last,
-        PRECISION=precision(right.dtype),
+        PRECISION=precision(right.dtype, target_of(right)),
     )

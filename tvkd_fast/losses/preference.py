@@ -96,9 +96,9 @@ def dpo_loss(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, labe
 
 def check_preference_settings(beta: float, alpha: float, label_smoothing: float) -> None:
     """β > 0, α finite, λ in [0, 0.5), or a ValueError that says which is not."""
-    if not (beta > 0 and math.isfinite(beta)):
+    if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a positive number (0.1 is usual), got {beta}: at 0 the policy is never moved")
-    if not math.isfinite(alpha):
+    if not -math.inf < alpha < math.inf:
         raise ValueError(f"alpha must be finite (0 is DPO), got {alpha}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}: at 0.5 a label says nothing")

@@ -44,20 +44,21 @@ def shaping_returns(
         (S,) in values' dtype, summed in float64, since differences of near-equal values are what is left.
 
     Raises:
-        ValueError: γ outside [0, 1], an unknown terminal, boundaries that do not fit, a response of under 2 states.
+        ValueError: γ outside [0, 1], an unknown terminal, boundaries that do not fit, a response of under 2 states
+            (boundaries and states are looked at on a CPU only, and not under `torch.compile`, where there is no number
+            to look at yet).
     """
     _check(values, cu_states, gamma, terminal, ended)
     lasts = cu_states[1:].long() - 1
     v = values.double()
     if terminal == "zero":
         v = v.index_fill(0, lasts, 0.0)
-    steps = gamma * v[1:] - v[:-1]
     # steps[i] leads from state i to i+1; the one that leads out of a response's last state belongs to nobody.
-    dropped = lasts[:-1]
+    steps = (gamma * v.roll(-1) - v).index_fill(0, lasts, 0.0)
     if terminal == "last_content":
-        to_the_end = lasts - 1 if ended is None else (lasts - 1)[ended.to(lasts.device)]
-        dropped = torch.cat([dropped, to_the_end])
-    steps = torch.cat([steps.index_fill(0, dropped, 0.0), steps.new_zeros(min(1, lasts.numel()))])
+        # Of a response that was cut off nothing more is dropped; naming its last state again keeps the shape static.
+        to_the_end = lasts - 1 if ended is None else torch.where(ended.to(lasts.device), lasts - 1, lasts)
+        steps = steps.index_fill(0, to_the_end, 0.0)
     return segment_sums(steps, cu_states).to(values.dtype)
 
 
@@ -122,7 +123,9 @@ def _check(values: Tensor, cu_states: Tensor, gamma: float, terminal: str, ended
         raise ValueError(
             f"ended must be ({cu_states.numel() - 1},) bool, one a response, got {tuple(ended.shape)} {ended.dtype}"
         )
-    if cu_states.device.type == "cpu" and (cu_states.diff() < 2).any():
+    if cu_states.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (cu_states.diff() < 2).any():
         row = int((cu_states.diff() < 2).nonzero()[0, 0])
         raise ValueError(
             f"response {row} has {int(cu_states.diff()[row])} states; s_0 and at least one more are needed"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED_ROWS = 8
+FLATTEN = "flatten it into the rows of [N, D], hidden.flatten(0, -2)"
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> None:
@@ -45,10 +49,31 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: flo
             raise ValueError(f"hidden is on {hidden.device} and {name} on {tensor.device}: move one of them")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), one a vocabulary row, got {tuple(bias.shape)}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not (0 < softcap < math.inf):
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
-    if not math.isfinite(logit_scale) or logit_scale == 0:
+    # Compared, since torch.compile traces a float that changes through comparisons and not through math.isfinite.
+    if not (-math.inf < logit_scale < math.inf) or logit_scale == 0:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+
+
+def check_transforms(op: str, *tensors: Tensor | None) -> None:
+    """No torch.func transform is under way and no tensor carries a forward-mode tangent, which an op would drop."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op} takes no torch.func transform (grad, vjp, jvp, vmap): take torch.autograd.grad or backward() for a "
+            f"gradient; for a batch {FLATTEN}"
+        )
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None):
+        raise RuntimeError(f"{op} has no forward-mode derivative: take torch.autograd.grad or backward()")
+
+
+def no_vmap(op: str) -> Callable[..., Any]:
+    """What an op registers as its vmap: a refusal, where torch would run the op once an example."""
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(f"{op} has no vmap: {FLATTEN}")
+
+    return refuse
 
 
 def check_labels(labels: Tensor, hidden: Tensor) -> None:

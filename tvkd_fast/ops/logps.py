@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadSums
-from tvkd_fast.ops.checks import check_finite, check_head, check_label_range, check_labels
+from tvkd_fast.ops.checks import check_finite, check_head, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, autocast_input, check_impl
 from tvkd_fast.ops.head import head_gradients, head_sums
 from tvkd_fast.ops.tiles import accumulation_dtype
@@ -57,10 +57,12 @@ def linear_logps(
         ValueError: shapes, dtypes or devices that do not fit; labels out of range; NaN or inf in hidden or weight, by
             row (these two on CPU tensors; on a GPU, where looking would wait for the device, the result is NaN); a
             DTensor weight, which belongs inside `FusedLMHead`; "triton" where it cannot be had.
+        RuntimeError: a second derivative, a forward-mode one, a torch.func transform.
     """
     check_impl(impl)
     if grad_mode != "exact":
         raise ValueError(f"grad_mode must be 'exact' in this version, got {grad_mode!r}")
+    check_transforms("linear_logps", hidden, weight, bias)
     hidden, weight = autocast_input(hidden), autocast_input(weight)
     bias = None if bias is None else autocast_input(bias)
     check_head(hidden, weight, bias, softcap, logit_scale)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head
-from tvkd_fast.ops.checks import check_finite, check_head
+from tvkd_fast.ops.checks import check_finite, check_head, no_vmap
 from tvkd_fast.ops.dispatch import Impl, autocast_input, check_impl
 from tvkd_fast.ops.head import head_sums
 from tvkd_fast.ops.tiles import accumulation_dtype
@@ -63,6 +63,7 @@ def _lse(
 
 
 _lse_op = torch.library.custom_op("tvkd_fast::linear_lse", _lse, mutates_args=())
+_lse_op.register_vmap(no_vmap("linear_lse"))
 
 
 @_lse_op.register_fake
@@ -111,6 +112,7 @@ def _entropy(
 
 
 _entropy_op = torch.library.custom_op("tvkd_fast::linear_entropy", _entropy, mutates_args=())
+_entropy_op.register_vmap(no_vmap("linear_entropy"))
 
 
 @_entropy_op.register_fake
@@ -167,7 +169,7 @@ def soft_values(
     """V from the two sums that `linear_lse` returns or a score cache holds: (M,) and (M,) to (M,)."""
     check_kappa(kappa)
     check_value_from(value_from)
-    if not math.isfinite(value_scale):
+    if not -math.inf < value_scale < math.inf:
         raise ValueError(f"value_scale must be finite (the teacher's DPO β in the paper), got {value_scale}")
     free_energy = lse_kappa if value_from == "logits" else lse_kappa - kappa * lse
     return free_energy * (value_scale / kappa)
@@ -175,7 +177,7 @@ def soft_values(
 
 def check_kappa(kappa: float) -> None:
     """κ > 0, or a ValueError."""
-    if not (kappa > 0 and math.isfinite(kappa)):
+    if not 0 < kappa < math.inf:
         raise ValueError(f"kappa must be a positive number (an inverse temperature; 1 is the paper's), got {kappa}")
 
 
