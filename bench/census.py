@@ -381,9 +381,8 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(row, builds(targets), chunksize=4))
     print(table(rows))
-    print(
-        f"D of {', '.join(map(str, HEAD_SIZES))} (multiples of every block_k and of 16) share a binary; 'odd D' does not."
-    )
+    sizes = ", ".join(map(str, HEAD_SIZES))
+    print(f"D of {sizes} share a binary: they are multiples of every step of the inner dimension")
     print()
     print(report_estimates(estimates()))
     broken = [x for x in rows if x.broken]

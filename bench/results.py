@@ -18,7 +18,7 @@ from bench.machine import without_paths
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kernels", "numerics", "results")))
 BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -100,12 +100,105 @@ def _not_timed(row: dict[str, Any]) -> str:
     return f"wrong: {_cell(row['wrong'])}" if "wrong" in row else _cell(row["refused"])
 
 
+def numerics_table(report: dict[str, Any]) -> str:
+    """One table a case, dtype by dtype, and how often the strict rule does not hold."""
+    parts = []
+    for case in dict.fromkeys(row["case"] for row in report["rows"]):
+        rows = [
+            [row["implementation"], row["dtype"], *(f"{row[name]:.1e}" for name in ("logps", "hidden", "weight"))]
+            for row in report["rows"]
+            if row["case"] == case
+        ]
+        parts.append(_markdown([case, "dtype", "logps, nats", "dH", "dW"], rows))
+    rules = [
+        [
+            rule["shape"],
+            f"{rule['broken']['strict']} of {rule['seeds']}",
+            f"{rule['broken']['rounded_once']} of {rule['seeds']}",
+            *(f"{rule['worst'][name]:.1e}" for name in ("error", "strict", "rounded_once")),
+        ]
+        for rule in report["strict_rule"]
+    ]
+    head = ["float16, dH", "beyond the strict rule", "beyond the tests' rule", "worst", "strict allows", "tests allow"]
+    what = f"{report['shape']}; Triton kernels ran on {report['kernels_ran_on']}, TF32 products are emulated"
+    return "\n\n".join([*parts, _markdown(head, rules)]) + "\n" + _provenance(report["made_by"], what)
+
+
 def _cell(text: str) -> str:
     """Text of others, which might hold what a table is made of."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-TABLES = {"road": road_table, "shaping": shaping_table, "head": head_table, "gpu": gpu_table}
+def census_table(report: dict[str, Any]) -> str:
+    """A fold an architecture; kernels in bf16 and float32, since float16 compiles to what bf16 does."""
+    rows = report["rows"]
+    targets = list(dict.fromkeys(row["build"]["target"] for row in rows))
+    head = ["binaries", "worst registers", "stack, spills", "most shared memory", "matrix instructions"]
+    summary = []
+    for target in targets:
+        facts = [row["facts"] for row in rows if row["build"]["target"] == target]
+        matrix = sorted({name for x in facts for name in x["tensor"]})
+        summary.append(
+            [
+                target,
+                str(len(facts)),
+                str(max(x["registers"] for x in facts)),
+                f"{max(x['stack'] for x in facts)}, {max(x['spills'] for x in facts)}",
+                f"{max(x['shared'] for x in facts) / 1024:.0f} KiB",
+                ", ".join(matrix),
+            ]
+        )
+    made = report["made_by"]
+    parts = [_markdown(["architecture", *head], summary), _provenance(made, f"Triton {made['triton']}, no GPU")]
+    parts += [_census_fold(target, [row for row in rows if row["build"]["target"] == target]) for target in targets]
+    return "\n".join(parts)
+
+
+def _census_fold(target: str, rows: list[dict[str, Any]]) -> str:
+    head = ["kernel", "variant", "dtype", "tile", "warps, stages", "registers", "KiB", "fit", "matrix", "bulk", "16 B"]
+    lines = []
+    for row in rows:
+        build, facts, config = row["build"], row["facts"], row["build"]["config"]
+        if build["dtype"] == "fp16":
+            continue
+        tile = f"{config['block_m']}×{config['block_n']}×{config['block_k']}" if config else "–"
+        shape = f"{config['warps']}, {config['stages']}" if config else "4, –"
+        matrix = ", ".join(f"{name} {number}" for name, number in facts["tensor"].items()) or "–"
+        counts = [facts["registers"], round(facts["shared"] / 1024), facts["programs"]]
+        loads = [facts["bulk_loads"], facts["wide_loads"]]
+        cells = [build["kernel"], build["variant"], build["dtype"], tile, shape, *counts, matrix, *loads]
+        lines.append([*map(str, cells), str(facts["exps"]), str(facts["length"])])
+    table = _markdown([*head, "exp", "instructions"], lines)
+    return f"\n<details><summary>{target}</summary>\n\n{table}\n\n</details>"
+
+
+def model_table(report: dict[str, Any]) -> str:
+    head = ["shape", "chip", "algorithm", "products", "forward", "backward", "whole over the forward product"]
+    rows = [
+        [
+            "x".join(map(str, x["shape"])),
+            x["chip"],
+            x["algorithm"],
+            f"{x['products']:.1f}",
+            f"{x['forward_ms']:.2f} ms",
+            f"{x['backward_ms']:.2f} ms",
+            f"{x['over_product']:.2f}",
+        ]
+        for x in report["estimates"]
+    ]
+    said = "\nA model, no measurement: " + "; ".join(report["assumptions"]) + "."
+    return _markdown(head, rows) + "\n" + said
+
+
+TABLES = {
+    "census": census_table,
+    "model": model_table,
+    "road": road_table,
+    "shaping": shaping_table,
+    "head": head_table,
+    "gpu": gpu_table,
+    "numerics": numerics_table,
+}
 
 
 def render(text: str) -> str:

@@ -131,7 +131,7 @@ ASSUMPTIONS = (
     f"twice in blocks of {WORKSPACE_BYTES // 2**20} MiB; the float32 sums of dH are read and written once a block",
     "eager and Liger: operands once a product (cuBLAS is assumed perfect), logits as often as their steps read and "
     "write them; Liger's chunks are assumed to cost nothing",
-    "CCE: both gradients are read, added to and written for every tile kept, as memory traffic, though L2 holds much of it",
+    "CCE: both gradients are read and written for every tile kept, as memory traffic, though L2 holds much of it",
     "no launches, latency, partial waves or clock limits: a lower bound, for comparing algorithms",
 )
 

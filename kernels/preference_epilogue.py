@@ -276,9 +276,10 @@ def preference_epilogue(
 
 
 def _one_reference(per_token: Tensor | None, summed: Tensor | None) -> Tensor:
-    if (per_token is None) == (summed is None):
+    given = [x for x in (per_token, summed) if x is not None]
+    if len(given) != 1:
         raise ValueError("give either ref_token_logps, (N,) a token, or ref_logps, (2P,) summed")
-    return per_token if summed is None else summed
+    return given[0]
 
 
 def _check_shaping(

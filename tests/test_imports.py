@@ -21,7 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BELOW_TRAINING,
     "cli": BELOW_TRAINING | {"training"},
     "integrations": {"ops", "losses", "models"},
-    "__init__": BELOW_TRAINING,
+    # The loss that other trainers call: where ops and losses meet outside training.
+    "fused": {"ops", "losses", "kernels"},
+    "__init__": BELOW_TRAINING | {"fused"},
     "__main__": {"cli"},
     "version": set(),
 }
@@ -144,6 +146,8 @@ def test_no_attic_outside_the_package_either() -> None:
         ("integrations/a.py", "from tvkd_fast.training import step", "integrations imports training"),
         ("kernels/a.py", "from tvkd_fast.ops import checks", "kernels imports ops"),
         ("kernels/a.py", "from ..ops import checks", "kernels imports ops"),
+        ("fused.py", "from tvkd_fast.models import loading", "fused imports models"),
+        ("losses/a.py", "from tvkd_fast.fused import fused_linear_tvkd_loss", "losses imports fused"),
         ("__init__.py", "from tvkd_fast.training import step", "__init__ imports training"),
         ("__init__.py", "from .training import step", "__init__ imports training"),
         ("ops/a.py", "from kernels import lse", "imports the top-level kernels"),
@@ -173,7 +177,8 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, code: str, prob
         ("training/a.py", "from .. import ops, losses, data, models, distributed\nfrom ..version import __version__"),
         ("cli.py", "from .training import trainer\nfrom . import data\nfrom tvkd_fast.version import __version__"),
         ("integrations/a.py", "from tvkd_fast import models, losses\nfrom ..ops import linear_logps"),
-        ("__init__.py", "from .ops import linear_logps\nfrom tvkd_fast.losses import tvkd_loss"),
+        ("fused.py", "from .ops import linear_logps\nfrom .losses import tvkd_loss\nfrom .kernels.head import Head"),
+        ("__init__.py", "from .ops import linear_logps\nfrom tvkd_fast.losses import tvkd_loss\nfrom . import fused"),
     ],
 )
 def test_imports_that_go_down_are_let_through(tmp_path: Path, file: str, code: str) -> None:

@@ -1,13 +1,16 @@
 """Preference distillation (TVKD) with a vocabulary head that never holds a logit tensor."""
 
+from tvkd_fast.fused import FusedLinearTVKDLoss, fused_linear_tvkd_loss
 from tvkd_fast.losses import TVKDOutput, dpo_loss, sft_loss, shaping_returns, tvkd_loss
 from tvkd_fast.ops import linear_logps, linear_soft_values
 from tvkd_fast.version import __version__
 
 __all__ = [
+    "FusedLinearTVKDLoss",
     "TVKDOutput",
     "__version__",
     "dpo_loss",
+    "fused_linear_tvkd_loss",
     "linear_logps",
     "linear_soft_values",
     "sft_loss",

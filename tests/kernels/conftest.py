@@ -1,14 +1,9 @@
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Triton reads it when a kernel is defined, so it must stand before tvkd_fast.kernels is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

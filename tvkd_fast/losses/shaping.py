@@ -48,7 +48,7 @@ def shaping_returns(
             (boundaries and states are looked at on a CPU only, and not under `torch.compile`, where there is no number
             to look at yet).
     """
-    _check(values, cu_states, gamma, terminal, ended)
+    check_shaping(values, cu_states, gamma, terminal, ended)
     lasts = cu_states[1:].long() - 1
     v = values.double()
     if terminal == "zero":
@@ -112,7 +112,8 @@ def check_discount(gamma: float) -> None:
         raise ValueError(f"gamma must be in [0, 1] (a discount; 1 is the default), got {gamma}")
 
 
-def _check(values: Tensor, cu_states: Tensor, gamma: float, terminal: str, ended: Tensor | None) -> None:
+def check_shaping(values: Tensor, cu_states: Tensor, gamma: float, terminal: str, ended: Tensor | None) -> None:
+    """What `shaping_returns` refuses."""
     check_discount(gamma)
     if terminal not in TERMINALS:
         raise ValueError(f"terminal must be one of {', '.join(TERMINALS)}, got {terminal!r}")

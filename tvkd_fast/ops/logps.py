@@ -41,7 +41,8 @@ def linear_logps(
         softcap: Gemma's tanh cap on the logits, or None.
         logit_scale: multiplies product and bias, before the cap (Cohere; Granite's divisor enters as 1/divisor).
         ignore_index: rows with this label are skipped: log-probability 0, no gradient; no arithmetic on a CPU, and none
-            on a GPU for a row tile that holds nothing else.
+            on a GPU for a row tile that holds nothing else. On a GPU their states must be finite all the same: weight's
+            gradient multiplies them by 0.
         grad_mode: "exact": logits are recomputed tile by tile in the backward, four products in all (three where only
             hidden or only weight wants a gradient, one where nothing does).
         impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where it can be had. What
