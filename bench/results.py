@@ -172,6 +172,16 @@ def _census_fold(target: str, rows: list[dict[str, Any]]) -> str:
     return f"\n<details><summary>{target}</summary>\n\n{table}\n\n</details>"
 
 
+def rejected_table(report: dict[str, Any]) -> str:
+    rows = []
+    for row in report["rejected"]:
+        build, config = row["build"], row["build"]["config"]
+        tile = f"{config['block_m']}×{config['block_n']}×{config['block_k']}, {config['warps']} warps"
+        what = f"{build['kernel']}, {build['variant']}, {build['dtype']}"
+        rows.append([what, build["target"], f"{tile}, {config['stages']} stages", "; ".join(row["broken"])])
+    return _markdown(["kernel", "architecture", "tile", "breaks"], rows)
+
+
 def model_table(report: dict[str, Any]) -> str:
     head = ["shape", "chip", "algorithm", "products", "forward", "backward", "whole over the forward product"]
     rows = [
@@ -193,6 +203,7 @@ def model_table(report: dict[str, Any]) -> str:
 TABLES = {
     "census": census_table,
     "model": model_table,
+    "rejected": rejected_table,
     "road": road_table,
     "shaping": shaping_table,
     "head": head_table,

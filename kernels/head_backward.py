@@ -82,7 +82,10 @@ class _Walk:
             bias=head.bias is not None,
         )
         self.product_tiles = tiles("product", hidden, head.weight, self.count)
-        self.coefficients = coefficients.float().masked_fill(labels == ignore_index, 0.0).contiguous()
+        # A label that no row of weight holds has no logp, and must not get a gradient that looks like one.
+        nowhere = (labels < 0) | (labels >= head.vocab_size)
+        coefficients = coefficients.float().masked_fill(nowhere, torch.nan)
+        self.coefficients = coefficients.masked_fill(labels == ignore_index, 0.0).contiguous()
         # c/scale fills float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
         room = _FLOAT16_ROOM if hidden.dtype == torch.float16 else 1.0
         largest = self.coefficients.abs().max() if self.count else self.coefficients.sum()

@@ -134,3 +134,10 @@ def test_the_precision_of_float32() -> None:
     for family in FAMILIES:
         assert precision(torch.float32, family) == ("ieee" if family == "gfx942" else "tf32x3")
         assert precision(torch.bfloat16, family) == "ieee"
+
+
+def test_what_was_rejected_breaks_a_gate() -> None:
+    program = "from bench import census; print([census.row(x).broken for x in census.rejected()])"
+    broken = ast.literal_eval(compiling("-c", program).splitlines()[-1])
+    assert len(broken) >= 10
+    assert all(broken)

@@ -383,6 +383,20 @@ def test_a_label_that_no_row_holds_is_nan(kit: SimpleNamespace) -> None:
     assert target.isnan().tolist() == [True, True, True, False, True]
 
 
+def test_nor_is_its_gradient_a_number(kit: SimpleNamespace) -> None:
+    from tvkd_fast.kernels.head_backward import head_gradients
+    from tvkd_fast.kernels.head_stats import head_sums
+
+    case = kit.case(5, 16, 70, ignored=0.0)
+    hidden, head = case.hidden.to(DEVICE), Head(case.weight.to(DEVICE))
+    labels = torch.tensor([1, 2, 70, -100, 3], device=DEVICE)
+    sums = head_sums(hidden, head, labels=labels)
+    wants = {"want_hidden": True, "want_weight": True, "want_bias": False}
+    grads = head_gradients(hidden, head, labels, sums, torch.ones(5, device=DEVICE), **wants)
+    assert grads.hidden.isnan()[2].all()
+    assert grads.weight.isnan().all()
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_a_broken_state_shows(kit: SimpleNamespace, softcap: float | None) -> None:
     from tvkd_fast.kernels.head_stats import head_sums
