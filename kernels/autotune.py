@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import TritonError
 
 from tvkd_fast.kernels.configs import BULK_TARGETS, CANDIDATES, Demand, Kernel, TileConfig, choose
 from tvkd_fast.kernels.head import Head
@@ -77,7 +78,7 @@ def fastest(candidates: Sequence[TileConfig], seconds: Callable[[TileConfig], fl
     for index, config in enumerate(candidates):
         try:
             timed.append((seconds(config), index))
-        except (triton.OutOfResources, triton.CompilationError, RuntimeError):
+        except (TritonError, triton.CompilationError, RuntimeError):
             continue
     if not timed:
         raise ValueError("no candidate runs on this device: report its name, and take impl='torch' meanwhile")

@@ -20,7 +20,7 @@ from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
 from tvkd_fast.kernels.products import product
 
 WORKSPACE_BYTES = 32 * 2**20
-"""The block of dlogits; as much again may go to the float32 sums of 16-bit gradients."""
+"""The block of dlogits; as much again may go to the float32 sums of a slice of dW, or of a block of dH."""
 
 BLOCK_ROWS = 8192
 
@@ -88,7 +88,8 @@ class _Walk:
         self.coefficients = coefficients.masked_fill(labels == ignore_index, 0.0).contiguous()
         # c/scale fills float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
         room = _FLOAT16_ROOM if hidden.dtype == torch.float16 else 1.0
-        largest = self.coefficients.abs().max() if self.count else self.coefficients.sum()
+        finite = torch.where(self.coefficients.isfinite(), self.coefficients.abs(), 0.0)
+        largest = finite.max() if self.count else finite.sum()
         self.scale = (largest * room).clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
         blocks = (self.tiles, self.product_tiles)
         # The products read whole steps of block_k from the zeros that dlogits wrote past the end.
@@ -98,7 +99,8 @@ class _Walk:
     def blocks(self, rows: int) -> tuple[int, int, Tensor]:
         """R ≤ rows, C, and the buffer [R', C'] for dlogits, all whole tiles but where N or V is less."""
         step = self._rounded(min(self.count, rows))
-        fits = WORKSPACE_BYTES // (step * self.hidden.element_size()) // self.whole * self.whole
+        bytes_a_column = max(step * self.hidden.element_size(), 4 * self.size)
+        fits = WORKSPACE_BYTES // bytes_a_column // self.whole * self.whole
         width = min(max(fits, self.whole), self._rounded(self.head.vocab_size))
         return step, width, self.hidden.new_empty((step, width))
 

@@ -186,8 +186,8 @@ def head_sums(
     Args:
         hidden: [N, D] float32, bfloat16 or float16, columns contiguous.
         head: weight [V, D] and bias (V,) of hidden's dtype, columns contiguous.
-        labels: (N,) int32 or int64 token ids. A row labelled `ignore_index` gives zeros, and a row tile of nothing else
-            is not computed.
+        labels: (N,) int32 or int64 token ids, contiguous. Of a row labelled `ignore_index` the sums are 0 and `target`
+            means nothing; a row tile of nothing else is not computed.
         kappa: asks for LSE(κz) from the same tiles and maximum: κ·max z = max κz.
         entropy: asks for −Σ p log p.
         vocab_start: the token id of weight's first row, where the vocabulary is sharded.

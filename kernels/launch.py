@@ -21,15 +21,15 @@ _AMD = {"gfx942": "gfx942", "gfx950": "gfx942"}
 _BULK_BYTES = 16
 
 
-def refusal(device: str) -> str | None:
-    """Why tensors of a device's type cannot go through compiled kernels, and the remedy; None where they can."""
-    if device != "cuda":
+def refusal(device: torch.device) -> str | None:
+    """Why tensors of a device cannot go through compiled kernels, and the remedy; None where they can."""
+    if device.type != "cuda":
         return (
-            f"compiled kernels want CUDA or ROCm tensors, not {device}: move them, take impl='torch', or set "
+            f"compiled kernels want CUDA or ROCm tensors, not {device.type}: move them, take impl='torch', or set "
             "TRITON_INTERPRET=1 before Python starts, for Triton's slow interpreter"
         )
     try:
-        _device_target(torch.cuda.current_device())
+        _device_target(torch.cuda.current_device() if device.index is None else device.index)
     except ValueError as error:
         return str(error)
     return None
@@ -40,7 +40,7 @@ def target_of(tensor: Tensor) -> str:
     if INTERPRETED:
         return "interpreter"
     if not tensor.is_cuda:
-        raise ValueError(refusal(tensor.device.type))
+        raise ValueError(refusal(tensor.device))
     return _device_target(tensor.get_device())
 
 

@@ -331,6 +331,29 @@ def test_inputs_that_are_not_contiguous(kit: SimpleNamespace, dtype: torch.dtype
     right(kit, moved)
 
 
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_labels_that_are_not_contiguous(kit: SimpleNamespace, layout: str) -> None:
+    case = kit.case(40, 16, 50)
+    labels = (
+        case.labels[:1].expand(40) if layout == "expanded" else torch.stack([case.labels, case.labels * 0], 1)[:, 0]
+    )
+    assert not labels.is_contiguous()
+    right(kit, replace(case, labels=labels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("upstream", [torch.nan, torch.inf])
+def test_a_broken_coefficient_stays_in_its_row(kit: SimpleNamespace, dtype: torch.dtype, upstream: float) -> None:
+    case = kit.case(6, 16, 50, dtype, ignored=0.0)
+    broken = case.upstream.clone()
+    broken[2] = upstream
+    clean, got = kit.run(logps, case), kit.run(logps, replace(case, upstream=broken))
+    assert got.hidden.isfinite().all(1).tolist() == [True, True, False, True, True, True]
+    rest = torch.arange(6) != 2
+    torch.testing.assert_close(got.hidden[rest], clean.hidden[rest], rtol=0.01, atol=1e-3)
+    assert not got.weight.isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kappa", [0.3, 0.7, 1.0, 2.5])
 @pytest.mark.parametrize("transforms", TRANSFORMS[:2], ids=str)

@@ -317,7 +317,7 @@ def test_auto_warns_of_a_gpu_that_goes_unused(
 ) -> None:
     monkeypatch.setattr(dispatch, "_no_triton", lambda device, dtype: refusal)
     with caplog.at_level(logging.INFO, logger="tvkd_fast"):
-        taken = [dispatch._auto("cuda", torch.float16) for _ in range(2)]
+        taken = [dispatch._auto(torch.device("cuda"), torch.float16) for _ in range(2)]
     assert taken == [refusal is None] * 2
     (record,) = caplog.records
     assert record.levelname == ("INFO" if refusal is None else "WARNING")

@@ -28,17 +28,17 @@ def takes_triton(impl: str, hidden: Tensor) -> bool:
     if impl == "torch":
         return False
     if impl == "triton":
-        refusal = _no_triton(hidden.device.type, hidden.dtype)
+        refusal = _no_triton(hidden.device, hidden.dtype)
         if refusal:
             raise ValueError(f"impl='triton' cannot be had: {refusal}")
         return True
-    return _auto(hidden.device.type, hidden.dtype)
+    return _auto(hidden.device, hidden.dtype)
 
 
 @lru_cache
-def _auto(device: str, dtype: torch.dtype) -> bool:
+def _auto(device: torch.device, dtype: torch.dtype) -> bool:
     """Said once a device and dtype: as information where it is as expected, as a warning where a GPU goes unused."""
-    if device == "cpu":
+    if device.type == "cpu":
         _log.info("impl='auto' computes the head in torch tiles: the tensors are on the CPU")
         return False
     refusal = _no_triton(device, dtype)
@@ -49,7 +49,7 @@ def _auto(device: str, dtype: torch.dtype) -> bool:
     return refusal is None
 
 
-def _no_triton(device: str, dtype: torch.dtype) -> str | None:
+def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take such tensors, and the remedy; None where they can."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton, on Linux); take impl='torch'"

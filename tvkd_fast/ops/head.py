@@ -26,6 +26,7 @@ def head_sums(
     if takes_triton(impl, hidden):
         from tvkd_fast.kernels import head_stats
 
+        labels = None if labels is None else labels.contiguous()
         return head_stats.head_sums(
             _rows(hidden), _packed(head), labels=labels, ignore_index=ignore_index, kappa=kappa, entropy=entropy
         )
@@ -59,7 +60,7 @@ def head_gradients(
         from tvkd_fast.kernels import head_backward
 
         return head_backward.head_gradients(
-            _rows(hidden), _packed(head), labels, sums, grad_logps, ignore_index=ignore_index, **wants
+            _rows(hidden), _packed(head), labels.contiguous(), sums, grad_logps, ignore_index=ignore_index, **wants
         )
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
@@ -80,7 +81,10 @@ def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
 
 def _rows(x: Tensor) -> Tensor:
     """x with contiguous rows, which is how the kernels read it."""
-    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    if x.stride(-1) == 1 and x.stride(0) >= x.shape[1]:
+        return x
+    # A size of 1 counts as contiguous whatever its stride is, and a descriptor wants the stride all the same.
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
 
 
 def _packed(head: Head) -> Head:
