@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -59,7 +60,11 @@ def key(kernel: Kernel, on: Tensor, demand: Demand, shape: tuple[int, int, int])
 def _tuned(file: Path) -> dict[str, TileConfig]:
     if not file.exists():
         return {}
-    return {name: TileConfig(**entry) for name, entry in json.loads(file.read_text()).items()}
+    try:
+        return {name: TileConfig(**entry) for name, entry in json.loads(file.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"{file} is no tuning file of this version and is passed over ({error}): delete it", stacklevel=2)
+        return {}
 
 
 def remember(entries: dict[str, TileConfig], file: Path) -> None:

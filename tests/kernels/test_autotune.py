@@ -10,7 +10,7 @@ import torch
 import triton
 
 from tvkd_fast.kernels import autotune
-from tvkd_fast.kernels.configs import CANDIDATES, Demand, TileConfig
+from tvkd_fast.kernels.configs import CANDIDATES, Demand, TileConfig, choose
 
 A = TileConfig(64, 64, 32, warps=4, stages=2)
 B = TileConfig(128, 64, 32, warps=4, stages=2)
@@ -74,6 +74,17 @@ def test_entries_add_up_and_nothing_half_written_stays(file: Path) -> None:
     autotune.remember({"two": B}, file)
     assert json.loads(file.read_text()) == {"one": asdict(A), "two": asdict(B)}
     assert [x.name for x in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"one": {"block_m"', '{"one": {"block_q": 1}}', "[1]"], ids=["torn", "foreign", "list"]
+)
+def test_a_file_of_another_kind_is_passed_over(file: Path, hopper: None, text: str) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    hidden, weight = operands()
+    with pytest.warns(UserWarning, match="is passed over"):
+        assert autotune.tiles("product", hidden, weight, 100) == choose("product", "sm_90", Demand(wide=True))
 
 
 def test_every_kernel_is_tuned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
