@@ -30,9 +30,9 @@ from tvkd_fast.losses import (
 from tvkd_fast.losses.segments import check_boundaries
 from tvkd_fast.losses.shaping import TERMINALS, Terminal, check_shaping
 from tvkd_fast.ops import check_kappa, linear_logps, soft_values
-from tvkd_fast.ops.checks import check_finite, check_head, check_label_range, check_labels, check_transforms
-from tvkd_fast.ops.dispatch import Impl, autocast_input, check_impl, takes_triton
-from tvkd_fast.ops.head import head_sums
+from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
+from tvkd_fast.ops.dispatch import Impl, check_impl, takes_triton
+from tvkd_fast.ops.head import head_input, head_sums
 from tvkd_fast.ops.logps import _gradients_op
 from tvkd_fast.ops.tiles import accumulation_dtype
 from tvkd_fast.ops.values import ValueFrom, check_value_from
@@ -128,7 +128,7 @@ def fused_linear_tvkd_loss(
     )
     flat_labels = labels.flatten()
     with _naming("policy"):
-        hidden, head = _head_input(policy_hidden, Head(policy_weight, policy_bias, softcap, logit_scale))
+        hidden, head = head_input(_rows(policy_hidden), Head(policy_weight, policy_bias, softcap, logit_scale))
         check_labels(flat_labels, hidden)
     check_transforms("fused_linear_tvkd_loss", hidden, head.weight, head.bias)
 
@@ -154,8 +154,8 @@ def fused_linear_tvkd_loss(
         _check_device("teacher_hidden", teacher_hidden, hidden)
         padded_labels = labels if cu_states is None else None
         with _naming("teacher"), torch.no_grad():
-            states, teacher = _head_input(
-                teacher_hidden, Head(teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+            states, teacher = head_input(
+                _rows(teacher_hidden), Head(teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
             )
             values = _teacher_op(
                 states,
@@ -674,14 +674,6 @@ def _naming(model: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"the {model}'s {error}") from error
-
-
-def _head_input(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """States [rows, D] and head as the ops take them: flat, in autocast's dtype, checked."""
-    hidden, weight = autocast_input(_rows(hidden)), autocast_input(head.weight)
-    bias = None if head.bias is None else autocast_input(head.bias)
-    check_head(hidden, weight, bias, head.softcap, head.logit_scale)
-    return hidden, Head(weight, bias, head.softcap, head.logit_scale)
 
 
 def _rows(hidden: Tensor) -> Tensor:

@@ -5,11 +5,22 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
 from tvkd_fast.ops import tiles
-from tvkd_fast.ops.dispatch import takes_triton, without_autocast
+from tvkd_fast.ops.checks import check_head
+from tvkd_fast.ops.dispatch import autocast_input, takes_triton, without_autocast
+
+
+def head_input(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """States and head as the ops take them: in autocast's dtype, checked to fit each other."""
+    hidden, weight = autocast_input(hidden), autocast_input(head.weight)
+    bias = None if head.bias is None else autocast_input(head.bias)
+    check_head(hidden, weight, bias, head.softcap, head.logit_scale)
+    return hidden, replace(head, weight=weight, bias=bias)
 
 
 def head_sums(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadSums
-from tvkd_fast.ops.checks import check_finite, check_head, check_label_range, check_labels, check_transforms
-from tvkd_fast.ops.dispatch import Impl, autocast_input, check_impl
-from tvkd_fast.ops.head import head_gradients, head_sums
+from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
+from tvkd_fast.ops.dispatch import Impl, check_impl
+from tvkd_fast.ops.head import head_gradients, head_input, head_sums
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 
@@ -65,11 +65,9 @@ def linear_logps(
     if grad_mode != "exact":
         raise ValueError(f"grad_mode must be 'exact' in this version, got {grad_mode!r}")
     check_transforms("linear_logps", hidden, weight, bias)
-    hidden, weight = autocast_input(hidden), autocast_input(weight)
-    bias = None if bias is None else autocast_input(bias)
-    check_head(hidden, weight, bias, softcap, logit_scale)
+    hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
     check_labels(labels, hidden)
-    logps, _, _ = _logps_op(hidden, weight, bias, labels, softcap, logit_scale, ignore_index, impl)
+    logps, _, _ = _logps_op(hidden, head.weight, head.bias, labels, softcap, logit_scale, ignore_index, impl)
     return logps
 
 

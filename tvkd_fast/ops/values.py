@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head
-from tvkd_fast.ops.checks import check_finite, check_head, no_vmap
-from tvkd_fast.ops.dispatch import Impl, autocast_input, check_impl
-from tvkd_fast.ops.head import head_sums
+from tvkd_fast.ops.checks import check_finite, no_vmap
+from tvkd_fast.ops.dispatch import Impl, check_impl
+from tvkd_fast.ops.head import head_input, head_sums
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 ValueFrom = Literal["logits", "logprobs"]
@@ -38,10 +38,8 @@ def linear_lse(
     """
     check_impl(impl)
     check_kappa(kappa)
-    hidden, weight = autocast_input(hidden), autocast_input(weight)
-    bias = None if bias is None else autocast_input(bias)
-    check_head(hidden, weight, bias, softcap, logit_scale)
-    lse, lse_kappa = _lse_op(hidden, weight, bias, softcap, logit_scale, kappa, impl)
+    hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
+    lse, lse_kappa = _lse_op(hidden, head.weight, head.bias, softcap, logit_scale, kappa, impl)
     return lse, lse if kappa == 1.0 else lse_kappa
 
 
@@ -96,10 +94,8 @@ def linear_entropy(
     Arguments and errors as for `linear_soft_values`.
     """
     check_impl(impl)
-    hidden, weight = autocast_input(hidden), autocast_input(weight)
-    bias = None if bias is None else autocast_input(bias)
-    check_head(hidden, weight, bias, softcap, logit_scale)
-    return _entropy_op(hidden, weight, bias, softcap, logit_scale, impl)
+    hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
+    return _entropy_op(hidden, head.weight, head.bias, softcap, logit_scale, impl)
 
 
 def _entropy(
