@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -86,27 +85,9 @@ def pairs(draw: st.DrawFn) -> Pairs:
     return case
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that is asked for and not written holds NaN."""
-
-    def poison(method: Any) -> Any:
-        def poisonous(*args: Any, **kwargs: Any) -> Tensor:
-            tensor: Tensor = method(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        return poisonous
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-        patch.setattr(torch, "empty", poison(torch.empty))
-        yield
-
-
 def epilogue(case: Pairs) -> EpilogueResult:
     moved = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in vars(case).items()}
-    with poisoned():
-        found = preference_epilogue(**moved)
+    found = preference_epilogue(**moved)
     back = {x.name: getattr(found, x.name) for x in fields(found)}
     return EpilogueResult(**{name: None if x is None else x.cpu() for name, x in back.items()})
 
