@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,18 @@ from triton.compiler import ASTSource
 
 from bench.machine import made_by
 from bench.roofline import ASSUMPTIONS, estimates, report_estimates
-from tvkd_fast.kernels.configs import SHARED_KIB, Demand, TileConfig, choose, precision
+from tvkd_fast.kernels.configs import FP_FUSION, SHARED_KIB, UNTILED, Demand, Kernel, TileConfig, choose, precision
 from tvkd_fast.kernels.dlogits import dlogits_kernel
+from tvkd_fast.kernels.head_slopes import (
+    SETTLE_ROWS,
+    SLOPE_COLUMNS,
+    SLOPE_ROWS,
+    exponentials_kernel,
+    settle_kernel,
+    slopes_kernel,
+)
 from tvkd_fast.kernels.head_stats import MERGE_ROWS, head_stats_kernel, merge_splits_kernel
-from tvkd_fast.kernels.preference_epilogue import preference_epilogue_kernel
+from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue_kernel
 from tvkd_fast.kernels.products import product_kernel
 
 TARGETS = {
@@ -48,7 +57,8 @@ TARGETS = {
 """Architecture: the row of the configuration table that it takes, and Triton's name of it."""
 
 HEAD_SIZES = (576, 2048, 4096)
-"""Hidden sizes that share a binary: all are multiples of every step of the inner dimension, and of 16."""
+"""Hidden sizes that share the binaries over the vocabulary: multiples of 16 and of every step of the inner dimension.
+576 is not whole tiles wide: where products read by pointer, its own are those for an odd D."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
@@ -56,16 +66,30 @@ KERNELS = {
     "merge_splits": merge_splits_kernel,
     "dlogits": dlogits_kernel,
     "product": product_kernel,
+    "exponentials": exponentials_kernel,
+    "settle": settle_kernel,
+    "slopes": slopes_kernel,
     "preference_epilogue": preference_epilogue_kernel,
 }
-PRODUCTS = ("head_stats", "dlogits", "product")
+PRODUCTS = ("head_stats", "dlogits", "product", "exponentials")
 """Kernels with a matrix product in them; the others have no main loop of loads and no tensor cores to use."""
 
 _INTEGERS = {"labels": "*i64", "cu_seqlens": "*i64", "cu_states": "*i64", "ended": "*i1"}
-_OPERANDS = ("hidden", "weight", "bias", "left", "right", "dlogits")
+_MATRICES = ("hidden", "weight", "left", "right")
+_OPERANDS = (*_MATRICES, "bias", "dlogits", "exponentials")
 _EPILOGUE_FLOATS = ("beta", "alpha", "gamma", "label_smoothing")
+_ASKED = {
+    "logps": ("HAS_LABELS",),
+    "lse": (),
+    "both sums": ("HAS_KAPPA",),
+    "entropy": ("HAS_ENTROPY",),
+    "logps and both sums": ("HAS_LABELS", "HAS_KAPPA"),
+    "all sums": ("HAS_LABELS", "HAS_KAPPA", "HAS_ENTROPY"),
+}
+_ROWS = {"": (True, True), "odd D": (True, False), "unaligned": (False, False)}
+"""Whether rows are aligned, as `launch.aligned` has it, and whether D is whole steps (tiles) and no load is masked."""
 _FLOATS = ("logit_scale", "softcap", "kappa", "alpha")
-_SIZES = ("N", "V", "D", "M", "K", "R", "C", "splits", "vocab_start", "ignore_index", "first_column")
+_SIZES = ("N", "V", "D", "M", "K", "R", "C", "splits", "tiles", "vocab_start", "ignore_index", "first_column")
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,11 @@ class Build:
     @property
     def name(self) -> str:
         return f"{self.kernel} {self.variant} {self.dtype} {self.target}"
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options, as `launch` passes them."""
+        return (UNTILED if self.config is None else self.config.options) | FP_FUSION
 
 
 @dataclass(frozen=True)
@@ -110,18 +139,19 @@ class Facts:
     """Instructions."""
 
 
-def builds(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Build]:
-    """All that ships: by target, dtype, and what is asked of the kernel."""
+def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
+    """All that ships: by target, dtype, and what is asked of the kernel.
+
+    Where D is whole steps, each set of switches that an op can ask for is built. Where loads are masked, or narrow, the
+    heaviest sets stand for the others: tests/kernels/test_census.py says why they may, and that they do.
+    """
+    for target, dtype in product(targets, dtypes):
+        yield from _head_stats(target, dtype)
+        yield from _dlogits(target, dtype)
+        yield from _products(target, dtype)
+        yield from _slopes(target, dtype)
     for target in targets:
-        family = TARGETS[target][0]
-        for dtype in DTYPES:
-            demand = Demand(wide=dtype == "fp32")
-            yield from _head_stats(target, family, dtype, demand)
-            yield from _dlogits(target, family, dtype, demand)
-            yield from _products(target, family, dtype, demand)
-        yield Build(
-            "merge_splits", target, "fp32", "all", {"BLOCK": MERGE_ROWS} | _asked(labels=True, kappa=True, entropy=True)
-        )
+        yield from _merges(target)
         yield from _epilogues(target)
 
 
@@ -132,11 +162,16 @@ def rejected() -> Iterator[Build]:
     tried = (
         ("head_stats", "logps", "bf16", "sm_90", replace(long, warps=4, stages=3)),
         ("head_stats", "logps, softcap", "bf16", "sm_90", long),
-        ("head_stats", "entropy", "bf16", "sm_90", long),
-        ("head_stats", "entropy", "bf16", "sm_100", long),
+        ("head_stats", "all sums, softcap", "bf16", "sm_90", long),
+        ("head_stats", "entropy, softcap", "bf16", "sm_100", long),
         ("head_stats", "logps", "bf16", "sm_100", replace(square, bulk=True, warps=4, stages=4)),
-        ("head_stats", "unaligned", "bf16", "sm_90", square),
-        ("head_stats", "unaligned", "fp32", "sm_80", TileConfig(64, 64, 32, warps=8, stages=2)),
+        ("head_stats", "logps, unaligned", "bf16", "sm_90", square),
+        ("head_stats", "logps, unaligned", "fp32", "sm_80", TileConfig(64, 64, 32, warps=8, stages=2)),
+        ("head_stats", "entropy, softcap", "bf16", "sm_120", square),
+        ("head_stats", "all sums, bias, softcap, odd D", "bf16", "sm_120", replace(square, block_k=32, stages=4)),
+        ("head_stats", "lse, bias, softcap", "fp32", "sm_86", TileConfig(64, 64, 16, warps=8, stages=4)),
+        ("head_stats", "all sums, softcap", "fp32", "sm_80", TileConfig(64, 128, 32, warps=8, stages=3)),
+        ("dlogits", "frozen bias, softcap", "bf16", "sm_100", replace(square, bulk=True, stages=4)),
         ("dlogits", "softcap", "bf16", "sm_90", long),
         ("product", "dW, last", "bf16", "sm_90", long),
         ("product", "dW, sum", "bf16", "sm_100", replace(long, stages=3)),
@@ -148,80 +183,127 @@ def rejected() -> Iterator[Build]:
         yield replace(next(named), config=config)
 
 
-def _asked(*, labels: bool = True, kappa: bool = False, entropy: bool = False) -> dict[str, bool]:
-    return {"HAS_LABELS": labels, "HAS_KAPPA": kappa, "HAS_ENTROPY": entropy}
+def _head_stats(target: str, dtype: str) -> Iterator[Build]:
+    cases = [(asked, *head, "") for asked in ("logps", "lse", "both sums", "entropy") for head in _pairs()]
+    # The most that a light and a heavy epilogue can hold: no op asks for it, and a caller of the kernels may.
+    for bias, rows in product((False, True), ("", "odd D")):
+        cases += [("logps and both sums", bias, False, rows), ("all sums", bias, True, rows)]
+    cases += [("logps", False, False, "unaligned"), ("all sums", True, True, "unaligned")]
+    for asked, bias, softcap, rows in cases:
+        heavy = softcap or "HAS_ENTROPY" in _ASKED[asked]
+        config = _config("head_stats", target, dtype, rows, heavy=heavy, bias=bias)
+        switches = {name: name in _ASKED[asked] for name in ("HAS_LABELS", "HAS_KAPPA", "HAS_ENTROPY")}
+        switches |= {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "SPLIT_TILES": config.split_tiles}
+        variant = _named(asked, "bias" * bias, "softcap" * softcap, rows)
+        yield from _tiled("head_stats", target, dtype, variant, switches, config, rows)
 
 
-def _head_stats(target: str, family: str, dtype: str, demand: Demand) -> Iterator[Build]:
-    variants: dict[str, dict[str, bool]] = {
-        "logps": {},
-        "logps, softcap": {"softcap": True},
-        "both sums": {"kappa": True},
-        "both sums, softcap": {"softcap": True, "kappa": True},
-        "entropy": {"entropy": True},
-        "entropy, softcap": {"softcap": True, "entropy": True},
-        "bias, softcap": {"bias": True, "softcap": True},
-        "bias and all sums": {"bias": True, "entropy": True, "softcap": True, "kappa": True},
-        "odd D": {"odd": True},
-        "unaligned": {"unaligned": True},
-    }
-    for variant, wants in variants.items():
-        heavy = wants.get("softcap", False) or wants.get("entropy", False)
-        aligned = not wants.get("unaligned", False)
-        bias = wants.get("bias", False)
-        config = choose("head_stats", family, replace(demand, heavy=heavy, bias=bias, aligned=aligned))
-        switches = {
-            "SPLIT_TILES": config.split_tiles,
-            "EVEN_K": aligned and not wants.get("odd", False),
-            "HAS_BIAS": bias,
-            "HAS_SOFTCAP": wants.get("softcap", False),
-            **_asked(kappa=wants.get("kappa", False), entropy=wants.get("entropy", False)),
-        }
-        yield Build("head_stats", target, dtype, variant, switches, config, aligned=aligned)
+def _dlogits(target: str, dtype: str) -> Iterator[Build]:
+    cases = [(bias, softcap, "") for bias in ("", "frozen bias", "bias") for softcap in (False, True)]
+    cases += [(bias, softcap, "odd D") for bias in ("", "bias") for softcap in (False, True)]
+    cases += [("", False, "unaligned"), ("bias", True, "unaligned")]
+    for bias, softcap, rows in cases:
+        config = _config("dlogits", target, dtype, rows, heavy=softcap, bias=bool(bias))
+        switches = {"HAS_BIAS": bool(bias), "HAS_SOFTCAP": softcap, "HAS_COLUMN_SUMS": bias == "bias"}
+        variant = _named(bias, "softcap" * softcap, rows) or "plain"
+        yield from _tiled("dlogits", target, dtype, variant, switches, config, rows)
 
 
-def _dlogits(target: str, family: str, dtype: str, demand: Demand) -> Iterator[Build]:
-    for variant, softcap, bias, aligned in (
-        ("plain", False, False, True),
-        ("softcap", True, False, True),
-        ("bias, softcap", True, True, True),
-        ("unaligned", True, True, False),
-    ):
-        switches = {
-            "EVEN_K": aligned,
-            "HAS_BIAS": bias,
-            "HAS_SOFTCAP": softcap,
-            "HAS_COLUMN_SUMS": bias,
-        }
-        config = choose("dlogits", family, replace(demand, heavy=softcap, bias=bias, aligned=aligned))
-        yield Build("dlogits", target, dtype, variant, switches, config, aligned=aligned)
+def _products(target: str, dtype: str) -> Iterator[Build]:
+    steps = {"first": (False, False), "sum": (True, False), "last": (True, True), "only": (False, True)}
+    cases = [(step, "") for step in steps]
+    cases += [(step, rows) for rows in ("odd D", "unaligned") for step in ("sum", "last")]
+    for side, (step, rows) in product(("dH", "dW"), cases):
+        previous, last = steps[step]
+        config = _config("product", target, dtype, rows)
+        switches = {"TRANSPOSED": side == "dW", "HAS_PREVIOUS": previous, "LAST": last}
+        variant = _named(side, step, rows)
+        yield from _tiled("product", target, dtype, variant, switches, config, rows, out=dtype if last else "fp32")
 
 
-def _products(target: str, family: str, dtype: str, demand: Demand) -> Iterator[Build]:
-    for side, transposed in (("dH", False), ("dW", True)):
-        for step, last, aligned in (("sum", False, True), ("last", True, True), ("unaligned", True, False)):
-            config = choose("product", family, replace(demand, aligned=aligned))
-            switches = {"EVEN_N": aligned, "TRANSPOSED": transposed, "HAS_PREVIOUS": True, "LAST": last}
-            out = dtype if last else "fp32"
-            yield Build("product", target, dtype, f"{side}, {step}", switches, config, out=out, aligned=aligned)
+def _slopes(target: str, dtype: str) -> Iterator[Build]:
+    cases = [(*head, rows) for rows in ("", "odd D") for head in _pairs()]
+    cases += [(False, False, "unaligned"), (True, True, "unaligned")]
+    steps = {"STEP": 8, "ROOM": 2.0**11} if dtype == "fp16" else {"STEP": 16, "ROOM": 1.0}
+    widths = set()
+    for bias, softcap, rows in cases:
+        config = _config("exponentials", target, dtype, rows, heavy=softcap, bias=bias)
+        widths.add((config.block_n, _ROWS[rows][0]))
+        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, **steps}
+        variant = _named("bias" * bias, "softcap" * softcap, rows) or "plain"
+        yield from _tiled("exponentials", target, dtype, variant, switches, config, rows)
+    for (width, aligned), held in product(sorted(widths), (False, True)):
+        switches = {"HAS_HELD": held, "TILE": width, "BLOCK_M": SETTLE_ROWS}
+        variant = _named("sum" if held else "first", f"{width} columns", "unaligned" * (not aligned))
+        yield Build("settle", target, dtype, variant, switches, aligned=aligned)
+    for aligned, softcap in _pairs():
+        switches = {"HAS_SOFTCAP": softcap, "ROOM": steps["ROOM"], "BLOCK_M": SLOPE_ROWS, "BLOCK_N": SLOPE_COLUMNS}
+        variant = _named("softcap" * softcap, "unaligned" * (not aligned)) or "plain"
+        yield Build("slopes", target, dtype, variant, switches, aligned=aligned)
+
+
+def _pairs() -> Iterator[tuple[bool, bool]]:
+    yield from product((False, True), repeat=2)
+
+
+def _named(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _config(
+    kernel: Kernel, target: str, dtype: str, rows: str, *, heavy: bool = False, bias: bool = False
+) -> TileConfig:
+    return choose(kernel, TARGETS[target][0], Demand(dtype == "fp32", heavy, bias, aligned=_ROWS[rows][0]))
+
+
+def _tiled(
+    kernel: str,
+    target: str,
+    dtype: str,
+    variant: str,
+    switches: dict[str, Any],
+    config: TileConfig,
+    rows: str,
+    out: str = "fp32",
+) -> Iterator[Build]:
+    """One build, or none where no launch would come to it: bulk copies mask nothing, and 16 divides an aligned D."""
+    aligned, even = _ROWS[rows]
+    name, step = ("EVEN_N", config.block_n) if kernel == "product" else ("EVEN_K", config.block_k)
+    if even or not (config.bulk or (aligned and 16 % step == 0)):
+        yield Build(kernel, target, dtype, variant, {name: even, **switches}, config, out, aligned)
+
+
+def _merges(target: str) -> Iterator[Build]:
+    for on in product((False, True), repeat=3):
+        asked = dict(zip(("HAS_LABELS", "HAS_KAPPA", "HAS_ENTROPY"), on, strict=True))
+        variant = _named(*(name.removeprefix("HAS_").lower() for name in asked if asked[name])) or "plain"
+        yield Build("merge_splits", target, "fp32", variant, {"BLOCK": MERGE_ROWS} | asked)
 
 
 def _epilogues(target: str) -> Iterator[Build]:
-    values = {"REF_PER_TOKEN": True, "HAS_VALUES": True, "HAS_PSI": False, "HAS_ENDED": True, "BLOCK": 1024}
-    ready = values | {"REF_PER_TOKEN": False, "HAS_VALUES": False, "HAS_PSI": True, "HAS_ENDED": False}
-    dpo = ready | {"HAS_PSI": False}
-    for variant, switches in (("values", values), ("psi", ready), ("DPO", dpo)):
-        yield Build("preference_epilogue", target, "fp32", variant, switches | {"TERMINAL": "last_content"})
+    """Ψ's source: values by each terminal (only the last content state asks what ended), a ready Ψ, or none, DPO."""
+    ended = {"HAS_VALUES": True, "HAS_PSI": False, "HAS_ENDED": True, "TERMINAL": TERMINALS[0]}
+    sources = {"values, ended": ended}
+    sources |= {f"values, {terminal}": ended | {"HAS_ENDED": False, "TERMINAL": terminal} for terminal in TERMINALS}
+    sources["psi"] = ended | {"HAS_VALUES": False, "HAS_PSI": True, "HAS_ENDED": False}
+    sources["DPO"] = sources["psi"] | {"HAS_PSI": False}
+    for (variant, switches), per_token in product(sources.items(), (False, True)):
+        switches = switches | {"REF_PER_TOKEN": per_token, "BLOCK": 1024}
+        yield Build("preference_epilogue", target, "fp32", _named(variant, "ref tokens" * per_token), switches)
 
 
 def compiled(build: Build) -> Facts:
     """Compile, and read the binary."""
-    kernel, config = KERNELS[build.kernel], build.config
-    switches = dict(build.switches)
-    options = {"num_warps": 4}
+    threads = build.options["num_warps"] * TARGETS[build.target][1].warp_size
+    made = binary(build)
+    return _nvidia(made, build.target, threads) if "cubin" in made.asm else _amd(made, threads)
+
+
+def binary(build: Build) -> Any:
+    """Triton's record of the compiled kernel."""
+    kernel, config, switches = KERNELS[build.kernel], build.config, build.switches
     if config is not None:
         switches = config.switches | {"PRECISION": precision(DTYPES[build.dtype], TARGETS[build.target][0])} | switches
-        options = config.options
     signature = {name: "constexpr" if name in switches else _type(name, build) for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -231,11 +313,7 @@ def compiled(build: Build) -> Facts:
     if build.kernel == "product" and build.aligned:
         aligned[(kernel.arg_names.index("N"),)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, switches, aligned)
-    binary = triton.compile(source, target=TARGETS[build.target][1], options=options)
-    threads = options["num_warps"] * TARGETS[build.target][1].warp_size
-    if "cubin" in binary.asm:
-        return _nvidia(binary, build.target, threads)
-    return _amd(binary, threads)
+    return triton.compile(source, target=TARGETS[build.target][1], options=build.options)
 
 
 def _type(name: str, build: Build) -> str:
@@ -248,8 +326,8 @@ def _type(name: str, build: Build) -> str:
         return "fp32"
     if name in _SIZES or name.endswith("_stride"):
         return "i32"
-    if name in _OPERANDS and not (name == "dlogits" and config is None):
-        bulk = config is not None and config.bulk and name not in ("bias", "dlogits")
+    if name in _OPERANDS:
+        bulk = config is not None and config.bulk and name in _MATRICES
         return f"tensordesc<{build.dtype}[{_block(name, build)}]>" if bulk else f"*{build.dtype}"
     return f"*{build.out}" if name == "out" else "*fp32"
 
@@ -274,12 +352,10 @@ def _nvidia(binary: Any, target: str, threads: int) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
+        command = [tools / "cuobjdump", "--dump-resource-usage", "--dump-sass", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", sass)
+    assert found is not None, sass[:1000]
     registers, stack = int(found[1]), int(found[2])
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
     count = Counter(opcode.split(".")[0] for opcode in opcodes)
@@ -369,14 +445,14 @@ def row(build: Build) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    head = f"{'kernel':<20}{'variant':<20}{'dtype':<6}{'target':<8}{'tile':<22}{'regs':>5}{'stack':>6}{'spill':>6}"
+    head = f"{'kernel':<20}{'variant':<36}{'dtype':<6}{'target':<8}{'tile':<22}{'regs':>5}{'stack':>6}{'spill':>6}"
     head += f"{'KiB':>5}{'fit':>4}  {'matrix':<14}{'bulk':>5}{'16B':>5}{'exp':>5}{'instr':>7}"
     lines = [head]
     for x in rows:
         facts, build = x.facts, x.build
         matrix = " ".join(f"{name} {number}" for name, number in facts.tensor.items()) or "–"
         lines.append(
-            f"{build.kernel:<20}{build.variant:<20}{build.dtype:<6}{build.target:<8}{tile(build.config):<22}"
+            f"{build.kernel:<20}{build.variant:<36}{build.dtype:<6}{build.target:<8}{tile(build.config):<22}"
             f"{facts.registers:>5}{facts.stack:>6}{facts.spills:>6}{facts.shared / 1024:>5.0f}{facts.programs:>4}  "
             f"{matrix:<14}{facts.bulk_loads:>5}{facts.wide_loads:>5}{facts.exps:>5}{facts.length:>7}"
             + "".join(f"  BROKEN: {gate}" for gate in x.broken)
@@ -397,18 +473,20 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 where a gate does not hold")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--target", action="append", choices=TARGETS, help="only these")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only these")
     arguments = parser.parse_args()
     if not isinstance(head_stats_kernel, triton.JITFunction):
         raise SystemExit("TRITON_INTERPRET is set: the census compiles, so unset it")
-    targets = tuple(arguments.target or TARGETS)
+    targets, dtypes = tuple(arguments.target or TARGETS), tuple(arguments.dtype or DTYPES)
+    everything = (targets, dtypes) == (tuple(TARGETS), tuple(DTYPES))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(row, builds(targets), chunksize=4))
-        unfit = list(pool.map(row, rejected())) if targets == tuple(TARGETS) else []
+        rows = list(pool.map(row, builds(targets, dtypes), chunksize=4))
+        unfit = list(pool.map(row, rejected())) if everything else []
     print(table(rows))
     if unfit:
         print(f"\nTried, and not shipped:\n{table(unfit)}\n")
     sizes = ", ".join(map(str, HEAD_SIZES))
-    print(f"D of {sizes} share a binary: they are multiples of every step of the inner dimension")
+    print(f"D of {sizes} share the binaries over the vocabulary: multiples of every step of the inner dimension")
     print()
     print(report_estimates(estimates()))
     broken = [x for x in rows if x.broken]

@@ -4,7 +4,8 @@
 
 The task: log-probabilities of N labels, summed under random coefficients (a preference loss sends such back), and the
 gradients by hidden and weight; then forward alone, of inputs that want no gradient. Rows named DPO compute that whole
-loss, the reference policy's forward included, of four pairs.
+loss, the reference policy's forward included, of four pairs. In rows of a frozen head the weight wants no gradient and
+is asked for none; their forward alone would be that of the rows above, and is not timed again.
 
 Each contender is first held to float32; one that is wrong, is not installed or refuses the shape is a row that says so.
 The rest are timed by CUDA events, interleaved, and their memory is the allocator's peak beyond inputs, values and
@@ -22,54 +23,22 @@ import importlib.metadata
 import json
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from bench.judge import Judge, error
 from bench.machine import made_by, without_paths
-from tvkd_fast import dpo_loss, linear_logps
+from bench.peers import Contender, contenders
+from bench.task import Inputs, both, forward, make_inputs
 
 SHAPES = ("4096x2048x128256", "8192x4096x128256", "4096x576x49152", "2048x4096x151936")
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl")
-PAIRS = 4
 WARM_UP = 3
-SLACK = 16.0
-"""A contender is wrong where its error is this many times the error of plain torch in the same dtype."""
-SKIPPED = 0.1
-"""The error of gradients that is let through where a contender skips small ones by design."""
-
-Shape = tuple[int, int, int]
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""hidden [N, D], weight [V, D] and labels (N,) to log-probabilities (N,)."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    coefficients: Tensor
-    reference: Tensor
-    """[N, D]: the reference policy's states; its weight is the policy's, detached."""
-
-    def frozen(self) -> Inputs:
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
-
-    def float(self) -> Inputs:
-        hidden, weight = (x.detach().float().requires_grad_() for x in (self.hidden, self.weight))
-        return replace(self, hidden=hidden, weight=weight, reference=self.reference.float())
-
-
-Values = tuple[Tensor, Tensor]
-"""What is compared, and the scalar to go backward from."""
-Run = Callable[[Inputs], Values]
-Objective = Callable[[Head, Inputs], Values]
 Job = Callable[[], Any]
 
 
@@ -97,172 +66,6 @@ class CudaMeter:
         before = torch.cuda.memory_allocated()
         kept = job()
         return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in kept)
-
-
-def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
-    n, d, v = shape
-    torch.manual_seed(0)
-    normal = partial(torch.randn, dtype=dtype, device=device)
-    hidden, weight = normal(n, d), normal(v, d) / d**0.5
-    return Inputs(
-        hidden.requires_grad_(),
-        weight.requires_grad_(),
-        torch.randint(v, (n,), device=device),
-        torch.randn(n, device=device),
-        hidden.detach() + 0.1 * normal(n, d),
-    )
-
-
-def weighted(head: Head, inputs: Inputs) -> Values:
-    logps = head(inputs.hidden, inputs.weight, inputs.labels)
-    return logps, (logps * inputs.coefficients).sum()
-
-
-def preference(head: Head, inputs: Inputs) -> Values:
-    """DPO's loss of four pairs, chosen sequences first; compared by the sequences' log-probabilities."""
-    policy = sequences(head(inputs.hidden, inputs.weight, inputs.labels)).sum(1)
-    with torch.no_grad():
-        reference = sequences(head(inputs.reference, inputs.weight.detach(), inputs.labels)).sum(1)
-    return policy, dpo_loss(policy, reference).loss
-
-
-def sequences(tokens: Tensor) -> Tensor:
-    """[N, …] as [2P, N/2P, …]."""
-    if len(tokens) % (2 * PAIRS):
-        raise ValueError(f"{len(tokens)} tokens are not {PAIRS} pairs of equal length")
-    return tokens.unflatten(0, (2 * PAIRS, -1))
-
-
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-
-
-def chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Eager a few rows at a time, logits recomputed: the truth from float32 inputs, the yardstick from bfloat16."""
-    rows = zip(hidden.split(1024), labels.split(1024), strict=True)
-    return torch.cat([checkpoint(eager, h, weight, y, use_reentrant=False) for h, y in rows])
-
-
-@cache
-def _compiled_eager() -> Head:
-    return torch.compile(eager, dynamic=False)
-
-
-def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return _compiled_eager()(hidden, weight, labels)
-
-
-def liger(hidden: Tensor, weight: Tensor, labels: Tensor, *, accumulate: torch.dtype | None) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return -LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=accumulate)(weight, hidden, labels)
-
-
-def cce(hidden: Tensor, weight: Tensor, labels: Tensor, *, skip: str | None) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return -linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=skip)
-
-
-def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from trl.kernels import ChunkedLogProbFunction
-
-    # No bias, temperature 1, TRL's own chunk of columns, no softcap, logit scale 1, nothing but log-probabilities.
-    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
-
-
-def liger_dpo(inputs: Inputs) -> Values:
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    loss, (chosen, rejected, *_) = LigerFusedLinearDPOLoss()(
-        inputs.weight,
-        sequences(inputs.hidden),
-        sequences(inputs.labels),
-        ref_input=sequences(inputs.reference),
-        ref_weight=inputs.weight.detach(),
-    )
-    return torch.cat([chosen, rejected]), loss
-
-
-@dataclass(frozen=True)
-class Contender:
-    run: Run
-    objective: Objective = weighted
-    skips: bool = False
-
-
-def of(head: Head, objective: Objective = weighted, *, skips: bool = False) -> Contender:
-    return Contender(partial(objective, head), objective, skips)
-
-
-def contenders(impl: Literal["auto", "torch", "triton"] = "triton") -> dict[str, Contender]:
-    ours = partial(linear_logps, impl=impl)
-    return {
-        "tvkd_fast": of(ours),
-        "eager": of(eager),
-        "torch.compile": of(compiled),
-        "Liger": of(partial(liger, accumulate=None)),
-        "Liger, float32 dW": of(partial(liger, accumulate=torch.float32)),
-        "CCE": of(partial(cce, skip="high"), skips=True),
-        "CCE, nothing skipped": of(partial(cce, skip=None)),
-        "TRL": of(trl),
-        "tvkd_fast, DPO": of(ours, preference),
-        "Liger, DPO": Contender(liger_dpo, preference),
-    }
-
-
-def both(run: Run, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Values and the gradients by hidden and weight."""
-    values, loss = run(inputs)
-    return values.detach(), *torch.autograd.grad(loss, (inputs.hidden, inputs.weight))
-
-
-def forward(run: Run, frozen: Inputs) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (run(frozen)[0],)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape:
-        raise ValueError(f"result of shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-    return float((got.float() - want).norm() / want.norm())
-
-
-Truth = tuple[tuple[Tensor, ...], list[float]]
-"""Values and gradients in float32, and the error that each may have."""
-
-
-class Judge:
-    """Float32's results for one shape, and how far plain torch in the inputs' dtype is from them."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.known: dict[Objective, Truth] = {weighted: self._truth(weighted)}
-
-    def _truth(self, objective: Objective) -> Truth:
-        run = partial(objective, chunked)
-        want = both(run, self.inputs.float())
-        yardstick = [error(*pair) for pair in zip(both(run, self.inputs), want, strict=True)]
-        return want, [SLACK * e + 1e-5 for e in yardstick]
-
-    def row(self, contender: Contender) -> dict[str, Any]:
-        """Errors of values and both gradients, and what they may be at most; "wrong" where one is more."""
-        if contender.objective not in self.known:
-            self.known[contender.objective] = self._truth(contender.objective)
-        want, (of_logps, *of_gradients) = self.known[contender.objective]
-        names = ("logps", "hidden", "weight", "logps of forward only")
-        got = (*both(contender.run, self.inputs), *forward(contender.run, self.inputs.frozen()))
-        errors = [error(*pair) for pair in zip(got, (*want, want[0]), strict=True)]
-        if contender.skips:
-            of_gradients = [max(limit, SKIPPED) for limit in of_gradients]
-        limits = [of_logps, *of_gradients, of_logps]
-        row: dict[str, Any] = {
-            "errors": dict(zip(names, errors, strict=True)),
-            "limits": dict(zip(names, limits, strict=True)),
-        }
-        if off := [n for n, e, limit in zip(names, errors, limits, strict=True) if not e <= limit]:
-            row["wrong"] = f"{', '.join(off)} beyond what rounding explains"
-        return row
 
 
 def tried(name: str, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -323,33 +126,32 @@ def measure(
         for name, contender in entrants.items()
     ]
     del judge
-    frozen = inputs.frozen()
-    fit = {row["name"]: entrants[row["name"]].run for row in rows if not row.keys() & {"refused", "wrong"}}
-    jobs: dict[str, Job] = {"product": partial(torch.mm, frozen.hidden, frozen.weight.T)}
-    jobs |= {f"{name} both": partial(both, run, inputs) for name, run in fit.items()}
-    jobs |= {f"{name} forward": partial(forward, run, frozen) for name, run in fit.items()}
+    detached = inputs.detached()
+    fit = {row["name"]: entrants[row["name"]] for row in rows if not row.keys() & {"refused", "wrong"}}
+    jobs: dict[str, Job] = {"product": partial(torch.mm, detached.hidden, detached.weight.T)}
+    jobs |= {f"{name} both": partial(both, x.run, x.given(inputs)) for name, x in fit.items()}
+    jobs |= {f"{name} forward": partial(forward, x.run, detached) for name, x in fit.items() if not x.frozen}
     taken = timed(jobs, meter, rounds)
     unit = taken["product"][1]
     for row in rows:
-        if (name := row["name"]) in fit:
-            for what in ("both", "forward"):
-                milliseconds = taken[f"{name} {what}"]
-                row |= {f"{what}_ms": milliseconds, f"{what}_over_product": milliseconds[1] / unit}
-                row[f"{what}_peak_mb"] = meter.peak_bytes(jobs[f"{name} {what}"]) / 2**20
-    return {"product_ms": taken["product"], "rows": rows, "products": block_products(frozen, meter, rounds)}
+        for what in ("both", "forward"):
+            if (name := f"{row['name']} {what}") in jobs:
+                row |= {f"{what}_ms": taken[name], f"{what}_over_product": taken[name][1] / unit}
+                row[f"{what}_peak_mb"] = meter.peak_bytes(jobs[name]) / 2**20
+    return {"product_ms": taken["product"], "rows": rows, "products": block_products(detached, meter, rounds)}
 
 
-def block_products(frozen: Inputs, meter: Meter, rounds: int) -> list[dict[str, Any]]:
+def block_products(detached: Inputs, meter: Meter, rounds: int) -> list[dict[str, Any]]:
     """The backward's two products of one block of up to 4,096 rows and columns: our kernel's beside cuBLAS."""
-    rows, columns = (min(len(x), 4096) // 256 * 256 for x in (frozen.hidden, frozen.weight))
-    hidden, weight = frozen.hidden[:rows], frozen.weight[:columns]
+    rows, columns = (min(len(x), 4096) // 256 * 256 for x in (detached.hidden, detached.weight))
+    hidden, weight = detached.hidden[:rows], detached.weight[:columns]
     dlogits = torch.randn(rows, columns, dtype=hidden.dtype, device=hidden.device)
 
     def one(left: Tensor, right: Tensor, transposed: bool) -> dict[str, Any]:
         if not rows or not columns:
             raise ValueError("a block takes 256 rows and columns at least")
         cublas = partial(torch.mm, left.T if transposed else left, right)
-        ours = partial(_our_product, frozen, left, right, transposed)
+        ours = partial(_our_product, detached, left, right, transposed)
         want = (left.T if transposed else left).float() @ right.float()
         errors = {"tvkd_fast": error(ours(), want), "cuBLAS": error(cublas(), want)}
         if not errors["tvkd_fast"] <= 2 * errors["cuBLAS"] + 1e-5:
@@ -363,12 +165,12 @@ def block_products(frozen: Inputs, meter: Meter, rounds: int) -> list[dict[str, 
     ]
 
 
-def _our_product(frozen: Inputs, left: Tensor, right: Tensor, transposed: bool) -> Tensor:
+def _our_product(detached: Inputs, left: Tensor, right: Tensor, transposed: bool) -> Tensor:
     from tvkd_fast.kernels.autotune import tiles
     from tvkd_fast.kernels.products import product
 
     out = right.new_empty(left.shape[1 if transposed else 0], right.shape[1])
-    config = tiles("product", frozen.hidden, frozen.weight, len(frozen.hidden))
+    config = tiles("product", detached.hidden, detached.weight, len(detached.hidden))
     one = torch.ones(1, device=left.device)
     product(left, right, out, config, transposed=transposed, scale=one, alpha=1.0, last=True)
     return out
@@ -408,11 +210,9 @@ def text(measured: dict[str, Any]) -> str:
         elif "over_cublas" in row:
             told = f"{row['over_cublas']:6.2f} x cuBLAS"
         else:
-            told = (
-                f"{row['both_over_product']:6.2f} x the product, forward {row['forward_over_product']:6.2f}, "
-                f"{row['both_peak_mb']:8,.0f} MB"
-            )
-        lines.append(f"  {row['name']:<22} {told}" + (f"   errors: {errors}" if errors else ""))
+            alone = f"{row['forward_over_product']:.2f}" if "forward_over_product" in row else "–"
+            told = f"{row['both_over_product']:6.2f} x the product, forward {alone:>6}, {row['both_peak_mb']:8,.0f} MB"
+        lines.append(f"  {row['name']:<26} {told}" + (f"   errors: {errors}" if errors else ""))
     return "\n".join([*lines, *([f"  {measured['refused']}"] if "refused" in measured else [])])
 
 

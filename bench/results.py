@@ -56,6 +56,8 @@ def head_table(report: dict[str, Any]) -> str:
         "product": "the forward product alone, fastest of six tilings",
         "eager": "eager log-softmax",
         "tvkd_fast": "`linear_logps`, exact",
+        "eager, frozen head": "eager log-softmax, frozen head",
+        "tvkd_fast, frozen head": "`linear_logps`, frozen head",
     }
     rows = [
         [names[row["name"]], f"{row['over_product']:.2f}", f"{row['peak_mb']:,.0f} MB" if "peak_mb" in row else "–"]
@@ -63,6 +65,12 @@ def head_table(report: dict[str, Any]) -> str:
     ]
     head = ["head, forward and backward", "time over the product", "memory beyond inputs and gradients"]
     return _markdown(head, rows) + "\n" + _provenance(report["made_by"], f"{report['shape']} {report['dtype']}")
+
+
+FROZEN = (
+    "Frozen head: the weight wants no gradient, and dW is neither asked for nor judged; the product is the same one. "
+    "Forward alone, of inputs that want no gradient, is that of the row whose head is not frozen. CCE skips nothing."
+)
 
 
 def gpu_table(report: dict[str, Any]) -> str:
@@ -82,18 +90,20 @@ def gpu_table(report: dict[str, Any]) -> str:
                 for row in products
             )
             parts.append(f"Our products over cuBLAS: {'; '.join(told)}.")
+    if any("frozen head" in row["name"] for measured in report["shapes"] for row in measured.get("rows", [])):
+        parts.append(FROZEN)
     peers = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["versions"].items())
     what = f"{report['device']}, driver {report['driver']}, {report['toolkit']}; {peers}; {report['rounds']} rounds"
     return "\n\n".join(parts) + "\n" + _provenance(report["made_by"], what)
 
 
 def _gpu_row(row: dict[str, Any]) -> list[str]:
-    errors = [row["errors"][name] for name in ("logps", "hidden", "weight")] if "errors" in row else []
-    error = ", ".join(f"{e:.1e}" for e in errors) or "–"
+    errors = row.get("errors")
+    error = ", ".join(_error(errors, name) for name in ("logps", "hidden", "weight")) if errors else "–"
     if "both_over_product" not in row:
         return [f"{row['name']}: {_not_timed(row)}", "–", "–", "–", error]
-    ratios = [f"{row[f'{what}_over_product']:.2f}" for what in ("both", "forward")]
-    return [row["name"], *ratios, f"{row['both_peak_mb']:,.0f}", error]
+    forward = f"{row['forward_over_product']:.2f}" if "forward_over_product" in row else "–"
+    return [row["name"], f"{row['both_over_product']:.2f}", forward, f"{row['both_peak_mb']:,.0f}", error]
 
 
 def _not_timed(row: dict[str, Any]) -> str:
@@ -105,7 +115,7 @@ def numerics_table(report: dict[str, Any]) -> str:
     parts = []
     for case in dict.fromkeys(row["case"] for row in report["rows"]):
         rows = [
-            [row["implementation"], row["dtype"], *(f"{row[name]:.1e}" for name in ("logps", "hidden", "weight"))]
+            [row["implementation"], row["dtype"], *(_error(row, name) for name in ("logps", "hidden", "weight"))]
             for row in report["rows"]
             if row["case"] == case
         ]
@@ -122,6 +132,10 @@ def numerics_table(report: dict[str, Any]) -> str:
     head = ["float16, dH", "beyond the strict rule", "beyond the tests' rule", "worst", "strict allows", "tests allow"]
     what = f"{report['shape']}; Triton kernels ran on {report['kernels_ran_on']}, TF32 products are emulated"
     return "\n\n".join([*parts, _markdown(head, rules)]) + "\n" + _provenance(report["made_by"], what)
+
+
+def _error(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.1e}" if name in row else "–"
 
 
 def _cell(text: str) -> str:

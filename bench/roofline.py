@@ -13,8 +13,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tvkd_fast.kernels.blocks import BLOCK_ROWS, WORKSPACE_BYTES
 from tvkd_fast.kernels.configs import Demand, choose
-from tvkd_fast.kernels.head_backward import BLOCK_ROWS, WORKSPACE_BYTES
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,19 @@ def ours(n: int, d: int, v: int, chip: Chip) -> tuple[list[Phase], list[Phase]]:
     return forward, [recompute, by_hidden, by_weight]
 
 
+def ours_frozen(n: int, d: int, v: int, chip: Chip) -> tuple[list[Phase], list[Phase]]:
+    """Exponentials a block at a time, times the head's rows, into float32; the backward multiplies by its upstream."""
+    block = choose("exponentials", chip.target, Demand())
+    rows = min(n, BLOCK_ROWS)
+    width = min(v, WORKSPACE_BYTES // max(2 * rows, 4 * d))
+    chunks = math.ceil(v / width)
+    weights = 2 * v * d * math.ceil(n / (block.block_m * block.group))
+    partials = 3 * 8 * n * math.ceil(v / block.block_n)
+    exponentials = Phase(1, weights + 2 * chunks * n * d + 2 * n * v + partials, n * v)
+    by_hidden = Phase(1, 2 * n * v + 2 * v * d * math.ceil(n / rows) + 8 * n * d * chunks)
+    return [exponentials, by_hidden, Phase(0, 10 * n * d)], [Phase(0, 6 * n * d)]
+
+
 def eager(n: int, d: int, v: int, chip: Chip) -> tuple[list[Phase], list[Phase]]:
     """16-bit logits, upcast, log_softmax, gather; backward through each, and two products."""
     operands, logits = 2 * (n * d + v * d), n * v
@@ -90,6 +103,11 @@ def eager(n: int, d: int, v: int, chip: Chip) -> tuple[list[Phase], list[Phase]]
         Phase(1, operands + 2 * logits),
     ]
     return forward, backward
+
+
+def eager_frozen(n: int, d: int, v: int, chip: Chip) -> tuple[list[Phase], list[Phase]]:
+    forward, backward = eager(n, d, v, chip)
+    return forward, backward[:-1]
 
 
 def liger(n: int, d: int, v: int, chip: Chip) -> tuple[list[Phase], list[Phase]]:
@@ -122,6 +140,8 @@ ALGORITHMS: dict[str, Count] = {
     "Liger, per-token gradients": liger,
     "CCE, no tile skipped": cce(1.0),
     "CCE, nine tiles in ten skipped": cce(0.1),
+    "tvkd_fast, frozen head": ours_frozen,
+    "eager, frozen head": eager_frozen,
 }
 
 ASSUMPTIONS = (

@@ -96,6 +96,7 @@ def tune(
     """The fastest tiles of each kernel at hidden [N, D] and weight [V, D]; `seconds` times a call."""
     # The launchers look their tiles up here, so they are imported when there is something to time.
     from tvkd_fast.kernels.dlogits import dlogits
+    from tvkd_fast.kernels.head_slopes import head_slopes
     from tvkd_fast.kernels.head_stats import head_sums
     from tvkd_fast.kernels.products import product
 
@@ -113,6 +114,9 @@ def tune(
     def stats(config: TileConfig) -> object:
         return head_sums(hidden, head, labels=labels, config=config)
 
+    def slopes(config: TileConfig) -> object:
+        return head_slopes(hidden, head, labels, config=config)
+
     def gradient(config: TileConfig) -> object:
         block = (hidden, head.columns(0, width), labels, sums, ones, ones[:1], buffer, config)
         return dlogits(*block, first_column=0, ignore_index=-100, want_bias=False)
@@ -124,7 +128,12 @@ def tune(
     target = target_of(hidden)
     demand = Demand(wide=dtype == torch.float32, aligned=aligned(hidden, weight))
     candidates = [x for x in CANDIDATES if not x.bulk or (target in BULK_TARGETS and demand.aligned)]
-    runs: dict[Kernel, Callable[[TileConfig], object]] = {"head_stats": stats, "dlogits": gradient, "product": multiply}
+    runs: dict[Kernel, Callable[[TileConfig], object]] = {
+        "head_stats": stats,
+        "exponentials": slopes,
+        "dlogits": gradient,
+        "product": multiply,
+    }
     return {
         key(kernel, hidden, demand, shape): fastest(candidates, lambda config, run=run: seconds(lambda: run(config)))  # type: ignore[misc]
         for kernel, run in runs.items()

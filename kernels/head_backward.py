@@ -2,8 +2,8 @@
 
 Letters: N tokens, D hidden, V vocabulary, R rows and C vocabulary columns of a block.
 
-A block's gradient by the logits lives in one buffer of at most `WORKSPACE_BYTES`, in hidden's dtype. Four products in
-all with the forward; the one by weight is left out where the head is frozen, the one by hidden where the backbone is.
+A block's gradient by the logits lives in one buffer of hidden's dtype; `blocks.py` says how large. Four products in all
+with the forward; the one by hidden is left out where the backbone is frozen. A frozen head goes by `head_slopes.py`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from tvkd_fast.kernels.autotune import tiles
+from tvkd_fast.kernels.blocks import plan, slices
 from tvkd_fast.kernels.dlogits import dlogits
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
 from tvkd_fast.kernels.products import product
-
-WORKSPACE_BYTES = 32 * 2**20
-"""The block of dlogits; as much again may go to the float32 sums of a slice of dW, or of a block of dH."""
-
-BLOCK_ROWS = 8192
 
 HIDDEN_SUM_BYTES = 256 * 2**20
 """Float32 sums of all of a 16-bit dH. A larger dH takes a walk of its own, which recomputes the logits once more."""
@@ -91,18 +86,18 @@ class _Walk:
         finite = torch.where(self.coefficients.isfinite(), self.coefficients.abs(), 0.0)
         largest = finite.max() if self.count else finite.sum()
         self.scale = (largest * room).clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
-        blocks = (self.tiles, self.product_tiles)
         # The products read whole steps of block_k from the zeros that dlogits wrote past the end.
         assert self.tiles.block_m % self.product_tiles.block_k == 0 == self.tiles.block_n % self.product_tiles.block_k
-        self.whole = max(max(x.block_m, x.block_n, x.block_k) for x in blocks)
 
-    def blocks(self, rows: int) -> tuple[int, int, Tensor]:
-        """R ≤ rows, C, and the buffer [R', C'] for dlogits, all whole tiles but where N or V is less."""
-        step = self._rounded(min(self.count, rows))
-        bytes_a_column = max(step * self.hidden.element_size(), 4 * self.size)
-        fits = WORKSPACE_BYTES // bytes_a_column // self.whole * self.whole
-        width = min(max(fits, self.whole), self._rounded(self.head.vocab_size))
-        return step, width, self.hidden.new_empty((step, width))
+    def blocks(self, *, sum_bytes_a_row: int = 0) -> tuple[int, int, Tensor]:
+        """R, C, and the buffer [R, C] for dlogits."""
+        blocks = plan(
+            (self.count, self.size, self.head.vocab_size),
+            self.hidden.element_size(),
+            (self.tiles, self.product_tiles),
+            sum_bytes_a_row=sum_bytes_a_row,
+        )
+        return blocks.rows, blocks.columns, self.hidden.new_empty((blocks.rows, blocks.columns))
 
     def dlogits(self, rows: slice, columns: slice, buffer: Tensor, *, want_bias: bool = False) -> Tensor | None:
         sums = HeadSums(self.sums.maximum[rows], self.sums.log_total[rows])
@@ -135,18 +130,18 @@ class _Walk:
         )
 
     def by_rows(self, grad_hidden: Tensor) -> None:
-        step, width, buffer = self.blocks(max(self.whole, min(BLOCK_ROWS, WORKSPACE_BYTES // (4 * self.size))))
+        step, width, buffer = self.blocks(sum_bytes_a_row=4 * self.size)
         held = None if self.wide else self.hidden.new_empty((step, self.size), dtype=torch.float32)
-        for rows in _slices(self.count, step):
+        for rows in slices(self.count, step):
             place = grad_hidden[rows]
             total = _Sum(place, place if held is None else held[: place.shape[0]])
-            for columns in _slices(self.head.vocab_size, width):
+            for columns in slices(self.head.vocab_size, width):
                 self.dlogits(rows, columns, buffer)
                 total.turn(columns.start == 0, columns.stop == self.head.vocab_size)
                 self.add(buffer, self.head.weight[columns], total)
 
     def by_columns(self, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None) -> None:
-        step, width, buffer = self.blocks(BLOCK_ROWS)
+        step, width, buffer = self.blocks()
         vocab = self.head.vocab_size
         hidden_sums = grad_hidden
         if grad_hidden is not None and not self.wide and width < vocab:
@@ -154,9 +149,9 @@ class _Walk:
         slice_sums = None
         if grad_weight is not None and not self.wide and step < self.count:
             slice_sums = self.hidden.new_empty((width, self.size), dtype=torch.float32)
-        for columns in _slices(vocab, width):
+        for columns in slices(vocab, width):
             bias_total = None
-            for rows in _slices(self.count, step):
+            for rows in slices(self.count, step):
                 bias_sums = self.dlogits(rows, columns, buffer, want_bias=grad_bias is not None)
                 if bias_sums is not None:
                     bias_total = bias_sums if bias_total is None else bias_total.add_(bias_sums)
@@ -174,9 +169,6 @@ class _Walk:
             if grad_bias is not None:
                 scaled = 0 if bias_total is None else bias_total.mul_(self.scale).mul_(-self.head.logit_scale)
                 grad_bias[columns] = scaled
-
-    def _rounded(self, count: int) -> int:
-        return triton.cdiv(max(count, 1), self.whole) * self.whole
 
 
 @dataclass
@@ -198,7 +190,3 @@ class _Sum:
     @property
     def target(self) -> Tensor:
         return self.grad if self.last else self.held
-
-
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkd_fast.kernels.autotune import tiles
-from tvkd_fast.kernels.configs import TileConfig, precision
+from tvkd_fast.kernels.configs import UNTILED, TileConfig, precision
 from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.kernels.launch import launch, operand, target_of
 from tvkd_fast.kernels.logits import grouped_tile, logits_tile
@@ -296,7 +296,7 @@ def _row_sums(
         ignore_index,
         kappa or 1.0,
         on=hidden,
-        options={"num_warps": 4},
+        options=UNTILED,
         **asked,
         BLOCK=MERGE_ROWS,
     )

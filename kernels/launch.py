@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tvkd_fast.kernels.configs import TileConfig
+from tvkd_fast.kernels.configs import FP_FUSION, TileConfig
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels: decided, as Triton decides it, when they are imported."""
@@ -18,7 +18,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NVIDIA = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90"}
 _NVIDIA_MAJOR = {10: "sm_100", 12: "sm_86"}
 _AMD = {"gfx942": "gfx942", "gfx950": "gfx942"}
-_BULK_BYTES = 16
+_KNOWN_MULTIPLE = 16
 
 
 def refusal(device: torch.device) -> str | None:
@@ -59,8 +59,12 @@ def _device_target(device: int) -> str:
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether each row of each begins at a multiple of 16 bytes."""
-    return all(x.data_ptr() % _BULK_BYTES == 0 and x.stride(0) * x.element_size() % _BULK_BYTES == 0 for x in tensors)
+    """Whether the compiler knows that each row of each matrix begins and ends at a multiple of 16 bytes.
+
+    Triton tells it of pointers, strides and sizes that are multiples of 16, and of no smaller ones: with 40 columns of
+    bfloat16, 80 bytes a row, it would copy each number by itself and spill.
+    """
+    return all(n % _KNOWN_MULTIPLE == 0 for x in tensors for n in (x.data_ptr(), x.stride(0), x.shape[1]))
 
 
 def operand(tensor: Tensor, block: tuple[int, int], config: TileConfig) -> Tensor | TensorDescriptor:
@@ -72,4 +76,4 @@ def launch(kernel: Any, programs: int, *args: Any, on: Tensor, options: dict[str
     """Run the programs on the device that `on` lies on, whichever is current; no programs are no launch."""
     if programs:
         with torch.cuda.device_of(on):
-            kernel[(programs,)](*args, **switches, **options)
+            kernel[(programs,)](*args, **switches, **options, **FP_FUSION)

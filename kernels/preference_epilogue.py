@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tvkd_fast.kernels.launch import INTERPRETED, target_of
+from tvkd_fast.kernels.configs import UNTILED
+from tvkd_fast.kernels.launch import INTERPRETED, launch, target_of
 
 TERMINALS = ("last_content", "eos", "zero")
 
@@ -248,30 +249,32 @@ def preference_epilogue(
         coefficients=floats(logps.numel()),
     )
     packed = [None if x is None else x.contiguous() for x in (logps, ref, values, ended, cu_seqlens, cu_states)]
-    with torch.cuda.device_of(logps):
-        preference_epilogue_kernel[(pairs,)](
-            *packed,
-            result.psi if psi is None else psi.contiguous(),
-            result.policy_logps,
-            result.ref_logps if ref_logps is None else None,
-            result.losses,
-            result.chosen_rewards,
-            result.rejected_rewards,
-            result.margins,
-            result.shaping_margins,
-            result.coefficients,
-            beta,
-            alpha,
-            gamma,
-            label_smoothing,
-            REF_PER_TOKEN=ref_logps is None,
-            HAS_VALUES=values is not None,
-            HAS_PSI=psi is not None,
-            HAS_ENDED=ended is not None,
-            TERMINAL=terminal,
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
+    launch(
+        preference_epilogue_kernel,
+        pairs,
+        *packed,
+        result.psi if psi is None else psi.contiguous(),
+        result.policy_logps,
+        result.ref_logps if ref_logps is None else None,
+        result.losses,
+        result.chosen_rewards,
+        result.rejected_rewards,
+        result.margins,
+        result.shaping_margins,
+        result.coefficients,
+        beta,
+        alpha,
+        gamma,
+        label_smoothing,
+        on=logps,
+        options=UNTILED,
+        REF_PER_TOKEN=ref_logps is None,
+        HAS_VALUES=values is not None,
+        HAS_PSI=psi is not None,
+        HAS_ENDED=ended is not None,
+        TERMINAL=terminal,
+        BLOCK=_BLOCK,
+    )
     return result
 
 

@@ -88,9 +88,9 @@ def product(
     *,
     transposed: bool = False,
     previous: Tensor | None = None,
-    scale: Tensor,
-    alpha: float,
-    last: bool,
+    scale: Tensor | None = None,
+    alpha: float = 1.0,
+    last: bool = False,
 ) -> None:
     """out = previous + left·right in float32, times alpha·scale where this block is the `last` of the sum.
 
@@ -99,7 +99,7 @@ def product(
         right: [K, N] of left's dtype, columns contiguous.
         out: [M, N]; rounded once, from float32, where its dtype is shorter.
         previous: float32 [M, N], which may be `out`, or None.
-        scale: (1,) float32 on the device.
+        scale: (1,) float32 on the device, wanted where `last`.
 
     Traffic: left once a column of tiles, right once a group of row tiles, out (and previous) once. One product.
     """

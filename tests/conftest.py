@@ -141,6 +141,7 @@ def data_file() -> Callable[[str], Path]:
 BODIES: dict[str, Callable[..., Any]] = {
     "linear_logps": logps._logps,
     "linear_logps_gradients": logps._logps_gradients,
+    "scaled_slopes": logps._scaled_slopes,
     "linear_lse": values._lse,
     "linear_entropy": values._entropy,
 }
@@ -165,7 +166,7 @@ class Results:
 
     logps: Tensor
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
 
 
@@ -213,14 +214,16 @@ def torch_logps(
     return z.log_softmax(-1).gather(1, labels.where(kept, 0)[:, None])[:, 0].masked_fill(~kept, 0.0)
 
 
-def run(op: Callable[..., Tensor], case: Case, upcast_to: torch.dtype | None = None) -> Results:
-    """`op` and its gradients, on leaves of the case's dtype or upcast from it."""
+def run(
+    op: Callable[..., Tensor], case: Case, upcast_to: torch.dtype | None = None, *, frozen: bool = False
+) -> Results:
+    """`op` and its gradients, on leaves of the case's dtype or upcast from it; a frozen head has none."""
     inputs = [None if x is None else x.detach().to(upcast_to or x.dtype) for x in (case.hidden, case.weight, case.bias)]
-    hidden, weight, bias = (None if x is None else x.requires_grad_() for x in inputs)
+    hidden, weight, bias = inputs
+    leaves = [x.requires_grad_() for x in (inputs[:1] if frozen else inputs) if x is not None]
     logps = op(hidden, weight, case.labels, bias=bias, **case.transforms)
-    leaves = [x for x in (hidden, weight, bias) if x is not None]
     grads = torch.autograd.grad(logps, leaves, case.upstream.to(logps.dtype))
-    return Results(logps.detach(), grads[0], grads[1], None if bias is None else grads[2])
+    return Results(logps.detach(), *grads, *[None] * (3 - len(grads)))
 
 
 def no_worse(ours: Tensor, twin: Tensor, plain: Tensor, unit: float | None = None) -> None:
@@ -240,13 +243,16 @@ def no_worse(ours: Tensor, twin: Tensor, plain: Tensor, unit: float | None = Non
 
 
 def logps_no_worse(case: Case, op: Callable[..., Tensor] = linear_logps) -> Results:
-    """`linear_logps` held to its float64 twin: values and gradients. Returns what it gave."""
-    ours = run(op, case)
+    """`linear_logps` held to its float64 twin: values and gradients, a frozen head's too. Returns what it gave."""
+    ours, frozen = run(op, case), run(op, case, frozen=True)
     twin = run(reference.linear_logps, case, upcast_to=torch.float64)
     wide = torch.float64 if case.hidden.dtype == torch.float64 else torch.float32
     plain = run(torch_logps, case, upcast_to=wide)
     assert ours.logps.dtype == wide
     no_worse(ours.logps, twin.logps, plain.logps)
+    no_worse(frozen.logps, twin.logps, plain.logps)
+    assert frozen.hidden.dtype == case.hidden.dtype
+    no_worse(frozen.hidden, twin.hidden, plain.hidden.to(case.hidden.dtype))
     for name in ("hidden", "weight") if case.bias is None else ("hidden", "weight", "bias"):
         got, exact, eager = (getattr(results, name) for results in (ours, twin, plain))
         assert got.dtype == case.hidden.dtype

@@ -13,11 +13,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from tvkd_fast import FusedLinearTVKDLoss, TVKDOutput, fused, fused_linear_tvkd_loss
+from tvkd_fast import FusedLinearTVKDLoss, TVKDOutput, fused_linear_tvkd_loss
 from tvkd_fast import linear_logps as our_logps
 from tvkd_fast import linear_soft_values as our_values
+from tvkd_fast.fused import loss as fused_loss
+from tvkd_fast.fused import op as fused_op
+from tvkd_fast.fused.padded import response_states
 from tvkd_fast.losses import segment_sums, shaping_returns, tvkd_loss
-from tvkd_fast.ops import reference
+from tvkd_fast.ops import reference, soft_values
+from tvkd_fast.ops import values as values_ops
 
 D, V, TEACHER_D, TEACHER_V = 12, 50, 20, 70
 ENDED = torch.tensor([True, False, True, True, False, True])
@@ -245,7 +249,7 @@ def test_states_outside_the_runs_do_not_count(form: str) -> None:
     for name in ("policy_hidden", "ref_hidden"):
         changed[name] = torch.where((inputs["labels"] == -100)[..., None], 1e3, inputs[name])
     if form == "padded":
-        states = fused.response_states(inputs["labels"], -100)
+        states = response_states(inputs["labels"], -100)
         assert states.sum() == (inputs["labels"] != -100).sum() + 6
         changed["teacher_hidden"] = inputs["teacher_hidden"].masked_fill(~states[..., None], torch.nan)
     got, expected = (with_gradients(fused_linear_tvkd_loss, x) for x in (changed, inputs))
@@ -261,15 +265,20 @@ def test_what_is_frozen_costs_nothing(monkeypatch: pytest.MonkeyPatch, form: str
         asked.append(args[-3:])
         return gradients(*args)
 
-    gradients = fused._gradients_op
-    monkeypatch.setattr(fused, "_gradients_op", watched)
+    gradients = fused_op.gradients_op
+    monkeypatch.setattr(fused_op, "gradients_op", watched)
     inputs = case_of(form, "as it comes")
     _, everything = with_gradients(fused_linear_tvkd_loss, inputs)
     assert asked == [(True, True, True)] * len(REDUCTIONS)
     leaf = inputs[trained].requires_grad_()
     (grad,) = torch.autograd.grad(REDUCTIONS["losses"](fused_linear_tvkd_loss(**inputs)), leaf)
-    assert asked[-1] == tuple(name == trained for name in ("policy_hidden", "policy_weight", "policy_bias"))
-    assert torch.equal(grad, everything[f"{trained} of losses"])
+    if trained == "policy_hidden":
+        # A frozen head's forward makes the gradient: there is nothing left to ask.
+        assert len(asked) == len(REDUCTIONS)
+        torch.testing.assert_close(grad, everything[f"{trained} of losses"], rtol=1e-4, atol=1e-6)
+    else:
+        assert asked[-1] == tuple(name == trained for name in ("policy_hidden", "policy_weight", "policy_bias"))
+        assert torch.equal(grad, everything[f"{trained} of losses"])
 
 
 def test_no_graph_where_none_is_wanted() -> None:
@@ -296,34 +305,32 @@ def is_float(x: Any) -> bool:
 
 
 @every_form
-def test_nothing_waits_for_a_device(form: str) -> None:
+@pytest.mark.parametrize("streamed", [False, True], ids=["trained-head", "frozen-head"])
+def test_nothing_waits_for_a_device(form: str, streamed: bool) -> None:
     """Tensors without numbers raise where one is looked at, as a GPU would wait there."""
     inputs = case_of(form, "some ended, last_content") | {"impl": "torch"}
     bare = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in inputs.items()}
     states = bare["teacher_hidden"].flatten(0, -2)
-    padded_labels = bare["labels"] if form == "padded" else None
-    values = fused._teacher_values(
-        states,
-        bare["teacher_weight"],
-        *(None, padded_labels, None, 1.0, 0.7, 1.0, "logits", -100, "torch"),
-    )
-    out = fused._fused(
+    rows = response_states(bare["labels"], -100).flatten() if form == "padded" else None
+    sums = values_ops._lse(states, bare["teacher_weight"], None, None, 1.0, 0.7, "torch", rows)
+    out = fused_op._fused(
         bare["policy_hidden"].flatten(0, -2),
         bare["policy_weight"],
         bare["policy_bias"],
         bare["labels"],
         bare.get("cu_seqlens"),
+        *(None, 1.0, -100, "torch", streamed),
         None,
         bare["ref_logps"],
-        values,
+        soft_values(*sums, kappa=0.7),
         bare.get("cu_states"),
         bare["ended"],
         None,
-        *(None, 1.0, -100, 0.1, 1.0, 0.9, "last_content", 0.0, "torch"),
+        *(0.1, 1.0, 0.9, "last_content", 0.0),
     )
-    assert [x.device.type for x in out] == ["meta"] * 10
+    assert [x.device.type for x in out] == ["meta"] * 11
     losses = out[1]
-    assert fused._upstream(losses.sum(), losses, bare["labels"], bare.get("cu_seqlens")).shape == out[-1].shape
+    assert fused_op._upstream(losses.sum(), losses, bare["labels"], bare.get("cu_seqlens")).shape == out[7].shape
 
 
 def test_autocast_is_an_explicit_cast() -> None:
@@ -424,23 +431,22 @@ def test_compiled_with_shapes_that_change() -> None:
 
 
 @every_form
-def test_the_ops_are_registered_as_torch_wants_them(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained-head", "frozen-head"])
+def test_the_ops_are_registered_as_torch_wants_them(monkeypatch: pytest.MonkeyPatch, form: str, frozen: bool) -> None:
     calls = {}
 
-    def keep(name: str) -> Any:
-        original = getattr(fused, name)
-
+    def keep(original: Any) -> Any:
         def call(*args: Any) -> Any:
             calls[original._opoverload] = args
             return original(*args)
 
         return call
 
-    for name in ("_teacher_op", "_fused_op"):
-        monkeypatch.setattr(fused, name, keep(name))
+    for module, name in ((values_ops, "_lse_op"), (fused_loss, "fused_op")):
+        monkeypatch.setattr(module, name, keep(getattr(module, name)))
     inputs = case_of(form, "reference by states") | {"kappa": 0.7, "ended": ENDED}
     for name in ("policy_hidden", "policy_weight", "policy_bias"):
-        inputs[name].requires_grad_()
+        inputs[name].requires_grad_(name == "policy_hidden" or not frozen)
     fused_linear_tvkd_loss(**inputs)
     assert len(calls) == 2
     for op, args in calls.items():

@@ -101,7 +101,7 @@ def forbidden(floor: str, target: str) -> str | None:
 
 def planted(root: Path, file: str, code: str) -> list[str]:
     """The violations of a small house in which one file holds the given code."""
-    for floor in (*BELOW_TRAINING, "training", "integrations"):
+    for floor in (*BELOW_TRAINING, "fused", "training", "integrations"):
         (root / PACKAGE / floor).mkdir(parents=True)
     (root / PACKAGE / "cli.py").touch()
     (root / PACKAGE / "version.py").touch()
@@ -146,7 +146,7 @@ def test_no_attic_outside_the_package_either() -> None:
         ("integrations/a.py", "from tvkd_fast.training import step", "integrations imports training"),
         ("kernels/a.py", "from tvkd_fast.ops import checks", "kernels imports ops"),
         ("kernels/a.py", "from ..ops import checks", "kernels imports ops"),
-        ("fused.py", "from tvkd_fast.models import loading", "fused imports models"),
+        ("fused/a.py", "from tvkd_fast.models import loading", "fused imports models"),
         ("losses/a.py", "from tvkd_fast.fused import fused_linear_tvkd_loss", "losses imports fused"),
         ("__init__.py", "from tvkd_fast.training import step", "__init__ imports training"),
         ("__init__.py", "from .training import step", "__init__ imports training"),
@@ -177,7 +177,8 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, code: str, prob
         ("training/a.py", "from .. import ops, losses, data, models, distributed\nfrom ..version import __version__"),
         ("cli.py", "from .training import trainer\nfrom . import data\nfrom tvkd_fast.version import __version__"),
         ("integrations/a.py", "from tvkd_fast import models, losses\nfrom ..ops import linear_logps"),
-        ("fused.py", "from .ops import linear_logps\nfrom .losses import tvkd_loss\nfrom .kernels.head import Head"),
+        ("fused/a.py", "from . import op\nfrom ..ops import linear_logps\nfrom ..losses import tvkd_loss"),
+        ("fused/a.py", "from tvkd_fast.fused.padded import rows_of\nfrom tvkd_fast.kernels.head import Head"),
         ("__init__.py", "from .ops import linear_logps\nfrom tvkd_fast.losses import tvkd_loss\nfrom . import fused"),
     ],
 )

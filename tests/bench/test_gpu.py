@@ -1,7 +1,8 @@
-"""`bench.gpu` without a GPU: inputs, judgement, refusals, turns and tables, under a meter that counts."""
+"""`bench.gpu` without a GPU: inputs, judgement, frozen heads, refusals, turns and tables, under a meter that counts."""
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -66,15 +67,17 @@ def test_contenders_that_are_right_are_timed_in_turns(gpu, dtype):
 
 @pytest.mark.parametrize("broken", ["scaled", "coefficients", "forward"])
 def test_a_wrong_contender_is_told_and_not_timed(gpu, broken):
+    from bench import peers, task
+
     def head(hidden, weight, labels):
-        logps = gpu.eager(hidden, weight, labels)
+        logps = peers.eager(hidden, weight, labels)
         return logps * 1.01 if broken == "scaled" or (broken == "forward" and not hidden.requires_grad) else logps
 
     def run(inputs):
-        values, loss = gpu.weighted(head, inputs)
+        values, loss = task.weighted(head, inputs)
         return values, values.sum() if broken == "coefficients" else loss
 
-    found, meter = measured(gpu, {"bad": gpu.Contender(run)})
+    found, meter = measured(gpu, {"bad": peers.Contender(run)})
     (row,) = found["rows"]
     expected = {
         "scaled": "logps, hidden, weight, logps of forward only",
@@ -87,35 +90,121 @@ def test_a_wrong_contender_is_told_and_not_timed(gpu, broken):
 
 
 def test_nan_is_wrong(gpu):
-    found, _ = measured(gpu, {"nan": gpu.of(lambda h, w, y: gpu.eager(h, w, y) * float("nan"))})
+    from bench import peers
+
+    found, _ = measured(gpu, {"nan": peers.of(lambda h, w, y: peers.eager(h, w, y) * float("nan"))})
     assert "wrong" in found["rows"][0]
 
 
-def test_only_a_contender_that_skips_may_be_that_far_off(gpu):
-    class Skipping(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden):
-            return hidden.clone()
+class Skipping(torch.autograd.Function):
+    """Loses a twentieth of the gradient."""
 
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * 0.95
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 0.95
+
+
+def test_only_a_contender_that_skips_may_be_that_far_off(gpu):
+    from bench import peers
 
     def head(hidden, weight, labels):
-        return gpu.eager(Skipping.apply(hidden), weight, labels)
+        return peers.eager(Skipping.apply(hidden), weight, labels)
 
-    found, _ = measured(gpu, {"skips": gpu.of(head, skips=True), "does not": gpu.of(head)})
+    found, _ = measured(gpu, {"skips": peers.of(head, skips=True), "does not": peers.of(head)})
     assert [row.get("wrong") for row in found["rows"]] == [None, "hidden beyond what rounding explains"]
 
 
+def test_frozen_heads_come_after_the_others(gpu):
+    frozen = {name: contender.frozen for name, contender in gpu.contenders().items()}
+    assert list(frozen.values()) == sorted(frozen.values())
+    assert [name for name in frozen if frozen[name]] == [
+        f"{name}, frozen head" for name in ("tvkd_fast", "eager", "torch.compile", "Liger", "CCE")
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_heads_that_are_right_are_timed_forward_and_backward(gpu, dtype):
+    names = ("eager", "tvkd_fast, frozen head", "eager, frozen head")
+    found, meter = measured(gpu, some(gpu, *names), dtype)
+    whole, *frozen = found["rows"]
+    for row in frozen:
+        assert "wrong" not in row
+        assert tuple(row["errors"]) == ("logps", "hidden")
+        assert row["limits"] == {name: whole["limits"][name] for name in ("logps", "hidden")}
+        assert row["both_peak_mb"] == 1
+        assert not [key for key in row if key.startswith("forward")]
+    # Five jobs a round: the product, both of three contenders, forward of the one whose head is not frozen.
+    assert len(set(meter.jobs)) == len(meter.jobs) // 3 == 5
+    assert found["product_ms"][1] == 6
+    assert [row["both_over_product"] for row in frozen] == [8 / 6, 9 / 6]
+    assert "1.33 x the product, forward      –" in gpu.text(found | {"shape": "24x16x97", "dtype": "any"})
+
+
+@pytest.mark.parametrize(("scale", "wrong"), [(1.0, "hidden"), (1.01, "logps, hidden")])
+def test_a_frozen_heads_wrong_gradient_is_named(gpu, scale, wrong):
+    from bench import peers
+
+    def head(hidden, weight, labels):
+        return scale * peers.eager(Skipping.apply(hidden), weight, labels)
+
+    found, meter = measured(gpu, {"bad": peers.of(head, frozen=True)})
+    (row,) = found["rows"]
+    assert row["wrong"] == f"{wrong} beyond what rounding explains"
+    assert "both_ms" not in row
+    assert len(meter.jobs) == 3
+
+
+def test_a_frozen_head_is_not_asked_for_weights_gradient(gpu):
+    from bench import peers
+
+    asked = []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight):
+            ctx.save_for_backward(hidden, weight)
+            return hidden @ weight.T
+
+        @staticmethod
+        def backward(ctx, grad):
+            asked.append(ctx.needs_input_grad)
+            hidden, weight = ctx.saved_tensors
+            return grad @ weight, grad.T @ hidden if ctx.needs_input_grad[1] else None
+
+    def head(hidden, weight, labels):
+        return Product.apply(hidden, weight).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    for frozen in (False, True):
+        asked.clear()
+        found, _ = measured(gpu, {"head": peers.of(head, frozen=frozen)})
+        assert "both_ms" in found["rows"][0]
+        assert set(asked) == {(True, not frozen)}
+
+
+@pytest.mark.parametrize("name", ["tvkd_fast", "eager"])
+def test_a_frozen_head_takes_two_products(gpu, kit, name):
+    inputs = gpu.make_inputs((24, 16, 97), torch.float32, "cpu")
+    contender = gpu.contenders("torch")[f"{name}, frozen head"]
+    with kit.Watch() as watch:
+        results = gpu.both(contender.run, contender.given(inputs))
+    assert [x.shape for x in results] == [(24,), (24, 16)]
+    assert watch.multiply_adds == 2 * 24 * 16 * 97
+
+
 def test_what_cannot_run_is_a_row_with_the_reason(gpu):
+    from bench import peers
+
     def refusing(inputs):
         raise AssertionError("wants V % 128 == 0\nand more")
 
     def missing(inputs):
         import no_such_peer  # noqa: F401
 
-    entrants = {"a": gpu.Contender(refusing), "b": gpu.Contender(missing)} | some(gpu, "eager", "tvkd_fast, DPO")
+    entrants = {"a": peers.Contender(refusing), "b": peers.Contender(missing)} | some(gpu, "eager", "tvkd_fast, DPO")
     found, _ = measured(gpu, entrants, shape=(25, 16, 97), without=frozenset({"eager"}))
     assert [row["refused"] for row in found["rows"]] == [
         "AssertionError: wants V % 128 == 0",
@@ -135,7 +224,7 @@ def test_every_peer_is_installed_or_says_that_it_is_not(gpu, monkeypatch):
         monkeypatch.setitem(sys.modules, peer, None)
     names = [name for name in gpu.contenders() if name.startswith(("Liger", "CCE", "TRL"))]
     found, _ = measured(gpu, some(gpu, *names))
-    assert len(names) == 6
+    assert len(names) == 8
     assert all(row["refused"].startswith("not installed: ") for row in found["rows"])
 
 
@@ -186,6 +275,20 @@ def test_the_table_of_a_report(gpu):
     )
 
 
+def test_the_table_of_a_frozen_head(gpu):
+    from bench import results
+
+    found, _ = measured(gpu, some(gpu, "tvkd_fast", "tvkd_fast, frozen head"))
+    found["rows"][1]["errors"] = {"logps": 1e-7, "hidden": 2e-7}
+    told = report(gpu) | {"shapes": [found | {"shape": "24x16x97", "dtype": "float32"}]}
+    table, _, note, made = results.gpu_table(told).split("\n\n")
+    assert table.splitlines()[-1] == "| tvkd_fast, frozen head | 1.40 | – | 1 | 1.0e-07, 2.0e-07, – |"
+    assert note == results.FROZEN
+    assert made.startswith("H, driver 1.2")
+    told["shapes"][0]["rows"].pop()
+    assert results.FROZEN not in results.gpu_table(told)
+
+
 def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, capsys):
     from bench import results
     from bench.machine import without_paths
@@ -210,10 +313,12 @@ def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, cap
 
 
 def test_float32s_results_are_the_plain_ones(gpu):
-    inputs = gpu.make_inputs((24, 16, 97), torch.float32, "cpu")
-    got = gpu.both(partial(gpu.weighted, gpu.chunked), inputs)
-    doubled = gpu.replace(inputs, **{k: v.double() for k, v in vars(inputs).items() if v.is_floating_point()})
-    doubled = gpu.replace(doubled, **{k: getattr(doubled, k).detach().requires_grad_() for k in ("hidden", "weight")})
+    from bench import peers, task
+
+    inputs = task.make_inputs((24, 16, 97), torch.float32, "cpu")
+    got = task.both(partial(task.weighted, peers.chunked), inputs)
+    doubled = replace(inputs, **{k: v.double() for k, v in vars(inputs).items() if v.is_floating_point()})
+    doubled = replace(doubled, **{k: getattr(doubled, k).detach().requires_grad_() for k in ("hidden", "weight")})
     logps = torch.log_softmax(doubled.hidden @ doubled.weight.T, -1)[torch.arange(24), inputs.labels]
     want = (logps, *torch.autograd.grad((logps * doubled.coefficients).sum(), (doubled.hidden, doubled.weight)))
     for a, b in zip(got, want, strict=True):

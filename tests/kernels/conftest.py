@@ -45,8 +45,8 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Workspaces so small that a small case takes many blocks of rows and columns."""
 
     def shrink(workspace_bytes: int = 64 * 128 * 4, rows: int = 64, partial_floats: int = 2**20) -> None:
-        monkeypatch.setattr("tvkd_fast.kernels.head_backward.WORKSPACE_BYTES", workspace_bytes)
-        monkeypatch.setattr("tvkd_fast.kernels.head_backward.BLOCK_ROWS", rows)
+        monkeypatch.setattr("tvkd_fast.kernels.blocks.WORKSPACE_BYTES", workspace_bytes)
+        monkeypatch.setattr("tvkd_fast.kernels.blocks.BLOCK_ROWS", rows)
         monkeypatch.setattr("tvkd_fast.kernels.head_stats.PARTIAL_FLOATS", partial_floats)
 
     return SimpleNamespace(shrink=shrink)

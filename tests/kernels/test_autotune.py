@@ -62,6 +62,30 @@ def test_what_was_remembered_is_taken(file: Path, hopper: None) -> None:
     assert autotune.tiles("dlogits", hidden, weight, 100) != A
 
 
+def rows_of_a_buffer(columns: int, stride: int, start: int) -> torch.Tensor:
+    """[8, columns] float16 that lies in a longer buffer: rows `stride` apart, the first at number `start`."""
+    return torch.zeros(8 * stride + start, dtype=torch.float16)[start:].as_strided((8, columns), (stride, 1))
+
+
+@pytest.mark.parametrize(
+    ("columns", "stride", "start", "told"),
+    [
+        (48, 48, 0, True),
+        (48, 64, 16, True),
+        (40, 40, 0, False),
+        (40, 48, 0, False),
+        (48, 56, 0, False),
+        (48, 48, 1, False),
+    ],
+)
+def test_rows_that_the_compiler_is_told_to_be_aligned(
+    file: Path, hopper: None, columns: int, stride: int, start: int, told: bool
+) -> None:
+    """Multiples of 16 numbers: rows of 80 bytes begin at multiples of 16 bytes too, and no compiler hears of it."""
+    hidden, weight = torch.zeros(8, columns, dtype=torch.float16), rows_of_a_buffer(columns, stride, start)
+    assert autotune.tiles("product", hidden, weight, 8) == choose("product", "sm_90", Demand(aligned=told))
+
+
 def test_a_bucket_is_shared_and_its_neighbour_is_not(file: Path, hopper: None) -> None:
     hidden, weight = operands()
     autotune.remember({autotune.key("product", hidden, Demand(wide=True), (100, 64, 1000)): A}, file)
@@ -100,8 +124,8 @@ def test_every_kernel_is_tuned(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = autotune.tune((40, 32, 90), torch.float32, device, seconds)
-    assert [name.split("|")[0] for name in found] == ["head_stats", "dlogits", "product"]
-    assert len(calls) == 6
+    assert [name.split("|")[0] for name in found] == ["head_stats", "exponentials", "dlogits", "product"]
+    assert len(calls) == 8
     assert set(found.values()) == {few[1]}
 
 

@@ -1,4 +1,4 @@
-"""The gates that every shipped binary passes, and for each gate a mutant that it stops.
+"""The gates that every shipped binary passes, for each gate a mutant that it stops; and that all that ships is built.
 
 The kernels are compiled in processes of their own: those of this one may be the interpreter's.
 """
@@ -8,11 +8,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+
+from tvkd_fast.kernels.configs import FP_FUSION, INTERPRETED, UNTILED, Demand, Kernel, TileConfig, choose
+from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse
 
 pytest.importorskip("triton", reason="the census compiles with Triton, which is not installed")
 
@@ -62,9 +72,9 @@ print(json.dumps(EXPRESSION))
 """
 
 
-def compiling(*command: str) -> str:
+def compiling(*command: str, **variables: str) -> str:
     """What a Python process prints that compiles kernels and does not interpret them."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **variables}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -73,8 +83,17 @@ def compiling(*command: str) -> str:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_shipped_binary_holds_every_gate(target: str, tmp_path: Path) -> None:
-    compiling("-m", "bench.census", "--check", "--target", target, "--json", str(tmp_path / "census.json"))
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        pytest.param(("bf16", "fp32"), id="bf16-fp32"),
+        # Its code is bf16's but for the opcodes of products and conversions; a minute and a half a target, uncached.
+        pytest.param(("fp16",), id="fp16", marks=pytest.mark.slow),
+    ],
+)
+def test_every_shipped_binary_holds_every_gate(target: str, dtypes: tuple[str, ...], tmp_path: Path) -> None:
+    only = [word for dtype in dtypes for word in ("--dtype", dtype)]
+    compiling("-m", "bench.census", "--check", "--target", target, *only, "--json", str(tmp_path / "census.json"))
     rows = json.loads((tmp_path / "census.json").read_text())["rows"]
     assert len(rows) > 50
     for row in rows:
@@ -141,3 +160,237 @@ def test_what_was_rejected_breaks_a_gate() -> None:
     broken = ast.literal_eval(compiling("-c", program).splitlines()[-1])
     assert len(broken) >= 10
     assert all(broken)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher handed to Triton, but for tensors and numbers."""
+
+    kernel: str
+    dtype: str
+    switches: dict[str, Any]
+    options: dict[str, Any]
+    asked: tuple[Kernel, Demand] | None
+    """What the table of tiles was asked for; None where the launch has none."""
+
+
+@dataclass(frozen=True)
+class Asked(TileConfig):
+    """The interpreter's tiles, which take along to the launch what the table was asked for."""
+
+    asked: tuple[Kernel, Demand] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {"asked": self.asked}
+
+
+def tiles_that_tell(kernel: Kernel, target: str, demand: Demand) -> Asked:
+    return Asked(**asdict(INTERPRETED), asked=(kernel, demand))
+
+
+@contextmanager
+def recording(dtype: str, launches: list[Launch]) -> Iterator[None]:
+    """Every launch inside, whoever makes it: taken at the door that Triton gives every kernel."""
+    from tvkd_fast.kernels.products import product_kernel
+
+    door = type(product_kernel)
+    run = door.run
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> Any:
+        asked = given.pop("asked", None)
+        switches = {name: value for name, value in given.items() if name.isupper()}
+        options = {name: value for name, value in given.items() if not name.isupper()}
+        launches.append(Launch(kernel.fn.__name__.removesuffix("_kernel"), dtype, switches, options, asked))
+        return run(kernel, *args, grid=grid, warmup=warmup, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "run", record)
+        patch.setattr("tvkd_fast.kernels.autotune.choose", tiles_that_tell)
+        yield
+
+
+def ops_of_a_head(dtype: torch.dtype, n: int, d: int, v: int, bias: str, softcap: float | None) -> None:
+    hidden, weight = torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v, d).to(dtype).requires_grad_()
+    labels = torch.randint(v, (n,))
+    offsets = None if bias == "none" else torch.randn(v).to(dtype).requires_grad_(bias == "trained")
+    head: dict[str, Any] = {"bias": offsets, "softcap": softcap, "impl": "triton"}
+    linear_logps(hidden, weight, labels, **head).sum().backward()
+    if bias != "trained":
+        linear_logps(hidden, weight.detach(), labels, **head).sum().backward()
+    linear_entropy(hidden, weight, **head)
+    for kappa in (1.0, 0.5):
+        linear_lse(hidden, weight, kappa=kappa, **head)
+
+
+def epilogues() -> None:
+    from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue
+
+    logps, sums, ended = -torch.ones(4), -torch.ones(2), torch.tensor([True, False])
+    boundaries = torch.tensor([0, 2, 4])
+    states = {"values": torch.ones(4), "cu_states": boundaries}
+    sources: tuple[dict[str, Tensor], ...] = ({}, {"psi": sums}, states, states | {"ended": ended})
+    numbers = {"beta": 0.1, "alpha": 1.0, "gamma": 1.0, "label_smoothing": 0.0}
+    for source, terminal in product(sources, TERMINALS):
+        for reference in ({"ref_logps": sums}, {"ref_token_logps": logps}):
+            preference_epilogue(logps, boundaries, terminal=terminal, **source, **reference, **numbers)
+
+
+@cache
+def recorded() -> tuple[Launch, ...]:
+    """Ops over heads of each kind: D of whole steps, of broken ones, and of rows that are not aligned; many blocks."""
+    launches: list[Launch] = []
+    for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        with recording(name, launches):
+            for d in (64, 48, 33):
+                ops_of_a_head(dtype, 130, d, 300, "none", None)
+                for bias, softcap in product(("none", "frozen", "trained"), (None, 5.0)):
+                    ops_of_a_head(dtype, 20, d, 40, bias, softcap)
+    with recording("fp32", launches):
+        epilogues()
+    # The interpreter refuses bfloat16, which is launched as float16 is.
+    launches += [replace(x, dtype="bf16") for x in launches if x.dtype == "fp16"]
+    return tuple({str(x): x for x in launches}.values())
+
+
+@pytest.fixture
+def launches(blocks: SimpleNamespace) -> tuple[Launch, ...]:
+    if torch.cuda.is_available():
+        pytest.skip("launchers decide alike where there is no GPU, and nothing has to be compiled")
+    blocks.shrink()
+    return recorded()
+
+
+@pytest.fixture
+def census(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    for name in [x for x in sys.modules if x == "bench" or x.startswith("bench.")]:
+        monkeypatch.delitem(sys.modules, name)
+    from bench import census
+
+    return census
+
+
+SIZES = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "BULK", "SPLIT_TILES", "TILE", "STEP", "ROOM", "PRECISION")
+"""Compile-time arguments that follow from the target, the dtype and the row of the table."""
+
+MORE = {"EVEN_K": False, "EVEN_N": False} | dict.fromkeys(
+    ("HAS_LABELS", "HAS_KAPPA", "HAS_ENTROPY", "HAS_BIAS", "HAS_SOFTCAP", "HAS_COLUMN_SUMS", "HAS_PREVIOUS"), True
+)
+"""The value of a switch that adds code to a kernel and takes none away."""
+
+
+def live(kernel: str, switches: dict[str, Any], config: TileConfig | None, aligned: bool) -> dict[str, Any]:
+    """The switches that the binary depends on, with the values that the target gives them."""
+    found = {name: value for name, value in switches.items() if name not in SIZES}
+    even, step = ("EVEN_N", "block_n") if kernel == "product" else ("EVEN_K", "block_k")
+    if config is not None and config.bulk:
+        del found[even]
+    elif config is not None and aligned and 16 % getattr(config, step) == 0:
+        found[even] = True
+    if kernel == "preference_epilogue" and not found["HAS_VALUES"]:
+        del found["TERMINAL"], found["HAS_ENDED"]
+    elif kernel == "preference_epilogue" and found["TERMINAL"] != "last_content":
+        del found["HAS_ENDED"]
+    return found
+
+
+def stands_for(build: Any, launch: Launch, family: str) -> bool:
+    """Whether a build is the launch's binary, or a heavier one where loads of the main loop are masked or narrow.
+
+    Such loads change the main loop, and nothing passes from it to the epilogue but the accumulators. What a binary
+    holds at most is what its loop or its epilogue holds, so a light epilogue behind a masked loop needs none of its
+    own: that loop is built before the heaviest epilogue of the same tiles, and that epilogue behind whole steps.
+    """
+    config, aligned = None, True
+    if launch.asked is not None:
+        kernel, demand = launch.asked
+        config, aligned = choose(kernel, family, demand), demand.aligned
+        if build.dtype != launch.dtype:
+            return False
+    if (build.kernel, build.config, build.aligned) != (launch.kernel, config, aligned):
+        return False
+    made, wanted = (live(launch.kernel, x.switches, config, aligned) for x in (build, launch))
+    if aligned and wanted.get("EVEN_K", True) and wanted.get("EVEN_N", True):
+        return made == wanted
+    return made.keys() == wanted.keys() and all(x in (wanted[name], MORE.get(name)) for name, x in made.items())
+
+
+def unbuilt(launches: tuple[Launch, ...], builds: list[Any], families: dict[str, str]) -> list[str]:
+    return [
+        f"{launch} on {target}"
+        for launch, (target, family) in product(launches, families.items())
+        if not any(build.target == target and stands_for(build, launch, family) for build in builds)
+    ]
+
+
+def families(census: ModuleType) -> dict[str, str]:
+    return {target: family for target, (family, _) in census.TARGETS.items()}
+
+
+def test_every_launch_is_built(launches: tuple[Launch, ...], census: ModuleType) -> None:
+    assert {x.kernel for x in launches} == set(census.KERNELS)
+    assert unbuilt(launches, list(census.builds()), families(census)) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variant"),
+    [
+        ("head_stats", "both sums, bias"),
+        ("head_stats", "all sums, bias, softcap, unaligned"),
+        ("merge_splits", "kappa"),
+        ("dlogits", "frozen bias"),
+        ("product", "dW, first"),
+        ("exponentials", "bias"),
+        ("product", "dH, last, odd D"),
+        ("preference_epilogue", "values, eos, ref tokens"),
+    ],
+)
+def test_a_launch_that_is_not_is_found(
+    launches: tuple[Launch, ...], census: ModuleType, kernel: str, variant: str
+) -> None:
+    rest = [x for x in census.builds(("sm_80",)) if (x.kernel, x.variant) != (kernel, variant)]
+    assert any(f"kernel='{kernel}'" in found for found in unbuilt(launches, rest, {"sm_80": "sm_80"}))
+
+
+SAME_BINARY = """
+import json
+from dataclasses import replace
+from bench import census
+
+def code(build, **switches):
+    # What follows is for debuggers, paths included.
+    return census.binary(replace(build, switches=build.switches | switches)).asm["ptx"].split(".file")[0]
+
+builds = {(x.kernel, x.variant): x for x in census.builds(("sm_90",)) if x.dtype in ("bf16", "fp32")}
+cases = json.loads(CASES)
+print([code(builds[name, variant]) == code(builds[name, variant], **switches) for name, variant, switches in cases])
+"""
+
+
+def test_switches_that_a_binary_does_not_depend_on() -> None:
+    """What `live` leaves out; and, so that it can fail, a switch that it does not."""
+    cases = [
+        ("head_stats", "logps", {"EVEN_K": False}),
+        ("dlogits", "plain", {"EVEN_K": False}),
+        ("product", "dW, sum", {"EVEN_N": False}),
+        ("preference_epilogue", "psi", {"TERMINAL": "eos"}),
+        ("preference_epilogue", "DPO", {"TERMINAL": "zero"}),
+        ("preference_epilogue", "values, eos", {"HAS_ENDED": True}),
+        ("preference_epilogue", "values, last_content", {"HAS_ENDED": True}),
+    ]
+    same = ast.literal_eval(compiling("-c", SAME_BINARY.replace("CASES", repr(json.dumps(cases)))).splitlines()[-1])
+    assert same == [True] * 6 + [False]
+
+
+def test_every_launch_says_whether_products_are_fused(launches: tuple[Launch, ...], census: ModuleType) -> None:
+    for launch in launches:
+        assert FP_FUSION.items() <= launch.options.items(), launch
+        assert launch.asked is not None or launch.options == UNTILED | FP_FUSION
+    assert all(FP_FUSION.items() <= build.options.items() for build in census.builds())
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_compiler_hears_it_whatever_its_default_is(target: str) -> None:
+    program = f"from bench import census; print(census.binary(next(census.builds(({target!r},)))).metadata)"
+    assert "enable_fp_fusion=True" in compiling("-c", program, TRITON_DEFAULT_FP_FUSION="0")

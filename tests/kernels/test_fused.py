@@ -174,6 +174,19 @@ def test_what_is_frozen_is_not_computed(kit: SimpleNamespace, frozen: str) -> No
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_frozen_head(kit: SimpleNamespace, form: str, dtype: torch.dtype) -> None:
+    inputs = FORMS[form](kit, dtype)
+    everything = numbers_of(in_kernels, inputs, with_loss=False)
+    hidden = inputs["policy_hidden"].clone().requires_grad_()
+    out = in_kernels(**inputs | {"policy_hidden": hidden})
+    assert out.losses.requires_grad
+    (out.losses @ torch.tensor([0.3, -2.0], device=DEVICE)).backward()
+    name, tolerance = "gradient by policy_hidden", 4 * torch.finfo(dtype).eps
+    agree({name: hidden.grad}, {name: everything[name]}, tolerance=tolerance + 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_compiled_without_a_break(kit: SimpleNamespace, form: str) -> None:
     torch._dynamo.reset()
     inputs = FORMS[form](kit)

@@ -58,16 +58,26 @@ def _said_anew() -> Iterator[None]:
 def test_opcheck_of_logps(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple[bool, bool, bool]) -> None:
     case = kit.case(11, D, V, dtype, bias=True, ignored=0.3)
     inputs = [x.requires_grad_(want) for x, want in zip((case.hidden, case.weight, case.bias), wants, strict=True)]
-    torch.library.opcheck(ops.linear_logps.default, (*inputs, case.labels, 4.0, 0.5, -100, "torch"))
-    plain = (*inputs[:2], None, case.labels, None, 1.0, -100, "auto")
+    streamed = wants == (True, False, False)
+    torch.library.opcheck(ops.linear_logps.default, (*inputs, case.labels, 4.0, 0.5, -100, "torch", streamed))
+    plain = (*inputs[:2], None, case.labels, None, 1.0, -100, "auto", wants[:2] == (True, False))
     torch.library.opcheck(ops.linear_logps.default, plain)
+
+
+@every_dtype
+def test_opcheck_of_scaled_slopes(kit: SimpleNamespace, dtype: torch.dtype) -> None:
+    case = kit.case(11, D, V, dtype, ignored=0.3)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments = (case.hidden.to(wide), case.upstream.to(wide), case.labels, -100, dtype)
+    torch.library.opcheck(ops.scaled_slopes.default, arguments)
 
 
 @every_dtype
 @pytest.mark.parametrize("wants", list(product([False, True], repeat=3)), ids=str)
 def test_opcheck_of_the_gradients(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple[bool, bool, bool]) -> None:
     case = kit.case(11, D, V, dtype, bias=True, ignored=0.3)
-    _, maximum, log_total = logps._logps(case.hidden, case.weight, case.bias, case.labels, 4.0, 0.5, -100, "torch")
+    head = (case.weight, case.bias, case.labels, 4.0, 0.5, -100, "torch")
+    _, maximum, log_total, _ = logps._logps(case.hidden, *head, streamed=False)
     upstream = case.upstream.to(maximum.dtype)
     tensors = (upstream, case.hidden, case.weight, case.bias, case.labels, maximum, log_total)
     torch.library.opcheck(ops.linear_logps_gradients.default, (*tensors, 4.0, 0.5, -100, "torch", *wants))
@@ -88,23 +98,26 @@ def test_opcheck_of_what_is_not_contiguous_and_of_nothing(kit: SimpleNamespace) 
     hidden, weight = case.hidden.T.contiguous().T.requires_grad_(), case.weight.repeat(1, 2)[:, ::2].requires_grad_()
     bias = torch.stack([case.bias, case.bias], 1)[:, 0].requires_grad_()
     rest = (None, 1.0, -100, "torch")
-    torch.library.opcheck(ops.linear_logps.default, (hidden, weight, bias, case.labels, *rest))
-    torch.library.opcheck(ops.linear_logps.default, (hidden[:0], weight, bias, case.labels[:0], *rest))
-    torch.library.opcheck(ops.linear_logps.default, (hidden, weight, bias, torch.full((11,), -100), *rest))
+    torch.library.opcheck(ops.linear_logps.default, (hidden, weight, bias, case.labels, *rest, False))
+    torch.library.opcheck(ops.linear_logps.default, (hidden[:0], weight, bias, case.labels[:0], *rest, False))
+    torch.library.opcheck(ops.linear_logps.default, (hidden, weight, bias, torch.full((11,), -100), *rest, False))
+    frozen = (hidden, weight.detach(), bias.detach())
+    torch.library.opcheck(ops.linear_logps.default, (*frozen, case.labels, *rest, True))
+    torch.library.opcheck(ops.linear_logps.default, (hidden[:0], *frozen[1:], case.labels[:0], *rest, True))
 
 
 class Step(nn.Module):
     """The training step in small: a model of one layer, its head, a teacher, the preference loss."""
 
-    def __init__(self, **shaping: Any) -> None:
+    def __init__(self, *, frozen: bool = False, **shaping: Any) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(0)
         self.body = nn.Linear(FEATURES, D)
         with torch.no_grad():
             self.body.weight.copy_(torch.randn(D, FEATURES, generator=draw))
             self.body.bias.zero_()
-        self.head = nn.Parameter(torch.randn(V, D, generator=draw))
-        self.head_bias = nn.Parameter(torch.randn(V, generator=draw))
+        self.head = nn.Parameter(torch.randn(V, D, generator=draw), requires_grad=not frozen)
+        self.head_bias = nn.Parameter(torch.randn(V, generator=draw), requires_grad=not frozen)
         self.register_buffer("teacher", torch.randn(V, D, generator=draw))
         self.shaping = shaping
 
@@ -135,7 +148,17 @@ def batch_of(lengths: list[int], ended: bool = True) -> dict[str, Tensor]:
 
 def loss_and_gradients(step: Callable[..., Tensor], model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     loss = step(batch)
-    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+    return [loss.detach(), *torch.autograd.grad(loss, [x for x in model.parameters() if x.requires_grad])]
+
+
+@compilers
+def test_a_frozen_head_in_one_graph(backend: str) -> None:
+    model, trained, batch = Step(frozen=True), Step(), batch_of([3, 4, 2, 5])
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    got = loss_and_gradients(compiled, model, batch)
+    torch.testing.assert_close(got, loss_and_gradients(model, model, batch), rtol=1e-5, atol=1e-6)
+    everything = [trained(batch), *torch.autograd.grad(trained(batch), list(trained.body.parameters()))]
+    torch.testing.assert_close(got, everything, rtol=1e-4, atol=1e-5)
 
 
 @compilers

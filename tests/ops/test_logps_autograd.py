@@ -25,11 +25,13 @@ def test_only_what_is_asked_for_is_computed(kit: SimpleNamespace, dtype: torch.d
     inputs = leaves(case, **wants)
     with kit.tile_sizes(512, 8), kit.Watch() as watch:
         logps = linear_logps(inputs["hidden"], inputs["weight"], case.labels, bias=inputs["bias"], softcap=9.0)
-        assert watch.multiply_adds == 24 * 10 * 70
+        # A frozen head's forward makes dlogp/dh too, and its backward makes no product.
+        streamed = wants == {"hidden": True, "weight": False, "bias": False}
+        assert watch.multiply_adds == (1 + streamed) * 24 * 10 * 70
         assert logps.requires_grad == any(wants.values())
         if logps.requires_grad:
             logps.backward(case.upstream.float())
-    recomputed = any(wants.values())
+    recomputed = any(wants.values()) and not streamed
     if dtype == torch.bfloat16 and wants["hidden"] and (wants["weight"] or wants["bias"]):
         assert case.hidden.numel() <= 512, "dH fits its buffer: no walk of its own"
     products = 1 + recomputed + wants["hidden"] + wants["weight"]
@@ -200,7 +202,19 @@ def test_a_second_derivative_is_refused(kit: SimpleNamespace) -> None:
 def test_an_input_changed_before_the_backward_is_noticed(kit: SimpleNamespace) -> None:
     case = kit.case(8, 4, 9)
     hidden = case.hidden.clone().requires_grad_()
-    logps = linear_logps(hidden, case.weight, case.labels)
-    case.weight.mul_(2.0)
+    weight = case.weight.clone().requires_grad_()
+    logps = linear_logps(hidden, weight, case.labels)
+    with torch.no_grad():
+        weight.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logps.sum().backward()
+
+
+def test_a_frozen_head_may_change_before_the_backward(kit: SimpleNamespace) -> None:
+    """Its gradient is made in the forward, of the weight as it was."""
+    case = kit.case(8, 4, 9)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone()
+    logps = linear_logps(hidden, weight, case.labels)
+    weight.mul_(2.0)
+    logps.backward(case.upstream.float())
+    torch.testing.assert_close(hidden.grad, kit.run(linear_logps, case).hidden, rtol=1e-4, atol=1e-6)

@@ -31,6 +31,8 @@ def resident(which):
 def call(hidden, weight, bias, labels):
     if op == "soft_values":
         return linear_soft_values(hidden, weight, bias=bias, kappa=0.7, **options), []
+    if op == "frozen":
+        weight, bias = weight.detach(), bias.detach()
     leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
     logps = linear_logps(hidden, weight, labels, bias=bias, **options)
     return logps, torch.autograd.grad(logps.sum(), leaves)
@@ -74,6 +76,7 @@ def test_no_tensor_of_logits_is_ever_made(kit: SimpleNamespace, dtype: torch.dty
     assert 20 * largest_by_right < 300 * 700
     with kit.tile_sizes(workspace, 64), kit.Watch() as watch:
         kit.run(linear_logps, case)
+        kit.run(linear_logps, case, frozen=True)
         linear_soft_values(case.hidden, case.weight, bias=case.bias, kappa=0.7, **transforms)
     assert 0 < watch.largest <= largest_by_right
 
@@ -91,6 +94,14 @@ def test_four_times_the_tokens_take_no_more(dtype: str, options: dict[str, Any],
     assert few <= 64
     assert many <= 64
     assert many - few <= 16
+
+
+@pytest.mark.parametrize(("dtype", "options"), [("float32", {}), ("bfloat16", {"softcap": 30.0})], ids=str)
+def test_a_frozen_head_keeps_its_gradient_in_float32(dtype: str, options: dict[str, Any], record_property: Any) -> None:
+    """dlogp/dh lives from the forward to the backward, where it is multiplied into hidden's gradient."""
+    used = beyond("frozen", 4096, 1024, 1024, dtype, **options)
+    record_property("mebibytes", used)
+    assert used <= 64 + 4096 * 1024 * 4 / MEBI
 
 
 def test_soft_values_stay_within_64_mb(record_property: Any) -> None:

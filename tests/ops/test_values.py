@@ -194,3 +194,47 @@ def test_no_states_at_all(kit: SimpleNamespace) -> None:
     case = kit.case(0, 9, 70)
     assert linear_soft_values(case.hidden, case.weight).shape == (0,)
     assert [x.shape for x in linear_lse(case.hidden, case.weight, kappa=0.7)] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("kappa", [0.7, 1.0])
+def test_rows_that_are_left_out(kit: SimpleNamespace, kappa: float, impl: str) -> None:
+    if impl == "triton" and torch.cuda.is_available():
+        pytest.skip("tests/kernels holds the compiled kernels to this")
+    case, rows = kit.case(30, 16, 70, bias=True), torch.arange(30) % 3 > 0
+    settings = {"bias": case.bias, "kappa": kappa, "impl": impl}
+    broken = case.hidden.masked_fill(~rows[:, None], torch.nan)
+    every, some = (
+        linear_lse(case.hidden, case.weight, **settings),
+        linear_lse(broken, case.weight, rows=rows, **settings),
+    )
+    for got, expected in zip(some, every, strict=True):
+        torch.testing.assert_close(got[rows], expected[rows])
+        assert (got[~rows] == 0).all()
+
+
+def test_rows_that_are_not_computed(kit: SimpleNamespace) -> None:
+    case, rows = kit.case(30, 9, 70), torch.arange(30) < 12
+    with kit.Watch() as watch:
+        linear_soft_values(case.hidden, case.weight, rows=rows)
+    assert watch.multiply_adds == 12 * 9 * 70
+    nothing = linear_soft_values(case.hidden, case.weight, rows=torch.zeros(30, dtype=torch.bool))
+    assert torch.equal(nothing, torch.zeros(30))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [torch.ones(29, dtype=torch.bool), torch.ones(30), torch.ones(30, dtype=torch.bool, device="meta")],
+    ids=["length", "dtype", "device"],
+)
+def test_rows_that_do_not_fit(kit: SimpleNamespace, rows: Tensor) -> None:
+    case = kit.case(30, 9, 70)
+    with pytest.raises(ValueError, match=r"rows must be \(30,\) bool|rows on meta: move one"):
+        linear_soft_values(case.hidden, case.weight, rows=rows)
+
+
+@pytest.mark.parametrize("kappa", [0.7, 1.0])
+def test_opcheck_of_rows(kit: SimpleNamespace, kappa: float) -> None:
+    case, rows = kit.case(11, 6, 30), torch.arange(11) < 4
+    head = (case.hidden, case.weight, None, 4.0, 0.5, kappa, "torch", rows)
+    torch.library.opcheck(torch.ops.tvkd_fast.linear_lse.default, head)

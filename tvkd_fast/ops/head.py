@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
 from tvkd_fast.ops import tiles
 from tvkd_fast.ops.checks import check_head
 from tvkd_fast.ops.dispatch import autocast_input, takes_triton, without_autocast
+
+_SCALED_FLOATS = 2**20
 
 
 def head_input(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
@@ -46,10 +49,40 @@ def head_sums(
         if labels is not None and kept is not None:
             labels = labels[kept]
         sums = tiles.head_sums(hidden, head, kept=kept, labels=labels, kappa=kappa, entropy=entropy)
+        return _spread(sums, kept, hidden)
+
+
+def head_forward(
+    hidden: Tensor, head: Head, impl: str, labels: Tensor, *, ignore_index: int, streamed: bool
+) -> tuple[HeadSums, Tensor]:
+    """`head_sums` with labels; where `streamed`, in the same pass dlogp_t/dh_t [N, D], in the dtype of the sums.
+
+    0 where a label is ignored, and empty where not asked for.
+    """
+    if not streamed:
+        sums = head_sums(hidden, head, impl, labels=labels, ignore_index=ignore_index)
+        return sums, hidden.new_empty(0, dtype=sums.maximum.dtype)
+    if takes_triton(impl, hidden):
+        from tvkd_fast.kernels import head_slopes as kernel
+
+        return kernel.head_slopes(_rows(hidden), _packed(head), labels.contiguous(), ignore_index=ignore_index)
+    with without_autocast(hidden):
+        kept = kept_rows(labels, ignore_index)
+        sums, slopes = tiles.head_slopes(hidden, head, labels if kept is None else labels[kept], kept=kept)
         if kept is None:
-            return sums
-        spread = hidden.new_zeros(hidden.shape[0], dtype=sums.maximum.dtype)
-        return sums.map(lambda x: spread.index_copy(0, kept, x))
+            # Off the CPU every row is computed, those to ignore among them.
+            slopes.masked_fill_((labels == ignore_index)[:, None], 0.0)
+        return _spread(sums, kept, hidden), slopes
+
+
+def scaled_slopes(slopes: Tensor, grad_logps: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_logps_t·slopes_t [N, D], rounded once to `dtype`, a block of rows at a time."""
+    out = slopes.new_empty(slopes.shape, dtype=dtype)
+    rows = max(1, _SCALED_FLOATS // max(slopes.shape[1], 1))
+    for start in range(0, slopes.shape[0], rows):
+        block = slice(start, start + rows)
+        torch.mul(slopes[block], grad_logps[block, None], out=out[block])
+    return out
 
 
 def head_gradients(
@@ -88,6 +121,14 @@ def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
         return None
     kept = labels != ignore_index
     return None if kept.all() else kept.nonzero()[:, 0]
+
+
+def _spread(sums: HeadSums, kept: Tensor | None, hidden: Tensor) -> HeadSums:
+    """The kept rows' numbers at their places among all of hidden's, 0 elsewhere."""
+    if kept is None:
+        return sums
+    zeros = hidden.new_zeros(hidden.shape[0], dtype=sums.maximum.dtype)
+    return sums.map(lambda x: zeros.index_copy(0, kept, x))
 
 
 def _rows(x: Tensor) -> Tensor:

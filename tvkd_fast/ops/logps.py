@@ -13,7 +13,7 @@ from torch import Tensor
 from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, check_impl
-from tvkd_fast.ops.head import head_gradients, head_input, head_sums
+from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 
@@ -43,8 +43,9 @@ def linear_logps(
         ignore_index: rows with this label are skipped: log-probability 0, no gradient; no arithmetic on a CPU, and none
             on a GPU for a row tile that holds nothing else. On a GPU their states must be finite all the same: weight's
             gradient multiplies them by 0.
-        grad_mode: "exact": logits are recomputed tile by tile in the backward, four products in all (three where only
-            hidden or only weight wants a gradient, one where nothing does).
+        grad_mode: "exact": logits are recomputed tile by tile in the backward, four products in all; three where hidden
+            wants no gradient, one where nothing does. Two where only hidden wants one (a frozen head): the forward then
+            makes and keeps dlogp/dh, [N, D] float32, and the backward multiplies it by its upstream gradient.
         impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where it can be had. What
             "auto" took, and why, is logged once by the logger "tvkd_fast".
 
@@ -67,8 +68,14 @@ def linear_logps(
     check_transforms("linear_logps", hidden, weight, bias)
     hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
     check_labels(labels, hidden)
-    logps, _, _ = _logps_op(hidden, head.weight, head.bias, labels, softcap, logit_scale, ignore_index, impl)
-    return logps
+    streamed = streams(hidden, head.weight, head.bias)
+    return _logps_op(hidden, head.weight, head.bias, labels, softcap, logit_scale, ignore_index, impl, streamed)[0]
+
+
+def streams(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the forward makes hidden's gradient as well, which it can where nothing else wants one."""
+    others = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and not others
 
 
 def _logps(
@@ -80,15 +87,16 @@ def _logps(
     logit_scale: float,
     ignore_index: int,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, and max z and log Σ exp(z − max z) for the backward: (N,) each."""
+    streamed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities (N,); and for the backward max z and log Σ exp(z − max z), (N,) each, or dlogp/dh, [N, D]."""
     labels = labels.long()
     check_label_range(labels, weight.shape[0], ignore_index)
     head = Head(weight, bias, softcap, logit_scale)
-    sums = head_sums(hidden, head, impl, labels=labels, ignore_index=ignore_index)
+    sums, slopes = head_forward(hidden, head, impl, labels, ignore_index=ignore_index, streamed=streamed)
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
-    return logps, sums.maximum, sums.log_total
+    return logps, sums.maximum, sums.log_total, slopes
 
 
 def _logps_gradients(
@@ -123,17 +131,28 @@ def _logps_gradients(
     return tuple(hidden.new_empty(0) if x is None else x for x in (grads.hidden, grads.weight, grads.bias))  # type: ignore[return-value]
 
 
+def _scaled_slopes(slopes: Tensor, grad_logps: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    return scaled_slopes(slopes, grad_logps.masked_fill(labels == ignore_index, 0.0), dtype)
+
+
 _logps_op = torch.library.custom_op("tvkd_fast::linear_logps", _logps, mutates_args=())
-_gradients_op = torch.library.custom_op("tvkd_fast::linear_logps_gradients", _logps_gradients, mutates_args=())
+gradients_op = torch.library.custom_op("tvkd_fast::linear_logps_gradients", _logps_gradients, mutates_args=())
+scaled_op = torch.library.custom_op("tvkd_fast::scaled_slopes", _scaled_slopes, mutates_args=())
 
 
 @_logps_op.register_fake
-def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape, dtype = (hidden.shape[0],), accumulation_dtype(hidden.dtype)
-    return tuple(hidden.new_empty(shape, dtype=dtype) for _ in range(3))  # type: ignore[return-value]
+    numbers = tuple(hidden.new_empty(shape, dtype=dtype) for _ in range(3))
+    return *numbers, hidden.new_empty(hidden.shape if args[-1] else (0,), dtype=dtype)  # type: ignore[return-value]
 
 
-@_gradients_op.register_fake
+@scaled_op.register_fake
+def _(slopes: Tensor, *args: Any) -> Tensor:
+    return slopes.new_empty(slopes.shape, dtype=args[-1])
+
+
+@gradients_op.register_fake
 def _(
     grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,19 +163,28 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, *ctx.settings = inputs
-    _, maximum, log_total = output
-    ctx.mark_non_differentiable(maximum, log_total)
-    ctx.save_for_backward(hidden, weight, bias, labels, maximum, log_total)
+    hidden, weight, bias, labels, *ctx.settings, ctx.streamed = inputs
+    _, maximum, log_total, slopes = output
+    ctx.mark_non_differentiable(maximum, log_total, slopes)
+    ctx.dtype = hidden.dtype
+    if ctx.streamed:
+        ctx.save_for_backward(slopes, labels)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, labels, maximum, log_total)
 
 
 def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Only create_graph=True comes here with gradients on; a constant would be passed off as a function.
         raise RuntimeError("linear_logps can be differentiated once: its gradient's own gradient is not computed")
+    nothing = [None] * 6
     wants = ctx.needs_input_grad[:3]
-    grads = _gradients_op(grad_logps, *ctx.saved_tensors, *ctx.settings, *wants)
-    return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 5)
+    if ctx.streamed:
+        slopes, labels = ctx.saved_tensors
+        *_, ignore_index, _ = ctx.settings
+        return scaled_op(slopes, grad_logps, labels, ignore_index, ctx.dtype), None, None, *nothing
+    grads = gradients_op(grad_logps, *ctx.saved_tensors, *ctx.settings, *wants)
+    return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *nothing)
 
 
 _logps_op.register_autograd(_backward, setup_context=_keep)

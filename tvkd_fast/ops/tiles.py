@@ -78,6 +78,51 @@ def head_sums(
     return HeadSums(maximum, log_total, lse_kappa, target, entropies)
 
 
+def head_slopes(hidden: Tensor, head: Head, labels: Tensor, *, kept: Tensor | None = None) -> tuple[HeadSums, Tensor]:
+    """`head_sums` with labels (K,), and the slopes dlogp_t/dh_t = s·(J_y w_y − Σ_j p_j J_j w_j): [N, D], accumulated.
+
+    Like attention's output the sum is a mean under a softmax, and moves with the running maximum: two products. The
+    label's term is left out of it and added at the end, since p_y − 1 of a peaked softmax must not be a difference of
+    rounded numbers. Slopes of rows that are not kept are 0.
+    """
+    tiles = _Tiles(hidden, head, kept)
+    maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
+    log_total = torch.empty_like(maximum)
+    target = torch.full_like(maximum, torch.nan)
+    slopes = hidden.new_zeros(hidden.shape, dtype=tiles.acc)
+    for rows in tiles.row_blocks():
+        h = tiles.states(rows)
+        running_max = h.new_full((h.shape[0],), -torch.inf)
+        others, mean = torch.zeros_like(running_max), torch.zeros_like(h)
+        for columns in tiles.column_blocks():
+            w = tiles.upcast(head.weight[columns])
+            z = tiles.logits(h, w, columns)
+            _pick_targets(z, labels[rows], columns, out=target[rows])
+            new_max = torch.maximum(running_max, z.amax(1))
+            shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
+            decay = running_max.sub_(shift).exp_()
+            chain = tiles.chain(z)
+            e = z.sub_(shift[:, None]).exp_()
+            here, local = _locate(labels[rows], columns)
+            e.scatter_(1, local, e.gather(1, local).masked_fill_(here, 0.0))
+            others.mul_(decay).add_(e.sum(1))
+            mean.mul_(decay[:, None]).addmm_(e if chain is None else e.mul_(chain), w)
+            running_max = new_max
+        if head.softcap is not None:
+            others.add_(h.sum(1).mul_(0.0))
+        shift = running_max.masked_fill(running_max == -torch.inf, 0.0)
+        total = target[rows].sub(shift).exp_().add_(others)
+        maximum[rows], log_total[rows] = running_max, total.log()
+        missing = others.div_(total)
+        if head.softcap is not None:
+            missing.mul_(1.0 - (target[rows] / head.softcap).square_())
+        # A label out of range has no row to read; its target is NaN, and so is all that is made of it.
+        own = tiles.upcast(head.weight[labels[rows].clamp(0, head.vocab_size - 1)])
+        slope = own.mul_(missing[:, None]).sub_(mean.div_(total[:, None]))
+        slopes[tiles.index(rows)] = slope.mul_(head.logit_scale)
+    return HeadSums(maximum, log_total, target=target), slopes
+
+
 def head_gradients(
     hidden: Tensor,
     head: Head,
@@ -215,13 +260,17 @@ class _Tiles:
         """A tile of z's shape in the second buffer."""
         return self.buffers[1, : z.numel()].view(z.shape)
 
+    def chain(self, z: Tensor) -> Tensor | None:
+        """J = dz/da in the second buffer; None where it is 1."""
+        if self.head.softcap is None:
+            return None
+        return torch.div(z, self.head.softcap, out=self.spare(z)).square_().neg_().add_(1.0)
+
     def dlosses(self, h: Tensor, w: Tensor, labels: Tensor, sums: HeadSums, rows: slice, columns: slice) -> Tensor:
         """d(−logp)/d(h·w) = s·J·(softmax − onehot), [R, C] in the first buffer; labels are these rows'."""
         head = self.head
         z = self.logits(h, w, columns)
-        chain = None
-        if head.softcap is not None:
-            chain = torch.div(z, head.softcap, out=self.spare(z)).square_().neg_().add_(1.0)
+        chain = self.chain(z)
         g = z.sub_(sums.maximum[rows, None]).sub_(sums.log_total[rows, None]).exp_()
         here, local = _locate(labels, columns)
         g.scatter_add_(1, local, here.to(g.dtype).neg_())

@@ -29,6 +29,7 @@ def linear_lse(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     kappa: float = 1.0,
+    rows: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """LSE(z) and LSE(κz) of each state's logits in one pass over the vocabulary: two (M,) float32, no gradient.
@@ -39,7 +40,8 @@ def linear_lse(
     check_impl(impl)
     check_kappa(kappa)
     hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
-    lse, lse_kappa = _lse_op(hidden, head.weight, head.bias, softcap, logit_scale, kappa, impl)
+    _check_rows(rows, hidden)
+    lse, lse_kappa = _lse_op(hidden, head.weight, head.bias, softcap, logit_scale, kappa, impl, rows)
     return lse, lse if kappa == 1.0 else lse_kappa
 
 
@@ -51,13 +53,24 @@ def _lse(
     logit_scale: float,
     kappa: float,
     impl: str,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LSE(z) and LSE(κz), the second empty at κ=1: an op's results must not be one tensor."""
-    head = Head(weight, bias, softcap, logit_scale)
-    sums = head_sums(hidden, head, impl, kappa=None if kappa == 1.0 else kappa)
-    lse = sums.lse
+    sums = head_sums(
+        hidden,
+        Head(weight, bias, softcap, logit_scale),
+        impl,
+        # To the head a row to leave out is one whose label is ignored; the kept rows' label, 0, is any token.
+        labels=None if rows is None else rows.long() - 1,
+        ignore_index=-1,
+        kappa=None if kappa == 1.0 else kappa,
+    )
+    lse, lse_kappa = sums.lse, sums.lse_kappa
     check_finite(lse, hidden, weight, bias)
-    return lse, lse.new_empty(0) if sums.lse_kappa is None else sums.lse_kappa
+    if rows is not None:
+        lse = torch.where(rows, lse, 0.0)
+        lse_kappa = None if lse_kappa is None else torch.where(rows, lse_kappa, 0.0)
+    return lse, lse.new_empty(0) if lse_kappa is None else lse_kappa
 
 
 _lse_op = torch.library.custom_op("tvkd_fast::linear_lse", _lse, mutates_args=())
@@ -73,6 +86,7 @@ def _(
     logit_scale: float,
     kappa: float,
     impl: str,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(hidden.dtype)
     count = 0 if kappa == 1.0 else hidden.shape[0]
@@ -128,6 +142,7 @@ def linear_soft_values(
     kappa: float = 1.0,
     value_scale: float = 1.0,
     value_from: ValueFrom = "logits",
+    rows: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """The teacher's soft value of each state, without ever holding [M, V] logits. No gradient.
@@ -144,17 +159,19 @@ def linear_soft_values(
         kappa: κ > 0, inverse temperature.
         value_scale: b.
         value_from: "logits" or "logprobs".
+        rows: (M,) bool, the states to compute; the others' values are 0 and cost what ignored labels cost in
+            `linear_logps`. All where None.
         impl: as in `linear_logps`.
 
     Returns:
         (M,) float32 (float64 for float64 inputs). Memory beyond inputs and result is bounded by 64 MB.
 
     Raises:
-        ValueError: as `linear_logps`; κ ≤ 0; an unknown value_from.
+        ValueError: as `linear_logps`; κ ≤ 0; an unknown value_from; rows that are no (M,) bool on hidden's device.
     """
     check_value_from(value_from)
     lse, lse_kappa = linear_lse(
-        hidden, weight, bias=bias, softcap=softcap, logit_scale=logit_scale, kappa=kappa, impl=impl
+        hidden, weight, bias=bias, softcap=softcap, logit_scale=logit_scale, kappa=kappa, rows=rows, impl=impl
     )
     return soft_values(lse, lse_kappa, kappa=kappa, value_scale=value_scale, value_from=value_from)
 
@@ -180,3 +197,15 @@ def check_kappa(kappa: float) -> None:
 def check_value_from(value_from: str) -> None:
     if value_from not in ("logits", "logprobs"):
         raise ValueError(f"value_from must be 'logits' or 'logprobs', got {value_from!r}")
+
+
+def _check_rows(rows: Tensor | None, hidden: Tensor) -> None:
+    if rows is None:
+        return
+    if rows.shape != hidden.shape[:1] or rows.dtype != torch.bool:
+        raise ValueError(
+            f"rows must be ({hidden.shape[0]},) bool, whether to compute each row of hidden, got {tuple(rows.shape)} "
+            f"{rows.dtype}"
+        )
+    if rows.device != hidden.device:
+        raise ValueError(f"hidden is on {hidden.device} and rows on {rows.device}: move one of them")

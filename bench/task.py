@@ -1,0 +1,92 @@
+"""What is asked of each contender of `bench.gpu`: inputs, objectives, and the two ways to run one.
+
+Letters: N tokens, D hidden, V vocabulary, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tvkd_fast import dpo_loss
+
+PAIRS = 4
+Shape = tuple[int, int, int]
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""hidden [N, D], weight [V, D] and labels (N,) to log-probabilities (N,)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    coefficients: Tensor
+    reference: Tensor
+    """[N, D]: the reference policy's states; its weight is the policy's, detached."""
+
+    def detached(self) -> Inputs:
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
+
+    def frozen_head(self) -> Inputs:
+        return replace(self, weight=self.weight.detach())
+
+    def float(self) -> Inputs:
+        hidden, weight = (x.detach().float().requires_grad_() for x in (self.hidden, self.weight))
+        return replace(self, hidden=hidden, weight=weight, reference=self.reference.float())
+
+
+Values = tuple[Tensor, Tensor]
+"""What is compared, and the scalar to go backward from."""
+Run = Callable[[Inputs], Values]
+Objective = Callable[[Head, Inputs], Values]
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    n, d, v = shape
+    torch.manual_seed(0)
+    normal = partial(torch.randn, dtype=dtype, device=device)
+    hidden, weight = normal(n, d), normal(v, d) / d**0.5
+    return Inputs(
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        torch.randint(v, (n,), device=device),
+        torch.randn(n, device=device),
+        hidden.detach() + 0.1 * normal(n, d),
+    )
+
+
+def weighted(head: Head, inputs: Inputs) -> Values:
+    logps = head(inputs.hidden, inputs.weight, inputs.labels)
+    return logps, (logps * inputs.coefficients).sum()
+
+
+def preference(head: Head, inputs: Inputs) -> Values:
+    """DPO's loss of four pairs, chosen sequences first; compared by the sequences' log-probabilities."""
+    policy = sequences(head(inputs.hidden, inputs.weight, inputs.labels)).sum(1)
+    with torch.no_grad():
+        reference = sequences(head(inputs.reference, inputs.weight.detach(), inputs.labels)).sum(1)
+    return policy, dpo_loss(policy, reference).loss
+
+
+def sequences(tokens: Tensor) -> Tensor:
+    """[N, …] as [2P, N/2P, …]."""
+    if len(tokens) % (2 * PAIRS):
+        raise ValueError(f"{len(tokens)} tokens are not {PAIRS} pairs of equal length")
+    return tokens.unflatten(0, (2 * PAIRS, -1))
+
+
+def both(run: Run, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Values and the gradients by hidden and, where the head is not frozen, by weight."""
+    values, loss = run(inputs)
+    wanted = [x for x in (inputs.hidden, inputs.weight) if x.requires_grad]
+    return values.detach(), *torch.autograd.grad(loss, wanted)
+
+
+def forward(run: Run, detached: Inputs) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return (run(detached)[0],)

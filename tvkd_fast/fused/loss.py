@@ -1,0 +1,184 @@
+"""The fused loss as a function: it checks, computes reference and teacher by the ops, and calls the registered op.
+
+Letters: P pairs, 2P responses (chosen first, then rejected in the same order), N response tokens, M teacher states, D
+hidden (each model's own), V vocabulary, T tokens of a padded row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tvkd_fast.fused.checks import (
+    check_device,
+    check_form,
+    check_numbers_a_response,
+    check_settings,
+    check_sources,
+    naming,
+)
+from tvkd_fast.fused.op import fused_op
+from tvkd_fast.fused.padded import response_states, rows_of
+from tvkd_fast.kernels.head import Head
+from tvkd_fast.losses import TVKDOutput
+from tvkd_fast.losses.shaping import Terminal
+from tvkd_fast.ops import linear_logps, linear_soft_values
+from tvkd_fast.ops.checks import check_labels, check_transforms
+from tvkd_fast.ops.dispatch import Impl
+from tvkd_fast.ops.head import head_input
+from tvkd_fast.ops.logps import streams
+from tvkd_fast.ops.values import ValueFrom
+
+
+def fused_linear_tvkd_loss(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    cu_states: Tensor | None = None,
+    *,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    psi: Tensor | None = None,
+    ended: Tensor | None = None,
+    policy_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    ref_softcap: float | Literal["policy"] | None = "policy",
+    ref_logit_scale: float | Literal["policy"] = "policy",
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    gamma: float = 1.0,
+    terminal: Terminal = "last_content",
+    kappa: float = 1.0,
+    value_scale: float | None = None,
+    value_from: ValueFrom = "logits",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    impl: Impl = "auto",
+) -> TVKDOutput:
+    """TVKD's loss (arXiv 2509.16965) from hidden states, without ever holding logits of policy, reference or teacher.
+
+        V = b·LSE(κz)/κ of each teacher state z,   Ψ = Σ_t (γ V(s_{t+1}) − V(s_t)),   ρ = log π_θ(y) − log π_ref(y)
+        L = −(1−λ) log σ(m) − λ log σ(−m),   m = β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l],   mean over pairs
+
+    It is `linear_logps`, `linear_soft_values`, `shaping_returns` and `tvkd_loss` put together: their numbers, in fewer
+    launches. `hidden[t]` predicts `labels[t]`: the caller shifts.
+
+    Packed inputs carry boundaries, and ignored labels may stand anywhere. Padded inputs come without `cu_seqlens` and
+    `cu_states`: of row i the labels outside one contiguous run labels[i, a:b] are `ignore_index`, and the response's
+    states are teacher_hidden[i, a:b+1]. What lies outside does not count, though it must be finite.
+
+    Args:
+        policy_hidden: [N, D] packed, or [2P, T, D]. bfloat16, float16, float32 or float64, as all states here.
+        policy_weight: [V, D] the policy's head, of policy_hidden's dtype and device.
+        labels: (N,) or [2P, T] int64 token ids in [0, V), or `ignore_index`.
+        cu_seqlens: (2P+1,) int boundaries of the packed responses; None for padded inputs.
+        teacher_hidden: [M, D] packed, s_0 of each response first, or [2P, T+1, D]. The teacher's tokens may be its own
+            where packed. None where psi is given, and in plain DPO (alpha=0).
+        teacher_weight: [V, D] the teacher's head.
+        cu_states: (2P+1,) int boundaries of the responses' states, at least 2 each; None for padded inputs.
+        ref_logps: (2P,) the reference's log-probabilities summed over each response.
+        ref_hidden, ref_weight: in place of ref_logps: the reference's states, shaped like policy_hidden, and its head.
+        psi: (2P,) shaping returns in place of a teacher.
+        ended: (2P,) bool, whether each response ends with an end-of-sequence token (`shaping_returns`).
+        policy_bias, teacher_bias, ref_bias: (V,) or None.
+        softcap, logit_scale: of the policy's logits, as in `linear_logps`.
+        teacher_softcap, teacher_logit_scale: of the teacher's.
+        ref_softcap, ref_logit_scale: of the reference's; "policy": the policy's.
+        beta, alpha, label_smoothing: as in `tvkd_loss`. At alpha=0, DPO, a teacher is not passed through.
+        gamma, terminal: as in `shaping_returns`.
+        kappa, value_from: as in `linear_soft_values`.
+        value_scale: b; beta where None, which is the paper's.
+        impl: as in `linear_logps`; "triton" takes the head and everything after it in kernels.
+
+    Returns:
+        `TVKDOutput`, float32 (float64 from a float64 policy). `loss` and `losses` are differentiable once by
+        policy_hidden, policy_weight and policy_bias; what does not require a gradient costs none, and no gradient goes
+        to teacher or reference. Memory is bounded as in `linear_logps`. Nothing waits for a GPU. Traces whole under
+        `torch.compile`, each set of settings as a graph of its own.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or settings that do not fit; a reference or a teacher that is missing or
+            given twice; a DTensor. On CPU tensors, where looking waits for nothing, also a row of labels with a hole,
+            boundaries that do not rise, a response of under 2 states, labels out of range, NaN or inf.
+    """
+    check_settings(beta, alpha, gamma, terminal, kappa, value_from, label_smoothing, impl)
+    check_sources(teacher_hidden, teacher_weight, cu_states, ref_logps, ref_hidden, ref_weight, psi, ended, alpha)
+    sequences = check_form(policy_hidden, labels, cu_seqlens, teacher_hidden, cu_states)
+    check_numbers_a_response(
+        policy_hidden, sequences, cu_seqlens=cu_seqlens, cu_states=cu_states, ref_logps=ref_logps, psi=psi, ended=ended
+    )
+    flat_labels = labels.flatten()
+    with naming("policy"):
+        hidden, head = head_input(rows_of(policy_hidden), Head(policy_weight, policy_bias, softcap, logit_scale))
+        check_labels(flat_labels, hidden)
+    check_transforms("fused_linear_tvkd_loss", hidden, head.weight, head.bias)
+
+    ref_token_logps = None
+    if ref_hidden is not None and ref_weight is not None:
+        check_device("ref_hidden", ref_hidden, hidden)
+        with naming("reference"), torch.no_grad():
+            ref_token_logps = linear_logps(
+                rows_of(ref_hidden),
+                ref_weight,
+                flat_labels,
+                bias=ref_bias,
+                softcap=softcap if ref_softcap == "policy" else ref_softcap,
+                logit_scale=logit_scale if ref_logit_scale == "policy" else ref_logit_scale,
+                ignore_index=ignore_index,
+                impl=impl,
+            )
+
+    values = None
+    if alpha == 0:
+        psi = ended = cu_states = None
+    elif teacher_hidden is not None and teacher_weight is not None:
+        check_device("teacher_hidden", teacher_hidden, hidden)
+        with naming("teacher"):
+            values = linear_soft_values(
+                rows_of(teacher_hidden),
+                teacher_weight,
+                bias=teacher_bias,
+                softcap=teacher_softcap,
+                logit_scale=teacher_logit_scale,
+                kappa=kappa,
+                value_scale=beta if value_scale is None else value_scale,
+                value_from=value_from,
+                rows=response_states(labels, ignore_index).flatten() if cu_states is None else None,
+                impl=impl,
+            )
+
+    numbers = fused_op(
+        hidden,
+        head.weight,
+        head.bias,
+        labels,
+        cu_seqlens,
+        head.softcap,
+        head.logit_scale,
+        ignore_index,
+        impl,
+        streams(hidden, head.weight, head.bias),
+        ref_token_logps,
+        ref_logps,
+        values,
+        cu_states,
+        ended,
+        psi,
+        beta,
+        alpha,
+        gamma,
+        terminal,
+        label_smoothing,
+    )
+    return TVKDOutput(*numbers[:7])

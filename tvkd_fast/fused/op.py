@@ -1,0 +1,159 @@
+"""The registered op: the policy's head, the epilogue, and the head's exact gradient with one coefficient a token.
+
+Letters: P pairs, 2P responses, N response tokens, M teacher states, D hidden, V vocabulary, T tokens of a padded row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tvkd_fast.fused.epilogue import Preference, torch_epilogue, triton_epilogue
+from tvkd_fast.fused.padded import check_runs, packed_states, row_boundaries
+from tvkd_fast.kernels.head import Head
+from tvkd_fast.losses.segments import check_boundaries
+from tvkd_fast.losses.shaping import Terminal
+from tvkd_fast.ops.checks import check_finite, check_label_range
+from tvkd_fast.ops.dispatch import takes_triton
+from tvkd_fast.ops.head import head_forward
+from tvkd_fast.ops.logps import gradients_op, scaled_op
+from tvkd_fast.ops.tiles import accumulation_dtype
+
+_STREAMED = 9
+"""Where among the op's arguments `streamed` stands; those before it are what the backward may need."""
+
+
+def _fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    impl: str,
+    streamed: bool,
+    ref_token_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    values: Tensor | None,
+    cu_states: Tensor | None,
+    ended: Tensor | None,
+    psi: Tensor | None,
+    beta: float,
+    alpha: float,
+    gamma: float,
+    terminal: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`TVKDOutput`'s seven tensors; then for the backward dL_p/dlogp_t, max z and log Σ exp(z − max z), (N,) each, and
+    dlogp/dh [N, D] where `streamed`, else empty.
+
+    hidden [N, D] of both forms; labels (N,), or [2P, T] where cu_seqlens is None.
+    """
+    if cu_seqlens is None:
+        check_runs(labels, ignore_index)
+        cu_seqlens = row_boundaries(labels)
+        if values is not None:
+            values, cu_states, ended = packed_states(values, labels, ignore_index, ended)
+    check_boundaries("cu_seqlens", cu_seqlens, hidden.shape[0])
+    labels = labels.flatten().long()
+    check_label_range(labels, weight.shape[0], ignore_index)
+    head = Head(weight, bias, softcap, logit_scale)
+    sums, slopes = head_forward(hidden, head, impl, labels, ignore_index=ignore_index, streamed=streamed)
+    logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
+    check_finite(logps, hidden, weight, bias)
+    given = Preference(
+        cu_seqlens=cu_seqlens,
+        ref_token_logps=ref_token_logps,
+        ref_logps=ref_logps,
+        values=values,
+        cu_states=cu_states,
+        ended=ended,
+        psi=psi,
+        beta=beta,
+        alpha=alpha,
+        gamma=gamma,
+        terminal=cast(Terminal, terminal),
+        label_smoothing=label_smoothing,
+    )
+    epilogue = triton_epilogue if takes_triton(impl, hidden) else torch_epilogue
+    out, coefficients = epilogue(logps, given)
+    return (
+        out.loss,
+        out.losses,
+        out.chosen_rewards,
+        out.rejected_rewards,
+        out.margins,
+        out.accuracy,
+        out.shaping_margins,
+        coefficients,
+        sums.maximum,
+        sums.log_total,
+        slopes,
+    )
+
+
+fused_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd", _fused, mutates_args=())
+
+
+@fused_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    slopes = hidden.shape if args[_STREAMED - 5] else (0,)
+    tokens, pairs = (hidden.shape[0],), (_pairs(labels, cu_seqlens),)
+    dtype = accumulation_dtype(hidden.dtype)
+    shapes: list[tuple[int, ...]] = [(), pairs, pairs, pairs, pairs, (), pairs, tokens, tokens, tokens, slopes]
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, cu_seqlens, *ctx.settings, ctx.streamed = inputs[: _STREAMED + 1]
+    coefficients, maximum, log_total, slopes = output[-4:]
+    ctx.mark_non_differentiable(*output[2:])
+    # What no gradient reaches comes as None, and the tokens are spared its zeros.
+    ctx.set_materialize_grads(False)
+    ctx.dtype = hidden.dtype
+    passed = (slopes,) if ctx.streamed else (hidden, weight, bias, maximum, log_total)
+    ctx.save_for_backward(labels, cu_seqlens, coefficients, *passed)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Only create_graph=True comes here with gradients on; a constant would be passed off as a function.
+        raise RuntimeError("fused_linear_tvkd_loss can be differentiated once: its gradient's own is not computed")
+    labels, cu_seqlens, coefficients, *passed = ctx.saved_tensors
+    by_token = coefficients * _upstream(grad_loss, grad_losses, labels, cu_seqlens)
+    wants, constants = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
+    labels = labels.flatten()
+    if ctx.streamed:
+        *_, ignore_index, _ = ctx.settings
+        return scaled_op(*passed, by_token, labels, ignore_index, ctx.dtype), None, None, *[None] * len(constants)
+    hidden, weight, bias, maximum, log_total = passed
+    grads = gradients_op(by_token, hidden, weight, bias, labels, maximum, log_total, *ctx.settings, *wants)
+    return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * len(constants))
+
+
+fused_op.register_autograd(_backward, setup_context=_keep)
+
+
+def _upstream(
+    grad_loss: Tensor | None, grad_losses: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """What a token's dL_p/dlogp is multiplied by: one number where `losses` was not used, else its pair's, (N,)."""
+    pairs = _pairs(labels, cu_seqlens)
+    if grad_losses is None:
+        assert grad_loss is not None
+        return grad_loss / pairs
+    by_pair = grad_losses if grad_loss is None else grad_losses + grad_loss / pairs
+    by_response = by_pair.repeat(2)
+    if cu_seqlens is None:
+        return by_response.repeat_interleave(labels.shape[1])
+    return by_response.repeat_interleave(cu_seqlens.diff(), output_size=labels.shape[0])
+
+
+def _pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    return (labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
