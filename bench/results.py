@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _cell(text: str) -> str:
 
 
 def census_table(report: dict[str, Any]) -> str:
-    """A fold an architecture; kernels in bf16 and float32, since float16 compiles to what bf16 does."""
+    """A fold an architecture; kernels in bf16 and float32, since float16 compiles to nearly what bf16 does."""
     rows = report["rows"]
     targets = list(dict.fromkeys(row["build"]["target"] for row in rows))
     head = ["binaries", "worst registers", "stack, spills", "most shared memory", "matrix instructions"]
@@ -169,21 +170,37 @@ def census_table(report: dict[str, Any]) -> str:
 
 
 def _census_fold(target: str, rows: list[dict[str, Any]]) -> str:
+    """A line a binary of whole steps; of the rest, and of kernels without a product, a line a tile, with the ranges."""
     head = ["kernel", "variant", "dtype", "tile", "warps, stages", "registers", "KiB", "fit", "matrix", "bulk", "16 B"]
-    lines = []
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        build, facts, config = row["build"], row["facts"], row["build"]["config"]
+        build, config = row["build"], row["build"]["config"]
         if build["dtype"] == "fp16":
             continue
         tile = f"{config['block_m']}×{config['block_n']}×{config['block_k']}" if config else "–"
         shape = f"{config['warps']}, {config['stages']}" if config else "4, –"
-        matrix = ", ".join(f"{name} {number}" for name, number in facts["tensor"].items()) or "–"
-        counts = [facts["registers"], round(facts["shared"] / 1024), facts["programs"]]
-        loads = [facts["bulk_loads"], facts["wide_loads"]]
-        cells = [build["kernel"], build["variant"], build["dtype"], tile, shape, *counts, matrix, *loads]
-        lines.append([*map(str, cells), str(facts["exps"]), str(facts["length"])])
+        masked = next((kind for kind in ("odd D", "unaligned") if kind in build["variant"]), "")
+        variant = build["variant"] if config and not masked else masked
+        groups.setdefault((build["kernel"], variant, build["dtype"], tile, shape), []).append(row["facts"])
+    lines = []
+    for (kernel, variant, *cells), facts in groups.items():
+        many = len(facts) > 1 or not variant
+        named = f"{len(facts)} binaries{', ' * bool(variant)}{variant}" if many else variant
+        matrix = "–"
+        if names := sorted({name for x in facts for name in x["tensor"]}):
+            matrix = ", ".join(f"{name} {_range(x['tensor'].get(name, 0) for x in facts)}" for name in names)
+        numbers = [_range(x["registers"] for x in facts), _range(round(x["shared"] / 1024) for x in facts)]
+        numbers += [_range(x["programs"] for x in facts), matrix]
+        numbers += [_range(x[name] for x in facts) for name in ("bulk_loads", "wide_loads", "exps", "length")]
+        lines.append([kernel, named, *cells, *numbers])
     table = _markdown([*head, "exp", "instructions"], lines)
     return f"\n<details><summary>{target}</summary>\n\n{table}\n\n</details>"
+
+
+def _range(numbers: Iterable[int]) -> str:
+    ordered = sorted(numbers)
+    low, high = ordered[0], ordered[-1]
+    return str(low) if low == high else f"{low}–{high}"
 
 
 def rejected_table(report: dict[str, Any]) -> str:
