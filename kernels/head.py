@@ -5,6 +5,7 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -60,6 +61,53 @@ class HeadSums:
         """log softmax(z) at the label."""
         assert self.target is not None
         return (self.target - self.maximum).sub_(self.log_total)
+
+
+@dataclass(frozen=True)
+class MarkRule:
+    """Which entries of a softmax a sparse gradient keeps: the label, and those with p ≥ ε·u.
+
+    u is 1, or where `unbiased` uniform in (0, 1) by a hash of (seed, row, column): an entry below ε is then kept with
+    probability p/ε, as ε.
+    """
+
+    eps: float
+    row_cap: int
+    """A row with more entries is dense: its gradient is the exact one."""
+    unbiased: bool = False
+    seed: int = 0
+    max_tail: float = 1.0
+    max_entries: float = math.inf
+    """Where the mean of the tails, or of the entries a row, is more, every row is dense."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The entries of N softmaxes that a sparse gradient keeps beside the labels': E of them.
+
+    They lie tile by tile of the walk that found them, block of rows by block, and by row inside a tile.
+    """
+
+    rows: Tensor
+    """(E,) int32"""
+    columns: Tensor
+    """(E,) int32"""
+    p: Tensor
+    """(E,) their probabilities, at least ε."""
+    chain: Tensor | None
+    """(E,) J = dz/da, where there is a softcap."""
+    bounds: Tensor
+    """(tiles + 1,) int64, on the host: where each tile's entries begin and end."""
+    tail: Tensor
+    """(N,) Σ p·J over all that is not kept (less what unbiased entries carry of it)."""
+    dense: Tensor
+    """(N,) bool: rows without entries, whose gradient is to be the exact one."""
+    marked: int
+    """Entries that were marked before the finished softmax pruned them, dense rows' among them."""
+
+    @property
+    def count(self) -> int:
+        return self.rows.shape[0]
 
 
 @dataclass(frozen=True)

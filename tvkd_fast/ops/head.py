@@ -6,6 +6,7 @@ Letters: N tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def head_sums(
         if labels is not None and kept is not None:
             labels = labels[kept]
         sums = tiles.head_sums(hidden, head, kept=kept, labels=labels, kappa=kappa, entropy=entropy)
-        return _spread(sums, kept, hidden)
+        return spread(sums, kept, hidden)
 
 
 def head_forward(
@@ -72,7 +73,7 @@ def head_forward(
         if kept is None:
             # Off the CPU every row is computed, those to ignore among them.
             slopes.masked_fill_((labels == ignore_index)[:, None], 0.0)
-        return _spread(sums, kept, hidden), slopes
+        return spread(sums, kept, hidden), slopes
 
 
 def scaled_slopes(slopes: Tensor, grad_logps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,7 +100,7 @@ def head_gradients(
     want_bias: bool,
 ) -> HeadGradients:
     """Exact gradients of Σ_t grad_logps_t·logp_t; `sums` as `head_sums` gave them."""
-    wants = {"want_hidden": want_hidden, "want_weight": want_weight, "want_bias": want_bias}
+    wants: dict[str, Any] = {"want_hidden": want_hidden, "want_weight": want_weight, "want_bias": want_bias}
     if takes_triton(impl, hidden):
         from tvkd_fast.kernels import head_backward
 
@@ -123,7 +124,7 @@ def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
     return None if kept.all() else kept.nonzero()[:, 0]
 
 
-def _spread(sums: HeadSums, kept: Tensor | None, hidden: Tensor) -> HeadSums:
+def spread(sums: HeadSums, kept: Tensor | None, hidden: Tensor) -> HeadSums:
     """The kept rows' numbers at their places among all of hidden's, 0 elsewhere."""
     if kept is None:
         return sums

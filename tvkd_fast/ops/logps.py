@@ -5,7 +5,7 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, check_impl
 from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes
+from tvkd_fast.ops.sparse import GradMode, HeadStats, SparseSettings, Tail, check_grad_mode, sparse_op
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 
@@ -26,7 +27,13 @@ def linear_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    grad_mode: Literal["exact"] = "exact",
+    grad_mode: GradMode = "exact",
+    eps: float | None = None,
+    row_cap: int | None = None,
+    tail: Tail = "even",
+    seed: int = 0,
+    max_tail: float = 0.1,
+    stats: HeadStats | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Log-probability of each label, without ever holding [N, V] logits.
@@ -46,8 +53,20 @@ def linear_logps(
         grad_mode: "exact": logits are recomputed tile by tile in the backward, four products in all; three where hidden
             wants no gradient, one where nothing does. Two where only hidden wants one (a frozen head): the forward then
             makes and keeps dlogp/dh, [N, D] float32, and the backward multiplies it by its upstream gradient.
+            "sparse": the log-probabilities are the same, the gradient is made of the softmax's entries from `eps` up
+            and the label's, which the forward marks; what remains is spread evenly, so that the gradient sums to what
+            the exact one sums to. One product and what is gathered; docs/numerics.md says what it costs in learning.
+            "auto": sparse, and exact for a call with more entries than pay, as timed once a shape and machine.
+        eps: ε in [0, 2⁻⁴]; None is 2⁻¹⁶ for float32 and float64 inputs, 2⁻¹⁴ for 16-bit ones. 0 keeps everything.
+        row_cap: a row with more entries gets the exact gradient, recomputed; None is V/16.
+        tail: "even", or "unbiased": an entry p < ε is kept with probability p/ε as ε, by a hash of `seed`, row and
+            column, so that each is right on average over seeds.
+        seed: of the unbiased tail; another one a step.
+        max_tail: where the mean of what is left out passes this probability, every row gets the exact gradient.
+        stats: a `HeadStats` that a sparse call adds its numbers to.
         impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where it can be had. What
-            "auto" took, and why, is logged once by the logger "tvkd_fast".
+            "auto" took, and why, is logged once by the logger "tvkd_fast". Sparse gradients are torch's on every
+            device so far.
 
     Returns:
         (N,) float32 (float64 for float64 inputs), nats. Differentiable once by hidden, weight and bias; what does not
@@ -57,17 +76,39 @@ def linear_logps(
         comes on top, as in any linear layer.)
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; labels out of range; NaN or inf in hidden or weight, by
-            row (these two on CPU tensors; on a GPU, where looking would wait for the device, the result is NaN); a
-            DTensor weight, which belongs inside `FusedLMHead`; "triton" where it cannot be had.
+        ValueError: shapes, dtypes, devices or settings that do not fit; labels out of range; NaN or inf in hidden or
+            weight, by row (these two on CPU tensors; on a GPU, where looking would wait for the device, the result is
+            NaN); a DTensor weight, which belongs inside `FusedLMHead`; "triton" where it cannot be had.
         RuntimeError: a second derivative, a forward-mode one, a torch.func transform.
     """
     check_impl(impl)
-    if grad_mode != "exact":
-        raise ValueError(f"grad_mode must be 'exact' in this version, got {grad_mode!r}")
+    check_grad_mode(grad_mode)
+    settings = SparseSettings(eps=eps, row_cap=row_cap, tail=tail, seed=seed, max_tail=max_tail)
     check_transforms("linear_logps", hidden, weight, bias)
     hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
     check_labels(labels, hidden)
+    if grad_mode != "exact" and impl == "triton":
+        raise ValueError("sparse gradients are not computed in Triton kernels yet: take impl='auto' or impl='torch'")
+    wanted = hidden.requires_grad or head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    if grad_mode != "exact" and wanted and torch.is_grad_enabled():
+        logps, *_, numbers = sparse_op(
+            hidden,
+            head.weight,
+            head.bias,
+            labels,
+            softcap,
+            logit_scale,
+            ignore_index,
+            settings.eps_for(hidden.dtype),
+            settings.cap_for(head.vocab_size),
+            tail == "unbiased",
+            seed,
+            max_tail,
+            grad_mode == "auto",
+        )
+        if stats is not None:
+            stats.add(numbers)
+        return logps
     streamed = streams(hidden, head.weight, head.bias)
     return _logps_op(hidden, head.weight, head.bias, labels, softcap, logit_scale, ignore_index, impl, streamed)[0]
 

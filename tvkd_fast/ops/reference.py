@@ -35,6 +35,48 @@ def linear_logps(
     return torch.where(kept, logps.gather(1, labels.where(kept, 0)[:, None])[:, 0], 0.0)
 
 
+def sparse_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    u: Tensor | None = None,
+    row_cap: int | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`linear_logps`, whose gradient by a keeps p ≥ ε·u and the label, and spreads the rest over the other columns.
+
+    g_j = J_j(δ_jy − p_j) on M = {p ≥ ε·u} ∪ {y} with p raised to ε where it is less, else −T/(V − |M|), such that
+    Σ_j g_j is the exact gradient's; columns whose bias is −inf are left out. u [N, V] is 1 where None. Rows with more
+    than `row_cap` marks beside the label keep the exact gradient.
+    """
+    kept, v = labels != ignore_index, weight.shape[0]
+    a = logit_scale * torch.nn.functional.linear(
+        hidden.double(), weight.double(), None if bias is None else bias.double()
+    )
+    z = a if softcap is None else softcap * torch.tanh(a / softcap)
+    p = z.detach().softmax(-1)
+    chain = torch.ones_like(p) if softcap is None else 1.0 - (z.detach() / softcap) ** 2
+    label = torch.nn.functional.one_hot(labels.where(kept, 0), v).bool()
+    live = torch.ones(v, dtype=torch.bool) if bias is None else ~bias.isneginf()
+    exact = chain * (label.double() - p)
+    marked = (p >= eps * (1.0 if u is None else u)) & ~label
+    on = torch.where(marked, -chain * p.clamp_min(eps if u is not None else 0.0), exact * label)
+    others = ~(marked | label) & live
+    even = (exact.sum(1) - on.sum(1)) / others.sum(1).clamp_min(1)
+    sparse = on + even[:, None] * others
+    if row_cap is not None:
+        sparse = torch.where((marked.sum(1) > row_cap)[:, None], exact, sparse)
+    logps = torch.where(kept, z.detach().log_softmax(-1).gather(1, labels.where(kept, 0)[:, None])[:, 0], 0.0)
+    # Σ_j g_j·a_j has g for its gradient; what it is does not show.
+    surrogate = (sparse * a.nan_to_num(neginf=0.0)).sum(1) * kept
+    return logps + surrogate - surrogate.detach()
+
+
 def linear_soft_values(
     hidden: Tensor,
     weight: Tensor,

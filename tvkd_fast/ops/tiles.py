@@ -8,7 +8,7 @@ results, whatever N and V are; 16-bit inputs are upcast tile by tile, because a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def head_sums(
     which shares the tile and its maximum: κ·max z = max κz; entropy for −Σ p log p. A label that no tile holds leaves
     NaN, not a number.
     """
-    tiles = _Tiles(hidden, head, kept)
+    tiles = Tiles(hidden, head, kept)
     maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
     log_total = torch.empty_like(maximum)
     lse_kappa = None if kappa is None else torch.empty_like(maximum)
@@ -51,7 +51,7 @@ def head_sums(
         for columns in tiles.column_blocks():
             z = tiles.logits(h, tiles.upcast(head.weight[columns]), columns)
             if labels is not None and target is not None:
-                _pick_targets(z, labels[rows], columns, out=target[rows])
+                pick_targets(z, labels[rows], columns, out=target[rows])
             new_max = torch.maximum(running_max, z.amax(1))
             # A row whose logits so far are all -inf has no finite maximum to subtract.
             shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
@@ -85,7 +85,7 @@ def head_slopes(hidden: Tensor, head: Head, labels: Tensor, *, kept: Tensor | No
     label's term is left out of it and added at the end, since p_y − 1 of a peaked softmax must not be a difference of
     rounded numbers. Slopes of rows that are not kept are 0.
     """
-    tiles = _Tiles(hidden, head, kept)
+    tiles = Tiles(hidden, head, kept)
     maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
     log_total = torch.empty_like(maximum)
     target = torch.full_like(maximum, torch.nan)
@@ -97,13 +97,13 @@ def head_slopes(hidden: Tensor, head: Head, labels: Tensor, *, kept: Tensor | No
         for columns in tiles.column_blocks():
             w = tiles.upcast(head.weight[columns])
             z = tiles.logits(h, w, columns)
-            _pick_targets(z, labels[rows], columns, out=target[rows])
+            pick_targets(z, labels[rows], columns, out=target[rows])
             new_max = torch.maximum(running_max, z.amax(1))
             shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
             decay = running_max.sub_(shift).exp_()
             chain = tiles.chain(z)
             e = z.sub_(shift[:, None]).exp_()
-            here, local = _locate(labels[rows], columns)
+            here, local = locate(labels[rows], columns)
             e.scatter_(1, local, e.gather(1, local).masked_fill_(here, 0.0))
             others.mul_(decay).add_(e.sum(1))
             mean.mul_(decay[:, None]).addmm_(e if chain is None else e.mul_(chain), w)
@@ -134,15 +134,20 @@ def head_gradients(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
+    weight_start: Callable[[slice, Tensor], None] | None = None,
+    bias_start: Tensor | None = None,
 ) -> HeadGradients:
     """Exact gradients of Σ_t c_t·logp_t by recomputed tiles, with c = `grad_logps`; labels, sums and c are (K,).
+
+    `weight_start(columns, total)` fills a slice of dW's float32 sum, and `bias_start` (V,) the bias's, with what other
+    rows than the kept ones add to it.
 
     With p = softmax(z) and J = dz/da, the gradient by h·w_j is −c·s·J_j·(p_j − δ_jy). Columns are walked outside, rows
     inside, so that a slice of dW is accumulated in float32 over all rows and written once. dH is then accumulated over
     the columns: in place where it already has the accumulator's dtype, else in a float32 buffer where that fits the
     workspace, else in a walk of its own with rows outside (one product more, and the memory stays bounded).
     """
-    tiles, upstream = _Tiles(hidden, head, kept), -grad_logps
+    tiles, upstream = Tiles(hidden, head, kept), -grad_logps
     want_columns = want_weight or want_bias
     hidden_in_place = hidden.dtype == tiles.acc or hidden.numel() <= WORKSPACE_FLOATS
     grad_hidden = accumulated = None
@@ -153,13 +158,14 @@ def head_gradients(
     grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
     grad_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
     if want_columns:
-        _column_gradients(tiles, labels, sums, upstream, accumulated, grad_weight, grad_bias)
+        starts = (weight_start, bias_start)
+        _column_gradients(tiles, labels, sums, upstream, accumulated, grad_weight, grad_bias, *starts)
     if accumulated is not None:
         grad_hidden = accumulated.to(hidden.dtype)
     return HeadGradients(grad_hidden, grad_weight, grad_bias)
 
 
-def _hidden_gradient(tiles: _Tiles, labels: Tensor, sums: HeadSums, upstream: Tensor) -> Tensor:
+def _hidden_gradient(tiles: Tiles, labels: Tensor, sums: HeadSums, upstream: Tensor) -> Tensor:
     weight = tiles.head.weight
     grad = tiles.hidden.new_zeros(tiles.hidden.shape)
     for rows in tiles.row_blocks():
@@ -173,19 +179,25 @@ def _hidden_gradient(tiles: _Tiles, labels: Tensor, sums: HeadSums, upstream: Te
 
 
 def _column_gradients(
-    tiles: _Tiles,
+    tiles: Tiles,
     labels: Tensor,
     sums: HeadSums,
     upstream: Tensor,
     accumulated: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    weight_start: Callable[[slice, Tensor], None] | None,
+    bias_start: Tensor | None,
 ) -> None:
     for columns in tiles.column_blocks():
         w = tiles.upcast(tiles.head.weight[columns])
         in_place = grad_weight is not None and grad_weight.dtype == tiles.acc
-        total = grad_weight[columns].zero_() if grad_weight is not None and in_place else torch.zeros_like(w)
-        total_bias = w.new_zeros(w.shape[0])
+        total = grad_weight[columns] if grad_weight is not None and in_place else torch.empty_like(w)
+        if weight_start is None:
+            total.zero_()
+        else:
+            weight_start(columns, total)
+        total_bias = w.new_zeros(w.shape[0]) if bias_start is None else bias_start[columns].clone()
         for rows in tiles.row_blocks():
             h, c = tiles.states(rows), upstream[rows]
             g = tiles.dlosses(h, w, labels[rows], sums, rows, columns)
@@ -202,18 +214,18 @@ def _column_gradients(
             grad_bias[columns] = total_bias.to(grad_bias.dtype)
 
 
-def _pick_targets(z: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
-    here, local = _locate(labels, columns)
+def pick_targets(z: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
+    here, local = locate(labels, columns)
     out.copy_(torch.where(here, z.gather(1, local), out[:, None])[:, 0])
 
 
-def _locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+def locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Whether each row's target lies in these columns, and where in them: [R, 1] each, the place clamped."""
     here = (labels >= columns.start) & (labels < columns.stop)
     return here[:, None], (labels - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
 
 
-class _Tiles:
+class Tiles:
     """The walk over [K, V] in [R, C] tiles that share two buffers; K are the kept rows of hidden, or all of them."""
 
     def __init__(self, hidden: Tensor, head: Head, kept: Tensor | None) -> None:
@@ -235,10 +247,10 @@ class _Tiles:
         return self.upcast(self.hidden[self.index(rows)])
 
     def row_blocks(self) -> Iterator[slice]:
-        return _blocks(self.count, self.rows)
+        return blocks(self.count, self.rows)
 
     def column_blocks(self) -> Iterator[slice]:
-        return _blocks(self.head.vocab_size, self.columns)
+        return blocks(self.head.vocab_size, self.columns)
 
     def upcast(self, x: Tensor) -> Tensor:
         return x.to(self.acc)
@@ -272,13 +284,13 @@ class _Tiles:
         z = self.logits(h, w, columns)
         chain = self.chain(z)
         g = z.sub_(sums.maximum[rows, None]).sub_(sums.log_total[rows, None]).exp_()
-        here, local = _locate(labels, columns)
+        here, local = locate(labels, columns)
         g.scatter_add_(1, local, here.to(g.dtype).neg_())
         if chain is not None:
             g.mul_(chain)
         return g.mul_(head.logit_scale) if head.logit_scale != 1.0 else g
 
 
-def _blocks(total: int, size: int) -> Iterator[slice]:
+def blocks(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))

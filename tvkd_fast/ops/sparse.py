@@ -1,0 +1,238 @@
+"""`linear_logps` with a sparse gradient: its settings, what it says of itself, and the registered ops.
+
+Letters: N tokens, D hidden, V vocabulary, E marked entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tvkd_fast.kernels.head import Head, HeadSums, MarkRule, Marks
+from tvkd_fast.ops import sparse_tiles
+from tvkd_fast.ops.break_even import break_even
+from tvkd_fast.ops.checks import check_finite, check_label_range
+from tvkd_fast.ops.dispatch import without_autocast
+from tvkd_fast.ops.head import kept_rows, spread
+from tvkd_fast.ops.tiles import accumulation_dtype
+
+GradMode = Literal["exact", "sparse", "auto"]
+Tail = Literal["even", "unbiased"]
+GRAD_MODES = ("exact", "sparse", "auto")
+TAILS = ("even", "unbiased")
+LARGEST_EPS = 2.0**-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSettings:
+    """What a sparse gradient leaves out; docs/numerics.md says what that costs."""
+
+    eps: float | None = None
+    """ε: softmax entries below it are not kept. None: 2⁻¹⁶ in float32 and float64, 2⁻¹⁴ in 16 bits."""
+    row_cap: int | None = None
+    """A row with more entries gets the exact gradient. None: V/16."""
+    tail: Tail = "even"
+    """What becomes of the rest: spread evenly over all other columns, or an entry kept with probability p/ε as ε."""
+    seed: int = 0
+    """Of the unbiased tail: another one a step."""
+    max_tail: float = 0.1
+    """Where the mean of what is left out, as probability, passes this, every row gets the exact gradient."""
+
+    def __post_init__(self) -> None:
+        if self.eps is not None and not 0 <= self.eps <= LARGEST_EPS:
+            raise ValueError(f"eps must lie in [0, 2**-4], got {self.eps}: 2**-14 and 2**-16 are the usual ones")
+        if self.row_cap is not None and self.row_cap < 1:
+            raise ValueError(
+                f"row_cap must be at least 1 entry, got {self.row_cap}; None is a sixteenth of the vocabulary"
+            )
+        if self.tail not in TAILS:
+            raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {self.tail!r}")
+        if not 0 <= self.max_tail <= 1:
+            raise ValueError(f"max_tail is a probability in [0, 1], got {self.max_tail}")
+
+    def eps_for(self, dtype: torch.dtype) -> float:
+        if self.eps is not None:
+            return self.eps
+        return 2.0**-14 if dtype in (torch.float16, torch.bfloat16) else 2.0**-16
+
+    def cap_for(self, vocab_size: int) -> int:
+        return max(1, vocab_size // 16) if self.row_cap is None else self.row_cap
+
+
+class HeadStats:
+    """What sparse gradients were made of, summed over calls on their device: reading it waits, adding does not."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+
+    def add(self, sums: Tensor) -> None:
+        """(5,): tokens, entries beside the labels', entries marked for them, Σ tail, dense rows, of one call."""
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def read(self) -> dict[str, float]:
+        """Over rows that were not dense, entries a token and mean tail; entries marked over entries kept, a dense row's
+        among the marked; the share of rows that were dense.
+        """
+        if self.sums is None:
+            return {}
+        tokens, entries, marked, tail, dense = self.sums.tolist()
+        sparse = max(tokens - dense, 1.0)
+        return {
+            "head_entries": entries / sparse,
+            "head_marked": marked / max(entries, 1.0),
+            "head_tail": tail / sparse,
+            "head_dense_rows": dense / max(tokens, 1.0),
+        }
+
+    def reset(self) -> None:
+        self.sums = None
+
+
+def check_grad_mode(grad_mode: str) -> None:
+    if grad_mode not in GRAD_MODES:
+        raise ValueError(f"grad_mode must be one of {', '.join(GRAD_MODES)}, got {grad_mode!r}")
+
+
+def _sparse_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    eps: float,
+    row_cap: int,
+    unbiased: bool,
+    seed: int,
+    max_tail: float,
+    measure: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities (N,); for the backward max z, log Σ exp(z − max z) and z at the label, (N,) each, and `Marks`;
+    then `HeadStats`' five sums.
+
+    `measure` takes every row as dense where that is quicker on this machine.
+    """
+    labels = labels.long()
+    check_label_range(labels, weight.shape[0], ignore_index)
+    head = Head(weight, bias, softcap, logit_scale)
+    limit = break_even(hidden.device, hidden.dtype, *weight.shape) if measure else float("inf")
+    rule = MarkRule(eps, row_cap, unbiased, seed, max_tail, limit)
+    with without_autocast(hidden):
+        kept = kept_rows(labels, ignore_index)
+        sums, marks = sparse_tiles.mark(hidden, head, labels if kept is None else labels[kept], rule, kept=kept)
+        sums = spread(sums, kept, hidden)
+        logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
+    check_finite(logps, hidden, weight, bias)
+    assert sums.target is not None
+    counted = labels != ignore_index
+    dense = marks.dense & counted
+    counts = torch.tensor([marks.count, marks.marked], dtype=torch.float64, device=hidden.device)
+    numbers = torch.stack(
+        [
+            counted.sum().double(),
+            *counts,
+            marks.tail.masked_fill(marks.dense | ~counted, 0.0).sum().double(),
+            dense.sum().double(),
+        ]
+    )
+    chain = logps.new_empty(0) if marks.chain is None else marks.chain
+    found = (marks.rows, marks.columns, marks.p, chain, marks.bounds, marks.tail, dense)
+    return logps, sums.maximum, sums.log_total, sums.target, *found, numbers
+
+
+def _sparse_gradients(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    maximum: Tensor,
+    log_total: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    p: Tensor,
+    chain: Tensor,
+    bounds: Tensor,
+    tail: Tensor,
+    dense: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by hidden, weight and bias; an empty tensor where none is wanted, since an op returns tensors only."""
+    labels = labels.long()
+    marks = Marks(rows, columns, p, chain if softcap is not None else None, bounds, tail, dense, marked=0)
+    with without_autocast(hidden):
+        kept = kept_rows(labels, ignore_index)
+        upstream = grad_logps.masked_fill(labels == ignore_index, 0.0)
+        numbers = (labels, maximum, log_total, target, upstream)
+        if kept is not None:
+            labels, maximum, log_total, target, upstream = (x[kept] for x in numbers)
+        grads = sparse_tiles.sparse_gradients(
+            hidden,
+            Head(weight, bias, softcap, logit_scale),
+            labels,
+            HeadSums(maximum, log_total, target=target),
+            marks,
+            upstream,
+            kept=kept,
+            want_hidden=want_hidden,
+            want_weight=want_weight,
+            want_bias=want_bias,
+        )
+    return tuple(hidden.new_empty(0) if x is None else x for x in (grads.hidden, grads.weight, grads.bias))  # type: ignore[return-value]
+
+
+sparse_op = torch.library.custom_op("tvkd_fast::sparse_logps", _sparse_logps, mutates_args=())
+sparse_gradients_op = torch.library.custom_op("tvkd_fast::sparse_logps_gradients", _sparse_gradients, mutates_args=())
+
+
+@sparse_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None, *_: Any) -> Any:
+    context = torch.library.get_ctx()
+    entries, tiles = context.new_dynamic_size(), context.new_dynamic_size(min=1)
+    dtype = accumulation_dtype(hidden.dtype)
+    tokens = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4)]
+    places = [hidden.new_empty(entries, dtype=torch.int32) for _ in range(2)]
+    chain = hidden.new_empty(0 if softcap is None else entries, dtype=dtype)
+    bounds = torch.empty(tiles, dtype=torch.int64)
+    tail, dense = torch.empty_like(tokens[0]), torch.empty_like(tokens[0], dtype=torch.bool)
+    sums = hidden.new_empty(5, dtype=torch.float64)
+    return *tokens, *places, hidden.new_empty(entries, dtype=dtype), chain, bounds, tail, dense, sums
+
+
+@sparse_gradients_op.register_fake
+def _(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = zip((hidden, weight, bias), args[-3:], strict=True)
+    return tuple(  # type: ignore[return-value]
+        hidden.new_empty(x.shape if want and x is not None else (0,)) for x, want in wanted
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, *settings = inputs
+    ctx.transforms = settings[:3]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[1:-1])
+
+
+def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Only create_graph=True comes here with gradients on; a constant would be passed off as a function.
+        raise RuntimeError("linear_logps can be differentiated once: its gradient's own gradient is not computed")
+    wants = ctx.needs_input_grad[:3]
+    grads = sparse_gradients_op(grad_logps, *ctx.saved_tensors, *ctx.transforms, *wants)
+    return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 10)
+
+
+sparse_op.register_autograd(_backward, setup_context=_keep)
