@@ -17,7 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from tvkd_fast.losses import segment_sums, shaping_returns, tvkd_loss
 from tvkd_fast.losses.shaping import TERMINALS
-from tvkd_fast.ops import dispatch, linear_entropy, linear_logps, linear_lse, linear_soft_values, logps
+from tvkd_fast.ops import (
+    HeadStats,
+    dispatch,
+    linear_entropy,
+    linear_logps,
+    linear_lse,
+    linear_soft_values,
+    logps,
+    sparse,
+)
 
 D, V, FEATURES = 6, 30, 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -93,6 +102,34 @@ def test_opcheck_of_the_values(kit: SimpleNamespace, dtype: torch.dtype, bias: b
     torch.library.opcheck(ops.linear_entropy.default, (*head, "torch"))
 
 
+def sparse_arguments(softcap: float | None, unbiased: bool = False) -> tuple[Any, ...]:
+    return (softcap, 0.5, -100, 2.0**-5, 100, unbiased, 3, 1.0, False)
+
+
+@every_dtype
+@pytest.mark.parametrize(("softcap", "wants"), [(None, (True, True, True)), (4.0, (True, False, True))], ids=str)
+def test_opcheck_of_sparse_logps(
+    kit: SimpleNamespace, dtype: torch.dtype, softcap: float | None, wants: tuple[bool, bool, bool]
+) -> None:
+    case = kit.case(11, D, V, dtype, bias=True, ignored=0.3)
+    inputs = [x.requires_grad_(want) for x, want in zip((case.hidden, case.weight, case.bias), wants, strict=True)]
+    torch.library.opcheck(ops.sparse_logps.default, (*inputs, case.labels, *sparse_arguments(softcap)))
+    plain = (*inputs[:2], None, case.labels, *sparse_arguments(softcap, unbiased=True))
+    torch.library.opcheck(ops.sparse_logps.default, plain)
+
+
+@every_dtype
+@pytest.mark.parametrize("wants", list(product([False, True], repeat=3)), ids=str)
+def test_opcheck_of_the_sparse_gradients(
+    kit: SimpleNamespace, dtype: torch.dtype, wants: tuple[bool, bool, bool]
+) -> None:
+    case = kit.case(11, D, V, dtype, bias=True, ignored=0.3)
+    tensors = (case.hidden, case.weight, case.bias, case.labels)
+    values, *found, _ = sparse._sparse_logps(*tensors, *sparse_arguments(4.0))
+    upstream = case.upstream.to(values.dtype)
+    torch.library.opcheck(ops.sparse_logps_gradients.default, (upstream, *tensors, *found, 4.0, 0.5, -100, *wants))
+
+
 def test_opcheck_of_what_is_not_contiguous_and_of_nothing(kit: SimpleNamespace) -> None:
     case = kit.case(11, D, V, bias=True)
     hidden, weight = case.hidden.T.contiguous().T.requires_grad_(), case.weight.repeat(1, 2)[:, ::2].requires_grad_()
@@ -109,8 +146,9 @@ def test_opcheck_of_what_is_not_contiguous_and_of_nothing(kit: SimpleNamespace) 
 class Step(nn.Module):
     """The training step in small: a model of one layer, its head, a teacher, the preference loss."""
 
-    def __init__(self, *, frozen: bool = False, **shaping: Any) -> None:
+    def __init__(self, *, frozen: bool = False, head: dict[str, Any] | None = None, **shaping: Any) -> None:
         super().__init__()
+        self.settings = head or {}
         draw = torch.Generator().manual_seed(0)
         self.body = nn.Linear(FEATURES, D)
         with torch.no_grad():
@@ -123,7 +161,7 @@ class Step(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         hidden = self.body(batch["features"])
-        per_token = linear_logps(hidden, self.head, batch["labels"], bias=self.head_bias, softcap=8.0)
+        per_token = linear_logps(hidden, self.head, batch["labels"], bias=self.head_bias, softcap=8.0, **self.settings)
         teacher = self.get_buffer("teacher").to(batch["states"].dtype)
         state_values = linear_soft_values(batch["states"], teacher, kappa=0.7, value_scale=0.1)
         psi = shaping_returns(state_values, batch["cu_states"], gamma=0.9, ended=batch.get("ended"), **self.shaping)
@@ -159,6 +197,19 @@ def test_a_frozen_head_in_one_graph(backend: str) -> None:
     torch.testing.assert_close(got, loss_and_gradients(model, model, batch), rtol=1e-5, atol=1e-6)
     everything = [trained(batch), *torch.autograd.grad(trained(batch), list(trained.body.parameters()))]
     torch.testing.assert_close(got, everything, rtol=1e-4, atol=1e-5)
+
+
+@compilers
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_a_sparse_head_in_one_graph(backend: str, frozen: bool) -> None:
+    settings = {"grad_mode": "sparse", "eps": 2.0**-5, "max_tail": 1.0, "row_cap": 100, "stats": HeadStats()}
+    model = Step(frozen=frozen, head=settings)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for lengths in ([3, 4, 2, 5], [7, 2, 6, 3]):
+        batch = batch_of(lengths)
+        got, want = (loss_and_gradients(step, model, batch) for step in (compiled, model))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert settings["stats"].read()["head_entries"] > 1
 
 
 @compilers

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,12 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from tvkd_fast.ops import linear_logps, linear_soft_values
+from tvkd_fast.ops import HeadStats, linear_logps, linear_soft_values
 
 op, n, d, v, dtype, options = json.loads(sys.argv[1])
 torch.set_num_threads(2)
+
+stats = HeadStats()
 
 def resident(which):
     status = Path("/proc/self/status").read_text()
@@ -31,6 +34,8 @@ def resident(which):
 def call(hidden, weight, bias, labels):
     if op == "soft_values":
         return linear_soft_values(hidden, weight, bias=bias, kappa=0.7, **options), []
+    if op == "sparse":
+        options.update(grad_mode="sparse", max_tail=1.0, stats=stats)
     if op == "frozen":
         weight, bias = weight.detach(), bias.detach()
     leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
@@ -45,11 +50,16 @@ def inputs(n, v):
 call(*inputs(64, 2048))
 arguments = inputs(n, v)
 arguments[3][::5] = -100
+stats.reset()
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
 result, gradients = call(*arguments)
 peak = resident("VmHWM")
 kept = sum(x.numel() * x.element_size() for x in (result, *gradients))
+if stats.sums is not None:
+    tokens, entries, _, _, dense = stats.sums.tolist()
+    assert dense < tokens / 2, f"{dense:.0f} of {tokens:.0f} rows are dense: this measures the exact gradient"
+    kept += entries * (16 if options.get('softcap') else 12)
 print(json.dumps(peak - before - kept))
 """
 
@@ -77,6 +87,7 @@ def test_no_tensor_of_logits_is_ever_made(kit: SimpleNamespace, dtype: torch.dty
     with kit.tile_sizes(workspace, 64), kit.Watch() as watch:
         kit.run(linear_logps, case)
         kit.run(linear_logps, case, frozen=True)
+        kit.run(partial(linear_logps, grad_mode="sparse", eps=2.0**-9, max_tail=1.0), case)
         linear_soft_values(case.hidden, case.weight, bias=case.bias, kappa=0.7, **transforms)
     assert 0 < watch.largest <= largest_by_right
 
@@ -102,6 +113,23 @@ def test_a_frozen_head_keeps_its_gradient_in_float32(dtype: str, options: dict[s
     used = beyond("frozen", 4096, 1024, 1024, dtype, **options)
     record_property("mebibytes", used)
     assert used <= 64 + 4096 * 1024 * 4 / MEBI
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "v", "dtype", "options"),
+    [
+        (4096, 256, 32_768, "float32", {}),
+        (4096, 256, 32_768, "bfloat16", {"softcap": 30.0}),
+        (16_384, 256, 4096, "float32", {"tail": "unbiased"}),
+    ],
+    ids=str,
+)
+def test_a_sparse_head_holds_its_entries_and_64_mb(
+    n: int, d: int, v: int, dtype: str, options: dict[str, Any], record_property: Any
+) -> None:
+    used = beyond("sparse", n, d, v, dtype, eps=2.0**-10, **options)
+    record_property("mebibytes", used)
+    assert used <= 64
 
 
 def test_soft_values_stay_within_64_mb(record_property: Any) -> None:

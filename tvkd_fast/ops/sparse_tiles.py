@@ -269,9 +269,13 @@ class _Parts:
         if head.softcap is not None:
             own *= 1.0 - (sums.target / head.softcap) ** 2
         self.own = own + self.even
-        p = marks.p if marks.chain is None else marks.p * marks.chain
-        rows = marks.rows.long()
-        self.entries = _placed(self.even, kept, c.new_zeros(n))[rows] - _placed(c, kept, c.new_zeros(n))[rows] * p
+        self.even_everywhere, self.c_everywhere = (_placed(x, kept, c.new_zeros(n)) for x in (self.even, c))
+
+    def entries(self, segment: slice) -> Tensor:
+        """The gradient by h·w less −u of a run of marks."""
+        marks, rows = self.marks, self.marks.rows[segment]
+        p = marks.p[segment] if marks.chain is None else marks.p[segment] * marks.chain[segment]
+        return self.even_everywhere.index_select(0, rows) - self.c_everywhere.index_select(0, rows) * p
 
     def by_hidden(self) -> Tensor:
         """Σ_j g_tj w_j [N, D], tile by tile in the forward's order: weight's rows are read while they are near."""
@@ -290,7 +294,7 @@ class _Parts:
                     marks.columns[segment] - columns.start,
                     tiles.upcast(weight[columns]),
                     torch.searchsorted(marks.rows[segment], edges, out_int32=True),
-                    self.entries[segment],
+                    self.entries(segment),
                 )
             total.addcmul_(self.own[rows, None], tiles.upcast(weight[self.labels[rows]]))
             grad[place] = total.addr_(self.even[rows], everyone, alpha=-1.0).to(grad.dtype)
@@ -314,41 +318,59 @@ class _Parts:
 
 
 class _ByColumn:
-    """The same entries by column, for what is summed over rows."""
+    """The same entries by column, a tile of columns at a time, for what is summed over rows."""
 
     def __init__(self, parts: _Parts) -> None:
         self.parts, self.tiles = parts, parts.tiles
-        v, device = parts.head.vocab_size, parts.hidden.device
-        columns, order = torch.cat([parts.marks.columns, parts.labels.int()]).sort(stable=True)
-        self.rows = torch.cat([parts.marks.rows, parts.place.int()])[order]
-        self.entries = torch.cat([parts.entries, parts.own])[order]
         self.everyone = parts.sum_of_states()
-        self.edges = torch.searchsorted(columns, torch.arange(v + 1, device=device, dtype=torch.int32), out_int32=True)
+        self.columns = list(parts.tiles.column_blocks())
+        self.bounds = parts.marks.bounds.tolist()
+        self.labels, self.order = parts.labels.int().sort(stable=True)
+        n, d = parts.hidden.shape
+        self.width = d if parts.hidden.dtype == self.tiles.acc else max(1, min(d, exact.WORKSPACE_FLOATS // max(n, 1)))
 
     def weight(self, columns: slice, total: Tensor) -> None:
         """Σ_t g_tj h_t of a slice of columns into `total` [C, D]."""
         parts, acc = self.parts, self.tiles.acc
-        n, d = parts.hidden.shape
-        as_it_is = parts.hidden.dtype == acc and parts.hidden.is_contiguous()
-        width = d if as_it_is else max(1, min(d, exact.WORKSPACE_FLOATS // max(n, 1)))
-        for features in blocks(d, width):
-            h = parts.hidden if as_it_is else parts.hidden[:, features].to(acc, memory_format=torch.contiguous_format)
-            for piece in blocks(columns.stop - columns.start, max(1, exact.WORKSPACE_FLOATS // 2 // width)):
-                there = slice(columns.start + piece.start, columns.start + piece.stop)
-                edges = self.edges[there.start : there.stop + 1]
-                segment = slice(int(edges[0]), int(edges[-1]))
-                gathered = bag(self.rows[segment], h, edges - edges[:1], self.entries[segment])
-                where = total[piece, features]
+        for which, tile in enumerate(self.columns):
+            there = slice(max(tile.start, columns.start), min(tile.stop, columns.stop))
+            if there.start >= there.stop:
+                continue
+            rows, entries, edges = self._found(which, there)
+            out = total[there.start - columns.start : there.stop - columns.start]
+            for features in blocks(total.shape[1], self.width):
+                h = parts.hidden[:, features].to(acc).contiguous()
+                gathered = bag(rows, h, edges, entries)
+                everyone = self.everyone[features]
                 if parts.live is None:
-                    torch.add(gathered, self.everyone[features], out=where)
+                    torch.add(gathered, everyone, out=out[:, features])
                 else:
-                    torch.addcmul(gathered, parts.live[there, None], self.everyone[features], out=where)
+                    torch.addcmul(gathered, parts.live[there, None], everyone, out=out[:, features])
 
     def bias(self) -> Tensor:
         """Σ_t g_tj (V,)."""
-        gathered = torch.segment_reduce(self.entries, "sum", lengths=self.edges.diff().long(), unsafe=True)
+        sums = []
+        for which, tile in enumerate(self.columns):
+            _, entries, edges = self._found(which, tile)
+            sums.append(torch.segment_reduce(entries, "sum", lengths=edges.diff().long(), unsafe=True))
         everyone = self.parts.even.sum()
-        return gathered - (everyone if self.parts.live is None else everyone * self.parts.live)
+        return torch.cat(sums) - (everyone if self.parts.live is None else everyone * self.parts.live)
+
+    def _found(self, which: int, there: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and gradients of the columns `there`, inside tile `which`, by column; where each column begins."""
+        parts, marks = self.parts, self.parts.marks
+        runs = range(which, len(self.bounds) - 1, len(self.columns))
+        segments = [slice(self.bounds[i], self.bounds[i + 1]) for i in runs]
+        ends = torch.tensor([there.start, there.stop], dtype=torch.int32, device=self.labels.device)
+        own = self.order[slice(*torch.searchsorted(self.labels, ends).tolist())]
+        columns = torch.cat([*(marks.columns[x] for x in segments), parts.labels[own].int()])
+        rows = torch.cat([*(marks.rows[x] for x in segments), parts.place[own].int()])
+        entries = torch.cat([*(parts.entries(x) for x in segments), parts.own[own]])
+        columns, order = columns.sort(stable=True)
+        edges = torch.arange(there.start, there.stop + 1, dtype=torch.int32, device=columns.device)
+        edges = torch.searchsorted(columns, edges, out_int32=True)
+        inside = order[int(edges[0]) : int(edges[-1])]
+        return rows[inside], entries[inside], edges - edges[:1]
 
 
 def bag(index: Tensor, rows: Tensor, edges: Tensor, factors: Tensor) -> Tensor:
