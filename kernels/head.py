@@ -102,7 +102,9 @@ class Marks:
     """(N,) Σ p·J over all that is not kept (less what unbiased entries carry of it)."""
     dense: Tensor
     """(N,) bool: rows without entries, whose gradient is to be the exact one."""
-    marked: int
+    below: Tensor | None = None
+    """(N,) Σ p·J over the entries under ε, kept or not: the tail, where it is even. Not needed by a backward."""
+    marked: int = 0
     """Entries that were marked before the finished softmax pruned them, dense rows' among them."""
 
     @property

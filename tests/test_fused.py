@@ -20,7 +20,7 @@ from tvkd_fast.fused import loss as fused_loss
 from tvkd_fast.fused import op as fused_op
 from tvkd_fast.fused.padded import response_states
 from tvkd_fast.losses import segment_sums, shaping_returns, tvkd_loss
-from tvkd_fast.ops import reference, soft_values
+from tvkd_fast.ops import HeadGradient, HeadStats, reference, soft_values
 from tvkd_fast.ops import values as values_ops
 
 D, V, TEACHER_D, TEACHER_V = 12, 50, 20, 70
@@ -367,6 +367,7 @@ def test_the_module_is_the_function(form: str) -> None:
         **{"softcap": 9.0, "logit_scale": 0.5, "teacher_softcap": 8.0, "teacher_logit_scale": 2.0, "ref_softcap": None},
         **{"ref_logit_scale": 0.7, "beta": 0.2, "alpha": -0.5, "gamma": 0.9, "terminal": "eos", "kappa": 0.7},
         **{"value_scale": 2.0, "value_from": "logprobs", "label_smoothing": 0.1, "ignore_index": -1, "impl": "torch"},
+        **{"gradient": HeadGradient(grad_mode="sparse", eps=2.0**-6), "stats": HeadStats()},
     }
     inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == -100, -1)
     module = FusedLinearTVKDLoss(**settings)
@@ -375,6 +376,34 @@ def test_the_module_is_the_function(form: str) -> None:
     assert "beta=0.2" in repr(module)
     assert "terminal='eos'" in repr(module)
     assert not list(module.parameters())
+
+
+@every_form
+@every_case
+def test_a_sparse_gradient_that_keeps_everything_is_the_exact_one(form: str, name: str) -> None:
+    inputs, stats = case_of(form, name, torch.float64), HeadStats()
+    gradient = HeadGradient(grad_mode="sparse", eps=0.0, row_cap=V)
+    leaves = [inputs[key] for key in ("policy_hidden", "policy_weight", "policy_bias") if inputs[key] is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    exact = fused_linear_tvkd_loss(**inputs)
+    sparse = fused_linear_tvkd_loss(**inputs, gradient=gradient, stats=stats)
+    for field in fields(TVKDOutput):
+        torch.testing.assert_close(getattr(sparse, field.name), getattr(exact, field.name))
+    torch.testing.assert_close(torch.autograd.grad(sparse.loss, leaves), torch.autograd.grad(exact.loss, leaves))
+    assert stats.read()["head_entries"] == V - 1
+
+
+@every_form
+def test_a_sparse_loss_in_one_graph(form: str) -> None:
+    torch._dynamo.reset()
+    inputs = case_of(form, "as it comes")
+    hidden = inputs["policy_hidden"].requires_grad_()
+    gradient = HeadGradient(grad_mode="sparse", eps=2.0**-6, max_tail=1.0)
+    compiled = torch.compile(fused_linear_tvkd_loss, fullgraph=True, backend="aot_eager")
+    got, want = (f(**inputs, gradient=gradient).loss for f in (compiled, fused_linear_tvkd_loss))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x, hidden) for x in (got, want)))
 
 
 def test_the_modules_defaults_are_the_functions() -> None:

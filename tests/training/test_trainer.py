@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tvkd_fast.ops import HeadGradient
 from tvkd_fast.training import trainer as trainer_module
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import OptimConfig, TrainConfig
@@ -51,6 +53,58 @@ def test_a_tiny_policy_learns_the_rule(objective, make_config, run):
     assert [line["step"] for line in evals] == [10, 20, 30, 40]
     assert evals[-1]["eval/accuracy"] == pytest.approx(evaluation.accuracy)
     assert evals[-1]["eval/pairs"] == 10
+
+
+SPARSE = {"grad_mode": "sparse", "eps": 2.0**-8, "row_cap": 10**6, "max_tail": 1.0}
+
+
+@pytest.mark.parametrize("head", [SPARSE, SPARSE | {"tail": "unbiased"}], ids=["even", "unbiased"])
+def test_a_sparse_head_learns_and_says_what_it_kept(head, make_config, run):
+    config = make_config(objective="dpo", max_steps=40, pairs_per_step=8, log_every=5, head=HeadGradient(**head))
+    evaluation = run(config)
+    log = [line for line in lines(config) if "loss" in line]
+    assert evaluation.accuracy > 0.8
+    assert all(line["head_dense_rows"] == 0 and line["head_entries"] > 1 for line in log)
+    assert all(0 <= line["head_tail"] < 0.6 and line["head_marked"] >= 1 for line in log)
+
+
+def test_a_sparse_head_that_keeps_everything_trains_as_an_exact_one(make_config, run, files):
+    head = HeadGradient(**SPARSE | {"eps": 0.0})
+    exact, sparse = (
+        make_config(output_dir=str(files / name), **changes)
+        for name, changes in (("exact", {}), ("sparse", {"head": head}))
+    )
+    run(exact)
+    run(sparse)
+    losses = [[line["loss"] for line in lines(config) if "loss" in line] for config in (exact, sparse)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_a_model_too_flat_is_trained_exactly_and_says_so(make_config, run):
+    run(make_config(head=HeadGradient(grad_mode="sparse", eps=2.0**-4, max_tail=0.01)))
+    # A random model of 262 tokens has no entry of 1/16.
+    (line, *_) = [line for line in lines(make_config()) if "loss" in line]
+    assert line["head_dense_rows"] == 1
+
+
+@pytest.mark.parametrize("tail", ["even", "unbiased"])
+def test_a_sparse_run_resumes_bit_for_bit(tail, make_config, run, files):
+    settings = {"head": HeadGradient(**SPARSE | {"tail": tail}), "max_steps": 6, "save_every": 3}
+    whole = make_config(output_dir=str(files / "whole"), **settings)
+    run(whole)
+    cut = make_config(output_dir=str(files / "cut"), **settings)
+    run(cut)
+    for path in (Path(cut.output_dir) / "checkpoints").glob("*6"):
+        shutil.rmtree(path)
+    run(cut)
+    assert same(weights(whole), weights(cut))
+    assert training_lines(whole) == training_lines(cut)
+
+
+def test_another_gradient_is_another_run(make_config, run):
+    run(make_config(max_steps=6, save_every=3))
+    with pytest.raises(CheckpointError, match="made with another head"):
+        run(make_config(max_steps=6, save_every=3, head=HeadGradient(grad_mode="sparse")))
 
 
 def test_the_final_folder_loads_and_answers(make_config, run, chatml):

@@ -6,6 +6,7 @@ hidden (each model's own), V vocabulary, T tokens of a padded row.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -19,17 +20,20 @@ from tvkd_fast.fused.checks import (
     check_sources,
     naming,
 )
+from tvkd_fast.fused.epilogue import Preference, torch_epilogue
 from tvkd_fast.fused.op import fused_op
-from tvkd_fast.fused.padded import response_states, rows_of
+from tvkd_fast.fused.padded import packed_form, response_states, rows_of
 from tvkd_fast.kernels.head import Head
 from tvkd_fast.losses import TVKDOutput
 from tvkd_fast.losses.shaping import Terminal
-from tvkd_fast.ops import linear_logps, linear_soft_values
+from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_soft_values
 from tvkd_fast.ops.checks import check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.head import head_input
 from tvkd_fast.ops.logps import streams
 from tvkd_fast.ops.values import ValueFrom
+
+EXACT = HeadGradient()
 
 
 def fused_linear_tvkd_loss(
@@ -64,6 +68,8 @@ def fused_linear_tvkd_loss(
     value_from: ValueFrom = "logits",
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    gradient: HeadGradient = EXACT,
+    stats: HeadStats | None = None,
     impl: Impl = "auto",
 ) -> TVKDOutput:
     """TVKD's loss (arXiv 2509.16965) from hidden states, without ever holding logits of policy, reference or teacher.
@@ -99,6 +105,8 @@ def fused_linear_tvkd_loss(
         gamma, terminal: as in `shaping_returns`.
         kappa, value_from: as in `linear_soft_values`.
         value_scale: b; beta where None, which is the paper's.
+        gradient: how the policy's head is differentiated: exactly, or sparse (`linear_logps`), by `HeadGradient`.
+        stats: a `HeadStats` that a sparse call adds its numbers to.
         impl: as in `linear_logps`; "triton" takes the head and everything after it in kernels.
 
     Returns:
@@ -158,6 +166,35 @@ def fused_linear_tvkd_loss(
                 impl=impl,
             )
 
+    if gradient.grad_mode != "exact":
+        cu_seqlens, values, cu_states, ended = packed_form(labels, cu_seqlens, values, cu_states, ended, ignore_index)
+        given = Preference(
+            cu_seqlens=cu_seqlens,
+            ref_token_logps=ref_token_logps,
+            ref_logps=ref_logps,
+            values=values,
+            cu_states=cu_states,
+            ended=ended,
+            psi=psi,
+            beta=beta,
+            alpha=alpha,
+            gamma=gamma,
+            terminal=terminal,
+            label_smoothing=label_smoothing,
+        )
+        logps = linear_logps(
+            hidden,
+            head.weight,
+            flat_labels,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            ignore_index=ignore_index,
+            stats=stats,
+            impl=impl,
+            **asdict(gradient),
+        )
+        return torch_epilogue(logps, given)[0]
     numbers = fused_op(
         hidden,
         head.weight,

@@ -7,9 +7,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tvkd_fast.fused.checks import check_settings
-from tvkd_fast.fused.loss import fused_linear_tvkd_loss
+from tvkd_fast.fused.loss import EXACT, fused_linear_tvkd_loss
 from tvkd_fast.losses import TVKDOutput
 from tvkd_fast.losses.shaping import Terminal
+from tvkd_fast.ops import HeadGradient, HeadStats
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.values import ValueFrom
 
@@ -35,6 +36,8 @@ class FusedLinearTVKDLoss(nn.Module):
         value_from: ValueFrom = "logits",
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        gradient: HeadGradient = EXACT,
+        stats: HeadStats | None = None,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
@@ -55,6 +58,8 @@ class FusedLinearTVKDLoss(nn.Module):
             "value_from": value_from,
             "label_smoothing": label_smoothing,
             "ignore_index": ignore_index,
+            "gradient": gradient,
+            "stats": stats,
             "impl": impl,
         }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.fused.epilogue import Preference, torch_epilogue, triton_epilogue
-from tvkd_fast.fused.padded import check_runs, packed_states, row_boundaries
+from tvkd_fast.fused.padded import packed_form
 from tvkd_fast.kernels.head import Head
 from tvkd_fast.losses.segments import check_boundaries
 from tvkd_fast.losses.shaping import Terminal
@@ -53,11 +53,7 @@ def _fused(
 
     hidden [N, D] of both forms; labels (N,), or [2P, T] where cu_seqlens is None.
     """
-    if cu_seqlens is None:
-        check_runs(labels, ignore_index)
-        cu_seqlens = row_boundaries(labels)
-        if values is not None:
-            values, cu_states, ended = packed_states(values, labels, ignore_index, ended)
+    cu_seqlens, values, cu_states, ended = packed_form(labels, cu_seqlens, values, cu_states, ended, ignore_index)
     check_boundaries("cu_seqlens", cu_seqlens, hidden.shape[0])
     labels = labels.flatten().long()
     check_label_range(labels, weight.shape[0], ignore_index)

@@ -37,6 +37,24 @@ def check_runs(labels: Tensor, ignore_index: int) -> None:
         )
 
 
+def packed_form(
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    values: Tensor | None,
+    cu_states: Tensor | None,
+    ended: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Boundaries, values, their boundaries and `ended` of the packed form, from either."""
+    if cu_seqlens is not None:
+        return cu_seqlens, values, cu_states, ended
+    if not torch.compiler.is_compiling():
+        check_runs(labels, ignore_index)
+    if values is None:
+        return row_boundaries(labels), None, cu_states, ended
+    return row_boundaries(labels), *packed_states(values, labels, ignore_index, ended)
+
+
 def response_states(labels: Tensor, ignore_index: int) -> Tensor:
     """[2P, T+1] bool: of a run labels[i, a:b] the states a to b, which are one more."""
     kept = labels != ignore_index

@@ -5,13 +5,13 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tvkd_fast.ops import linear_logps, linear_lse
+from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_lse
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,13 @@ class FusedLMHead(nn.Linear):
 
     `forward(hidden)` returns the plain product, as the layer it replaces did: the model applies its own transforms.
     `forward(hidden, labels)` returns `linear_logps` (N,), and `forward(hidden, kappa=κ)` returns `linear_lse`, both
-    with this head's transforms and without logits.
+    with this head's transforms and without logits. `gradient` says how the first is differentiated, and `stats`
+    collects what its sparse gradients were made of, where it is set.
     """
 
     transforms: HeadTransforms
+    gradient: HeadGradient = HeadGradient()
+    stats: HeadStats | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Module, transforms: HeadTransforms) -> FusedLMHead:
@@ -84,4 +87,4 @@ class FusedLMHead(nn.Linear):
         if kappa is not None:
             return linear_lse(hidden, self.weight, kappa=kappa, **options)
         assert labels is not None
-        return linear_logps(hidden, self.weight, labels, **options)
+        return linear_logps(hidden, self.weight, labels, **options, **asdict(self.gradient), stats=self.stats)

@@ -14,7 +14,7 @@ from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, check_impl
 from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes
-from tvkd_fast.ops.sparse import GradMode, HeadStats, SparseSettings, Tail, check_grad_mode, sparse_op
+from tvkd_fast.ops.sparse import GradMode, HeadGradient, HeadStats, Tail, sparse_op
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 
@@ -31,7 +31,7 @@ def linear_logps(
     eps: float | None = None,
     row_cap: int | None = None,
     tail: Tail = "even",
-    seed: int = 0,
+    seed: int | None = None,
     max_tail: float = 0.1,
     stats: HeadStats | None = None,
     impl: Impl = "auto",
@@ -61,7 +61,7 @@ def linear_logps(
         row_cap: a row with more entries gets the exact gradient, recomputed; None is V/16.
         tail: "even", or "unbiased": an entry p < ε is kept with probability p/ε as ε, by a hash of `seed`, row and
             column, so that each is right on average over seeds.
-        seed: of the unbiased tail; another one a step.
+        seed: of the unbiased tail; None draws one a call from torch's generator (give one under `torch.compile`).
         max_tail: where the mean of what is left out passes this probability, every row gets the exact gradient.
         stats: a `HeadStats` that a sparse call adds its numbers to.
         impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where it can be had. What
@@ -82,8 +82,7 @@ def linear_logps(
         RuntimeError: a second derivative, a forward-mode one, a torch.func transform.
     """
     check_impl(impl)
-    check_grad_mode(grad_mode)
-    settings = SparseSettings(eps=eps, row_cap=row_cap, tail=tail, seed=seed, max_tail=max_tail)
+    settings = HeadGradient(grad_mode=grad_mode, eps=eps, row_cap=row_cap, tail=tail, seed=seed, max_tail=max_tail)
     check_transforms("linear_logps", hidden, weight, bias)
     hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
     check_labels(labels, hidden)
@@ -102,7 +101,7 @@ def linear_logps(
             settings.eps_for(hidden.dtype),
             settings.cap_for(head.vocab_size),
             tail == "unbiased",
-            seed,
+            settings.seed_for(),
             max_tail,
             grad_mode == "auto",
         )

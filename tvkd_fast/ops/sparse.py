@@ -27,21 +27,25 @@ LARGEST_EPS = 2.0**-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseSettings:
-    """What a sparse gradient leaves out; docs/numerics.md says what that costs."""
+class HeadGradient:
+    """How the head's gradient is made: exactly, or from the softmax's few entries (docs/numerics.md, what it costs)."""
 
+    grad_mode: GradMode = "exact"
+    """exact; sparse; or auto, which is sparse but for calls with more entries than pay on this machine."""
     eps: float | None = None
     """ε: softmax entries below it are not kept. None: 2⁻¹⁶ in float32 and float64, 2⁻¹⁴ in 16 bits."""
     row_cap: int | None = None
     """A row with more entries gets the exact gradient. None: V/16."""
     tail: Tail = "even"
     """What becomes of the rest: spread evenly over all other columns, or an entry kept with probability p/ε as ε."""
-    seed: int = 0
-    """Of the unbiased tail: another one a step."""
+    seed: int | None = None
+    """Of the unbiased tail; None draws one a call from torch's generator."""
     max_tail: float = 0.1
     """Where the mean of what is left out, as probability, passes this, every row gets the exact gradient."""
 
     def __post_init__(self) -> None:
+        if self.grad_mode not in GRAD_MODES:
+            raise ValueError(f"grad_mode must be one of {', '.join(GRAD_MODES)}, got {self.grad_mode!r}")
         if self.eps is not None and not 0 <= self.eps <= LARGEST_EPS:
             raise ValueError(f"eps must lie in [0, 2**-4], got {self.eps}: 2**-14 and 2**-16 are the usual ones")
         if self.row_cap is not None and self.row_cap < 1:
@@ -57,6 +61,11 @@ class SparseSettings:
         if self.eps is not None:
             return self.eps
         return 2.0**-14 if dtype in (torch.float16, torch.bfloat16) else 2.0**-16
+
+    def seed_for(self) -> int:
+        if self.tail == "even":
+            return 0
+        return int(torch.randint(2**31, ())) if self.seed is None else self.seed
 
     def cap_for(self, vocab_size: int) -> int:
         return max(1, vocab_size // 16) if self.row_cap is None else self.row_cap
@@ -91,11 +100,6 @@ class HeadStats:
         self.sums = None
 
 
-def check_grad_mode(grad_mode: str) -> None:
-    if grad_mode not in GRAD_MODES:
-        raise ValueError(f"grad_mode must be one of {', '.join(GRAD_MODES)}, got {grad_mode!r}")
-
-
 def _sparse_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -128,6 +132,7 @@ def _sparse_logps(
         logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
     assert sums.target is not None
+    assert marks.below is not None
     counted = labels != ignore_index
     dense = marks.dense & counted
     counts = torch.tensor([marks.count, marks.marked], dtype=torch.float64, device=hidden.device)
@@ -135,7 +140,7 @@ def _sparse_logps(
         [
             counted.sum().double(),
             *counts,
-            marks.tail.masked_fill(marks.dense | ~counted, 0.0).sum().double(),
+            marks.below.masked_fill(marks.dense | ~counted, 0.0).sum().double(),
             dense.sum().double(),
         ]
     )
@@ -169,7 +174,7 @@ def _sparse_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by hidden, weight and bias; an empty tensor where none is wanted, since an op returns tensors only."""
     labels = labels.long()
-    marks = Marks(rows, columns, p, chain if softcap is not None else None, bounds, tail, dense, marked=0)
+    marks = Marks(rows, columns, p, chain if softcap is not None else None, bounds, tail, dense)
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
         upstream = grad_logps.masked_fill(labels == ignore_index, 0.0)

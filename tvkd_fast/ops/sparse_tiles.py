@@ -32,7 +32,8 @@ def mark(
     tiles = Tiles(hidden, head, kept)
     maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
     log_total, target = torch.empty_like(maximum), torch.full_like(maximum, torch.nan)
-    tail, dense = torch.zeros_like(maximum), torch.zeros_like(maximum, dtype=torch.bool)
+    tail, below = torch.zeros_like(maximum), torch.zeros_like(maximum)
+    dense = torch.zeros_like(maximum, dtype=torch.bool)
     found: list[_Entries] = []
     marked = 0
     for rows in tiles.row_blocks():
@@ -47,9 +48,9 @@ def mark(
             block.total.add_(h.sum(1).mul_(0.0))
         maximum[rows], log_total[rows] = block.maximum, block.total.log()
         marked += sum(entries.rows.shape[0] for entries, _ in block.found)
-        entries, tail[rows], dense[rows] = block.finish(target[rows])
+        entries, tail[rows], below[rows], dense[rows] = block.finish(target[rows])
         found += entries
-    if _too_flat(found, tail.masked_fill(dense, 0.0), dense, rule):
+    if _too_flat(found, below.masked_fill(dense, 0.0), dense, rule):
         dense, found = torch.ones_like(dense), [x.none() for x in found]
     flat = _joined(found, hidden, tiles.acc, chained=head.softcap is not None)
     bounds = torch.tensor([0, *(x.rows.shape[0] for x in found)]).cumsum(0)
@@ -62,6 +63,7 @@ def mark(
         bounds=bounds,
         tail=_placed(tail, kept, everywhere),
         dense=_placed(dense, kept, everywhere.bool()),
+        below=_placed(below, kept, everywhere),
         marked=marked,
     )
     return HeadSums(maximum, log_total, target=target), marks
@@ -176,24 +178,27 @@ class _Block:
         self.counts += torch.bincount(row, minlength=r)
         self.found.append((entries, shift))
 
-    def finish(self, target: Tensor) -> tuple[list[_Entries], Tensor, Tensor]:
-        """What is kept, its rows hidden's and p final; the tails; which rows are dense."""
+    def finish(self, target: Tensor) -> tuple[list[_Entries], Tensor, Tensor, Tensor]:
+        """What is kept, its rows hidden's and p final; the tails less what is sampled of them; the tails; dense rows."""
         softcap, dense = self.tiles.head.softcap, self.counts > self.rule.row_cap
         top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
         logp = target - top - self.total.log()
         tail = torch.expm1(logp).neg_()
         if softcap is not None:
             tail = self.total_chain / self.total - logp.exp() * (1.0 - (target / softcap) ** 2)
-        kept = []
+        kept, below = [], tail.clone()
         for entries, shift in self.found:
             scale = (shift - top).exp_().div_(self.total)
             final = self._final(entries, scale, dense)
             weighted = final.p if final.chain is None else final.p * final.chain
             lengths = torch.bincount(final.rows, minlength=tail.shape[0])
             tail -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
+            if self.dice is not None:
+                weighted = weighted.masked_fill(final.p <= self.rule.eps, 0.0)
+                below -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
             rows = self.place[final.rows]
             kept.append(_Entries(rows.int(), final.columns.int(), final.p, final.chain))
-        return kept, tail, dense
+        return kept, tail, tail if self.dice is None else below, dense
 
     def _final(self, entries: _Entries, scale: Tensor, dense: Tensor) -> _Entries:
         p = entries.p * scale.index_select(0, entries.rows)
@@ -378,11 +383,11 @@ def bag(index: Tensor, rows: Tensor, edges: Tensor, factors: Tensor) -> Tensor:
     return embedding_bag(index, rows, edges, per_sample_weights=factors, mode="sum", include_last_offset=True)
 
 
-def _too_flat(found: list[_Entries], tail: Tensor, dense: Tensor, rule: MarkRule) -> bool:
+def _too_flat(found: list[_Entries], below: Tensor, dense: Tensor, rule: MarkRule) -> bool:
     """Whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
     sparse = int(dense.logical_not().sum())
     entries = sum(x.rows.shape[0] for x in found)
-    return sparse > 0 and (float(tail.sum()) > rule.max_tail * sparse or entries > rule.max_entries * sparse)
+    return sparse > 0 and (float(below.sum()) > rule.max_tail * sparse or entries > rule.max_entries * sparse)
 
 
 def _joined(found: list[_Entries], hidden: Tensor, acc: torch.dtype, *, chained: bool) -> _Entries:

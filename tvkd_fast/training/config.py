@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tvkd_fast.losses import check_discount, check_preference_settings
-from tvkd_fast.ops import check_kappa
+from tvkd_fast.ops import HeadGradient, check_kappa
 
 
 @dataclass(kw_only=True)
@@ -140,6 +140,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadGradient = field(default_factory=HeadGradient)
     max_steps: int | None = None
     """Optimizer steps; `epochs` over the data where not given."""
     epochs: float = 1.0

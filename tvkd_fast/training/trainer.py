@@ -12,6 +12,7 @@ import torch
 
 from tvkd_fast.data import PairBatch, PairDataset, micro_batches, pairs_of_step
 from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.ops import HeadStats
 from tvkd_fast.training.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -58,6 +59,7 @@ class Trainer:
         self.config, self.policy, self.scorer, self.dataset = config, policy, scorer, dataset
         self.held_out, self.held_out_scorer = held_out, held_out_scorer
         self.show_progress = show_progress
+        policy.head.gradient, policy.head.stats = config.head, HeadStats()
         self.folder = Path(config.output_dir)
         self.max_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / config.pairs_per_step))
         self.device = next(policy.parameters()).device
@@ -103,6 +105,7 @@ class Trainer:
                 if number % self.config.log_every == 0 or last:
                     metrics = {"step": number, **step_metrics(out), "lr": lr}
                     metrics |= {"tokens_per_s": tokens / busy, "pairs_per_s": pairs / busy}
+                    metrics |= self._head_metrics()
                     log.write(metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
                     tokens, pairs, busy = 0, 0, 0.0
@@ -159,6 +162,15 @@ class Trainer:
             group["lr"] = lr
         return lr
 
+    def _head_metrics(self) -> dict[str, float]:
+        """What the sparse gradients since the last line were made of; nothing where they were exact."""
+        stats = self.policy.head.stats
+        if stats is None:
+            return {}
+        numbers = stats.read()
+        stats.reset()
+        return numbers
+
     def _evaluate(self) -> Evaluation:
         assert self.held_out is not None
         return evaluate(
@@ -178,6 +190,7 @@ def _trajectory(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names} | {
         "loss": asdict(config.loss),
         "optim": _plain(config.optim),
+        "head": asdict(config.head),
     }
 
 
