@@ -1,35 +1,71 @@
-"""The vocabulary head, forward and backward: ours beside eager torch and the bare product, time and memory.
+"""The vocabulary head on a CPU, forward and backward: ours beside its peers and beside the bare product.
 
-    python -m bench.head --json docs/results/head.json
+    tvkd bench head --shape 4096x576x49152 --json FILE       (or python -m bench.head)
 
-Time: all in one process, interleaved, medians, after the gradients were compared; the product is the fastest of six
-tilings. A frozen head's weight wants no gradient. Memory: each in a process of its own, the peak of resident memory
-(VmHWM, reset before) beyond inputs, result and gradients. Linux only.
+Each contender has a process of its own. In its first run its gradients are held to float64 and its peak memory is read
+(VmHWM, reset before, beyond inputs and gradients); what is wrong is not timed further. Then all are run in rounds; the
+figures are medians. The product, which all is measured against, is the fastest of six tilings. A shape that the packaged model has is measured
+on that model's states over preference data (`--data`), any other on made ones that say so. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.machine import made_by
-from tvkd_fast import linear_logps
+from bench.runners import Runner
+from bench.states import States, load_states
+from bench.truth import Truth, errors, load_truth
+from tvkd_fast import HeadStats, linear_logps, linear_soft_values
+from tvkd_fast.ops import marking
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""hidden [N, D], weight [V, D] and labels (N,) to log-probabilities (N,)."""
 
-
-TILINGS = ((512, 4096), (1024, 2048), (1024, 8192), (2048, 4096), (4096, 4096), (4096, 49152))
+TILINGS = ((512, 4096), (1024, 2048), (1024, 8192), (2048, 1024), (2048, 4096), (4096, 1024), (4096, 49152))
 """Rows and columns of the forward product's blocks that the floor is the fastest of."""
+FOLDER = Path("out/bench")
+PACKAGED = (576, 49152)
+PAIRS = 4
+BETA = 0.1
+LIMITS = {"exact": 1e-4, "2^-14": 5e-2, "2^-16": 2e-2, "unbiased 2^-14": 1e-1}
+"""A contender whose relative error by float64 is beyond this is wrong, and not timed."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    run: Head
+    limit: float = LIMITS["exact"]
+    frozen: bool = False
+    """Its weight wants no gradient."""
+    reuse: bool = False
+    """Its gradients' memory was touched before."""
+    needs: str | None = None
+    """A module, or a program, without which it is left out."""
+    preference: bool = False
+    """Goes backward from its own DPO loss over four pairs, without a reference, and not from given coefficients."""
+    forward: bool = False
+    """Teacher values: no gradient."""
+    compiles: bool = False
+    """For a shape: its first call is not its own time nor memory."""
 
 
 def product(hidden: Tensor, weight: Tensor, tiling: tuple[int, int]) -> None:
@@ -45,115 +81,259 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return (hidden @ weight.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
-def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return linear_logps(hidden, weight, labels)
+def eager_logsumexp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    return logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def frozen(run: Run) -> Run:
-    return lambda hidden, weight, labels: run(hidden, weight.detach(), labels)
+def compiled() -> Head:
+    return torch.compile(eager, dynamic=False)
 
 
-RUNS: dict[str, Run] = {
-    "eager": eager,
-    "tvkd_fast": ours,
-    "eager, frozen head": frozen(eager),
-    "tvkd_fast, frozen head": frozen(ours),
-}
+def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(hidden @ weight.T, labels)
 
 
-def inputs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def cce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="torch_compile")
+
+
+def liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """A loss, not log-probabilities."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compiled=shutil.which("g++") is not None)
+    return loss(weight, _sequences(hidden), _sequences(labels))[0]
+
+
+def preference_coefficients(logps: Tensor) -> Tensor:
+    """(N,) dL/dlogp of DPO without a reference, the mean over four pairs of equal lengths, chosen first."""
+    chosen, rejected = _sequences(logps).sum(1).chunk(2)
+    by_pair = -BETA * torch.sigmoid(-BETA * (chosen - rejected)) / PAIRS
+    return torch.cat([by_pair, -by_pair]).repeat_interleave(len(logps) // (2 * PAIRS))
+
+
+def _sequences(tokens: Tensor) -> Tensor:
+    return tokens.unflatten(0, (2 * PAIRS, -1))
+
+
+def in_torch(run: Head) -> Head:
+    """Without the numba extra, in a process that takes this and nothing else."""
+
+    def without(*args: Tensor) -> Tensor:
+        marking.native = lambda z: None
+        return run(*args)
+
+    return without
+
+
+def values(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return linear_soft_values(hidden, weight)
+
+
+def contenders() -> dict[str, Contender]:
+    def sparse(eps: float, **options: Any) -> Head:
+        return partial(linear_logps, grad_mode="sparse", eps=eps, **options)
+
+    small, smaller = Contender(sparse(2.0**-14), LIMITS["2^-14"]), Contender(sparse(2.0**-16), LIMITS["2^-16"])
+    unbiased = Contender(sparse(2.0**-14, tail="unbiased", seed=0), LIMITS["unbiased 2^-14"])
+    return {
+        "tvkd_fast, sparse 2^-14": small,
+        "tvkd_fast, sparse 2^-14, memory touched": replace(small, reuse=True),
+        "tvkd_fast, sparse 2^-14, without numba": replace(small, run=in_torch(small.run)),
+        "tvkd_fast, sparse 2^-16": smaller,
+        "tvkd_fast, sparse 2^-14, unbiased": unbiased,
+        "tvkd_fast, sparse 2^-14, frozen head": replace(small, frozen=True),
+        "tvkd_fast, exact": Contender(linear_logps),
+        "tvkd_fast, exact, frozen head": Contender(linear_logps, frozen=True),
+        "tvkd_fast, values": Contender(values, forward=True),
+        "eager log-softmax": Contender(eager),
+        "eager logsumexp": Contender(eager_logsumexp),
+        "torch.compile": Contender(lambda *args: _compiled()(*args), needs="g++", compiles=True),
+        "TRL, eager head": Contender(trl, needs="trl"),
+        "CCE, torch_compile": Contender(cce, needs="cut_cross_entropy", compiles=True),
+        "Liger, fused DPO": Contender(liger_dpo, needs="liger_kernel", preference=True),
+    }
+
+
+_COMPILED: list[Head] = []
+
+
+def _compiled() -> Head:
+    if not _COMPILED:
+        _COMPILED.append(compiled())
+    return _COMPILED[0]
+
+
+def there(contender: Contender) -> bool:
+    needs = contender.needs
+    return needs is None or shutil.which(needs) is not None or importlib.util.find_spec(needs) is not None
+
+
+def job(contender: Contender, states: States) -> Callable[[], Any]:
+    """Forward and backward: log-probabilities and gradients, in a process of its own."""
+    hidden = states.hidden.clone().requires_grad_(not contender.forward)
+    weight = states.weight.detach() if contender.frozen or contender.forward else states.weight.requires_grad_()
+
+    def go(hidden: Tensor, weight: Tensor, labels: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x for x in (hidden, weight) if x.requires_grad]
+        out = contender.run(hidden, weight, labels)
+        if not leaves:
+            return (out,)
+        loss = out if contender.preference else (out * coefficients).sum()
+        return (out.detach(), *torch.autograd.grad(loss, leaves))
+
+    # The libraries' threads and buffers, and what they compile, are made before: they are nobody's memory.
+    few = slice(0, 2 * PAIRS * 8)
+    small = (hidden[few], weight[:4096], states.labels[few].clamp(max=4095), states.coefficients[few])
+    if contender.compiles:
+        small = (hidden, weight, states.labels, states.coefficients)
+    go(*small)
+    # The inputs' pages, shared with the parent, count once they have been touched.
+    weight.detach().sum()
+    return partial(go, hidden, weight, states.labels, states.coefficients)
+
+
+def floor_job(states: States) -> Callable[[], Any]:
+    return lambda: fastest_tiling(states)
+
+
+def fastest_tiling(states: States) -> tuple[int, int]:
+    taken = {}
+    for tiling in TILINGS:
+        runs = []
+        for _ in range(2):
+            since = time.perf_counter()
+            product(states.hidden, states.weight, tiling)
+            runs.append(time.perf_counter() - since)
+        taken[tiling] = min(runs)
+    return min(taken, key=taken.__getitem__)
+
+
+def measure(states: States, truth: Truth, chosen: dict[str, Contender], rounds: int, threads: int) -> dict[str, Any]:
+    floor = Runner(lambda: floor_job(states), lambda tiling: tiling, threads=threads, reuse=False)
+    runners, rows = {}, {}
+    for name, contender in chosen.items():
+        makes = partial(job, contender, states)
+        judge = partial(errors, truth, preference=contender.preference)
+        runners[name] = Runner(makes, judge, threads=threads, reuse=contender.reuse)
+    tiling, _, _ = floor.check()
+    floor.close()
+    bare = Runner(lambda: partial(product, states.hidden, states.weight, tiling), id, threads=threads, reuse=False)
+    taken: dict[str, list[float]] = {}
+    floors: list[float] = []
+    for name, runner in list(runners.items()):
+        contender, row = chosen[name], {"name": name}
+        rows[name] = row
+        try:
+            floors.append(bare.seconds())
+            found, peak, seconds = runner.check()
+            taken[name] = [seconds]
+            row |= found | {"peak_mb": (peak - _held(contender, states)) / 2**20}
+        except RuntimeError as error:
+            row["refused"] = str(error).splitlines()[0][:200]
+        else:
+            wrong = [key for key in ("rel_err_dh", "rel_err_dw") if not row.get(key, 0.0) <= contender.limit]
+            if wrong:
+                row["wrong"] = f"{', '.join(wrong)} beyond {contender.limit:g}"
+        if "refused" in row or "wrong" in row:
+            runners.pop(name).close()
+    for _ in range(1, rounds):
+        floors.append(bare.seconds())
+        for name, runner in runners.items():
+            taken[name].append(runner.seconds())
+    for name in runners:
+        middle = median(taken[name])
+        rows[name] |= {"seconds": middle, "over_floor": middle / median(floors), "rounds": taken[name]}
+    for runner in (*runners.values(), bare):
+        runner.close()
+    product_row = {"name": "product", "seconds": median(floors), "over_floor": 1.0, "rounds": floors, "tiling": tiling}
+    return {"results": [product_row, *rows.values()], "entries": entries(states)}
+
+
+def _held(contender: Contender, states: States) -> int:
+    """Bytes of the result and of the gradients, which any implementation has to hold."""
+    held = 4 * states.hidden.shape[0]
+    if not contender.forward:
+        held += 4 * states.hidden.numel()
+    if not contender.forward and not contender.frozen:
+        held += 4 * states.weight.numel()
+    return held
+
+
+def entries(states: States) -> dict[str, dict[str, float]]:
+    """What sparse gradients keep of these states, by ε."""
+    found = {}
+    hidden = states.hidden.clone().requires_grad_()
+    for log_eps in (12, 14, 16):
+        stats = HeadStats()
+        linear_logps(hidden, states.weight.detach(), states.labels, grad_mode="sparse", eps=2.0**-log_eps, stats=stats)
+        found[f"2^-{log_eps}"] = stats.read()
+    return found
+
+
+def prepared(shape: tuple[int, int, int], arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Files of the states and of what float64 says of them, made by processes of their own where they are not there."""
     n, d, v = shape
-    torch.manual_seed(0)
-    hidden = torch.randn(n, d, requires_grad=True)
-    weight = (torch.randn(v, d) / d**0.5).requires_grad_()
-    return hidden, weight, torch.randint(v, (n,))
-
-
-def once(run: Run, args: tuple[Tensor, Tensor, Tensor]) -> float:
-    for tensor in args[:2]:
-        tensor.grad = None
-    since = time.perf_counter()
-    run(*args).sum().backward()
-    return time.perf_counter() - since
-
-
-def floor(args: tuple[Tensor, Tensor, Tensor], tiling: tuple[int, int]) -> float:
-    since = time.perf_counter()
-    product(args[0], args[1], tiling)
-    return time.perf_counter() - since
-
-
-def check(args: tuple[Tensor, Tensor, Tensor]) -> None:
-    """A speed means nothing before the result is right."""
-    once(eager, args)
-    exact = [t.grad.clone() for t in args[:2] if t.grad is not None]
-    for name, run in RUNS.items():
-        once(run, args)
-        grads = [t.grad for t in args[:2] if t.grad is not None]
-        for got, wanted in zip(grads, exact, strict="frozen" not in name):
-            error = float((got - wanted).norm() / wanted.norm())
-            if not error < 1e-5:
-                raise SystemExit(f"{name}: gradients differ from eager's by {error:.1e} (relative)")
-
-
-def seconds(shape: tuple[int, int, int], rounds: int) -> tuple[dict[str, float], tuple[int, int]]:
-    """Median seconds of each, and the tiling that the product was fastest in."""
-    args = inputs(shape)
-    check(args)
-    tiling = min(TILINGS, key=lambda t: min(floor(args, t) for _ in range(2)))
-    taken: dict[str, list[float]] = {name: [] for name in ("product", *RUNS)}
-    for _ in range(rounds):
-        taken["product"].append(floor(args, tiling))
-        for name, run in RUNS.items():
-            taken[name].append(once(run, args))
-    return {name: median(values) for name, values in taken.items()}, tiling
-
-
-def peak_megabytes(name: str, shape: tuple[int, int, int]) -> float:
-    """Measured in this very process: call it in one of its own."""
-    args = inputs(shape)
-    # Threads' stacks and the product's packing buffers are made before, by a small call.
-    once(RUNS[name], inputs((8, shape[1], 512)))
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    once(RUNS[name], args)
-    held = sum(t.grad.numel() * t.grad.element_size() for t in args[:2] if t.grad is not None)
-    return (_status("VmHWM") - before) / 1024 - held / 2**20
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1])
+    if (d, v) == PACKAGED:
+        options = ["--model", arguments.model, "--tokens", str(n), "--data", arguments.data]
+    else:
+        options = ["--shape", f"{n}x{d}x{v}", "--entries", str(arguments.entries)]
+    file = FOLDER / f"states-{sha256(' '.join(options).encode()).hexdigest()[:12]}.safetensors"
+    truth = file.with_name(file.name.replace("states", "truth"))
+    if not file.exists():
+        subprocess.run([sys.executable, "-m", "bench.states", str(file), *options], check=True)
+    if not truth.exists():
+        subprocess.run([sys.executable, "-m", "bench.truth", str(file), str(truth)], check=True)
+    return file, truth
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4096x576x49152", help="tokens x hidden x vocabulary")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2, help="timed runs of each, the checked one among them")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--data", default="bundled:train", help="preference data to take real states from")
+    parser.add_argument("--model", default="smollm2-135m", help="a model of the packaged one's shape")
+    parser.add_argument("--entries", type=float, default=300.0, help="of made states, entries a token above 2^-14")
+    parser.add_argument("--only", help="contenders whose names hold this, comma-separated")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak", choices=RUNS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    n, d, v = (int(x) for x in arguments.shape.split("x"))
-    shape = (n, d, v)
-    if arguments.peak:
-        print(peak_megabytes(arguments.peak, shape))
-        return
     if platform.system() != "Linux":
         raise SystemExit("peak memory is read from /proc: run this on Linux")
-    taken, tiling = seconds(shape, arguments.rounds)
-    results = [{"name": "product", "seconds": taken["product"], "over_product": 1.0, "tiling": tiling}]
-    for name in RUNS:
-        command = [sys.executable, "-m", "bench.head", "--shape", arguments.shape, "--peak", name]
-        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        results.append(
-            {"name": name, "seconds": taken[name], "over_product": taken[name] / taken["product"], "peak_mb": peak}
-        )
-    report = {"shape": arguments.shape, "dtype": "float32", "results": results, "made_by": made_by()}
-    for row in results:
-        peak = f"{row['peak_mb']:8,.0f} MB beyond inputs and gradients" if "peak_mb" in row else f"tiling {tiling}"
-        print(f"{row['name']:<22} {row['over_product']:6.2f} x the product   {peak}")
+    n, d, v = (int(x) for x in arguments.shape.split("x"))
+    files = prepared((n, d, v), arguments)
+    torch.set_num_threads(1)
+    states, truth = load_states(files[0]), load_truth(files[1])
+    chosen = {name: contender for name, contender in contenders().items() if there(contender)}
+    if arguments.only:
+        words = arguments.only.split(",")
+        chosen = {name: contender for name, contender in chosen.items() if any(word in name for word in words)}
+    report = {"shape": arguments.shape, "dtype": "float32", "states": states.source, "threads": arguments.threads}
+    report |= measure(states, truth, chosen, arguments.rounds, arguments.threads)
+    report["checked"] = truth.extent
+    peers = ("trl", "liger-kernel", "cut-cross-entropy", "numba")
+    report["made_by"] = made_by() | {"peers": {name: _version(name) for name in peers}, "threads": arguments.threads}
+    print(f"{arguments.shape}, {states.source}")
+    for row in report["results"]:
+        if "seconds" not in row:
+            print(f"{row['name']:<42} {row.get('wrong') or row.get('refused')}")
+            continue
+        text = f"{row['name']:<42} {row['over_floor']:6.2f} x the product"
+        if "peak_mb" in row:
+            errs = "  ".join(f"{key[8:]} {row[key]:.1e}" for key in ("rel_err_dh", "rel_err_dw") if key in row)
+            text += f" {row['peak_mb']:8,.0f} MB  {errs}"
+        print(text)
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _version(name: str) -> str | None:
+    return version(name) if importlib.util.find_spec(name.replace("-", "_")) else None
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from tvkd_fast.fused import FusedLinearTVKDLoss, fused_linear_tvkd_loss
 from tvkd_fast.losses import TVKDOutput, dpo_loss, sft_loss, shaping_returns, tvkd_loss
-from tvkd_fast.ops import linear_logps, linear_soft_values
+from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_soft_values
 from tvkd_fast.version import __version__
 
 __all__ = [
     "FusedLinearTVKDLoss",
+    "HeadGradient",
+    "HeadStats",
     "TVKDOutput",
     "__version__",
     "dpo_loss",

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
+from tvkd_fast.ops import marking
 from tvkd_fast.ops import tiles as exact
 from tvkd_fast.ops.tiles import Tiles, blocks, locate, pick_targets
 
@@ -147,6 +148,16 @@ class _Block:
 
     def add(self, z: Tensor, labels: Tensor, columns: slice) -> None:
         """Take in a tile of logits, which is overwritten."""
+        mark_tile = marking.native(z)
+        if mark_tile is not None and self.dice is None and self.tiles.head.softcap is None:
+            here, local = locate(labels, columns)
+            own = torch.where(here, local, -1)[:, 0]
+            spare = self.tiles.buffers[1]
+            rule = self.rule
+            row, column, e = mark_tile(z, own, self.maximum, self.total, self.counts, rule.eps, rule.row_cap, spare)
+            shift = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
+            self.found.append((_Entries(row, column + columns.start, e, None), shift))
+            return
         r, c = z.shape
         fan = FAN if c % FAN == 0 else 1
         peaks = z.view(r, fan, -1).amax(1)
@@ -179,7 +190,7 @@ class _Block:
         self.found.append((entries, shift))
 
     def finish(self, target: Tensor) -> tuple[list[_Entries], Tensor, Tensor, Tensor]:
-        """What is kept, its rows hidden's and p final; the tails less what is sampled of them; the tails; dense rows."""
+        """What is kept, its rows hidden's and p final; the tails less what was sampled; the tails; dense rows."""
         softcap, dense = self.tiles.head.softcap, self.counts > self.rule.row_cap
         top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
         logp = target - top - self.total.log()

@@ -1,0 +1,124 @@
+"""The compiled pass over a tile against torch's passes: the same marks, the same sums to rounding."""
+
+import math
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tvkd_fast.ops import HeadStats, linear_logps, marking
+
+pytest.importorskip("numba", reason="numba is not installed: pip install 'tvkd_fast[numba]'")
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A context in which numba is not there."""
+
+    class Without:
+        def __enter__(self) -> None:
+            monkeypatch.setattr(marking, "native", lambda z: None)
+
+        def __exit__(self, *_: Any) -> None:
+            monkeypatch.undo()
+
+    return Without()
+
+
+def sparse(stats: HeadStats, **options: Any) -> Any:
+    def op(*args: Any, **transforms: Any) -> torch.Tensor:
+        return linear_logps(*args, grad_mode="sparse", stats=stats, **options, **transforms)
+
+    return op
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(2, 300)),
+    log_eps=st.integers(4, 20),
+    floats=st.integers(64, 8192),
+    rows=st.integers(1, 40),
+    spread=st.sampled_from([0.1, 3.0, 30.0, 1e4]),
+    bias=st.booleans(),
+    cap=st.sampled_from([3, 10**6]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_marks_are_torchs(
+    kit: SimpleNamespace,
+    shape: tuple[int, int, int],
+    log_eps: int,
+    floats: int,
+    rows: int,
+    spread: float,
+    bias: bool,
+    cap: int,
+    seed: int,
+) -> None:
+    case = kit.case(*shape, spread=spread, seed=seed, bias=bias)
+    options = {"eps": 2.0**-log_eps, "row_cap": cap, "max_tail": 1.0}
+    found = []
+    for native in (marking.native, lambda z: None):
+        stats = HeadStats()
+        with pytest.MonkeyPatch.context() as patch, kit.tile_sizes(floats, rows):
+            patch.setattr(marking, "native", native)
+            found.append((kit.run(sparse(stats, **options), case), stats.read()))
+    (ours, said), (plain, torch_said) = found
+    for name in ("logps", "hidden", "weight", "bias"):
+        got, want = getattr(ours, name), getattr(plain, name)
+        if want is not None:
+            unit = max(float(want.abs().max()), 1.0) if want.numel() else 1.0
+            # An entry on the edge may be on either side of it: it is worth ε.
+            torch.testing.assert_close(got, want, rtol=0, atol=(4 * 2.0**-log_eps + 1e-5) * unit)
+    assert (
+        said["head_entries"] == pytest.approx(torch_said["head_entries"], abs=2 / max(1, shape[0]) + 1e-9) or cap == 3
+    )
+
+
+def test_keeping_everything_is_exact(kit: SimpleNamespace) -> None:
+    stats = HeadStats()
+    for spread in (0.5, 3.0, 20.0):
+        case = kit.case(37, 16, 1000, spread=spread, ignored=0.0)
+        kit.logps_no_worse(case, sparse(stats, eps=0.0, row_cap=1000, max_tail=1.0))
+    assert stats.read()["head_entries"] == pytest.approx(999, abs=60)
+
+
+def test_a_broken_state_shows(kit: SimpleNamespace) -> None:
+    for broken in (math.nan, math.inf):
+        case = kit.case(8, 6, 100, ignored=0.0)
+        case.hidden[3, 2] = broken
+        with pytest.raises(ValueError, match="hidden has NaN or inf in row 3"):
+            kit.run(sparse(HeadStats(), eps=2.0**-8), case)
+
+
+def test_tokens_that_a_bias_takes_out(kit: SimpleNamespace, in_torch: Any) -> None:
+    case = kit.case(20, 6, 200, bias=True, ignored=0.0)
+    case.bias[:96] = -torch.inf
+    case.labels.clamp_(min=96)
+    op = sparse(HeadStats(), eps=2.0**-8, max_tail=1.0)
+    got = kit.run(op, case)
+    with in_torch:
+        want = kit.run(op, case)
+    torch.testing.assert_close(got.weight, want.weight)
+    assert (got.weight[:96] == 0).all()
+
+
+def test_the_exponential_is_float32s(kit: SimpleNamespace) -> None:
+    """Through the log-probabilities, of which it is nearly all: no worse than torch's own."""
+    case = kit.case(200, 32, 4000, spread=6.0, ignored=0.0)
+    kit.logps_no_worse(case, sparse(HeadStats(), eps=0.0, row_cap=4000))
+
+
+def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(marking.importlib.util, "find_spec", lambda name: None)
+    marking._compiled.cache_clear()
+    assert marking.native(torch.zeros(1)) is None
+    marking._compiled.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "numba.extending", None)
+    assert marking.native(torch.zeros(1)) is None
+    assert "numba is installed and cannot compile here" in caplog.text
+    marking._compiled.cache_clear()
