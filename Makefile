@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --qui
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all gpu lint format clean
+.PHONY: help venv demo test test-all bench gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -30,7 +30,12 @@ test: $(STAMP) ## run the tests that need no GPU, no network and little time
 test-all: $(STAMP) ## run all tests but those that need the network
 	@$(PYTEST) -m "not network" $(PYTEST_ARGS)
 
-# The peers are no part of constraints.txt: the report names their versions.
+# The peers, which bench and gpu install, are no part of constraints.txt: the report names their versions.
+bench: $(STAMP) ## time the head beside its peers on this CPU (ARGS="--data PAIRS.jsonl.gz --rounds 5")
+	@echo "Installing the peers that the head is timed beside"
+	@$(PIP) $(PIP_ARGS) --editable '.[bench]'
+	$(BIN)/tvkd bench head --json out/bench/head.json $(ARGS)
+
 gpu: ## check and time the kernels on this machine's GPU
 	@nvidia-smi -L >/dev/null 2>&1 || test -e /dev/kfd || { echo "make gpu needs a GPU: this machine has none that nvidia-smi or ROCm's driver shows"; exit 1; }
 	@$(MAKE) --no-print-directory venv

@@ -4,8 +4,9 @@
 
 Each contender has a process of its own. In its first run its gradients are held to float64 and its peak memory is read
 (VmHWM, reset before, beyond inputs and gradients); what is wrong is not timed further. Then all are run in rounds; the
-figures are medians. The product, which all is measured against, is the fastest of six tilings. A shape that the packaged model has is measured
-on that model's states over preference data (`--data`), any other on made ones that say so. Linux only.
+figures are medians. The product, which all is measured against, is the fastest of seven tilings. A shape that the
+packaged model has is measured on that model's states over preference data (`--data`), any other on made ones that say
+so. Linux only.
 """
 
 from __future__ import annotations
@@ -276,7 +277,7 @@ def entries(states: States) -> dict[str, dict[str, float]]:
     return found
 
 
-def prepared(shape: tuple[int, int, int], arguments: argparse.Namespace) -> tuple[Path, Path]:
+def prepared(shape: tuple[int, int, int], arguments: argparse.Namespace, *, truth: bool = True) -> tuple[Path, Path]:
     """Files of the states and of what float64 says of them, made by processes of their own where they are not there."""
     n, d, v = shape
     if (d, v) == PACKAGED:
@@ -284,12 +285,12 @@ def prepared(shape: tuple[int, int, int], arguments: argparse.Namespace) -> tupl
     else:
         options = ["--shape", f"{n}x{d}x{v}", "--entries", str(arguments.entries)]
     file = FOLDER / f"states-{sha256(' '.join(options).encode()).hexdigest()[:12]}.safetensors"
-    truth = file.with_name(file.name.replace("states", "truth"))
+    judged = file.with_name(file.name.replace("states", "truth"))
     if not file.exists():
         subprocess.run([sys.executable, "-m", "bench.states", str(file), *options], check=True)
-    if not truth.exists():
-        subprocess.run([sys.executable, "-m", "bench.truth", str(file), str(truth)], check=True)
-    return file, truth
+    if truth and not judged.exists():
+        subprocess.run([sys.executable, "-m", "bench.truth", str(file), str(judged)], check=True)
+    return file, judged
 
 
 def main() -> None:
@@ -329,6 +330,7 @@ def main() -> None:
             text += f" {row['peak_mb']:8,.0f} MB  {errs}"
         print(text)
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

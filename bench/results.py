@@ -8,6 +8,7 @@ python -m bench.results check                   fail where a table is not what i
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -19,7 +20,10 @@ from bench.machine import without_paths
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kernels", "numerics", "results")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "kernels", "numerics", "results", "sparse")),
+)
 BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,20 +56,93 @@ def shaping_table(report: dict[str, Any]) -> str:
     return _markdown(head, rows)
 
 
+HEADLINES = {
+    "product": "the forward product alone, fastest of seven tilings",
+    "eager log-softmax": "eager log-softmax",
+    "Liger, fused DPO": "Liger's fused linear DPO, without a reference",
+    "tvkd_fast, exact": "`linear_logps`, exact",
+    "tvkd_fast, sparse 2^-16": '`linear_logps(grad_mode="sparse")`, ε = 2⁻¹⁶',
+    "tvkd_fast, sparse 2^-14": '`linear_logps(grad_mode="sparse")`, ε = 2⁻¹⁴',
+}
+
+
 def head_table(report: dict[str, Any]) -> str:
-    names = {
-        "product": "the forward product alone, fastest of six tilings",
-        "eager": "eager log-softmax",
-        "tvkd_fast": "`linear_logps`, exact",
-        "eager, frozen head": "eager log-softmax, frozen head",
-        "tvkd_fast, frozen head": "`linear_logps`, frozen head",
-    }
+    """The few rows that a first page has room for."""
+    by_name = {row["name"]: row for row in report["results"]}
+    rows = [[label, *_head_cells(by_name[name])] for name, label in HEADLINES.items() if name in by_name]
+    return _head_markdown(rows, report)
+
+
+def heads_table(report: dict[str, Any]) -> str:
+    """Every contender, and what the sparse ones kept."""
     rows = [
-        [names[row["name"]], f"{row['over_product']:.2f}", f"{row['peak_mb']:,.0f} MB" if "peak_mb" in row else "–"]
+        [row["name"].replace("2^-", "2⁻").replace("⁻14", "⁻¹⁴").replace("⁻16", "⁻¹⁶"), *_head_cells(row)]
         for row in report["results"]
     ]
-    head = ["head, forward and backward", "time over the product", "memory beyond inputs and gradients"]
-    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], f"{report['shape']} {report['dtype']}")
+    kept = [
+        [
+            eps,
+            f"{x['head_entries']:,.0f}",
+            f"{x['head_marked']:.2f}",
+            f"{x['head_tail']:.3f}",
+            f"{x['head_dense_rows']:.1%}",
+        ]
+        for eps, x in report["entries"].items()
+    ]
+    entries = _markdown(["ε", "entries a token", "marked over kept", "mean tail", "dense rows"], kept)
+    return _head_markdown(rows, report) + "\n\n" + entries
+
+
+def _head_markdown(rows: list[list[str]], report: dict[str, Any]) -> str:
+    head = [
+        "head, forward and backward",
+        "time over the product",
+        "memory beyond inputs and gradients",
+        "error of dH, dW",
+    ]
+    peers = ", ".join(f"{name} {number}" for name, number in report["made_by"]["peers"].items() if number)
+    runs = len(report["results"][-1].get("rounds", []))
+    what = f"{report['shape']} {report['dtype']}, {report['states']}; medians of {runs} runs; {peers}"
+    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
+
+
+def _head_cells(row: dict[str, Any]) -> list[str]:
+    if "seconds" not in row:
+        return [_cell(row.get("wrong") or row["refused"]), "–", "–"]
+    peak = f"{max(row['peak_mb'], 0.0):,.0f} MB" if "peak_mb" in row else "–"
+    errors = ", ".join(_error(row, name) for name in ("rel_err_dh", "rel_err_dw") if name in row) or "–"
+    return [f"{row['over_floor']:.2f}", peak, errors]
+
+
+def ways_table(report: dict[str, Any]) -> str:
+    """A way a row, an ε a column; a dense block with the share of the entries that it holds."""
+    results = report["results"]
+    head = [
+        "over the product",
+        *(f"ε = 2^-{round(-math.log2(x['eps']))}, {x['entries']:,.0f} entries a token" for x in results),
+    ]
+    rows = []
+    for name in results[0]["over_product"]:
+        held = [f", holds {x['saved'][name]:.0%}" if name in x["saved"] else "" for x in results]
+        rows.append([name, *(f"{x['over_product'][name]:.3f}{more}" for x, more in zip(results, held, strict=True))])
+    what = f"{report['tokens']} tokens, {report['states']}; medians of {report['rounds']} runs"
+    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
+
+
+def learning_table(report: dict[str, Any]) -> str:
+    """Gradients of the first step, then what AdamW made of them, by kind of gradient."""
+    steps = [f"step {k}" for k in report["steps"]]
+    head = ["gradient", "dH", "dW", "signs of dW"]
+    for step in steps:
+        head += [f"{step}: labels", "vocabulary", "weight"]
+    rows = []
+    for row in report["rows"]:
+        cells = [row["kind"], f"{row['dh']:.1e}", f"{row['dw']:.1e}", f"{row['signs']:.1%}"]
+        for step in steps:
+            cells += [f"{row[step][name]:.1%}" for name in ("label", "vocabulary", "weight")]
+        rows.append(cells)
+    what = f"{report['tokens']} tokens a step, AdamW, rate {report['lr']:g}; {report['states']}"
+    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
 
 
 FROZEN = (
@@ -238,6 +315,9 @@ TABLES = {
     "road": road_table,
     "shaping": shaping_table,
     "head": head_table,
+    "heads": heads_table,
+    "learning": learning_table,
+    "ways": ways_table,
     "gpu": gpu_table,
     "numerics": numerics_table,
 }

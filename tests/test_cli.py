@@ -203,3 +203,21 @@ def test_a_plan_counts_local_data_and_writes_nothing(files, tmp_path, capsys):
     assert "12 pairs of" in plan
     assert "steps       3: 4 pairs each" in plan
     assert not out.exists()
+
+
+def test_a_benchmark_that_is_not_there_is_named(capsys):
+    assert "name one of head; tvkd bench head --help" in error_of(capsys, "bench")
+    assert "name one of head" in error_of(capsys, "bench", "nothing")
+
+
+def test_a_wheel_has_no_benchmarks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("tvkd_fast.cli.__file__", str(tmp_path / "tvkd_fast" / "cli.py"))
+    assert "the benchmarks are no part of a wheel: run it from a checkout" in error_of(capsys, "bench", "head")
+
+
+def test_a_benchmark_gets_its_arguments(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tvkd"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "head", "--help"])
+    assert stopped.value.code == 0
+    assert "tokens x hidden x vocabulary" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`tvkd score | train | eval | demo`: every field of a config is an option, every recipe a YAML of the same fields."""
+"""`tvkd score | train | eval | demo | bench`: a config's fields are a command's options, a recipe a YAML of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import runpy
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "eval": (EvalConfig, "evaluate a policy on preference pairs; prints one JSON line"),
     "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }
+BENCHMARKS = ("head",)
+"""Of the checkout's bench/: those that `tvkd bench` runs."""
 _SWITCHES = ("--dry_run", "--quick")
 
 
@@ -54,7 +57,11 @@ class Parser(ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Errors that a user can mend are one line and exit status 2."""
-    arguments = _expand(list(sys.argv[1:] if argv is None else argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["bench"]:
+        bench(given[1:])
+        return
+    arguments = _expand(given)
     parser = make_parser()
     parsed = parser.parse_args(arguments)
     _be_quiet()
@@ -99,12 +106,30 @@ def run(command: str, fields: dict[str, Any]) -> None:
             print(json.dumps(figures.known()))
 
 
+def bench(arguments: list[str]) -> None:
+    """`tvkd bench NAME ...` runs bench/NAME.py of the checkout that this package lies in."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "head.py").is_file():
+        print("tvkd bench: error: the benchmarks are no part of a wheel: run it from a checkout", file=sys.stderr)
+        raise SystemExit(2)
+    if arguments[:1] not in ([name] for name in BENCHMARKS):
+        print(f"tvkd bench: error: name one of {', '.join(BENCHMARKS)}; tvkd bench head --help", file=sys.stderr)
+        raise SystemExit(2)
+    name, *rest = arguments
+    sys.path.insert(0, str(root))
+    sys.argv = [name, *rest]
+    runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+
+
 def make_parser() -> Parser:
     """The parser of all commands."""
     # The help texts are the docstrings under the configs' fields.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
-        prog="tvkd", description="Preference distillation (TVKD) at the cost of fine-tuning.", allow_abbrev=False
+        prog="tvkd",
+        description="Preference distillation (TVKD) at the cost of fine-tuning.",
+        epilog="In a checkout, tvkd bench head times the vocabulary head beside its peers (tvkd bench head --help).",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subcommands(dest="command")

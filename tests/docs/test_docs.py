@@ -79,7 +79,8 @@ def test_paths_of_a_machine_do_not_get_in(results):
 
 
 def test_the_readmes_commands_exist():
-    from tvkd_fast.cli import COMMANDS
+    from tvkd_fast.cli import BENCHMARKS, COMMANDS
 
     commands = re.findall(r"^tvkd (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert set(commands) == set(COMMANDS)
+    assert set(commands) == {*COMMANDS, "bench"}
+    assert re.findall(r"^tvkd bench (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE) == list(BENCHMARKS)

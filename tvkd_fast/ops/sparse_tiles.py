@@ -53,8 +53,8 @@ def mark(
         found += entries
     if _too_flat(found, below.masked_fill(dense, 0.0), dense, rule):
         dense, found = torch.ones_like(dense), [x.none() for x in found]
-    flat = _joined(found, hidden, tiles.acc, chained=head.softcap is not None)
     bounds = torch.tensor([0, *(x.rows.shape[0] for x in found)]).cumsum(0)
+    flat = _joined(found, hidden, tiles.acc, chained=head.softcap is not None)
     everywhere = hidden.new_zeros(hidden.shape[0], dtype=tiles.acc)
     marks = Marks(
         rows=flat.rows,
@@ -89,12 +89,9 @@ def sparse_gradients(
     M and −u elsewhere. What is gathered is the difference from −u, which is added to all columns at once; columns that
     a bias of −inf takes out are in neither. Rows marked dense get the exact gradient, recomputed.
     """
-    parts = _Parts(hidden, head, labels, sums, marks, grad_logps, kept)
-    grad_hidden = parts.by_hidden() if want_hidden else None
+    parts = Parts(hidden, head, labels, sums, marks, grad_logps, kept)
     dense = parts.dense.nonzero()[:, 0]
-    if not dense.numel() and not (want_weight or want_bias):
-        return HeadGradients(grad_hidden, None, None)
-    by_column = _ByColumn(parts) if want_weight or want_bias else None
+    by_column = ByColumn(parts) if want_weight or want_bias else None
     grads = exact.head_gradients(
         hidden,
         head,
@@ -108,10 +105,7 @@ def sparse_gradients(
         weight_start=None if by_column is None else by_column.weight,
         bias_start=by_column.bias() if by_column is not None and want_bias else None,
     )
-    if grad_hidden is not None and grads.hidden is not None:
-        # A row is in one of the two, and 0 in the other.
-        grad_hidden.add_(grads.hidden)
-    return HeadGradients(grad_hidden, grads.weight, grads.bias)
+    return HeadGradients(parts.by_hidden(grads.hidden) if want_hidden else None, grads.weight, grads.bias)
 
 
 @dataclass(frozen=True)
@@ -256,7 +250,7 @@ def _hashed(index: Tensor, key: int) -> Tensor:
     return (x - 2**31).int()
 
 
-class _Parts:
+class Parts:
     """A sparse gradient taken apart, row by row: entries less −u, the label less −u, and −u."""
 
     def __init__(
@@ -293,10 +287,13 @@ class _Parts:
         p = marks.p[segment] if marks.chain is None else marks.p[segment] * marks.chain[segment]
         return self.even_everywhere.index_select(0, rows) - self.c_everywhere.index_select(0, rows) * p
 
-    def by_hidden(self) -> Tensor:
-        """Σ_j g_tj w_j [N, D], tile by tile in the forward's order: weight's rows are read while they are near."""
+    def by_hidden(self, grad: Tensor | None = None) -> Tensor:
+        """Σ_j g_tj w_j [N, D], tile by tile in the forward's order: weight's rows are read while they are near.
+
+        `grad` holds the dense rows' gradients already; their sums here are 0.
+        """
         tiles, marks, weight = self.tiles, self.marks, self.head.weight
-        grad = self.hidden.new_zeros(self.hidden.shape)
+        grad = self.hidden.new_zeros(self.hidden.shape) if grad is None else grad
         everyone = self._sum_of_weight()
         bounds = iter(marks.bounds.tolist())
         start = next(bounds)
@@ -313,7 +310,7 @@ class _Parts:
                     self.entries(segment),
                 )
             total.addcmul_(self.own[rows, None], tiles.upcast(weight[self.labels[rows]]))
-            grad[place] = total.addr_(self.even[rows], everyone, alpha=-1.0).to(grad.dtype)
+            grad[place] += total.addr_(self.even[rows], everyone, alpha=-1.0).to(grad.dtype)
         return grad
 
     def sum_of_states(self) -> Tensor:
@@ -333,10 +330,10 @@ class _Parts:
         return total
 
 
-class _ByColumn:
+class ByColumn:
     """The same entries by column, a tile of columns at a time, for what is summed over rows."""
 
-    def __init__(self, parts: _Parts) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.parts, self.tiles = parts, parts.tiles
         self.everyone = parts.sum_of_states()
         self.columns = list(parts.tiles.column_blocks())
@@ -402,15 +399,21 @@ def _too_flat(found: list[_Entries], below: Tensor, dense: Tensor, rule: MarkRul
 
 
 def _joined(found: list[_Entries], hidden: Tensor, acc: torch.dtype, *, chained: bool) -> _Entries:
-    integers = hidden.new_empty(0, dtype=torch.int32)
-    floats = hidden.new_empty(0, dtype=acc)
-    chains = [floats, *(x.chain for x in found if x.chain is not None)]
-    return _Entries(
-        torch.cat([integers, *(x.rows for x in found)]),
-        torch.cat([integers, *(x.columns for x in found)]),
-        torch.cat([floats, *(x.p for x in found)]),
-        torch.cat(chains) if chained else None,
-    )
+    """All tiles' entries in one; `found` is emptied, so that no more than one column of them is held twice."""
+    integers, floats = (hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, acc))
+    rows, columns, p, chain = ([empty] for empty in (integers, integers, floats, floats))
+    while found:
+        tile = found.pop(0)
+        rows.append(tile.rows)
+        columns.append(tile.columns)
+        p.append(tile.p)
+        chain += [] if tile.chain is None else [tile.chain]
+        del tile
+    flat = []
+    for column in (rows, columns, p, chain):
+        flat.append(torch.cat(column))
+        column.clear()
+    return _Entries(flat[0], flat[1], flat[2], flat[3] if chained else None)
 
 
 def _placed(x: Tensor, kept: Tensor | None, everywhere: Tensor) -> Tensor:
