@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvkd_fast.ops import HeadStats, linear_logps, reference
+from tvkd_fast.ops import HeadStats, dispatch, linear_logps, reference
 from tvkd_fast.ops.sparse_tiles import Dice
 
 WIDE = {"max_tail": 1.0, "row_cap": 10**6}
@@ -304,3 +304,17 @@ def test_stats_add_up_over_calls(kit: SimpleNamespace) -> None:
     assert 1 <= once.read()["head_marked"] < 2
     stats.reset()
     assert stats.read() == {}
+
+
+def test_who_computes_is_said_once(kit: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    dispatch.say_sparse_in_torch.cache_clear()
+    with caplog.at_level("INFO", logger="tvkd_fast"):
+        for _ in range(2):
+            kit.run(sparse(eps=2.0**-6), kit.case(4, 3, 20))
+        dispatch.say_sparse_in_torch(torch.device("cuda"))
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert said == [
+        ("INFO", "sparse gradients are computed in torch tiles: the tensors are on the CPU"),
+        ("WARNING", "sparse gradients are computed in torch tiles: no Triton kernel makes them yet"),
+    ]
+    dispatch.say_sparse_in_torch.cache_clear()

@@ -15,7 +15,7 @@ from tvkd_fast.kernels.head import Head, HeadSums, MarkRule, Marks
 from tvkd_fast.ops import sparse_tiles
 from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
-from tvkd_fast.ops.dispatch import without_autocast
+from tvkd_fast.ops.dispatch import say_sparse_in_torch, without_autocast
 from tvkd_fast.ops.head import kept_rows, spread
 from tvkd_fast.ops.tiles import accumulation_dtype
 
@@ -120,6 +120,7 @@ def _sparse_logps(
 
     `measure` takes every row as dense where that is quicker on this machine.
     """
+    say_sparse_in_torch(hidden.device)
     labels = labels.long()
     check_label_range(labels, weight.shape[0], ignore_index)
     head = Head(weight, bias, softcap, logit_scale)
