@@ -1,0 +1,86 @@
+"""The CPU benchmark of the head: what it writes, what it refuses to time, and its processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    for known in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
+        monkeypatch.delitem(sys.modules, known)
+    return __import__(f"bench.{name}", fromlist=[name])
+
+
+def run(folder: Path, *arguments: str) -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "bench.head", "--json", "head.json", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "head.json").read_text())
+
+
+def test_every_row_is_judged_and_timed(tmp_path: Path) -> None:
+    report = run(tmp_path, "--shape", "64x32x2000", "--entries", "40", "--only", "tvkd_fast,eager", "--rounds", "2")
+    rows = {row["name"]: row for row in report["results"]}
+    assert report["checked"] == "64 rows of dH, 2000 of dW"
+    assert report["states"] == "made states, 40 entries a token above 2^-14"
+    assert rows.pop("product")["over_floor"] == 1.0
+    assert {"tvkd_fast, exact", "tvkd_fast, sparse 2^-14", "eager log-softmax"} <= set(rows)
+    for name, row in rows.items():
+        assert row["seconds"] > 0, row
+        assert row["over_floor"] > 0
+        assert len(row["rounds"]) == 2
+        assert ("rel_err_dh" in row) == (name != "tvkd_fast, values")
+        assert ("rel_err_dw" in row) == (name != "tvkd_fast, values" and "frozen" not in name)
+    assert rows["tvkd_fast, exact"]["rel_err_dw"] < 1e-5
+    assert 1e-5 < rows["tvkd_fast, sparse 2^-14"]["rel_err_dh"] < 5e-2
+    # The spread was searched for these: 40 entries above 2⁻¹⁴, on a sample.
+    assert report["entries"]["2^-14"]["head_entries"] == pytest.approx(40, rel=0.5)
+
+
+def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, states, truth = (module(monkeypatch, name) for name in ("head", "states", "truth"))
+    with torch.no_grad():
+        made = states.made_states((32, 16, 300), 20.0)
+    found = head.measure(
+        made,
+        truth.compute(made),
+        {
+            "right": head.Contender(head.eager),
+            "wrong": head.Contender(lambda h, w, y: 1.01 * head.eager(h, w, y)),
+            "broken": head.Contender(lambda h, w, y: h @ w),
+        },
+        rounds=1,
+        threads=1,
+    )
+    rows = {row["name"]: row for row in found["results"]}
+    assert "seconds" in rows["right"]
+    assert rows["wrong"]["wrong"] == "rel_err_dh, rel_err_dw beyond 0.0001"
+    assert rows["broken"]["refused"].startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert "seconds" not in rows["wrong"]
+    assert "seconds" not in rows["broken"]
+
+
+def test_a_process_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    runners = module(monkeypatch, "runners")
+    runner = runners.Runner(lambda: lambda: os._exit(9), lambda result: result, threads=1, reuse=False)
+    with pytest.raises(RuntimeError, match="the process died"):
+        runner.seconds()
+
+
+def test_liger_goes_backward_from_the_coefficients_that_it_is_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = module(monkeypatch, "head")
+    logps = torch.randn(64, dtype=torch.float64, requires_grad=True)
+    chosen, rejected = logps.unflatten(0, (8, 8)).sum(1).chunk(2)
+    loss = -torch.nn.functional.logsigmoid(head.BETA * (chosen - rejected)).mean()
+    (wanted,) = torch.autograd.grad(loss, logps)
+    torch.testing.assert_close(head.preference_coefficients(logps.detach()), wanted)
