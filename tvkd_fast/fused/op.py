@@ -19,6 +19,7 @@ from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import takes_triton
 from tvkd_fast.ops.head import head_forward
 from tvkd_fast.ops.logps import gradients_op, scaled_op
+from tvkd_fast.ops.registered import check_differentiated_once
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 _STREAMED = 9
@@ -118,9 +119,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Only create_graph=True comes here with gradients on; a constant would be passed off as a function.
-        raise RuntimeError("fused_linear_tvkd_loss can be differentiated once: its gradient's own is not computed")
+    check_differentiated_once("fused_linear_tvkd_loss")
     labels, cu_seqlens, coefficients, *passed = ctx.saved_tensors
     by_token = coefficients * _upstream(grad_loss, grad_losses, labels, cu_seqlens)
     wants, constants = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]

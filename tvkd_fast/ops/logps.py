@@ -14,6 +14,7 @@ from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, check_impl
 from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes
+from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, fake_gradients
 from tvkd_fast.ops.sparse import GradMode, HeadGradient, HeadStats, Tail, sparse_op
 from tvkd_fast.ops.tiles import accumulation_dtype
 
@@ -155,7 +156,6 @@ def _logps_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by hidden, weight and bias; an empty tensor where none is wanted, since an op returns tensors only."""
     grads = head_gradients(
         hidden,
         Head(weight, bias, softcap, logit_scale),
@@ -168,7 +168,7 @@ def _logps_gradients(
         want_weight=want_weight,
         want_bias=want_bias,
     )
-    return tuple(hidden.new_empty(0) if x is None else x for x in (grads.hidden, grads.weight, grads.bias))  # type: ignore[return-value]
+    return as_tensors(grads, hidden)
 
 
 def _scaled_slopes(slopes: Tensor, grad_logps: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
@@ -193,13 +193,8 @@ def _(slopes: Tensor, *args: Any) -> Tensor:
 
 
 @gradients_op.register_fake
-def _(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = zip((hidden, weight, bias), args[-3:], strict=True)
-    return tuple(  # type: ignore[return-value]
-        hidden.new_empty(x.shape if want and x is not None else (0,)) for x, want in wanted
-    )
+def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Gradients:
+    return fake_gradients((hidden, weight, bias), args[-3:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -214,9 +209,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Only create_graph=True comes here with gradients on; a constant would be passed off as a function.
-        raise RuntimeError("linear_logps can be differentiated once: its gradient's own gradient is not computed")
+    check_differentiated_once("linear_logps")
     nothing = [None] * 6
     wants = ctx.needs_input_grad[:3]
     if ctx.streamed:

@@ -17,6 +17,7 @@ from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import say_sparse_in_torch, without_autocast
 from tvkd_fast.ops.head import kept_rows, spread
+from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, fake_gradients
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 GradMode = Literal["exact", "sparse", "auto"]
@@ -173,7 +174,6 @@ def _sparse_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by hidden, weight and bias; an empty tensor where none is wanted, since an op returns tensors only."""
     labels = labels.long()
     marks = Marks(rows, columns, p, chain if softcap is not None else None, bounds, tail, dense)
     with without_autocast(hidden):
@@ -194,7 +194,7 @@ def _sparse_gradients(
             want_weight=want_weight,
             want_bias=want_bias,
         )
-    return tuple(hidden.new_empty(0) if x is None else x for x in (grads.hidden, grads.weight, grads.bias))  # type: ignore[return-value]
+    return as_tensors(grads, hidden)
 
 
 sparse_op = torch.library.custom_op("tvkd_fast::sparse_logps", _sparse_logps, mutates_args=())
@@ -216,13 +216,8 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softc
 
 
 @sparse_gradients_op.register_fake
-def _(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = zip((hidden, weight, bias), args[-3:], strict=True)
-    return tuple(  # type: ignore[return-value]
-        hidden.new_empty(x.shape if want and x is not None else (0,)) for x, want in wanted
-    )
+def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Gradients:
+    return fake_gradients((hidden, weight, bias), args[-3:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -233,9 +228,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Only create_graph=True comes here with gradients on; a constant would be passed off as a function.
-        raise RuntimeError("linear_logps can be differentiated once: its gradient's own gradient is not computed")
+    check_differentiated_once("linear_logps")
     wants = ctx.needs_input_grad[:3]
     grads = sparse_gradients_op(grad_logps, *ctx.saved_tensors, *ctx.transforms, *wants)
     return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 10)
