@@ -127,11 +127,6 @@ def test_implementations_that_there_are_not(
         op(hidden, weight, impl="cuda")
 
 
-def test_an_unknown_grad_mode(hidden: Tensor, weight: Tensor) -> None:
-    with pytest.raises(ValueError, match="grad_mode must be 'exact' in this version, got 'sparse'"):
-        logps(hidden, weight, grad_mode="sparse")
-
-
 @pytest.mark.parametrize("op", [linear_lse, linear_soft_values])
 @pytest.mark.parametrize("kappa", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_kappa_that_is_no_temperature(op: Callable[..., Any], hidden: Tensor, weight: Tensor, kappa: float) -> None:
