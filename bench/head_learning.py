@@ -61,9 +61,9 @@ def rounded(*, logits: bool) -> Gradient:
 
 
 def kinds() -> dict[str, Gradient]:
-    even = {f"even, 2^-{k}": ours(grad_mode="sparse", eps=2.0**-k, max_tail=1.0) for k in (10, 12, 14, 16, 18)}
+    even = {f"even, 2^-{k}": ours(grad_mode="sparse", eps=2.0**-k, max_tail=1.0) for k in (10, 12, 14, 16, 18, 20)}
     unbiased = {
-        f"unbiased, 2^-{k}": ours(grad_mode="sparse", eps=2.0**-k, max_tail=1.0, tail="unbiased") for k in (12, 14, 16)
+        f"unbiased, 2^-{k}": ours(grad_mode="sparse", eps=2.0**-k, max_tail=1.0, tail="unbiased") for k in (14, 16, 18)
     }
     bf16 = {"bf16 logits": rounded(logits=True), "bf16 dlogits": rounded(logits=False)}
     return {"exact": ours(), **even, **unbiased, **bf16}
