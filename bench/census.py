@@ -33,6 +33,7 @@ from bench.machine import made_by
 from bench.roofline import ASSUMPTIONS, estimates, report_estimates
 from tvkd_fast.kernels.configs import FP_FUSION, SHARED_KIB, UNTILED, Demand, Kernel, TileConfig, choose, precision
 from tvkd_fast.kernels.dlogits import dlogits_kernel
+from tvkd_fast.kernels.head_marks import head_marks_kernel
 from tvkd_fast.kernels.head_slopes import (
     SETTLE_ROWS,
     SLOPE_COLUMNS,
@@ -42,8 +43,10 @@ from tvkd_fast.kernels.head_slopes import (
     slopes_kernel,
 )
 from tvkd_fast.kernels.head_stats import MERGE_ROWS, head_stats_kernel, merge_splits_kernel
+from tvkd_fast.kernels.mark_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
 from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue_kernel
 from tvkd_fast.kernels.products import product_kernel
+from tvkd_fast.kernels.sparse_backward import GatherConfig, sparse_columns_kernel, sparse_rows_kernel
 
 TARGETS = {
     "sm_80": ("sm_80", GPUTarget("cuda", 80, 32)),
@@ -64,6 +67,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
     "head_stats": head_stats_kernel,
     "merge_splits": merge_splits_kernel,
+    "head_marks": head_marks_kernel,
+    "count": count_kernel,
+    "list": list_kernel,
+    "sparse_rows": sparse_rows_kernel,
+    "sparse_columns": sparse_columns_kernel,
     "dlogits": dlogits_kernel,
     "product": product_kernel,
     "exponentials": exponentials_kernel,
@@ -71,12 +79,14 @@ KERNELS = {
     "slopes": slopes_kernel,
     "preference_epilogue": preference_epilogue_kernel,
 }
-PRODUCTS = ("head_stats", "dlogits", "product", "exponentials")
+PRODUCTS = ("head_stats", "head_marks", "dlogits", "product", "exponentials")
 """Kernels with a matrix product in them; the others have no main loop of loads and no tensor cores to use."""
 
-_INTEGERS = {"labels": "*i64", "cu_seqlens": "*i64", "cu_states": "*i64", "ended": "*i1"}
+_INTEGERS = {"ended": "*i1", "cold": "*i8"}
+_INTEGERS |= dict.fromkeys(("labels", "cu_seqlens", "cu_states", "starts", "counts", "order", "edges"), "*i64")
+_INTEGERS |= dict.fromkeys(("words", "cold_words", "columns", "rows", "row_dice", "column_dice", "free"), "*i32")
 _MATRICES = ("hidden", "weight", "left", "right")
-_OPERANDS = (*_MATRICES, "bias", "dlogits", "exponentials")
+_OPERANDS = (*_MATRICES, "bias", "dlogits", "exponentials", "grad_hidden", "grad_weight", "grad_bias")
 _EPILOGUE_FLOATS = ("beta", "alpha", "gamma", "label_smoothing")
 _ASKED = {
     "logps": ("HAS_LABELS",),
@@ -88,8 +98,8 @@ _ASKED = {
 }
 _ROWS = {"": (True, True), "odd D": (True, False), "unaligned": (False, False)}
 """Whether rows are aligned, as `launch.aligned` has it, and whether D is whole steps (tiles) and no load is masked."""
-_FLOATS = ("logit_scale", "softcap", "kappa", "alpha")
-_SIZES = ("N", "V", "D", "M", "K", "R", "C", "splits", "tiles", "vocab_start", "ignore_index", "first_column")
+_FLOATS = ("logit_scale", "softcap", "kappa", "alpha", "eps")
+_SIZES = ("N", "V", "D", "M", "K", "R", "C", "W", "splits", "tiles", "vocab_start", "ignore_index", "first_column")
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,8 @@ class Build:
     config: TileConfig | None = None
     out: str = "fp32"
     aligned: bool = True
+    warps: int = UNTILED["num_warps"]
+    """Of a kernel that walks no tiles of a product."""
 
     @property
     def name(self) -> str:
@@ -112,7 +124,7 @@ class Build:
     @property
     def options(self) -> dict[str, int]:
         """The compiler's options, as `launch` passes them."""
-        return (UNTILED if self.config is None else self.config.options) | FP_FUSION
+        return ({"num_warps": self.warps} if self.config is None else self.config.options) | FP_FUSION
 
 
 @dataclass(frozen=True)
@@ -150,8 +162,12 @@ def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = 
         yield from _dlogits(target, dtype)
         yield from _products(target, dtype)
         yield from _slopes(target, dtype)
+        yield from _head_marks(target, dtype)
+        yield from _gathers(target, dtype)
     for target in targets:
         yield from _merges(target)
+        yield Build("count", target, "fp32", "plain", {"BLOCK": COUNT_WORDS})
+        yield Build("list", target, "fp32", "plain", {"BLOCK": LIST_WORDS})
         yield from _epilogues(target)
 
 
@@ -240,6 +256,41 @@ def _slopes(target: str, dtype: str) -> Iterator[Build]:
         switches = {"HAS_SOFTCAP": softcap, "ROOM": steps["ROOM"], "BLOCK_M": SLOPE_ROWS, "BLOCK_N": SLOPE_COLUMNS}
         variant = _named("softcap" * softcap, "unaligned" * (not aligned)) or "plain"
         yield Build("slopes", target, dtype, variant, switches, aligned=aligned)
+
+
+def _head_marks(target: str, dtype: str) -> Iterator[Build]:
+    cases = [(*head, unbiased, "") for head in _pairs() for unbiased in (False, True)]
+    cases += [(bias, bias, bias, rows) for bias in (False, True) for rows in ("odd D", "unaligned")]
+    cases.append((True, False, False, "odd D"))
+    for bias, softcap, unbiased, rows in cases:
+        config = _config("head_marks", target, dtype, rows, heavy=softcap or unbiased, bias=bias)
+        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "UNBIASED": unbiased, "SPLIT_TILES": config.split_tiles}
+        variant = _named("bias" * bias, "softcap" * softcap, "unbiased" * unbiased, rows) or "plain"
+        yield from _tiled("head_marks", target, dtype, variant, switches, config, rows)
+
+
+def _gathers(target: str, dtype: str) -> Iterator[Build]:
+    """By D, since a program holds whole rows; every head and side at one of them."""
+    everything = [dict(zip(("HAS_BIAS", "HAS_SOFTCAP", "UNBIASED"), on, strict=True)) for on in _flags(3)]
+    for size in HEAD_SIZES:
+        config = GatherConfig.of(size)
+        whole = size == HEAD_SIZES[1]
+        heads = [(x, True, True) for x in (everything if whole else (everything[0], everything[-1]))]
+        heads += [(everything[0], True, False), (everything[0], False, False)] * whole
+        for head, grad, start in heads:
+            names = [name.removeprefix("HAS_").lower() for name in head if head[name]]
+            variant = _named(f"D = {size}", *names, "" if grad else "no dH", "sum" * start)
+            switches = config.switches | head | {"HAS_GRAD": grad, "HAS_START": start}
+            yield Build("sparse_rows", target, dtype, variant, switches, warps=config.warps)
+        sides = [(grad, bias, start) for grad, bias, start in _flags(3) if grad or bias]
+        for grad, bias, start in sides if whole else ((True, False, True), (True, True, True)):
+            variant = _named(f"D = {size}", "bias" * bias, "" if grad else "no dW", "sum" * start)
+            switches = config.switches | {"HAS_GRAD": grad, "HAS_BIAS": bias, "HAS_START": start}
+            yield Build("sparse_columns", target, dtype, variant, switches, warps=config.warps)
+
+
+def _flags(count: int) -> Iterator[tuple[bool, ...]]:
+    yield from product((False, True), repeat=count)
 
 
 def _pairs() -> Iterator[tuple[bool, bool]]:

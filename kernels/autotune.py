@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from tvkd_fast.kernels.configs import BULK_TARGETS, CANDIDATES, Demand, Kernel, TileConfig, choose
-from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.head import Head, MarkRule
 from tvkd_fast.kernels.launch import aligned, target_of
 
 TILE_MAX = 256
@@ -96,6 +96,7 @@ def tune(
     """The fastest tiles of each kernel at hidden [N, D] and weight [V, D]; `seconds` times a call."""
     # The launchers look their tiles up here, so they are imported when there is something to time.
     from tvkd_fast.kernels.dlogits import dlogits
+    from tvkd_fast.kernels.head_marks import mark
     from tvkd_fast.kernels.head_slopes import head_slopes
     from tvkd_fast.kernels.head_stats import head_sums
     from tvkd_fast.kernels.products import product
@@ -117,6 +118,9 @@ def tune(
     def slopes(config: TileConfig) -> object:
         return head_slopes(hidden, head, labels, config=config)
 
+    def marks(config: TileConfig) -> object:
+        return mark(hidden, head, labels, MarkRule(2.0**-14, row_cap=v), config=config)
+
     def gradient(config: TileConfig) -> object:
         block = (hidden, head.columns(0, width), labels, sums, ones, ones[:1], buffer, config)
         return dlogits(*block, first_column=0, ignore_index=-100, want_bias=False)
@@ -130,6 +134,7 @@ def tune(
     candidates = [x for x in CANDIDATES if not x.bulk or (target in BULK_TARGETS and demand.aligned)]
     runs: dict[Kernel, Callable[[TileConfig], object]] = {
         "head_stats": stats,
+        "head_marks": marks,
         "exponentials": slopes,
         "dlogits": gradient,
         "product": multiply,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-Kernel = Literal["head_stats", "exponentials", "dlogits", "product"]
+Kernel = Literal["head_stats", "head_marks", "exponentials", "dlogits", "product"]
 
 
 # Said with every launch and in the census. Left unsaid it is the release's choice: Triton 3.9 fuses and warns that 3.10
@@ -111,7 +111,7 @@ def choose(kernel: Kernel, target: str, demand: Demand) -> TileConfig:
         if demand.wide:
             return _CDNA_WIDE
         return _CDNA_NARROW if kernel == "exponentials" else _CDNA
-    crowded = demand.bias and demand.heavy and (kernel, target) in _CROWDED
+    crowded = demand.heavy and (kernel == "head_marks" or (demand.bias and (kernel, target) in _CROWDED))
     if target not in BULK_TARGETS:
         if demand.wide:
             return _AMPERE_WIDE
@@ -123,6 +123,8 @@ def choose(kernel: Kernel, target: str, demand: Demand) -> TileConfig:
     if crowded:
         return _NARROW
     if kernel == "product":
+        return _TALL if target == "sm_90" else _SQUARE
+    if kernel == "head_marks" and not demand.bias:
         return _TALL if target == "sm_90" else _SQUARE
     if demand.bias or (demand.heavy and not (kernel == "head_stats" and target == "sm_90")):
         return _SQUARE

@@ -33,6 +33,7 @@ def head_gradients(
     coefficients: Tensor,
     *,
     ignore_index: int = -100,
+    elsewhere: bool = False,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -44,8 +45,11 @@ def head_gradients(
 
     With dW, columns are walked outside and rows inside, and a 16-bit dH sums in a float32 buffer of its size (up to
     `HIDDEN_SUM_BYTES`); without, rows outside, and R rows of it are enough.
+
+    A label that no row of weight holds makes its row NaN, but where it may lie `elsewhere`: in another part of the
+    vocabulary that `sums` are of.
     """
-    walk = _Walk(hidden, head, labels, sums, coefficients, ignore_index)
+    walk = _Walk(hidden, head, labels, sums, coefficients, ignore_index, elsewhere)
     want_columns = want_weight or want_bias
     together = want_hidden and want_columns and (walk.wide or hidden.numel() * 4 <= HIDDEN_SUM_BYTES)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
@@ -63,7 +67,14 @@ class _Walk:
     """Blocks of dlogits over [N, V], and the products that read them."""
 
     def __init__(
-        self, hidden: Tensor, head: Head, labels: Tensor, sums: HeadSums, coefficients: Tensor, ignore_index: int
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        sums: HeadSums,
+        coefficients: Tensor,
+        ignore_index: int,
+        elsewhere: bool,
     ) -> None:
         self.hidden, self.head, self.labels, self.sums, self.ignore_index = hidden, head, labels, sums, ignore_index
         self.count, self.size = hidden.shape
@@ -77,9 +88,11 @@ class _Walk:
             bias=head.bias is not None,
         )
         self.product_tiles = tiles("product", hidden, head.weight, self.count)
-        # A label that no row of weight holds has no logp, and must not get a gradient that looks like one.
-        nowhere = (labels < 0) | (labels >= head.vocab_size)
-        coefficients = coefficients.float().masked_fill(nowhere, torch.nan)
+        coefficients = coefficients.float()
+        if not elsewhere:
+            # A label that no row of weight holds has no logp, and must not get a gradient that looks like one.
+            nowhere = (labels < 0) | (labels >= head.vocab_size)
+            coefficients = coefficients.masked_fill(nowhere, torch.nan)
         self.coefficients = coefficients.masked_fill(labels == ignore_index, 0.0).contiguous()
         # c/scale fills float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
         room = _FLOAT16_ROOM if hidden.dtype == torch.float16 else 1.0

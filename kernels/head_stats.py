@@ -279,9 +279,7 @@ def _row_sums(
         HAS_SOFTCAP=head.softcap is not None,
         PRECISION=precision(hidden.dtype, target_of(hidden)),
     )
-    launch(
-        merge_splits_kernel,
-        triton.cdiv(n, MERGE_ROWS),
+    merge_splits(
         partials["maximum"],
         partials["log_total"],
         partials.get("lse_kappa"),
@@ -291,12 +289,51 @@ def _row_sums(
         sums["log_total"],
         sums.get("lse_kappa"),
         sums.get("entropy"),
-        n,
+        splits,
+        ignore_index=ignore_index,
+        kappa=kappa or 1.0,
+    )
+
+
+def merge_splits(
+    partial_max: Tensor,
+    partial_sum: Tensor,
+    partial_sum_kappa: Tensor | None,
+    partial_moment: Tensor | None,
+    labels: Tensor | None,
+    maximum: Tensor,
+    log_total: Tensor,
+    lse_kappa: Tensor | None,
+    entropy: Tensor | None,
+    splits: int,
+    *,
+    ignore_index: int,
+    kappa: float,
+) -> None:
+    """Partial sums [S·N] of N rows, split by split, into the sums (N,) themselves, in the order of the splits.
+
+    The sum at κ is any that was taken from the same maximum: `lse_kappa` is its logarithm plus κ·max z.
+    """
+    launch(
+        merge_splits_kernel,
+        triton.cdiv(len(maximum), MERGE_ROWS),
+        partial_max,
+        partial_sum,
+        partial_sum_kappa,
+        partial_moment,
+        labels,
+        maximum,
+        log_total,
+        lse_kappa,
+        entropy,
+        len(maximum),
         splits,
         ignore_index,
-        kappa or 1.0,
-        on=hidden,
+        kappa,
+        on=maximum,
         options=UNTILED,
-        **asked,
         BLOCK=MERGE_ROWS,
+        HAS_LABELS=labels is not None,
+        HAS_KAPPA=lse_kappa is not None,
+        HAS_ENTROPY=entropy is not None,
     )

@@ -224,6 +224,17 @@ def ops_of_a_head(dtype: torch.dtype, n: int, d: int, v: int, bias: str, softcap
         linear_lse(hidden, weight, kappa=kappa, **head)
 
 
+def sparse_ops_of_a_head(dtype: torch.dtype, d: int, bias: bool, softcap: float | None, tail: str, wants: str) -> None:
+    """Few columns, and many rows: a program makes one of either. With six columns or more, some are hot."""
+    v = 5 if wants == "both, none hot" else 40
+    hidden, weight = torch.randn(20, d).to(dtype), torch.randn(v, d).to(dtype)
+    offsets = torch.randn(v).to(dtype).requires_grad_("dH" not in wants) if bias else None
+    hidden.requires_grad_(wants != "dW alone")
+    weight.requires_grad_(wants != "dH alone")
+    options: dict[str, Any] = {"grad_mode": "sparse", "eps": 2.0**-6, "tail": tail, "max_tail": 1.0, "impl": "triton"}
+    linear_logps(hidden, weight, torch.randint(v, (20,)), bias=offsets, softcap=softcap, **options).sum().backward()
+
+
 def epilogues() -> None:
     from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue
 
@@ -247,6 +258,11 @@ def recorded() -> tuple[Launch, ...]:
                 ops_of_a_head(dtype, 130, d, 300, "none", None)
                 for bias, softcap in product(("none", "frozen", "trained"), (None, 5.0)):
                     ops_of_a_head(dtype, 20, d, 40, bias, softcap)
+                for wants in ("both, none hot", "dH alone", "dW alone"):
+                    sparse_ops_of_a_head(dtype, d, False, None, "even", wants)
+                for bias, softcap in product((False, True), (None, 5.0)):
+                    for tail in ("even", "unbiased") if d == 64 else ("even",):
+                        sparse_ops_of_a_head(dtype, d, bias, softcap, tail, "both")
     with recording("fp32", launches):
         epilogues()
     # The interpreter refuses bfloat16, which is launched as float16 is.
@@ -272,12 +288,28 @@ def census(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return census
 
 
-SIZES = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "BULK", "SPLIT_TILES", "TILE", "STEP", "ROOM", "PRECISION")
+SIZES = (
+    "BLOCK",
+    "BLOCK_M",
+    "BLOCK_N",
+    "BLOCK_K",
+    "BLOCK_E",
+    "BLOCK_D",
+    "GROUP",
+    "BULK",
+    "SPLIT_TILES",
+    "TILE",
+    "STEP",
+    "ROOM",
+    "PRECISION",
+)
 """Compile-time arguments that follow from the target, the dtype and the row of the table."""
 
-MORE = {"EVEN_K": False, "EVEN_N": False} | dict.fromkeys(
-    ("HAS_LABELS", "HAS_KAPPA", "HAS_ENTROPY", "HAS_BIAS", "HAS_SOFTCAP", "HAS_COLUMN_SUMS", "HAS_PREVIOUS"), True
-)
+ADDS = ("LABELS", "KAPPA", "ENTROPY", "BIAS", "SOFTCAP", "COLUMN_SUMS", "PREVIOUS", "GRAD", "START")
+GATHERS = ("sparse_rows", "sparse_columns")
+"""Kernels of every D: all sets of switches are built at one, and a light and a heavy one at the others."""
+
+MORE = {"EVEN_K": False, "EVEN_N": False, "UNBIASED": True} | {f"HAS_{name}": True for name in ADDS}
 """The value of a switch that adds code to a kernel and takes none away."""
 
 
@@ -312,7 +344,7 @@ def stands_for(build: Any, launch: Launch, family: str) -> bool:
     if (build.kernel, build.config, build.aligned) != (launch.kernel, config, aligned):
         return False
     made, wanted = (live(launch.kernel, x.switches, config, aligned) for x in (build, launch))
-    if aligned and wanted.get("EVEN_K", True) and wanted.get("EVEN_N", True):
+    if aligned and wanted.get("EVEN_K", True) and wanted.get("EVEN_N", True) and launch.kernel not in GATHERS:
         return made == wanted
     return made.keys() == wanted.keys() and all(x in (wanted[name], MORE.get(name)) for name, x in made.items())
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvkd_fast.ops import HeadStats, dispatch, linear_logps, reference
-from tvkd_fast.ops.sparse_tiles import Dice
+from tvkd_fast.kernels.dice import Dice
+from tvkd_fast.ops import HeadStats, linear_logps, reference
 
 WIDE = {"max_tail": 1.0, "row_cap": 10**6}
 """Whatever the tail, and however many entries: nothing is computed exactly."""
@@ -247,7 +247,6 @@ def test_states_of_ignored_rows_are_not_read(kit: SimpleNamespace) -> None:
         ({"row_cap": 0}, "row_cap must be at least 1 entry, got 0"),
         ({"tail": "heavy"}, "tail must be one of even, unbiased, got 'heavy'"),
         ({"max_tail": 1.5}, r"max_tail is a probability in \[0, 1\], got 1.5"),
-        ({"impl": "triton"}, "sparse gradients are not computed in Triton kernels yet: take impl='auto'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(kit: SimpleNamespace, options: dict[str, Any], message: str) -> None:
@@ -304,17 +303,3 @@ def test_stats_add_up_over_calls(kit: SimpleNamespace) -> None:
     assert 1 <= once.read()["head_marked"] < 2
     stats.reset()
     assert stats.read() == {}
-
-
-def test_who_computes_is_said_once(kit: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
-    dispatch.say_sparse_in_torch.cache_clear()
-    with caplog.at_level("INFO", logger="tvkd_fast"):
-        for _ in range(2):
-            kit.run(sparse(eps=2.0**-6), kit.case(4, 3, 20))
-        dispatch.say_sparse_in_torch(torch.device("cuda"))
-    said = [(record.levelname, record.getMessage()) for record in caplog.records]
-    assert said == [
-        ("INFO", "sparse gradients are computed in torch tiles: the tensors are on the CPU"),
-        ("WARNING", "sparse gradients are computed in torch tiles: no Triton kernel makes them yet"),
-    ]
-    dispatch.say_sparse_in_torch.cache_clear()

@@ -49,15 +49,6 @@ def _auto(device: torch.device, dtype: torch.dtype) -> bool:
     return refusal is None
 
 
-@lru_cache
-def say_sparse_in_torch(device: torch.device) -> None:
-    """Said once a device: as information on a CPU, as a warning where Triton would be expected."""
-    if device.type == "cpu":
-        _log.info("sparse gradients are computed in torch tiles: the tensors are on the CPU")
-    else:
-        _log.warning("sparse gradients are computed in torch tiles: no Triton kernel makes them yet")
-
-
 def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take such tensors, and the remedy; None where they can."""
     if find_spec("triton") is None:

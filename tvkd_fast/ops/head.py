@@ -43,7 +43,7 @@ def head_sums(
 
         labels = None if labels is None else labels.contiguous()
         return head_stats.head_sums(
-            _rows(hidden), _packed(head), labels=labels, ignore_index=ignore_index, kappa=kappa, entropy=entropy
+            packed_rows(hidden), packed(head), labels=labels, ignore_index=ignore_index, kappa=kappa, entropy=entropy
         )
     with without_autocast(hidden):
         kept = None if labels is None else kept_rows(labels, ignore_index)
@@ -66,7 +66,7 @@ def head_forward(
     if takes_triton(impl, hidden):
         from tvkd_fast.kernels import head_slopes as kernel
 
-        return kernel.head_slopes(_rows(hidden), _packed(head), labels.contiguous(), ignore_index=ignore_index)
+        return kernel.head_slopes(packed_rows(hidden), packed(head), labels.contiguous(), ignore_index=ignore_index)
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
         sums, slopes = tiles.head_slopes(hidden, head, labels if kept is None else labels[kept], kept=kept)
@@ -105,7 +105,7 @@ def head_gradients(
         from tvkd_fast.kernels import head_backward
 
         return head_backward.head_gradients(
-            _rows(hidden), _packed(head), labels.contiguous(), sums, grad_logps, ignore_index=ignore_index, **wants
+            packed_rows(hidden), packed(head), labels.contiguous(), sums, grad_logps, ignore_index=ignore_index, **wants
         )
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
@@ -132,7 +132,7 @@ def spread(sums: HeadSums, kept: Tensor | None, hidden: Tensor) -> HeadSums:
     return sums.map(lambda x: zeros.index_copy(0, kept, x))
 
 
-def _rows(x: Tensor) -> Tensor:
+def packed_rows(x: Tensor) -> Tensor:
     """x with contiguous rows, which is how the kernels read it."""
     if x.stride(-1) == 1 and x.stride(0) >= x.shape[1]:
         return x
@@ -140,7 +140,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
 
 
-def _packed(head: Head) -> Head:
+def packed(head: Head) -> Head:
     return Head(
-        _rows(head.weight), None if head.bias is None else head.bias.contiguous(), head.softcap, head.logit_scale
+        packed_rows(head.weight), None if head.bias is None else head.bias.contiguous(), head.softcap, head.logit_scale
     )

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
-from tvkd_fast.ops.dispatch import Impl, check_impl
+from tvkd_fast.ops.dispatch import Impl, check_impl, takes_triton
 from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes
 from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, fake_gradients
 from tvkd_fast.ops.sparse import GradMode, HeadGradient, HeadStats, Tail, sparse_op
+from tvkd_fast.ops.sparse_triton import marked_op
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 
@@ -66,8 +67,8 @@ def linear_logps(
         max_tail: where the mean of what is left out passes this probability, every row gets the exact gradient.
         stats: a `HeadStats` that a sparse call adds its numbers to.
         impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where it can be had. What
-            "auto" took, and why, is logged once by the logger "tvkd_fast". Sparse gradients are torch's on every
-            device so far.
+            "auto" took, and why, is logged once by the logger "tvkd_fast". Triton's sparse gradient is exact for up to
+            8,192 columns of the batch's labels and likeliest tokens, and sparse for the rest.
 
     Returns:
         (N,) float32 (float64 for float64 inputs), nats. Differentiable once by hidden, weight and bias; what does not
@@ -87,11 +88,10 @@ def linear_logps(
     check_transforms("linear_logps", hidden, weight, bias)
     hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
     check_labels(labels, hidden)
-    if grad_mode != "exact" and impl == "triton":
-        raise ValueError("sparse gradients are not computed in Triton kernels yet: take impl='auto' or impl='torch'")
     wanted = hidden.requires_grad or head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     if grad_mode != "exact" and wanted and torch.is_grad_enabled():
-        logps, *_, numbers = sparse_op(
+        op = marked_op if takes_triton(impl, hidden) else sparse_op
+        logps, *_, numbers = op(
             hidden,
             head.weight,
             head.bias,

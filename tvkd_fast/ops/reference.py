@@ -42,6 +42,7 @@ def sparse_logps(
     *,
     eps: float,
     u: Tensor | None = None,
+    always: Tensor | None = None,
     row_cap: int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -51,8 +52,8 @@ def sparse_logps(
     """`linear_logps`, whose gradient by a keeps p ≥ ε·u and the label, and spreads the rest over the other columns.
 
     g_j = J_j(δ_jy − p_j) on M = {p ≥ ε·u} ∪ {y} with p raised to ε where it is less, else −T/(V − |M|), such that
-    Σ_j g_j is the exact gradient's; columns whose bias is −inf are left out. u [N, V] is 1 where None. Rows with more
-    than `row_cap` marks beside the label keep the exact gradient.
+    Σ_j g_j is the exact gradient's; columns whose bias is −inf are left out. u [N, V] is 1 where None. Columns that are
+    `always` (V,) in M have the exact gradient. Rows with more than `row_cap` marks beside these and the label keep it.
     """
     kept, v = labels != ignore_index, weight.shape[0]
     a = logit_scale * torch.nn.functional.linear(
@@ -64,9 +65,10 @@ def sparse_logps(
     label = torch.nn.functional.one_hot(labels.where(kept, 0), v).bool()
     live = torch.ones(v, dtype=torch.bool) if bias is None else ~bias.isneginf()
     exact = chain * (label.double() - p)
-    marked = (p >= eps * (1.0 if u is None else u)) & ~label
-    on = torch.where(marked, -chain * p.clamp_min(eps if u is not None else 0.0), exact * label)
-    others = ~(marked | label) & live
+    taken = label if always is None else label | always
+    marked = (p >= eps * (1.0 if u is None else u)) & ~taken
+    on = torch.where(marked, -chain * p.clamp_min(eps if u is not None else 0.0), exact * taken)
+    others = ~(marked | taken) & live
     even = (exact.sum(1) - on.sum(1)) / others.sum(1).clamp_min(1)
     sparse = on + even[:, None] * others
     if row_cap is not None:

@@ -15,7 +15,7 @@ from tvkd_fast.kernels.head import Head, HeadSums, MarkRule, Marks
 from tvkd_fast.ops import sparse_tiles
 from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
-from tvkd_fast.ops.dispatch import say_sparse_in_torch, without_autocast
+from tvkd_fast.ops.dispatch import without_autocast
 from tvkd_fast.ops.head import kept_rows, spread
 from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, fake_gradients
 from tvkd_fast.ops.tiles import accumulation_dtype
@@ -79,7 +79,10 @@ class HeadStats:
         self.sums: Tensor | None = None
 
     def add(self, sums: Tensor) -> None:
-        """(5,): tokens, entries beside the labels', entries marked for them, Σ tail, dense rows, of one call."""
+        """(5,): tokens, entries beside the labels', entries marked for them, Σ tail, dense rows, of one call.
+
+        Triton's kernels prune in the backward: in theirs, what is marked counts as kept.
+        """
         self.sums = sums if self.sums is None else self.sums + sums
 
     def read(self) -> dict[str, float]:
@@ -121,7 +124,6 @@ def _sparse_logps(
 
     `measure` takes every row as dense where that is quicker on this machine.
     """
-    say_sparse_in_torch(hidden.device)
     labels = labels.long()
     check_label_range(labels, weight.shape[0], ignore_index)
     head = Head(weight, bias, softcap, logit_scale)

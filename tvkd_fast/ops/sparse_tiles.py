@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from tvkd_fast.kernels.dice import Dice
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
 from tvkd_fast.ops import marking
 from tvkd_fast.ops import tiles as exact
@@ -213,41 +214,6 @@ class _Block:
             return final
         chances = self.dice.at(final.rows, final.columns)
         return _Entries(final.rows, final.columns, (final.p * chances).clamp_min_(self.rule.eps), final.chain)
-
-
-class Dice:
-    """u_tj in (0, 1], the same for a (seed, row, column) whatever the tiles are.
-
-    u_tj = frac(a_t + b_j) of two hashes, one a row and one a column: each u is uniform over seeds and any two of a row
-    are independent, which is what an unbiased entry needs of it, for one addition an entry.
-    """
-
-    def __init__(self, seed: int, rows: Tensor, vocab_size: int) -> None:
-        self.a = _hashed(rows, 2 * seed)
-        self.b = _hashed(torch.arange(vocab_size, device=rows.device), 2 * seed + 1)
-
-    def of(self, rows: slice, columns: slice) -> Tensor:
-        """[R, C] of a block."""
-        return self._uniform(self.a[rows, None] + self.b[columns])
-
-    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Of single entries."""
-        return self._uniform(self.a[rows] + self.b[columns])
-
-    def _uniform(self, wrapped: Tensor) -> Tensor:
-        # 2⁻²⁴ more than the middle keeps 0 out, and rounds back to 1 at the top.
-        return wrapped.float().mul_(2.0**-32).add_(0.5 + 2.0**-24)
-
-
-def _hashed(index: Tensor, key: int) -> Tensor:
-    """32 well-mixed bits of each index, as int32 (Wellons' lowbias32, twice, with the key between)."""
-    x = index.long()
-    for salt in (0x9E3779B9, key):
-        x = (x ^ (salt & 0xFFFFFFFF)) & 0xFFFFFFFF
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-        x = x ^ (x >> 16)
-    return (x - 2**31).int()
 
 
 class Parts:
