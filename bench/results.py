@@ -129,6 +129,24 @@ def ways_table(report: dict[str, Any]) -> str:
     return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
 
 
+def hot_table(report: dict[str, Any]) -> str:
+    """A rule and number of hot columns a row, an ε two columns."""
+    found = {(x["rule"], x["k"], x["log_eps"]): x for x in report["rows"]}
+    log_eps = sorted({x["log_eps"] for x in report["rows"]})
+    head = ["hot columns"]
+    for k in log_eps:
+        head += [f"ε = 2^-{k}: entries in them", "marked over true"]
+    rows = []
+    for rule, count in dict.fromkeys((x["rule"], x["k"]) for x in report["rows"]):
+        cells = [f"{count:,}: {rule}"]
+        for k in log_eps:
+            x = found[rule, count, k]
+            cells += [f"{x['held']:.0%}", f"{x['marked']:.2f}"]
+        rows.append(cells)
+    what = f"{report['looked_at']} of {report['tokens']} tokens, {report['states']}; counted, not timed"
+    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
+
+
 def learning_table(report: dict[str, Any]) -> str:
     """Gradients of the first step, then what AdamW made of them, by kind of gradient."""
     steps = [f"step {k}" for k in report["steps"]]
@@ -318,6 +336,7 @@ TABLES = {
     "heads": heads_table,
     "learning": learning_table,
     "ways": ways_table,
+    "hot": hot_table,
     "gpu": gpu_table,
     "numerics": numerics_table,
 }

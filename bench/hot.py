@@ -1,0 +1,81 @@
+"""What a floor of hot columns finds on real states: how many entries they hold, and how many too many are marked.
+
+    python -m bench.hot --data PAIRS.jsonl.gz --json FILE
+
+Counted in torch as `kernels/head_marks.py` marks: beside the floor, a split of 4 tiles of 256 columns has its own sum
+so far. No timing. Letters: N tokens, V vocabulary, K hot columns, R rows that are looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.head import prepared
+from bench.machine import made_by
+from bench.states import load_states
+from tvkd_fast.kernels.head_marks import SAMPLE_ROWS
+
+TILE, SPLIT_TILES = 256, 4
+LOG_EPS = (14, 16)
+EVERY = 16
+
+
+def orders(labels: Tensor, logits: Tensor, log_eps: int) -> dict[str, Tensor]:
+    """Columns by how soon they are hot, by rule; logits [SAMPLE_ROWS, V]."""
+    vocab = logits.shape[1]
+    marked = (logits.log_softmax(1) >= -log_eps * math.log(2)).sum(0)
+    present = torch.zeros(vocab, dtype=torch.int64).index_fill_(0, labels, 1)
+    first = torch.arange(vocab - 1, -1, -1)
+    both = (present * (SAMPLE_ROWS + 1) + marked) * vocab + first
+    return {
+        "labels, then the sample": both.argsort(descending=True),
+        "the sample alone": (marked * vocab + first).argsort(descending=True),
+        "labels, then the first": (present * vocab + first).argsort(descending=True),
+    }
+
+
+def counted(z: Tensor, hot: Tensor, log_eps: int) -> dict[str, float]:
+    """Of rows z [R, V]: the share of all entries that hot columns hold, and marked over true of all entries."""
+    true = z.log_softmax(1) >= -log_eps * math.log(2)
+    split = TILE * SPLIT_TILES
+    padded = torch.nn.functional.pad(z, (0, -z.shape[1] % split), value=-math.inf).view(len(z), -1, SPLIT_TILES, TILE)
+    so_far = padded.logsumexp(3).logcumsumexp(2).maximum(z[:, hot].logsumexp(1)[:, None, None])
+    limit = so_far.repeat_interleave(TILE, 2).view(len(z), -1)[:, : z.shape[1]] - log_eps * math.log(2)
+    marked = z >= limit
+    cold = torch.ones(z.shape[1], dtype=torch.bool).index_fill_(0, hot, False)
+    total, outside = float(true.sum()), float(true[:, cold].sum())
+    return {"held": 1 - outside / total, "marked": (total - outside + float(marked[:, cold].sum())) / total}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="bundled:train")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    arguments.entries = 0.0
+    states = load_states(prepared((4096, 576, 49152), arguments, truth=False)[0])
+    n = len(states.hidden)
+    sample = states.hidden[torch.arange(SAMPLE_ROWS) * n // SAMPLE_ROWS] @ states.weight.T
+    z = states.hidden[3::EVERY] @ states.weight.T
+    rows: list[dict[str, Any]] = []
+    for log_eps in LOG_EPS:
+        for rule, order in orders(states.labels, sample, log_eps).items():
+            for k in (1024, 2048, 4096, 8192):
+                rows.append({"rule": rule, "k": k, "log_eps": log_eps} | counted(z, order[:k], log_eps))
+                print(json.dumps(rows[-1]), flush=True)
+    report = {"rows": rows, "looked_at": len(z), "tokens": n, "states": states.source, "made_by": made_by()}
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
