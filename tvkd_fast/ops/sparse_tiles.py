@@ -9,6 +9,7 @@ that belongs is missed, and the finished sum prunes the rest: about one marked e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -238,7 +239,7 @@ class Parts:
         c = (grad_logps * head.logit_scale).masked_fill(self.dense, 0.0)
         self.live = None if head.bias is None else head.bias.isneginf().logical_not_().to(c.dtype)
         live = head.vocab_size if self.live is None else self.live.sum()
-        free = live - 1 - torch.bincount(marks.rows, minlength=n)[self.place]
+        free = live - 1 - self._counts(n)[self.place]
         self.even = torch.where(free > 0, c * marks.tail[self.place] / free.clamp(min=1), 0.0)
         assert sums.target is not None
         own = c * torch.expm1(sums.logps).neg_()
@@ -246,6 +247,13 @@ class Parts:
             own *= 1.0 - (sums.target / head.softcap) ** 2
         self.own = own + self.even
         self.even_everywhere, self.c_everywhere = (_placed(x, kept, c.new_zeros(n)) for x in (self.even, c))
+
+    def _counts(self, n: int) -> Tensor:
+        """(n,) entries a row, tile by tile: bincount takes eight bytes more an entry."""
+        counts = torch.zeros(n, dtype=torch.int64, device=self.place.device)
+        for start, stop in pairwise(self.marks.bounds.tolist()):
+            counts += torch.bincount(self.marks.rows[start:stop], minlength=n)
+        return counts
 
     def entries(self, segment: slice) -> Tensor:
         """The gradient by h·w less −u of a run of marks."""
