@@ -84,3 +84,17 @@ def test_liger_goes_backward_from_the_coefficients_that_it_is_judged_by(monkeypa
     loss = -torch.nn.functional.logsigmoid(head.BETA * (chosen - rejected)).mean()
     (wanted,) = torch.autograd.grad(loss, logps)
     torch.testing.assert_close(head.preference_coefficients(logps.detach()), wanted)
+
+
+def test_hot_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    hot = module(monkeypatch, "hot")
+    torch.manual_seed(0)
+    z = torch.randn(6, 3000) * 4
+    everything = hot.counted(z, torch.arange(3000), 10)
+    assert everything["held"] == everything["marked"] == 1
+    nothing, half = (hot.counted(z, torch.arange(k), 10) for k in (1, 1500))
+    assert nothing["held"] < half["held"] < 1
+    assert nothing["marked"] > half["marked"] > 1
+    labels = torch.tensor([2999, 7, 7])
+    for rule in ("labels, then the sample", "labels, then the first"):
+        assert set(hot.orders(labels, z, 10)[rule][:2].tolist()) == {7, 2999}
