@@ -107,7 +107,8 @@ def fused_linear_tvkd_loss(
         value_scale: b; beta where None, which is the paper's.
         gradient: how the policy's head is differentiated: exactly, or sparse (`linear_logps`), by `HeadGradient`.
         stats: a `HeadStats` that a sparse call adds its numbers to.
-        impl: as in `linear_logps`; "triton" takes the head and everything after it in kernels.
+        impl: as in `linear_logps`; "triton" takes the head and everything after it in kernels (with a sparse gradient
+            the head alone).
 
     Returns:
         `TVKDOutput`, float32 (float64 from a float64 policy). `loss` and `losses` are differentiable once by

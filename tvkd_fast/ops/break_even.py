@@ -24,7 +24,8 @@ def break_even(device: torch.device, dtype: torch.dtype, vocab_size: int, hidden
     """Entries a token at which gathering both gradients takes as long as recomputing them.
 
     A sample of tiles is timed, a few milliseconds in all, and the least of five is taken. Timings differ from run to
-    run, so a batch close by may be computed either way: who must resume bit for bit chooses a mode.
+    run, so a batch close by may be computed either way: who must resume bit for bit chooses a mode. On a GPU torch's
+    gathering stands for that of the Triton kernels.
     """
     acc = accumulation_dtype(dtype)
     columns = min(COLUMNS, vocab_size)
