@@ -197,14 +197,15 @@ def mark(
         config: tiles to take in place of the table's.
 
     Traffic: as `head_sums`, and N·V/8 bytes of bits, R rows at a time, that are read twice more; 8 bytes a mark. Each
-    block of rows waits once, for the number of its marks: lists are as long as they are.
+    block of rows waits once, for the number of its marks, and the call twice, for whether all is too flat and for its
+    dense rows: lists are as long as they are.
     """
     n, vocab = hidden.shape[0], head.vocab_size
     hot = hot_columns(hidden, head, labels, rule, ignore_index=ignore_index)
     config = config or _tiles(hidden, head, unbiased=rule.unbiased)
     floors = _floors(hidden, hot.head(head), labels, ignore_index)
     coins = Dice(rule.seed, torch.arange(n, device=hidden.device), vocab) if rule.unbiased else None
-    numbers = [torch.full((n,), math.nan, device=hidden.device) for _ in range(4)]
+    numbers = [hidden.new_full((n,), math.nan, dtype=torch.float32) for _ in range(4)]
     width = _words(head, config)
     step = max(1, blocks.WORKSPACE_BYTES // (4 * width) // config.block_m) * config.block_m
     words = hidden.new_empty((min(n, step), width), dtype=torch.int32)
@@ -249,7 +250,8 @@ def hot_columns(hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, *, i
     present = known.new_zeros(vocab + 1).index_fill_(0, known, 1)[:-1]
     rank = present * (SAMPLE_ROWS + 1) + _sampled(hidden, head, labels, rule, ignore_index)
     if head.bias is not None:
-        rank.masked_fill_(head.bias.isneginf(), -1)
+        # But for labels: of one that a bias takes out, the δ is left, and a cold column has no entry for it.
+        rank.masked_fill_(head.bias.isneginf() & (present == 0), -1)
     # No two are equal, so that the choice is the same each time.
     rank = rank * vocab + torch.arange(vocab - 1, -1, -1, device=labels.device)
     return Hot.of(rank.topk(min(HOT_COLUMNS, vocab // HOT_SHARE)).indices.sort().values, head)
@@ -262,6 +264,8 @@ def _sampled(hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, ignore_
     wanted = ignored.sort(stable=True).indices
     spaced = torch.arange(min(SAMPLE_ROWS, n // SAMPLE_SHARE), device=labels.device)
     rows = wanted[spaced * (n - ignored.sum()) // max(len(spaced), 1)]
+    if not len(rows):
+        return labels.new_zeros(head.vocab_size)
     states, there = hidden[rows], labels[rows]
     lse = head_sums(states, head, labels=there, ignore_index=ignore_index).lse
     numbers = [torch.empty_like(lse) for _ in range(4)]

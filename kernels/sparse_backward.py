@@ -224,7 +224,7 @@ def sparse_gradients(
     are neither hot nor taken out by a bias of −inf, as one vector. Hot columns, and dense rows, take the exact walk.
     Bitwise repeatable. States of rows to ignore must be finite, as in the exact backward.
 
-    Traffic: 2·E·D numbers gathered, out of L2 for the most part (E·D where only one side is asked for), weight and
+    Traffic: 2·E·D numbers gathered, out of L2 for the most part (E·D where weight wants none), weight and
     hidden once, and the products of K columns, three.
     """
     c = coefficients.float().masked_fill((labels < 0) | (labels >= head.vocab_size), torch.nan)

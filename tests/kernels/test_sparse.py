@@ -174,9 +174,27 @@ def test_a_padded_column_gets_nothing(kit: SimpleNamespace) -> None:
     assert (got.bias[-20:] == 0).all()
 
 
-@pytest.mark.parametrize(("n", "v"), [(0, 50), (1, 50), (5, 1), (3, 2)])
-def test_small_things(kit: SimpleNamespace, n: int, v: int) -> None:
-    right(kit, kit.case(n, 6, v, ignored=0.0), 2.0**-6)
+@pytest.mark.parametrize(("n", "v"), [(0, 50), (1, 50), (5, 1), (3, 2), (15, 64)])
+@pytest.mark.parametrize("d", [6, 16])
+def test_small_things(kit: SimpleNamespace, n: int, d: int, v: int) -> None:
+    """D of 16 has rows that bulk copies take: fewer rows than a sample is one of must not ask for them."""
+    right(kit, kit.case(n, d, v, ignored=0.0), 2.0**-6)
+
+
+def test_a_label_that_a_bias_takes_out_keeps_its_gradient(kit: SimpleNamespace) -> None:
+    case = kit.case(12, 8, 40, bias=True, ignored=0.0)
+    case.bias[case.labels[0]] = -torch.inf
+    got, want = (kit.run(op, case).weight for op in (sparse(eps=0.0), linear_logps))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backward_under_autocast_is_the_same(kit: SimpleNamespace) -> None:
+    case = kit.case(20, 16, 60, torch.float16)
+    want = kit.run(sparse(eps=2.0**-5), case)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        got = kit.run(sparse(eps=2.0**-5), case)
+    for name in ("logps", "hidden", "weight"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
 
 
 def test_all_labels_ignored(kit: SimpleNamespace) -> None:

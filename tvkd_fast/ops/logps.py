@@ -73,9 +73,9 @@ def linear_logps(
     Returns:
         (N,) float32 (float64 for float64 inputs), nats. Differentiable once by hidden, weight and bias; what does not
         require a gradient costs none. Deterministic. Memory beyond inputs, result and gradients is bounded by 64 MB
-        whatever N and V are; the Triton backward of 16-bit inputs takes up to 256 MiB more for float32 sums of hidden's
-        gradient, and copies a weight whose rows are not contiguous. (Autocast's copy of the weight, where it is on,
-        comes on top, as in any linear layer.)
+        whatever N and V are, sparse modes' entries apart (docs/sparse.md); the Triton backward of 16-bit inputs takes
+        up to 256 MiB more for float32 sums of hidden's gradient, and copies a weight whose rows are not contiguous.
+        (Autocast's copy of the weight, where it is on, comes on top, as in any linear layer.)
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit; labels out of range; NaN or inf in hidden or

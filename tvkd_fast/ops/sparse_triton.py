@@ -13,6 +13,7 @@ from torch import Tensor
 from tvkd_fast.kernels.head import Head, HeadSums, MarkRule
 from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
+from tvkd_fast.ops.dispatch import without_autocast
 from tvkd_fast.ops.head import packed, packed_rows
 from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, fake_gradients
 
@@ -42,7 +43,8 @@ def _marked_logps(
     limit = break_even(hidden.device, hidden.dtype, *weight.shape) if measure else float("inf")
     rule = MarkRule(eps, row_cap, unbiased, seed, max_tail, limit)
     head = packed(Head(weight, bias, softcap, logit_scale))
-    sums, marks = mark(packed_rows(hidden), head, labels, rule, ignore_index=ignore_index)
+    with without_autocast(hidden):
+        sums, marks = mark(packed_rows(hidden), head, labels, rule, ignore_index=ignore_index)
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
     assert marks.counts is not None
@@ -79,19 +81,20 @@ def _marked_gradients(
     from tvkd_fast.kernels.mark_lists import MarkLists
     from tvkd_fast.kernels.sparse_backward import sparse_gradients
 
-    grads = sparse_gradients(
-        packed_rows(hidden),
-        packed(Head(weight, bias, softcap, logit_scale)),
-        labels.long().contiguous(),
-        HeadSums(maximum, log_total),
-        MarkLists(columns, rows, starts, tail, dense, hot),
-        MarkRule(eps, weight.shape[0], unbiased, seed),
-        grad_logps,
-        ignore_index=ignore_index,
-        want_hidden=want_hidden,
-        want_weight=want_weight,
-        want_bias=want_bias,
-    )
+    with without_autocast(hidden):
+        grads = sparse_gradients(
+            packed_rows(hidden),
+            packed(Head(weight, bias, softcap, logit_scale)),
+            labels.long().contiguous(),
+            HeadSums(maximum, log_total),
+            MarkLists(columns, rows, starts, tail, dense, hot),
+            MarkRule(eps, weight.shape[0], unbiased, seed),
+            grad_logps,
+            ignore_index=ignore_index,
+            want_hidden=want_hidden,
+            want_weight=want_weight,
+            want_bias=want_bias,
+        )
     return as_tensors(grads, hidden)
 
 
