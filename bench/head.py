@@ -171,8 +171,11 @@ def _compiled() -> Head:
 
 
 def there(contender: Contender) -> bool:
+    """Whether what it needs can be had: g++ is a program, all else a module, of which a program alone is no sign."""
     needs = contender.needs
-    return needs is None or shutil.which(needs) is not None or importlib.util.find_spec(needs) is not None
+    if needs == "g++":
+        return shutil.which(needs) is not None
+    return needs is None or importlib.util.find_spec(needs) is not None
 
 
 def job(contender: Contender, states: States) -> Callable[[], Any]:

@@ -32,7 +32,13 @@ def takes_triton(impl: str, hidden: Tensor) -> bool:
         if refusal:
             raise ValueError(f"impl='triton' cannot be had: {refusal}")
         return True
-    return _auto(hidden.device, hidden.dtype)
+    return _settled(hidden.device, hidden.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _settled(device: torch.device, dtype: torch.dtype) -> bool:
+    """Found out while a graph is traced, and not in it: a graph can neither look for Triton nor say what it took."""
+    return _auto(device, dtype)
 
 
 @lru_cache
