@@ -200,7 +200,7 @@ def rejected() -> Iterator[Build]:
 
 
 def _head_stats(target: str, dtype: str) -> Iterator[Build]:
-    cases = [(asked, *head, "") for asked in ("logps", "lse", "both sums", "entropy") for head in _pairs()]
+    cases = [(asked, *head, "") for asked in ("logps", "lse", "both sums", "entropy") for head in _flags(2)]
     # The most that a light and a heavy epilogue can hold: no op asks for it, and a caller of the kernels may.
     for bias, rows in product((False, True), ("", "odd D")):
         cases += [("logps and both sums", bias, False, rows), ("all sums", bias, True, rows)]
@@ -238,7 +238,7 @@ def _products(target: str, dtype: str) -> Iterator[Build]:
 
 
 def _slopes(target: str, dtype: str) -> Iterator[Build]:
-    cases = [(*head, rows) for rows in ("", "odd D") for head in _pairs()]
+    cases = [(*head, rows) for rows in ("", "odd D") for head in _flags(2)]
     cases += [(False, False, "unaligned"), (True, True, "unaligned")]
     steps = {"STEP": 8, "ROOM": 2.0**11} if dtype == "fp16" else {"STEP": 16, "ROOM": 1.0}
     widths = set()
@@ -252,14 +252,14 @@ def _slopes(target: str, dtype: str) -> Iterator[Build]:
         switches = {"HAS_HELD": held, "TILE": width, "BLOCK_M": SETTLE_ROWS}
         variant = _named("sum" if held else "first", f"{width} columns", "unaligned" * (not aligned))
         yield Build("settle", target, dtype, variant, switches, aligned=aligned)
-    for aligned, softcap in _pairs():
+    for aligned, softcap in _flags(2):
         switches = {"HAS_SOFTCAP": softcap, "ROOM": steps["ROOM"], "BLOCK_M": SLOPE_ROWS, "BLOCK_N": SLOPE_COLUMNS}
         variant = _named("softcap" * softcap, "unaligned" * (not aligned)) or "plain"
         yield Build("slopes", target, dtype, variant, switches, aligned=aligned)
 
 
 def _head_marks(target: str, dtype: str) -> Iterator[Build]:
-    cases = [(*head, unbiased, "") for head in _pairs() for unbiased in (False, True)]
+    cases = [(*head, unbiased, "") for head in _flags(2) for unbiased in (False, True)]
     cases += [(bias, bias, bias, rows) for bias in (False, True) for rows in ("odd D", "unaligned")]
     cases.append((True, False, False, "odd D"))
     for bias, softcap, unbiased, rows in cases:
@@ -291,10 +291,6 @@ def _gathers(target: str, dtype: str) -> Iterator[Build]:
 
 def _flags(count: int) -> Iterator[tuple[bool, ...]]:
     yield from product((False, True), repeat=count)
-
-
-def _pairs() -> Iterator[tuple[bool, bool]]:
-    yield from product((False, True), repeat=2)
 
 
 def _named(*parts: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.head import prepared
 from bench.machine import made_by
 from bench.states import load_states
-from tvkd_fast.kernels.head_marks import SAMPLE_ROWS
+from tvkd_fast.kernels.head_marks import SAMPLE_ROWS, rank
 
 TILE, SPLIT_TILES = 256, 4
 LOG_EPS = (14, 16)
@@ -32,13 +32,13 @@ def orders(labels: Tensor, logits: Tensor, log_eps: int) -> dict[str, Tensor]:
     vocab = logits.shape[1]
     marked = (logits.log_softmax(1) >= -log_eps * math.log(2)).sum(0)
     present = torch.zeros(vocab, dtype=torch.int64).index_fill_(0, labels, 1)
-    first = torch.arange(vocab - 1, -1, -1)
-    both = (present * (SAMPLE_ROWS + 1) + marked) * vocab + first
-    return {
-        "labels, then the sample": both.argsort(descending=True),
-        "the sample alone": (marked * vocab + first).argsort(descending=True),
-        "labels, then the first": (present * vocab + first).argsort(descending=True),
+    none = torch.zeros_like(present)
+    rules = {
+        "labels, then the sample": (present, marked),
+        "the sample alone": (none, marked),
+        "labels, then the first": (present, none),
     }
+    return {rule: rank(*counts).argsort(descending=True) for rule, counts in rules.items()}
 
 
 def counted(z: Tensor, hot: Tensor, log_eps: int) -> dict[str, float]:

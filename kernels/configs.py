@@ -122,9 +122,7 @@ def choose(kernel: Kernel, target: str, demand: Demand) -> TileConfig:
         return _NARROW_WIDE if crowded else _SQUARE_WIDE
     if crowded:
         return _NARROW
-    if kernel == "product":
-        return _TALL if target == "sm_90" else _SQUARE
-    if kernel == "head_marks" and not demand.bias:
+    if kernel == "product" or (kernel == "head_marks" and not demand.bias):
         return _TALL if target == "sm_90" else _SQUARE
     if demand.bias or (demand.heavy and not (kernel == "head_stats" and target == "sm_90")):
         return _SQUARE

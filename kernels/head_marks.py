@@ -196,7 +196,7 @@ def mark(
         rule: what is kept. Rows over its cap, or all where what is left out passes its limits, are `dense`.
         config: tiles to take in place of the table's.
 
-    Traffic: as `head_sums`, and N·V/8 bytes of bits, R rows at a time, that are read twice more; 8 bytes a mark. Each
+    Traffic: as `head_sums`, and N·V/8 bytes of bits, R rows at a time, that are read twice more; 4 bytes a mark. Each
     block of rows waits once, for the number of its marks, and the call twice, for whether all is too flat and for its
     dense rows: lists are as long as they are.
     """
@@ -207,22 +207,25 @@ def mark(
     coins = Dice(rule.seed, torch.arange(n, device=hidden.device), vocab) if rule.unbiased else None
     numbers = [hidden.new_full((n,), math.nan, dtype=torch.float32) for _ in range(4)]
     width = _words(head, config)
+    cold = (hot.cold, hot.cold_words(width))
     step = max(1, blocks.WORKSPACE_BYTES // (4 * width) // config.block_m) * config.block_m
     words = hidden.new_empty((min(n, step), width), dtype=torch.int32)
-    lists, alone = [], torch.zeros_like(labels, dtype=torch.bool)
+    wanted, known = labels != ignore_index, labels.clamp(0, vocab - 1)
+    # A label that is hot, or nobody's, needs no bit.
+    own = hot.cold[known].bool() & wanted & (labels == known)
+    alone, dense, counts = torch.zeros_like(own), torch.zeros_like(own), torch.zeros_like(labels)
+    columns = []
     for rows in slices(n, step):
         there = labels[rows]
         dice = (None, None) if coins is None else (coins.a[rows], coins.b)
         here = [x[rows] for x in numbers]
         _marks(
-            hidden[rows], head, there, floors[rows], hot, dice, here, words, rule, config, ignore_index=ignore_index
+            hidden[rows], head, there, floors[rows], cold, dice, here, words, rule, config, ignore_index=ignore_index
         )  # fmt: skip
-        # A label that is hot, or nobody's, needs no bit.
-        own = hot.cold[there.clamp(0, vocab - 1)].bool() & (there != ignore_index) & (there >= 0) & (there < vocab)
-        alone[rows] = _mark_labels(words, there.clamp(0, vocab - 1), own)
-        counts = counted(words, there, ignore_index)
-        dense = counts - own.long() > rule.row_cap
-        lists.append((dense, own, listed(words, counts.masked_fill(dense, 0))))
+        alone[rows] = _mark_labels(words, known[rows], own[rows])
+        counts[rows] = counted(words, there, ignore_index)
+        dense[rows] = counts[rows] - own[rows].long() > rule.row_cap
+        columns.append(listed(words, counts[rows].masked_fill(dense[rows], 0)))
     maximum, log_total, log_rest, target = numbers
     sums = HeadSums(maximum, log_total, target=target)
     # The rest holds the labels that were not marked of themselves.
@@ -230,8 +233,8 @@ def mark(
     if head.softcap is not None:
         own_mass *= 1.0 - (target / head.softcap) ** 2
     tail = (log_rest - maximum - log_total).exp() - torch.where(alone, own_mass, 0.0)
-    tail = tail.clamp_min(0.0).masked_fill(labels == ignore_index, 0.0)
-    return sums, MarkLists.joined(lists, hot.columns, tail, labels != ignore_index, rule)
+    tail = tail.clamp_min(0.0).masked_fill(~wanted, 0.0)
+    return sums, MarkLists.of(columns, counts, own, dense, tail, wanted, hot.columns, rule)
 
 
 def _mark_labels(words: Tensor, labels: Tensor, own: Tensor) -> Tensor:
@@ -248,13 +251,22 @@ def hot_columns(hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, *, i
     vocab = head.vocab_size
     known = torch.where((labels < 0) | (labels >= vocab) | (labels == ignore_index), vocab, labels)
     present = known.new_zeros(vocab + 1).index_fill_(0, known, 1)[:-1]
-    rank = present * (SAMPLE_ROWS + 1) + _sampled(hidden, head, labels, rule, ignore_index)
+    sampled = _sampled(hidden, head, labels, rule, ignore_index)
     if head.bias is not None:
         # But for labels: of one that a bias takes out, the δ is left, and a cold column has no entry for it.
-        rank.masked_fill_(head.bias.isneginf() & (present == 0), -1)
-    # No two are equal, so that the choice is the same each time.
-    rank = rank * vocab + torch.arange(vocab - 1, -1, -1, device=labels.device)
-    return Hot.of(rank.topk(min(HOT_COLUMNS, vocab // HOT_SHARE)).indices.sort().values, head)
+        sampled.masked_fill_(head.bias.isneginf() & (present == 0), -1)
+    first = rank(present, sampled).topk(min(HOT_COLUMNS, vocab // HOT_SHARE)).indices
+    return Hot.of(first.sort().values, head)
+
+
+def rank(present: Tensor, sampled: Tensor) -> Tensor:
+    """(V,) int64, the more the hotter: 1 of a label, then how many of SAMPLE_ROWS mark it, then the lower column.
+
+    No two are equal, so that the choice is the same each time.
+    """
+    vocab = len(present)
+    lower = torch.arange(vocab - 1, -1, -1, device=present.device)
+    return (present * (SAMPLE_ROWS + 1) + sampled) * vocab + lower
 
 
 def _sampled(hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, ignore_index: int) -> Tensor:
@@ -272,7 +284,8 @@ def _sampled(hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, ignore_
     config = _tiles(states, head, unbiased=False)
     words = hidden.new_zeros((len(rows), _words(head, config)), dtype=torch.int32)
     none = Hot.of(labels.new_empty(0), head)
-    _marks(states, head, there, lse, none, (None, None), numbers, words, rule, config, ignore_index=ignore_index)
+    cold = (none.cold, none.cold_words(words.shape[1]))
+    _marks(states, head, there, lse, cold, (None, None), numbers, words, rule, config, ignore_index=ignore_index)
     bits = torch.stack([((words >> bit) & 1).sum(0) for bit in range(32)], 1)
     return bits.flatten()[: head.vocab_size]
 
@@ -299,7 +312,7 @@ def _marks(
     head: Head,
     labels: Tensor,
     floors: Tensor,
-    hot: Hot,
+    cold: tuple[Tensor, Tensor],
     dice: tuple[Tensor | None, Tensor | None],
     numbers: list[Tensor],
     words: Tensor,
@@ -308,7 +321,10 @@ def _marks(
     *,
     ignore_index: int,
 ) -> None:
-    """One block of rows: bits into `words`; max z, log Σ, log of the rest's sum and z at the label into `numbers`."""
+    """One block of rows: bits into `words`; max z, log Σ, log of the rest's sum and z at the label into `numbers`.
+
+    cold: (V,) int8 and the same as words; dice: both hashes of an unbiased tail's, or None.
+    """
     (n, d), weight = hidden.shape, head.weight
     splits = triton.cdiv(triton.cdiv(head.vocab_size, config.block_n), config.split_tiles)
     partials = hidden.new_empty((3, splits * n), dtype=torch.float32)
@@ -320,8 +336,7 @@ def _marks(
         head.bias,
         labels,
         floors,
-        hot.cold,
-        hot.cold_words(words.shape[1]),
+        *cold,
         *dice,
         *partials,
         numbers[3],

@@ -27,8 +27,6 @@ class MarkLists:
 
     columns: Tensor
     """(E,) int32"""
-    rows: Tensor
-    """(E,) int32"""
     starts: Tensor
     """(N + 1,) int64: where each row's entries begin."""
     tail: Tensor
@@ -37,42 +35,43 @@ class MarkLists:
     """(rows,) int64: rows without entries, whose gradient is to be the exact one."""
     hot: Tensor
     """(K,) int64: columns whose gradient is exact."""
-    counts: Tensor | None = None
+    numbers: Tensor | None = None
     """(3,) float64: entries beside the labels', Σ tail and dense rows. Not needed by a backward."""
 
+    @property
+    def rows(self) -> Tensor:
+        """(E,) int32"""
+        places = torch.arange(len(self.tail), dtype=torch.int32, device=self.columns.device)
+        return places.repeat_interleave(self.starts.diff(), output_size=len(self.columns))
+
     @staticmethod
-    def joined(
-        found: Sequence[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]],
-        hot: Tensor,
+    def of(
+        columns: Sequence[Tensor],
+        counts: Tensor,
+        own: Tensor,
+        dense: Tensor,
         tail: Tensor,
         wanted: Tensor,
+        hot: Tensor,
         rule: MarkRule,
     ) -> MarkLists:
-        """Of blocks of rows: which are dense, which have their label's bit, and their counts, columns and rows."""
-        dense = torch.cat([x for x, _, _ in found]) if found else torch.zeros_like(wanted)
-        own = torch.cat([x for _, x, _ in found]) if found else dense
-        counts = torch.cat([x for _, _, (x, _, _) in found]) if found else dense.long()
-        sparse = wanted & ~dense
-        entries = (counts - own.long()).masked_fill(~sparse, 0).sum()
-        lost = tail.masked_fill(~sparse, 0.0).sum(dtype=torch.float64)
-        rows = sparse.sum().clamp(min=1)
-        flat = bool((lost > rule.max_tail * rows) | (entries > rule.max_entries * rows)) if len(tail) else False
+        """From blocks of `columns`, and of all rows (N,): marks, whether the label's is among them, whether the row is
+        dense, what is not marked, whether the row counts. All that count are dense where `rule` finds them too flat.
+        """
+        counts = counts.masked_fill(dense, 0)
+        entries = (counts - own.long()).masked_fill(dense, 0).sum()
+        lost = tail.masked_fill(dense, 0.0).sum(dtype=torch.float64)
+        rows = (wanted & ~dense).sum()
+        flat = bool((lost > rule.max_tail * rows) | (entries > rule.max_entries * rows))
         if flat:
-            dense, counts, found = wanted, torch.zeros_like(counts), []
-            entries, lost = entries * 0, lost * 0
-        columns = [x for _, _, (_, x, _) in found] or [hot.new_empty(0, dtype=torch.int32)]
-        places, offset = [hot.new_empty(0, dtype=torch.int32)], 0
-        for _, _, (count, _, row) in found:
-            places.append(row + offset)
-            offset += len(count)
+            columns, counts, dense = [], torch.zeros_like(counts), wanted
         return MarkLists(
-            columns=torch.cat(columns),
-            rows=torch.cat(places),
-            starts=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            columns=torch.cat([hot.new_empty(0, dtype=torch.int32), *columns]),
+            starts=_starts(counts),
             tail=tail,
             dense=dense.nonzero()[:, 0],
             hot=hot,
-            counts=torch.stack([entries.double(), lost, dense.sum().double()]),
+            numbers=torch.stack([entries * (not flat), lost * (not flat), dense.sum()]),
         )
 
 
@@ -89,7 +88,7 @@ def count_kernel(words, labels, counts, W, words_stride, ignore_index, BLOCK: tl
 
 
 @triton.jit
-def list_kernel(words, starts, columns, rows, W, words_stride, BLOCK: tl.constexpr):
+def list_kernel(words, starts, columns, W, words_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     base = tl.load(starts + row)
     if tl.load(starts + row + 1) == base:
@@ -101,7 +100,6 @@ def list_kernel(words, starts, columns, rows, W, words_stride, BLOCK: tl.constex
         rank = tl.cumsum(bits, 0)
         column = start * 32 + tl.arange(0, BLOCK * 32)
         tl.store(columns + base + rank - 1, column, mask=bits != 0)
-        tl.store(rows + base + rank - 1, row.to(tl.int32), mask=bits != 0)
         base += tl.sum(bits, 0)
 
 
@@ -115,13 +113,16 @@ def counted(words: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return counts
 
 
-def listed(words: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`counts` (N,) as they came, and columns and rows (E,) int32 of the bits of all rows that count any."""
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    total = int(starts[-1])
-    columns, rows = (words.new_empty(total, dtype=torch.int32) for _ in range(2))
+def listed(words: Tensor, counts: Tensor) -> Tensor:
+    """(E,) int32 columns of the bits of all rows that count any, row by row; the device is waited for."""
+    starts = _starts(counts)
+    columns = words.new_empty(int(starts[-1]), dtype=torch.int32)
     launch(
-        list_kernel, len(counts) if total else 0, words, starts, columns, rows, words.shape[1], words.stride(0),
+        list_kernel, len(counts) if len(columns) else 0, words, starts, columns, words.shape[1], words.stride(0),
         on=words, options=UNTILED, BLOCK=LIST_WORDS,
     )  # fmt: skip
-    return counts, columns, rows
+    return columns
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

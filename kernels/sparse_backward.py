@@ -362,7 +362,7 @@ def _by_columns(
         even,
         c,
         hot.cold,
-        _sum_of_states(hidden, even) if want_weight else None,
+        _weighted_sum(hidden, even) if want_weight else None,
         even.sum(),
         grad_weight,
         grad_bias,
@@ -386,12 +386,8 @@ def _sum_of_weight(head: Head, hot: Hot, hot_head: Head) -> Tensor:
     return _weighted_sum(head.weight, hot.cold.float())
 
 
-def _sum_of_states(hidden: Tensor, even: Tensor) -> Tensor:
-    """Σ_t u_t h_t (D,) float32."""
-    return _weighted_sum(hidden, even)
-
-
 def _weighted_sum(matrix: Tensor, factors: Tensor) -> Tensor:
+    """Σ_i factors_i·matrix_i (D,) float32."""
     total = matrix.new_zeros(matrix.shape[1], dtype=torch.float32)
     for rows in slices(matrix.shape[0], SUM_ROWS):
         total += factors[rows] @ matrix[rows].float()

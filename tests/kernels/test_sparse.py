@@ -237,7 +237,9 @@ def test_lists_are_the_bits_in_order(words: int) -> None:
     counts = mark_lists.counted(packed, labels, -100)
     marked[5] = False
     assert torch.equal(counts.cpu(), marked.sum(1))
-    _, columns, rows = mark_lists.listed(packed, counts)
+    columns = mark_lists.listed(packed, counts)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    rows = mark_lists.MarkLists(columns, starts, counts.float(), counts[:0], counts[:0]).rows
     want_rows, want_columns = marked.nonzero().unbind(1)
     assert torch.equal(rows.cpu().long(), want_rows)
     assert torch.equal(columns.cpu().long(), want_columns)

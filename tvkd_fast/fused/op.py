@@ -19,7 +19,7 @@ from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import takes_triton
 from tvkd_fast.ops.head import head_forward
 from tvkd_fast.ops.logps import gradients_op, scaled_op
-from tvkd_fast.ops.registered import check_differentiated_once
+from tvkd_fast.ops.registered import asked_for, check_differentiated_once
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 _STREAMED = 9
@@ -129,7 +129,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_
         return scaled_op(*passed, by_token, labels, ignore_index, ctx.dtype), None, None, *[None] * len(constants)
     hidden, weight, bias, maximum, log_total = passed
     grads = gradients_op(by_token, hidden, weight, bias, labels, maximum, log_total, *ctx.settings, *wants)
-    return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * len(constants))
+    return (*asked_for(grads, wants), *[None] * len(constants))
 
 
 fused_op.register_autograd(_backward, setup_context=_keep)

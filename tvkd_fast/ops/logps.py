@@ -14,7 +14,7 @@ from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, check_impl, takes_triton
 from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes
-from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, fake_gradients
+from tvkd_fast.ops.registered import Gradients, as_tensors, asked_for, check_differentiated_once, fake_gradients
 from tvkd_fast.ops.sparse import GradMode, HeadGradient, HeadStats, Tail, sparse_op
 from tvkd_fast.ops.sparse_triton import marked_op
 from tvkd_fast.ops.tiles import accumulation_dtype
@@ -217,7 +217,7 @@ def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...
         *_, ignore_index, _ = ctx.settings
         return scaled_op(slopes, grad_logps, labels, ignore_index, ctx.dtype), None, None, *nothing
     grads = gradients_op(grad_logps, *ctx.saved_tensors, *ctx.settings, *wants)
-    return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *nothing)
+    return (*asked_for(grads, wants), *nothing)
 
 
 _logps_op.register_autograd(_backward, setup_context=_keep)

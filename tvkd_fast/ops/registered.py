@@ -27,6 +27,11 @@ def fake_gradients(inputs: Sequence[Tensor | None], wants: Sequence[bool]) -> Gr
     return found[0], found[1], found[2]
 
 
+def asked_for(grads: Gradients, wants: Sequence[bool]) -> list[Tensor | None]:
+    """The same as autograd takes them: None where none is wanted."""
+    return [grad if want else None for grad, want in zip(grads, wants, strict=True)]
+
+
 def check_differentiated_once(op: str) -> None:
     """Only create_graph=True comes to a backward with gradients on; a constant would be passed off as a function."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -17,7 +17,7 @@ from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import without_autocast
 from tvkd_fast.ops.head import kept_rows, spread
-from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, fake_gradients
+from tvkd_fast.ops.registered import Gradients, as_tensors, asked_for, check_differentiated_once, fake_gradients
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 GradMode = Literal["exact", "sparse", "auto"]
@@ -233,7 +233,7 @@ def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...
     check_differentiated_once("linear_logps")
     wants = ctx.needs_input_grad[:3]
     grads = sparse_gradients_op(grad_logps, *ctx.saved_tensors, *ctx.transforms, *wants)
-    return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 10)
+    return (*asked_for(grads, wants), *[None] * 10)
 
 
 sparse_op.register_autograd(_backward, setup_context=_keep)

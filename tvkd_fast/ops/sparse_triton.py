@@ -15,7 +15,7 @@ from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import without_autocast
 from tvkd_fast.ops.head import packed, packed_rows
-from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, fake_gradients
+from tvkd_fast.ops.registered import Gradients, as_tensors, asked_for, check_differentiated_once, fake_gradients
 
 
 def _marked_logps(
@@ -32,7 +32,7 @@ def _marked_logps(
     seed: int,
     max_tail: float,
     measure: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities (N,); for the backward max z and log Σ exp(z − max z), (N,) each, and `MarkLists`; then
     `HeadStats`' five sums, where what is marked counts as kept: it is pruned in the backward.
     """
@@ -47,10 +47,10 @@ def _marked_logps(
         sums, marks = mark(packed_rows(hidden), head, labels, rule, ignore_index=ignore_index)
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
-    assert marks.counts is not None
-    entries, tail, dense = marks.counts
+    assert marks.numbers is not None
+    entries, tail, dense = marks.numbers
     numbers = torch.stack([(labels != ignore_index).sum().double(), entries, entries, tail, dense])
-    found = (marks.columns, marks.rows, marks.starts, marks.tail, marks.dense, marks.hot)
+    found = (marks.columns, marks.starts, marks.tail, marks.dense, marks.hot)
     return logps, sums.maximum, sums.log_total, *found, numbers
 
 
@@ -63,7 +63,6 @@ def _marked_gradients(
     maximum: Tensor,
     log_total: Tensor,
     columns: Tensor,
-    rows: Tensor,
     starts: Tensor,
     tail: Tensor,
     dense: Tensor,
@@ -87,7 +86,7 @@ def _marked_gradients(
             packed(Head(weight, bias, softcap, logit_scale)),
             labels.long().contiguous(),
             HeadSums(maximum, log_total),
-            MarkLists(columns, rows, starts, tail, dense, hot),
+            MarkLists(columns, starts, tail, dense, hot),
             MarkRule(eps, weight.shape[0], unbiased, seed),
             grad_logps,
             ignore_index=ignore_index,
@@ -107,9 +106,9 @@ def _(hidden: Tensor, *_: Any) -> Any:
     context = torch.library.get_ctx()
     n, (entries, dense, hot) = hidden.shape[0], (context.new_dynamic_size() for _ in range(3))
     tokens = [hidden.new_empty(n, dtype=torch.float32) for _ in range(4)]
-    places = [hidden.new_empty(entries, dtype=torch.int32) for _ in range(2)]
-    starts, dense_rows, columns = (hidden.new_empty(size, dtype=torch.int64) for size in (n + 1, dense, hot))
-    return *tokens[:3], *places, starts, tokens[3], dense_rows, columns, hidden.new_empty(5, dtype=torch.float64)
+    columns = hidden.new_empty(entries, dtype=torch.int32)
+    starts, dense_rows, hot_columns = (hidden.new_empty(size, dtype=torch.int64) for size in (n + 1, dense, hot))
+    return *tokens[:3], columns, starts, tokens[3], dense_rows, hot_columns, hidden.new_empty(5, dtype=torch.float64)
 
 
 @marked_gradients_op.register_fake
@@ -129,7 +128,7 @@ def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...
     check_differentiated_once("linear_logps")
     wants = ctx.needs_input_grad[:3]
     grads = marked_gradients_op(grad_logps, *ctx.saved_tensors, *ctx.settings, *wants)
-    return (*(grad if want else None for grad, want in zip(grads, wants, strict=True)), *[None] * 10)
+    return (*asked_for(grads, wants), *[None] * 10)
 
 
 marked_op.register_autograd(_backward, setup_context=_keep)
