@@ -26,7 +26,7 @@ from bench.head import prepared, product
 from bench.machine import made_by
 from bench.states import load_states
 from tvkd_fast.kernels.head import Head, MarkRule, Marks
-from tvkd_fast.ops import marking, sparse_tiles
+from tvkd_fast.ops import compiled, sparse_tiles
 
 TILING = (2048, 1024)
 DENSE = (2048, 8192)
@@ -52,17 +52,17 @@ def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[st
 
     def in_torch(native: Any) -> Callable[[], Any]:
         def run() -> Any:
-            kept, marking.native = marking.native, native
+            kept, compiled.passes = compiled.passes, native
             try:
                 return sparse_tiles.mark(hidden, head, labels, rule)
             finally:
-                marking.native = kept
+                compiled.passes = kept
 
         return run
 
     found: dict[str, Callable[[], Any]] = {
         "forward: log-probabilities alone": lambda: sparse_tiles.exact.head_sums(hidden, head, labels=labels),
-        "forward: marked by numba": in_torch(marking.native),
+        "forward: marked by numba": in_torch(compiled.passes),
         "forward: marked by torch": in_torch(lambda z: None),
         "dH: gathered tile by tile": parts.by_hidden,
         "dH: torch's CSR product": lambda: by_row @ weight,

@@ -68,8 +68,11 @@ def test_opcheck_of_logps(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple
     case = kit.case(11, D, V, dtype, bias=True, ignored=0.3)
     inputs = [x.requires_grad_(want) for x, want in zip((case.hidden, case.weight, case.bias), wants, strict=True)]
     streamed = wants == (True, False, False)
-    torch.library.opcheck(ops.linear_logps.default, (*inputs, case.labels, 4.0, 0.5, -100, "torch", streamed))
-    plain = (*inputs[:2], None, case.labels, None, 1.0, -100, "auto", wants[:2] == (True, False))
+    workspace = int(any(wants) and not streamed)
+    torch.library.opcheck(
+        ops.linear_logps.default, (*inputs, case.labels, 4.0, 0.5, -100, "torch", workspace, streamed)
+    )
+    plain = (*inputs[:2], None, case.labels, None, 1.0, -100, "auto", 0, wants[:2] == (True, False))
     torch.library.opcheck(ops.linear_logps.default, plain)
 
 
@@ -86,9 +89,9 @@ def test_opcheck_of_scaled_slopes(kit: SimpleNamespace, dtype: torch.dtype) -> N
 def test_opcheck_of_the_gradients(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple[bool, bool, bool]) -> None:
     case = kit.case(11, D, V, dtype, bias=True, ignored=0.3)
     head = (case.weight, case.bias, case.labels, 4.0, 0.5, -100, "torch")
-    _, maximum, log_total, _ = logps._logps(case.hidden, *head, streamed=False)
+    _, maximum, log_total, logits = logps._logps(case.hidden, *head, workspace_mb=1, streamed=False)
     upstream = case.upstream.to(maximum.dtype)
-    tensors = (upstream, case.hidden, case.weight, case.bias, case.labels, maximum, log_total)
+    tensors = (upstream, case.hidden, case.weight, case.bias, case.labels, maximum, log_total, logits)
     torch.library.opcheck(ops.linear_logps_gradients.default, (*tensors, 4.0, 0.5, -100, "torch", *wants))
 
 
@@ -135,12 +138,12 @@ def test_opcheck_of_what_is_not_contiguous_and_of_nothing(kit: SimpleNamespace) 
     hidden, weight = case.hidden.T.contiguous().T.requires_grad_(), case.weight.repeat(1, 2)[:, ::2].requires_grad_()
     bias = torch.stack([case.bias, case.bias], 1)[:, 0].requires_grad_()
     rest = (None, 1.0, -100, "torch")
-    torch.library.opcheck(ops.linear_logps.default, (hidden, weight, bias, case.labels, *rest, False))
-    torch.library.opcheck(ops.linear_logps.default, (hidden[:0], weight, bias, case.labels[:0], *rest, False))
-    torch.library.opcheck(ops.linear_logps.default, (hidden, weight, bias, torch.full((11,), -100), *rest, False))
+    torch.library.opcheck(ops.linear_logps.default, (hidden, weight, bias, case.labels, *rest, 1, False))
+    torch.library.opcheck(ops.linear_logps.default, (hidden[:0], weight, bias, case.labels[:0], *rest, 0, False))
+    torch.library.opcheck(ops.linear_logps.default, (hidden, weight, bias, torch.full((11,), -100), *rest, 0, False))
     frozen = (hidden, weight.detach(), bias.detach())
-    torch.library.opcheck(ops.linear_logps.default, (*frozen, case.labels, *rest, True))
-    torch.library.opcheck(ops.linear_logps.default, (hidden[:0], *frozen[1:], case.labels[:0], *rest, True))
+    torch.library.opcheck(ops.linear_logps.default, (*frozen, case.labels, *rest, 0, True))
+    torch.library.opcheck(ops.linear_logps.default, (hidden[:0], *frozen[1:], case.labels[:0], *rest, 0, True))
 
 
 class Step(nn.Module):

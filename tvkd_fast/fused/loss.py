@@ -30,7 +30,7 @@ from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_soft_val
 from tvkd_fast.ops.checks import check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.head import head_input
-from tvkd_fast.ops.logps import streams
+from tvkd_fast.ops.logps import left_for_backward
 from tvkd_fast.ops.values import ValueFrom
 
 EXACT = HeadGradient()
@@ -196,6 +196,7 @@ def fused_linear_tvkd_loss(
             **asdict(gradient),
         )
         return torch_epilogue(logps, given)[0]
+    workspace, streamed = left_for_backward(hidden, head, gradient, impl)
     numbers = fused_op(
         hidden,
         head.weight,
@@ -206,7 +207,8 @@ def fused_linear_tvkd_loss(
         head.logit_scale,
         ignore_index,
         impl,
-        streams(hidden, head.weight, head.bias),
+        workspace,
+        streamed,
         ref_token_logps,
         ref_logps,
         values,

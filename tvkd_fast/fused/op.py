@@ -18,11 +18,11 @@ from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import takes_triton
 from tvkd_fast.ops.head import head_forward
-from tvkd_fast.ops.logps import gradients_op, scaled_op
+from tvkd_fast.ops.logps import fake_left, gradients_op, scaled_op
 from tvkd_fast.ops.registered import asked_for, check_differentiated_once
 from tvkd_fast.ops.tiles import accumulation_dtype
 
-_STREAMED = 9
+_STREAMED = 10
 """Where among the op's arguments `streamed` stands; those before it are what the backward may need."""
 
 
@@ -36,6 +36,7 @@ def _fused(
     logit_scale: float,
     ignore_index: int,
     impl: str,
+    workspace_mb: int,
     streamed: bool,
     ref_token_logps: Tensor | None,
     ref_logps: Tensor | None,
@@ -50,7 +51,7 @@ def _fused(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`TVKDOutput`'s seven tensors; then for the backward dL_p/dlogp_t, max z and log Σ exp(z − max z), (N,) each, and
-    dlogp/dh [N, D] where `streamed`, else empty.
+    what `head_forward` leaves.
 
     hidden [N, D] of both forms; labels (N,), or [2P, T] where cu_seqlens is None.
     """
@@ -59,7 +60,9 @@ def _fused(
     labels = labels.flatten().long()
     check_label_range(labels, weight.shape[0], ignore_index)
     head = Head(weight, bias, softcap, logit_scale)
-    sums, slopes = head_forward(hidden, head, impl, labels, ignore_index=ignore_index, streamed=streamed)
+    sums, left = head_forward(
+        hidden, head, impl, labels, ignore_index=ignore_index, workspace_mb=workspace_mb, streamed=streamed
+    )
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
     given = Preference(
@@ -89,7 +92,7 @@ def _fused(
         coefficients,
         sums.maximum,
         sums.log_total,
-        slopes,
+        left,
     )
 
 
@@ -100,21 +103,21 @@ fused_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd", _fused, mutat
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    slopes = hidden.shape if args[_STREAMED - 5] else (0,)
     tokens, pairs = (hidden.shape[0],), (_pairs(labels, cu_seqlens),)
     dtype = accumulation_dtype(hidden.dtype)
-    shapes: list[tuple[int, ...]] = [(), pairs, pairs, pairs, pairs, (), pairs, tokens, tokens, tokens, slopes]
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+    shapes: list[tuple[int, ...]] = [(), pairs, pairs, pairs, pairs, (), pairs, tokens, tokens, tokens]
+    numbers = (hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+    return *numbers, fake_left(hidden, weight, *args[_STREAMED - 6 : _STREAMED - 4])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, cu_seqlens, *ctx.settings, ctx.streamed = inputs[: _STREAMED + 1]
-    coefficients, maximum, log_total, slopes = output[-4:]
+    hidden, weight, bias, labels, cu_seqlens, *ctx.settings, _, ctx.streamed = inputs[: _STREAMED + 1]
+    coefficients, maximum, log_total, left = output[-4:]
     ctx.mark_non_differentiable(*output[2:])
     # What no gradient reaches comes as None, and the tokens are spared its zeros.
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
-    passed = (slopes,) if ctx.streamed else (hidden, weight, bias, maximum, log_total)
+    passed = (left,) if ctx.streamed else (hidden, weight, bias, maximum, log_total, left)
     ctx.save_for_backward(labels, cu_seqlens, coefficients, *passed)
 
 
@@ -127,8 +130,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_
     if ctx.streamed:
         *_, ignore_index, _ = ctx.settings
         return scaled_op(*passed, by_token, labels, ignore_index, ctx.dtype), None, None, *[None] * len(constants)
-    hidden, weight, bias, maximum, log_total = passed
-    grads = gradients_op(by_token, hidden, weight, bias, labels, maximum, log_total, *ctx.settings, *wants)
+    hidden, weight, bias, *sums = passed
+    grads = gradients_op(by_token, hidden, weight, bias, labels, *sums, *ctx.settings, *wants)
     return (*asked_for(grads, wants), *[None] * len(constants))
 
 

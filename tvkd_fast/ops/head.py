@@ -36,8 +36,9 @@ def head_sums(
     ignore_index: int = -100,
     kappa: float | None = None,
     entropy: bool = False,
+    logits: Tensor | None = None,
 ) -> HeadSums:
-    """Statistics of hidden [N, D], each (N,); of an ignored label's row they mean nothing."""
+    """Statistics of hidden [N, D], each (N,); of an ignored label's row they mean nothing. `logits`: torch's alone."""
     if takes_triton(impl, hidden):
         from tvkd_fast.kernels import head_stats
 
@@ -49,20 +50,29 @@ def head_sums(
         kept = None if labels is None else kept_rows(labels, ignore_index)
         if labels is not None and kept is not None:
             labels = labels[kept]
-        sums = tiles.head_sums(hidden, head, kept=kept, labels=labels, kappa=kappa, entropy=entropy)
+        sums = tiles.head_sums(hidden, head, kept=kept, labels=labels, kappa=kappa, entropy=entropy, logits=logits)
         return spread(sums, kept, hidden)
 
 
 def head_forward(
-    hidden: Tensor, head: Head, impl: str, labels: Tensor, *, ignore_index: int, streamed: bool
+    hidden: Tensor,
+    head: Head,
+    impl: str,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    workspace_mb: int,
+    streamed: bool,
 ) -> tuple[HeadSums, Tensor]:
-    """`head_sums` with labels; where `streamed`, in the same pass dlogp_t/dh_t [N, D], in the dtype of the sums.
+    """`head_sums` with labels, and what the same pass leaves for the backward, in the dtype of the sums.
 
-    0 where a label is ignored, and empty where not asked for.
+    Where `streamed`, dlogp_t/dh_t [N, D], 0 where a label is ignored; else logits [S, V] of as many rows as the
+    workspace holds.
     """
     if not streamed:
-        sums = head_sums(hidden, head, impl, labels=labels, ignore_index=ignore_index)
-        return sums, hidden.new_empty(0, dtype=sums.maximum.dtype)
+        kept = kept_rows(labels, ignore_index)
+        logits = tiles.room_for_logits(hidden, head, kept, workspace_mb)
+        return head_sums(hidden, head, impl, labels=labels, ignore_index=ignore_index, logits=logits), logits
     if takes_triton(impl, hidden):
         from tvkd_fast.kernels import head_slopes as kernel
 
@@ -94,12 +104,13 @@ def head_gradients(
     sums: HeadSums,
     grad_logps: Tensor,
     *,
+    logits: Tensor,
     ignore_index: int,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
 ) -> HeadGradients:
-    """Exact gradients of Σ_t grad_logps_t·logp_t; `sums` as `head_sums` gave them."""
+    """Exact gradients of Σ_t grad_logps_t·logp_t; `sums` and `logits` as `head_forward` gave them."""
     wants: dict[str, Any] = {"want_hidden": want_hidden, "want_weight": want_weight, "want_bias": want_bias}
     if takes_triton(impl, hidden):
         from tvkd_fast.kernels import head_backward
@@ -113,7 +124,7 @@ def head_gradients(
         if kept is not None:
             labels, upstream, maximum, log_total = (x[kept] for x in (labels, upstream, maximum, log_total))
         sums = HeadSums(maximum, log_total)
-        return tiles.head_gradients(hidden, head, labels, sums, upstream, kept=kept, **wants)
+        return tiles.head_gradients(hidden, head, labels, sums, upstream, kept=kept, logits=logits, **wants)
 
 
 def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:

@@ -14,7 +14,14 @@ from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, check_impl, takes_triton
 from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes
-from tvkd_fast.ops.registered import Gradients, as_tensors, asked_for, check_differentiated_once, fake_gradients
+from tvkd_fast.ops.registered import (
+    Gradients,
+    as_tensors,
+    asked_for,
+    check_differentiated_once,
+    differentiates_first,
+    fake_gradients,
+)
 from tvkd_fast.ops.sparse import GradMode, HeadGradient, HeadStats, Tail, sparse_op
 from tvkd_fast.ops.sparse_triton import marked_op
 from tvkd_fast.ops.tiles import accumulation_dtype
@@ -35,6 +42,7 @@ def linear_logps(
     tail: Tail = "even",
     seed: int | None = None,
     max_tail: float = 0.1,
+    workspace_mb: int = 0,
     stats: HeadStats | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -65,6 +73,9 @@ def linear_logps(
             column, so that each is right on average over seeds.
         seed: of the unbiased tail; None draws one a call from torch's generator (give one under `torch.compile`).
         max_tail: where the mean of what is left out passes this probability, every row gets the exact gradient.
+        workspace_mb: MiB that an exact gradient may hold from forward to backward: logits of as many rows as fit, 4·V
+            bytes each, are kept and not computed again, which saves one of four products for them. On a CPU, or with
+            impl="torch"; whole blocks of up to 1,024 rows, or all rows.
         stats: a `HeadStats` that a sparse call adds its numbers to.
         impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where it can be had. What
             "auto" took, and why, is logged once by the logger "tvkd_fast". Triton's sparse gradient is exact for up to
@@ -73,9 +84,9 @@ def linear_logps(
     Returns:
         (N,) float32 (float64 for float64 inputs), nats. Differentiable once by hidden, weight and bias; what does not
         require a gradient costs none. Deterministic. Memory beyond inputs, result and gradients is bounded by 64 MB
-        whatever N and V are, sparse modes' entries apart (docs/sparse.md); the Triton backward of 16-bit inputs takes
-        up to 256 MiB more for float32 sums of hidden's gradient, and copies a weight whose rows are not contiguous.
-        (Autocast's copy of the weight, where it is on, comes on top, as in any linear layer.)
+        whatever N and V are, sparse modes' entries (docs/sparse.md) and `workspace_mb` apart; the Triton backward of
+        16-bit inputs takes up to 256 MiB more for float32 sums of hidden's gradient, and copies a weight whose rows are
+        not contiguous. (Autocast's copy of the weight, where it is on, comes on top, as in any linear layer.)
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit; labels out of range; NaN or inf in hidden or
@@ -84,12 +95,19 @@ def linear_logps(
         RuntimeError: a second derivative, a forward-mode one, a torch.func transform.
     """
     check_impl(impl)
-    settings = HeadGradient(grad_mode=grad_mode, eps=eps, row_cap=row_cap, tail=tail, seed=seed, max_tail=max_tail)
+    settings = HeadGradient(
+        grad_mode=grad_mode,
+        eps=eps,
+        row_cap=row_cap,
+        tail=tail,
+        seed=seed,
+        max_tail=max_tail,
+        workspace_mb=workspace_mb,
+    )
     check_transforms("linear_logps", hidden, weight, bias)
     hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
     check_labels(labels, hidden)
-    wanted = hidden.requires_grad or head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-    if grad_mode != "exact" and wanted and torch.is_grad_enabled():
+    if grad_mode != "exact" and _differentiates(hidden, head):
         op = marked_op if takes_triton(impl, hidden) else sparse_op
         logps, *_, numbers = op(
             hidden,
@@ -109,14 +127,31 @@ def linear_logps(
         if stats is not None:
             stats.add(numbers)
         return logps
-    streamed = streams(hidden, head.weight, head.bias)
-    return _logps_op(hidden, head.weight, head.bias, labels, softcap, logit_scale, ignore_index, impl, streamed)[0]
+    options = (softcap, logit_scale, ignore_index, impl, *left_for_backward(hidden, head, settings, impl))
+    return _logps_op(hidden, head.weight, head.bias, labels, *options)[0]
 
 
-def streams(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the forward makes hidden's gradient as well, which it can where nothing else wants one."""
-    others = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return torch.is_grad_enabled() and hidden.requires_grad and not others
+def left_for_backward(hidden: Tensor, head: Head, settings: HeadGradient, impl: str) -> tuple[int, bool]:
+    """MiB of logits that the forward may keep, and whether it makes hidden's gradient as well and keeps nothing else.
+
+    The latter it can where nothing but hidden wants one.
+    """
+    if settings.workspace_mb and takes_triton(impl, hidden):
+        raise ValueError(
+            "workspace_mb is the torch tiles': the Triton kernels compute all logits again; leave it 0, or take "
+            "impl='torch'"
+        )
+    if not _differentiates(hidden, head):
+        return 0, False
+    return (settings.workspace_mb, False) if _learns(head) else (0, True)
+
+
+def _differentiates(hidden: Tensor, head: Head) -> bool:
+    return torch.is_grad_enabled() and (hidden.requires_grad or _learns(head))
+
+
+def _learns(head: Head) -> bool:
+    return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
 
 
 def _logps(
@@ -128,16 +163,19 @@ def _logps(
     logit_scale: float,
     ignore_index: int,
     impl: str,
+    workspace_mb: int,
     streamed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities (N,); and for the backward max z and log Σ exp(z − max z), (N,) each, or dlogp/dh, [N, D]."""
+    """Log-probabilities (N,); for the backward max z, log Σ exp(z − max z), (N,) each, and dlogp/dh or logits."""
     labels = labels.long()
     check_label_range(labels, weight.shape[0], ignore_index)
     head = Head(weight, bias, softcap, logit_scale)
-    sums, slopes = head_forward(hidden, head, impl, labels, ignore_index=ignore_index, streamed=streamed)
+    sums, left = head_forward(
+        hidden, head, impl, labels, ignore_index=ignore_index, workspace_mb=workspace_mb, streamed=streamed
+    )
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
-    return logps, sums.maximum, sums.log_total, slopes
+    return logps, sums.maximum, sums.log_total, left
 
 
 def _logps_gradients(
@@ -148,6 +186,7 @@ def _logps_gradients(
     labels: Tensor,
     maximum: Tensor,
     log_total: Tensor,
+    logits: Tensor,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
@@ -163,6 +202,7 @@ def _logps_gradients(
         labels.long(),
         HeadSums(maximum, log_total),
         grad_logps,
+        logits=logits,
         ignore_index=ignore_index,
         want_hidden=want_hidden,
         want_weight=want_weight,
@@ -181,10 +221,19 @@ scaled_op = torch.library.custom_op("tvkd_fast::scaled_slopes", _scaled_slopes, 
 
 
 @_logps_op.register_fake
-def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape, dtype = (hidden.shape[0],), accumulation_dtype(hidden.dtype)
     numbers = tuple(hidden.new_empty(shape, dtype=dtype) for _ in range(3))
-    return *numbers, hidden.new_empty(hidden.shape if args[-1] else (0,), dtype=dtype)  # type: ignore[return-value]
+    return *numbers, fake_left(hidden, weight, *args[-2:])  # type: ignore[return-value]
+
+
+def fake_left(hidden: Tensor, weight: Tensor, workspace_mb: int, streamed: bool) -> Tensor:
+    """What `head_forward` leaves for the backward, unwritten."""
+    dtype = accumulation_dtype(hidden.dtype)
+    if streamed:
+        return hidden.new_empty(hidden.shape, dtype=dtype)
+    rows = torch.library.get_ctx().new_dynamic_size(min=0) if workspace_mb else 0
+    return hidden.new_empty((rows, weight.shape[0]), dtype=dtype)
 
 
 @scaled_op.register_fake
@@ -198,19 +247,21 @@ def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, *ctx.settings, ctx.streamed = inputs
-    _, maximum, log_total, slopes = output
-    ctx.mark_non_differentiable(maximum, log_total, slopes)
+    hidden, weight, bias, labels, *ctx.settings, _, ctx.streamed = inputs
+    _, maximum, log_total, left = output
+    differentiates_first(ctx, output)
     ctx.dtype = hidden.dtype
     if ctx.streamed:
-        ctx.save_for_backward(slopes, labels)
+        ctx.save_for_backward(left, labels)
     else:
-        ctx.save_for_backward(hidden, weight, bias, labels, maximum, log_total)
+        ctx.save_for_backward(hidden, weight, bias, labels, maximum, log_total, left)
 
 
-def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     check_differentiated_once("linear_logps")
-    nothing = [None] * 6
+    if grad_logps is None:
+        return (None,) * len(ctx.needs_input_grad)
+    nothing = [None] * 7
     wants = ctx.needs_input_grad[:3]
     if ctx.streamed:
         slopes, labels = ctx.saved_tensors

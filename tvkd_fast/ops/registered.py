@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ def fake_gradients(inputs: Sequence[Tensor | None], wants: Sequence[bool]) -> Gr
 def asked_for(grads: Gradients, wants: Sequence[bool]) -> list[Tensor | None]:
     """The same as autograd takes them: None where none is wanted."""
     return [grad if want else None for grad, want in zip(grads, wants, strict=True)]
+
+
+def differentiates_first(ctx: Any, output: Sequence[Tensor]) -> None:
+    """Only the first output has a gradient, None where nothing reached it: of the others autograd would write zeros."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def check_differentiated_once(op: str) -> None:

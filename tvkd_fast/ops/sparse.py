@@ -17,7 +17,14 @@ from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import without_autocast
 from tvkd_fast.ops.head import kept_rows, spread
-from tvkd_fast.ops.registered import Gradients, as_tensors, asked_for, check_differentiated_once, fake_gradients
+from tvkd_fast.ops.registered import (
+    Gradients,
+    as_tensors,
+    asked_for,
+    check_differentiated_once,
+    differentiates_first,
+    fake_gradients,
+)
 from tvkd_fast.ops.tiles import accumulation_dtype
 
 GradMode = Literal["exact", "sparse", "auto"]
@@ -43,6 +50,8 @@ class HeadGradient:
     """Of the unbiased tail; None draws one a call from torch's generator."""
     max_tail: float = 0.1
     """Where the mean of what is left out, as probability, passes this, every row gets the exact gradient."""
+    workspace_mb: int = 0
+    """Exact gradients in torch: keep logits of as many rows as fit, 4·V bytes each, for three products and not four."""
 
     def __post_init__(self) -> None:
         if self.grad_mode not in GRAD_MODES:
@@ -57,6 +66,12 @@ class HeadGradient:
             raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {self.tail!r}")
         if not 0 <= self.max_tail <= 1:
             raise ValueError(f"max_tail is a probability in [0, 1], got {self.max_tail}")
+        if self.workspace_mb < 0:
+            raise ValueError(f"workspace_mb is memory in MiB, 0 for none, got {self.workspace_mb}")
+        if self.workspace_mb and self.grad_mode != "exact":
+            raise ValueError(
+                f"workspace_mb keeps logits for exact gradients, which grad_mode={self.grad_mode!r} is not: leave it 0"
+            )
 
     def eps_for(self, dtype: torch.dtype) -> float:
         if self.eps is not None:
@@ -225,12 +240,14 @@ def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, *settings = inputs
     ctx.transforms = settings[:3]
-    ctx.mark_non_differentiable(*output[1:])
+    differentiates_first(ctx, output)
     ctx.save_for_backward(hidden, weight, bias, labels, *output[1:-1])
 
 
-def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     check_differentiated_once("linear_logps")
+    if grad_logps is None:
+        return (None,) * len(ctx.needs_input_grad)
     wants = ctx.needs_input_grad[:3]
     grads = sparse_gradients_op(grad_logps, *ctx.saved_tensors, *ctx.transforms, *wants)
     return (*asked_for(grads, wants), *[None] * 10)

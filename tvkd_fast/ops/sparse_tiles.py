@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag
 
 from tvkd_fast.kernels.dice import Dice
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
-from tvkd_fast.ops import marking
+from tvkd_fast.ops import compiled
 from tvkd_fast.ops import tiles as exact
 from tvkd_fast.ops.tiles import Tiles, blocks, locate, pick_targets
 
@@ -144,13 +144,13 @@ class _Block:
 
     def add(self, z: Tensor, labels: Tensor, columns: slice) -> None:
         """Take in a tile of logits, which is overwritten."""
-        mark_tile = marking.native(z)
-        if mark_tile is not None and self.dice is None and self.tiles.head.softcap is None:
+        native = compiled.passes(z)
+        if native is not None and self.dice is None and self.tiles.head.softcap is None:
             here, local = locate(labels, columns)
             own = torch.where(here, local, -1)[:, 0]
             spare = self.tiles.buffers[1]
             rule = self.rule
-            row, column, e = mark_tile(z, own, self.maximum, self.total, self.counts, rule.eps, rule.row_cap, spare)
+            row, column, e = native.mark(z, own, self.maximum, self.total, self.counts, rule.eps, rule.row_cap, spare)
             shift = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
             self.found.append((_Entries(row, column + columns.start, e, None), shift))
             return

@@ -15,7 +15,14 @@ from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import without_autocast
 from tvkd_fast.ops.head import packed, packed_rows
-from tvkd_fast.ops.registered import Gradients, as_tensors, asked_for, check_differentiated_once, fake_gradients
+from tvkd_fast.ops.registered import (
+    Gradients,
+    as_tensors,
+    asked_for,
+    check_differentiated_once,
+    differentiates_first,
+    fake_gradients,
+)
 
 
 def _marked_logps(
@@ -120,12 +127,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden, weight, bias, labels, *settings = inputs
     softcap, logit_scale, ignore_index, eps, _, unbiased, seed, *_ = settings
     ctx.settings = (softcap, logit_scale, ignore_index, eps, unbiased, seed)
-    ctx.mark_non_differentiable(*output[1:])
+    differentiates_first(ctx, output)
     ctx.save_for_backward(hidden, weight, bias, labels, *output[1:-1])
 
 
-def _backward(ctx: Any, grad_logps: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     check_differentiated_once("linear_logps")
+    if grad_logps is None:
+        return (None,) * len(ctx.needs_input_grad)
     wants = ctx.needs_input_grad[:3]
     grads = marked_gradients_op(grad_logps, *ctx.saved_tensors, *ctx.settings, *wants)
     return (*asked_for(grads, wants), *[None] * 10)

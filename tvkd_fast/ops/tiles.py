@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
+from tvkd_fast.ops import compiled
+from tvkd_fast.ops.pages import large_empty
 
 WORKSPACE_FLOATS = 4 * 2**20
 TILE_ROWS = 1024
@@ -31,14 +33,15 @@ def head_sums(
     labels: Tensor | None = None,
     kappa: float | None = None,
     entropy: bool = False,
+    logits: Tensor | None = None,
 ) -> HeadSums:
     """Online log-sum-exp over the vocabulary, and beside it what else was asked of the same tiles.
 
     hidden [N, D]; kept (K,) names the rows to compute (all where None); labels (K,) or None; kappa asks for LSE(κz),
-    which shares the tile and its maximum: κ·max z = max κz; entropy for −Σ p log p. A label that no tile holds leaves
-    NaN, not a number.
+    which shares the tile and its maximum: κ·max z = max κz; entropy for −Σ p log p; `logits`, from
+    `room_for_logits`, is filled for the backward. A label that no tile holds leaves NaN, not a number.
     """
-    tiles = Tiles(hidden, head, kept)
+    tiles = Tiles(hidden, head, kept, logits)
     maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
     log_total = torch.empty_like(maximum)
     lse_kappa = None if kappa is None else torch.empty_like(maximum)
@@ -49,14 +52,18 @@ def head_sums(
         running_max = h.new_full((h.shape[0],), -torch.inf)
         total, total_kappa, moment = (torch.zeros_like(running_max) for _ in range(3))
         for columns in tiles.column_blocks():
-            z = tiles.logits(h, tiles.upcast(head.weight[columns]), columns)
+            z = tiles.logits(h, tiles.upcast(head.weight[columns]), columns, kept_for=rows)
             if labels is not None and target is not None:
                 pick_targets(z, labels[rows], columns, out=target[rows])
+            native = compiled.passes(z)
+            if native is not None and kappa is None and not entropy:
+                native.add(z, running_max, total)
+                continue
             new_max = torch.maximum(running_max, z.amax(1))
             # A row whose logits so far are all -inf has no finite maximum to subtract.
             shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
             decay = running_max - shift
-            z.sub_(shift[:, None])
+            z = torch.sub(z, shift[:, None], out=tiles.tile(z.shape))
             if kappa is not None:
                 scaled = torch.mul(z, kappa, out=tiles.spare(z))
                 total_kappa.mul_(decay.mul(kappa).exp_()).add_(scaled.exp_().sum(1))
@@ -134,10 +141,13 @@ def head_gradients(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
+    logits: Tensor | None = None,
     weight_start: Callable[[slice, Tensor], None] | None = None,
     bias_start: Tensor | None = None,
 ) -> HeadGradients:
     """Exact gradients of Σ_t c_t·logp_t by recomputed tiles, with c = `grad_logps`; labels, sums and c are (K,).
+
+    Rows whose `logits` the forward kept are read instead.
 
     `weight_start(columns, total)` fills a slice of dW's float32 sum, and `bias_start` (V,) the bias's, with what other
     rows than the kept ones add to it.
@@ -147,7 +157,7 @@ def head_gradients(
     the columns: in place where it already has the accumulator's dtype, else in a float32 buffer where that fits the
     workspace, else in a walk of its own with rows outside (one product more, and the memory stays bounded).
     """
-    tiles, upstream = Tiles(hidden, head, kept), -grad_logps
+    tiles, upstream = Tiles(hidden, head, kept, logits), -grad_logps
     want_columns = want_weight or want_bias
     hidden_in_place = hidden.dtype == tiles.acc or hidden.numel() <= WORKSPACE_FLOATS
     grad_hidden = accumulated = None
@@ -155,7 +165,7 @@ def head_gradients(
         accumulated = hidden.new_zeros(hidden.shape, dtype=tiles.acc)
     elif want_hidden:
         grad_hidden = _hidden_gradient(tiles, labels, sums, upstream)
-    grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
+    grad_weight = large_empty(head.weight, head.weight.shape) if want_weight else None
     grad_bias = torch.empty_like(head.bias) if want_bias and head.bias is not None else None
     if want_columns:
         starts = (weight_start, bias_start)
@@ -214,6 +224,20 @@ def _column_gradients(
             grad_bias[columns] = total_bias.to(grad_bias.dtype)
 
 
+def room_for_logits(hidden: Tensor, head: Head, kept: Tensor | None, megabytes: int) -> Tensor:
+    """[S, V] unwritten, for as many of the first rows as fit: whole blocks of rows, S = 0 where none does."""
+    acc = accumulation_dtype(hidden.dtype)
+    count = hidden.shape[0] if kept is None else kept.shape[0]
+    fitting = min(count, megabytes * 2**20 // (head.vocab_size * acc.itemsize))
+    block = rows_of_a_tile(count, hidden.shape[1])
+    rows = fitting if fitting == count else fitting // block * block
+    return large_empty(hidden, (rows, head.vocab_size), acc)
+
+
+def rows_of_a_tile(count: int, hidden_size: int) -> int:
+    return max(1, min(count, TILE_ROWS, WORKSPACE_FLOATS // (4 * hidden_size)))
+
+
 def pick_targets(z: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
     here, local = locate(labels, columns)
     out.copy_(torch.where(here, z.gather(1, local), out[:, None])[:, 0])
@@ -226,19 +250,22 @@ def locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 
 class Tiles:
-    """The walk over [K, V] in [R, C] tiles that share two buffers; K are the kept rows of hidden, or all of them."""
+    """The walk over [K, V] in [R, C] tiles that share two buffers; K are the kept rows of hidden, or all of them.
 
-    def __init__(self, hidden: Tensor, head: Head, kept: Tensor | None) -> None:
-        self.hidden, self.head, self.kept = hidden, head, kept
+    `kept_logits` [S, V] holds, or is to hold, the logits of the first S rows, tile by tile.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, kept: Tensor | None, kept_logits: Tensor | None = None) -> None:
+        self.hidden, self.head, self.kept, self.kept_logits = hidden, head, kept, kept_logits
         self.acc = accumulation_dtype(hidden.dtype)
         self.count = hidden.shape[0] if kept is None else kept.shape[0]
         d = hidden.shape[1]
         # A 16-bit walk also holds the upcast rows of the weight and the float32 slice of their gradient.
         held_per_column = 0 if hidden.dtype == self.acc else 2 * d
-        self.rows = max(1, min(self.count, TILE_ROWS, WORKSPACE_FLOATS // (4 * d)))
+        self.rows = rows_of_a_tile(self.count, d)
         self.columns = max(1, min(head.vocab_size, WORKSPACE_FLOATS // 2 // (self.rows + held_per_column)))
         # Made once: a tile that came from the allocator anew each time would cost its page faults each time.
-        self.buffers = hidden.new_empty(2, self.rows * self.columns, dtype=self.acc)
+        self.buffers = large_empty(hidden, (2, self.rows * self.columns), self.acc)
 
     def index(self, rows: slice) -> slice | Tensor:
         return rows if self.kept is None else self.kept[rows]
@@ -255,10 +282,11 @@ class Tiles:
     def upcast(self, x: Tensor) -> Tensor:
         return x.to(self.acc)
 
-    def logits(self, h: Tensor, w: Tensor, columns: slice) -> Tensor:
-        """z [R, C] in the first buffer: valid until the next tile."""
+    def logits(self, h: Tensor, w: Tensor, columns: slice, *, kept_for: slice | None = None) -> Tensor:
+        """z [R, C] in the first buffer, valid until the next tile; or where the rows `kept_for` are to be kept."""
         head = self.head
-        z = self.buffers[0, : h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
+        place = None if kept_for is None else self.kept_tile(kept_for, columns)
+        z = self.tile((h.shape[0], w.shape[0])) if place is None else place
         torch.mm(h, w.T, out=z)
         if head.bias is not None:
             z.add_(self.upcast(head.bias[columns]))
@@ -267,6 +295,18 @@ class Tiles:
         if head.softcap is not None:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
         return z
+
+    def kept_tile(self, rows: slice, columns: slice) -> Tensor | None:
+        """One after the other, as they are walked: rows a whole vocabulary apart would fall on the same cache lines."""
+        if self.kept_logits is None or rows.stop > self.kept_logits.shape[0]:
+            return None
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        start = rows.start * self.head.vocab_size + shape[0] * columns.start
+        return self.kept_logits.view(-1)[start : start + shape[0] * shape[1]].view(shape)
+
+    def tile(self, shape: tuple[int, ...]) -> Tensor:
+        """A tile in the first buffer."""
+        return self.buffers[0, : shape[0] * shape[1]].view(shape)
 
     def spare(self, z: Tensor) -> Tensor:
         """A tile of z's shape in the second buffer."""
@@ -281,9 +321,16 @@ class Tiles:
     def dlosses(self, h: Tensor, w: Tensor, labels: Tensor, sums: HeadSums, rows: slice, columns: slice) -> Tensor:
         """d(−logp)/d(h·w) = s·J·(softmax − onehot), [R, C] in the first buffer; labels are these rows'."""
         head = self.head
-        z = self.logits(h, w, columns)
+        z = self.kept_tile(rows, columns)
+        if z is None:
+            z = self.logits(h, w, columns)
         chain = self.chain(z)
-        g = z.sub_(sums.maximum[rows, None]).sub_(sums.log_total[rows, None]).exp_()
+        g = self.tile(z.shape)
+        native = compiled.passes(z)
+        if native is not None:
+            native.softmax(z, sums.maximum[rows], sums.log_total[rows], out=g)
+        else:
+            torch.sub(z, sums.maximum[rows, None], out=g).sub_(sums.log_total[rows, None]).exp_()
         here, local = locate(labels, columns)
         g.scatter_add_(1, local, here.to(g.dtype).neg_())
         if chain is not None:

@@ -1,7 +1,6 @@
 """The compiled pass over a tile against torch's passes: the same marks, the same sums to rounding."""
 
 import math
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvkd_fast.ops import HeadStats, linear_logps, marking
+from tvkd_fast.ops import HeadStats, compiled, linear_logps
 
 pytest.importorskip("numba", reason="numba is not installed: pip install 'tvkd_fast[numba]'")
+from tvkd_fast.ops import compiled_kernels
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     class Without:
         def __enter__(self) -> None:
-            monkeypatch.setattr(marking, "native", lambda z: None)
+            monkeypatch.setattr(compiled, "passes", lambda z: None)
 
         def __exit__(self, *_: Any) -> None:
             monkeypatch.undo()
@@ -61,10 +61,10 @@ def test_the_marks_are_torchs(
     case = kit.case(*shape, spread=spread, seed=seed, bias=bias)
     options = {"eps": 2.0**-log_eps, "row_cap": cap, "max_tail": 1.0}
     found = []
-    for native in (marking.native, lambda z: None):
+    for native in (compiled.passes, lambda z: None):
         stats = HeadStats()
         with pytest.MonkeyPatch.context() as patch, kit.tile_sizes(floats, rows):
-            patch.setattr(marking, "native", native)
+            patch.setattr(compiled, "passes", native)
             found.append((kit.run(sparse(stats, **options), case), stats.read()))
     (ours, said), (plain, torch_said) = found
     for name in ("logps", "hidden", "weight", "bias"):
@@ -113,12 +113,16 @@ def test_the_exponential_is_float32s(kit: SimpleNamespace) -> None:
 
 
 def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(marking.importlib.util, "find_spec", lambda name: None)
-    marking._compiled.cache_clear()
-    assert marking.native(torch.zeros(1)) is None
-    marking._compiled.cache_clear()
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    compiled._compiled.cache_clear()
+    assert compiled.passes(torch.zeros(1)) is None
+    compiled._compiled.cache_clear()
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "numba.extending", None)
-    assert marking.native(torch.zeros(1)) is None
+
+    def broken() -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(compiled_kernels, "compile_all", broken)
+    assert compiled.passes(torch.zeros(1)) is None
     assert "numba is installed and cannot compile here" in caplog.text
-    marking._compiled.cache_clear()
+    compiled._compiled.cache_clear()

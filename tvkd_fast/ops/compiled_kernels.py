@@ -1,0 +1,158 @@
+"""The kernels of `compiled`, in numba: imported only where it is installed.
+
+What was compiled stays on disk (numba's cache), since compiling takes seconds.
+
+Letters: R rows and C columns of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+f32, i32 = np.float32, np.int32
+BLOCK = 32
+"""Columns that are summed before they are looked at: a block without an entry is passed over."""
+
+
+@intrinsic
+def bits(typing_context: Any, x: Any) -> Any:
+    return types.int32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def floating(typing_context: Any, x: Any) -> Any:
+    return types.float32(types.int32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
+
+
+# Adding 1.5·2²³ leaves the nearest integer in a float's last bits; reassociation would undo it, and is not allowed.
+@njit(cache=True, fastmath={"contract"})
+def exponential(d: Any) -> Any:
+    """e^d of d ≤ 0 to a unit in the last place or so: 2^k·e^f, f by the Cephes library's polynomial."""
+    shifted = d * f32(1.4426950408889634) + f32(12582912.0)
+    k = shifted - f32(12582912.0)
+    f = d - k * f32(0.693359375)
+    f = f - k * f32(-2.12194440054690583e-4)
+    p = f32(1.9875691500e-4)
+    p = p * f + f32(1.3981999507e-3)
+    p = p * f + f32(8.3334519073e-3)
+    p = p * f + f32(4.1665795894e-2)
+    p = p * f + f32(1.6666665459e-1)
+    p = p * f + f32(5.0000001201e-1)
+    p = p * f * f + f + f32(1.0)
+    e = p * floating((bits(shifted) << i32(23)) + i32(0x3F800000))
+    # Written so that NaN is not less.
+    return f32(0.0) if d < f32(-87.0) else e
+
+
+@njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+def sum_blocks(row: Any, shift: Any, sums: Any) -> None:
+    for b in range(sums.shape[0]):
+        s = f32(0.0)
+        for c in range(b * BLOCK, b * BLOCK + BLOCK):
+            s += exponential(row[c] - shift)
+        sums[b] = s
+
+
+# NaN is passed over here, or is the maximum: the sum that follows is NaN either way.
+@njit(cache=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
+def largest(row: Any, so_far: Any) -> Any:
+    for c in range(row.shape[0]):
+        if row[c] > so_far:
+            so_far = row[c]
+    return so_far
+
+
+@njit(cache=True, fastmath={"contract"})
+def advance(row: Any, maximum: Any, total: Any, sums: Any) -> Any:
+    """The running maximum, what is to be subtracted, the running total; `sums` gets the blocks' sums."""
+    top = largest(row, maximum)
+    # A row whose logits so far are all -inf has no finite maximum to subtract.
+    shift = f32(0.0) if top == -np.inf else top
+    wide = row.shape[0] // BLOCK
+    sum_blocks(row, shift, sums[:wide])
+    rest = f32(0.0)
+    for c in range(wide * BLOCK, row.shape[0]):
+        rest += exponential(row[c] - shift)
+    sums[wide] = rest
+    new = 0.0
+    for b in range(wide + 1):
+        new += sums[b]
+    return top, shift, new + total * np.exp(np.float64(maximum) - shift)
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def add(z: Any, maximum: Any, total: Any) -> None:
+    for r in prange(z.shape[0]):
+        sums = np.empty(z.shape[1] // BLOCK + 1, np.float32)
+        top, _, new = advance(z[r], maximum[r], total[r], sums)
+        maximum[r], total[r] = top, new
+
+
+@njit(cache=True, fastmath={"contract"})
+def exponentials(row: Any, maximum: Any, log_total: Any) -> None:
+    # In place: of two arrays that may overlap LLVM makes a scalar loop.
+    for c in range(row.shape[0]):
+        row[c] = exponential((row[c] - maximum) - log_total)
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def softmax(z: Any, maximum: Any, log_total: Any) -> None:
+    for r in prange(z.shape[0]):
+        exponentials(z[r], maximum[r], log_total[r])
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def softmax_of(z: Any, maximum: Any, log_total: Any, out: Any) -> None:
+    for r in prange(z.shape[0]):
+        out[r, :] = z[r]
+        exponentials(out[r], maximum[r], log_total[r])
+
+
+@njit(cache=True, parallel=True, nogil=True, fastmath={"contract"})
+def mark(
+    z: Any, labels: Any, maximum: Any, total: Any, counts: Any, found: Any, columns: Any, eps: float, cap: int
+) -> None:
+    for r in prange(z.shape[0]):
+        row = z[r]
+        sums = np.empty(z.shape[1] // BLOCK + 1, np.float32)
+        top, shift, new = advance(row, maximum[r], total[r], sums)
+        maximum[r], total[r] = top, new
+        # A hair below ε: what rounds over the edge here is pruned by the finished sum.
+        limit = new * eps * (1.0 - 1e-5)
+        edge = f32(shift + np.log(limit))
+        n = 0
+        if counts[r] <= cap:
+            for b in range(sums.shape[0]):
+                if sums[b] > limit:
+                    for c in range(b * BLOCK, min(b * BLOCK + BLOCK, z.shape[1])):
+                        if row[c] >= edge and c != labels[r]:
+                            # n ≤ c: what is overwritten was read before.
+                            e = exponential(row[c] - shift)
+                            row[n] = e
+                            columns[r, n] = c
+                            n += 1
+        found[r] = n
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def gather(z: Any, columns: Any, ends: Any, rows: Any, where: Any, e: Any) -> None:
+    for r in prange(z.shape[0]):
+        start = ends[r - 1] if r > 0 else 0
+        for i in range(start, ends[r]):
+            rows[i], where[i], e[i] = r, columns[r, i - start], z[r, i - start]
+
+
+def compile_all() -> None:
+    """So that what fails fails before it is needed."""
+    z, one = np.zeros((1, BLOCK), np.float32), np.zeros(1, np.float32)
+    integers, places = np.zeros(1, np.int64), np.zeros((1, BLOCK), np.int32)
+    add(z, one, one.copy())
+    softmax(z, one, one)
+    softmax_of(z, one, one, z.copy())
+    mark(z, integers, one, one.copy(), integers, integers.copy(), places, 0.5, 1)
+    gather(z, places, integers, integers, integers, one)
