@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.head import prepared
+from bench.contest import prepared
 from bench.machine import made_by
 from bench.states import load_states
 from tvkd_fast import linear_logps

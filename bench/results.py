@@ -8,7 +8,6 @@ python -m bench.results check                   fail where a table is not what i
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import sys
@@ -16,7 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench import tables
 from bench.machine import without_paths
+from bench.markdown import cell, error, markdown, provenance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -41,7 +42,7 @@ def road_table(report: dict[str, Any]) -> str:
             reward,
         ]
         rows.append(cells + ([f"{row['judged']:.2f}"] if judged else []))
-    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], f"{report['pairs']} held-out pairs")
+    return markdown(head, rows) + "\n" + provenance(report["made_by"], f"{report['pairs']} held-out pairs")
 
 
 def shaping_table(report: dict[str, Any]) -> str:
@@ -53,114 +54,7 @@ def shaping_table(report: dict[str, Any]) -> str:
         ["correlation of αΔΨ with the length difference", f"{row['shaping_length_correlation']:+.3f}"],
         ["pairs whose sign αΔΨ flips", f"{row['shaping_flipped']:.1%}"],
     ]
-    return _markdown(head, rows)
-
-
-HEADLINES = {
-    "product": "the forward product alone, fastest of seven tilings",
-    "eager log-softmax": "eager log-softmax",
-    "Liger, fused DPO": "Liger's fused linear DPO, without a reference",
-    "tvkd_fast, exact": "`linear_logps`, exact",
-    "tvkd_fast, sparse 2^-16": '`linear_logps(grad_mode="sparse")`, ε = 2⁻¹⁶',
-    "tvkd_fast, sparse 2^-14": '`linear_logps(grad_mode="sparse")`, ε = 2⁻¹⁴',
-}
-
-
-def head_table(report: dict[str, Any]) -> str:
-    """The few rows that a first page has room for."""
-    by_name = {row["name"]: row for row in report["results"]}
-    rows = [[label, *_head_cells(by_name[name])] for name, label in HEADLINES.items() if name in by_name]
-    return _head_markdown(rows, report)
-
-
-def heads_table(report: dict[str, Any]) -> str:
-    """Every contender, and what the sparse ones kept."""
-    rows = [
-        [row["name"].replace("2^-", "2⁻").replace("⁻14", "⁻¹⁴").replace("⁻16", "⁻¹⁶"), *_head_cells(row)]
-        for row in report["results"]
-    ]
-    kept = [
-        [
-            eps,
-            f"{x['head_entries']:,.0f}",
-            f"{x['head_marked']:.2f}",
-            f"{x['head_tail']:.3f}",
-            f"{x['head_dense_rows']:.1%}",
-        ]
-        for eps, x in report["entries"].items()
-    ]
-    entries = _markdown(["ε", "entries a token", "marked over kept", "mean tail", "dense rows"], kept)
-    return _head_markdown(rows, report) + "\n\n" + entries
-
-
-def _head_markdown(rows: list[list[str]], report: dict[str, Any]) -> str:
-    head = [
-        "head, forward and backward",
-        "time over the product",
-        "memory beyond inputs and gradients",
-        "error of dH, dW",
-    ]
-    peers = ", ".join(f"{name} {number}" for name, number in report["made_by"]["peers"].items() if number)
-    runs = len(report["results"][-1].get("rounds", []))
-    what = f"{report['shape']} {report['dtype']}, {report['states']}; medians of {runs} runs; {peers}"
-    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
-
-
-def _head_cells(row: dict[str, Any]) -> list[str]:
-    if "seconds" not in row:
-        return [_cell(row.get("wrong") or row["refused"]), "–", "–"]
-    peak = f"{max(row['peak_mb'], 0.0):,.0f} MB" if "peak_mb" in row else "–"
-    errors = ", ".join(_error(row, name) for name in ("rel_err_dh", "rel_err_dw") if name in row) or "–"
-    return [f"{row['over_floor']:.2f}", peak, errors]
-
-
-def ways_table(report: dict[str, Any]) -> str:
-    """A way a row, an ε a column; a dense block with the share of the entries that it holds."""
-    results = report["results"]
-    head = [
-        "over the product",
-        *(f"ε = 2^-{round(-math.log2(x['eps']))}, {x['entries']:,.0f} entries a token" for x in results),
-    ]
-    rows = []
-    for name in results[0]["over_product"]:
-        held = [f", holds {x['saved'][name]:.0%}" if name in x["saved"] else "" for x in results]
-        rows.append([name, *(f"{x['over_product'][name]:.3f}{more}" for x, more in zip(results, held, strict=True))])
-    what = f"{report['tokens']} tokens, {report['states']}; medians of {report['rounds']} runs"
-    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
-
-
-def hot_table(report: dict[str, Any]) -> str:
-    """A rule and number of hot columns a row, an ε two columns."""
-    found = {(x["rule"], x["k"], x["log_eps"]): x for x in report["rows"]}
-    log_eps = sorted({x["log_eps"] for x in report["rows"]})
-    head = ["hot columns"]
-    for k in log_eps:
-        head += [f"ε = 2^-{k}: entries in them", "marked over true"]
-    rows = []
-    for rule, count in dict.fromkeys((x["rule"], x["k"]) for x in report["rows"]):
-        cells = [f"{count:,}: {rule}"]
-        for k in log_eps:
-            x = found[rule, count, k]
-            cells += [f"{x['held']:.0%}", f"{x['marked']:.2f}"]
-        rows.append(cells)
-    what = f"{report['looked_at']} of {report['tokens']} tokens, {report['states']}; counted, not timed"
-    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
-
-
-def learning_table(report: dict[str, Any]) -> str:
-    """Gradients of the first step, then what AdamW made of them, by kind of gradient."""
-    steps = [f"step {k}" for k in report["steps"]]
-    head = ["gradient", "dH", "dW", "signs of dW"]
-    for step in steps:
-        head += [f"{step}: labels", "vocabulary", "weight"]
-    rows = []
-    for row in report["rows"]:
-        cells = [row["kind"], f"{row['dh']:.1e}", f"{row['dw']:.1e}", f"{row['signs']:.1%}"]
-        for step in steps:
-            cells += [f"{row[step][name]:.1%}" for name in ("label", "vocabulary", "weight")]
-        rows.append(cells)
-    what = f"{report['tokens']} tokens a step, AdamW, rate {report['lr']:g}; {report['states']}"
-    return _markdown(head, rows) + "\n" + _provenance(report["made_by"], what)
+    return markdown(head, rows)
 
 
 FROZEN = (
@@ -176,8 +70,8 @@ def gpu_table(report: dict[str, Any]) -> str:
     for measured in report["shapes"]:
         rows = [_gpu_row(row) for row in measured.get("rows", [])]
         if "refused" in measured:
-            rows.append([f"not measured: {_cell(measured['refused'])}", "–", "–", "–", "–"])
-        parts.append(_markdown([f"{measured['shape']} {measured['dtype']}", *head], rows))
+            rows.append([f"not measured: {cell(measured['refused'])}", "–", "–", "–", "–"])
+        parts.append(markdown([f"{measured['shape']} {measured['dtype']}", *head], rows))
         if products := measured.get("products"):
             told = (
                 f"{row['name']} {row['over_cublas']:.2f}"
@@ -190,20 +84,20 @@ def gpu_table(report: dict[str, Any]) -> str:
         parts.append(FROZEN)
     peers = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["versions"].items())
     what = f"{report['device']}, driver {report['driver']}, {report['toolkit']}; {peers}; {report['rounds']} rounds"
-    return "\n\n".join(parts) + "\n" + _provenance(report["made_by"], what)
+    return "\n\n".join(parts) + "\n" + provenance(report["made_by"], what)
 
 
 def _gpu_row(row: dict[str, Any]) -> list[str]:
     errors = row.get("errors")
-    error = ", ".join(_error(errors, name) for name in ("logps", "hidden", "weight")) if errors else "–"
+    shown = ", ".join(error(errors, name) for name in ("logps", "hidden", "weight")) if errors else "–"
     if "both_over_product" not in row:
-        return [f"{row['name']}: {_not_timed(row)}", "–", "–", "–", error]
+        return [f"{row['name']}: {_not_timed(row)}", "–", "–", "–", shown]
     forward = f"{row['forward_over_product']:.2f}" if "forward_over_product" in row else "–"
-    return [row["name"], f"{row['both_over_product']:.2f}", forward, f"{row['both_peak_mb']:,.0f}", error]
+    return [row["name"], f"{row['both_over_product']:.2f}", forward, f"{row['both_peak_mb']:,.0f}", shown]
 
 
 def _not_timed(row: dict[str, Any]) -> str:
-    return f"wrong: {_cell(row['wrong'])}" if "wrong" in row else _cell(row["refused"])
+    return f"wrong: {cell(row['wrong'])}" if "wrong" in row else cell(row["refused"])
 
 
 def numerics_table(report: dict[str, Any]) -> str:
@@ -211,11 +105,11 @@ def numerics_table(report: dict[str, Any]) -> str:
     parts = []
     for case in dict.fromkeys(row["case"] for row in report["rows"]):
         rows = [
-            [row["implementation"], row["dtype"], *(_error(row, name) for name in ("logps", "hidden", "weight"))]
+            [row["implementation"], row["dtype"], *(error(row, name) for name in ("logps", "hidden", "weight"))]
             for row in report["rows"]
             if row["case"] == case
         ]
-        parts.append(_markdown([case, "dtype", "logps, nats", "dH", "dW"], rows))
+        parts.append(markdown([case, "dtype", "logps, nats", "dH", "dW"], rows))
     rules = [
         [
             rule["shape"],
@@ -227,16 +121,7 @@ def numerics_table(report: dict[str, Any]) -> str:
     ]
     head = ["float16, dH", "beyond the strict rule", "beyond the tests' rule", "worst", "strict allows", "tests allow"]
     what = f"{report['shape']}; Triton kernels ran on {report['kernels_ran_on']}, TF32 products are emulated"
-    return "\n\n".join([*parts, _markdown(head, rules)]) + "\n" + _provenance(report["made_by"], what)
-
-
-def _error(row: dict[str, Any], name: str) -> str:
-    return f"{row[name]:.1e}" if name in row else "–"
-
-
-def _cell(text: str) -> str:
-    """Text of others, which might hold what a table is made of."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return "\n\n".join([*parts, markdown(head, rules)]) + "\n" + provenance(report["made_by"], what)
 
 
 def census_table(report: dict[str, Any]) -> str:
@@ -259,7 +144,7 @@ def census_table(report: dict[str, Any]) -> str:
             ]
         )
     made = report["made_by"]
-    parts = [_markdown(["architecture", *head], summary), _provenance(made, f"Triton {made['triton']}, no GPU")]
+    parts = [markdown(["architecture", *head], summary), provenance(made, f"Triton {made['triton']}, no GPU")]
     parts += [_census_fold(target, [row for row in rows if row["build"]["target"] == target]) for target in targets]
     return "\n".join(parts)
 
@@ -288,7 +173,7 @@ def _census_fold(target: str, rows: list[dict[str, Any]]) -> str:
         numbers += [_range(x["programs"] for x in facts), matrix]
         numbers += [_range(x[name] for x in facts) for name in ("bulk_loads", "wide_loads", "exps", "length")]
         lines.append([kernel, named, *cells, *numbers])
-    table = _markdown([*head, "exp", "instructions"], lines)
+    table = markdown([*head, "exp", "instructions"], lines)
     return f"\n<details><summary>{target}</summary>\n\n{table}\n\n</details>"
 
 
@@ -305,7 +190,7 @@ def rejected_table(report: dict[str, Any]) -> str:
         tile = f"{config['block_m']}×{config['block_n']}×{config['block_k']}, {config['warps']} warps"
         what = f"{build['kernel']}, {build['variant']}, {build['dtype']}"
         rows.append([what, build["target"], f"{tile}, {config['stages']} stages", "; ".join(row["broken"])])
-    return _markdown(["kernel", "architecture", "tile", "breaks"], rows)
+    return markdown(["kernel", "architecture", "tile", "breaks"], rows)
 
 
 def model_table(report: dict[str, Any]) -> str:
@@ -323,7 +208,7 @@ def model_table(report: dict[str, Any]) -> str:
         for x in report["estimates"]
     ]
     said = "\nA model, no measurement: " + "; ".join(report["assumptions"]) + "."
-    return _markdown(head, rows) + "\n" + said
+    return markdown(head, rows) + "\n" + said
 
 
 TABLES = {
@@ -332,11 +217,15 @@ TABLES = {
     "rejected": rejected_table,
     "road": road_table,
     "shaping": shaping_table,
-    "head": head_table,
-    "heads": heads_table,
-    "learning": learning_table,
-    "ways": ways_table,
-    "hot": hot_table,
+    "head": tables.head_table,
+    "heads": tables.heads_table,
+    "values": tables.values_table,
+    "sweep": tables.sweep_table,
+    "step": tables.step_table,
+    "learning": tables.learning_table,
+    "training": tables.training_table,
+    "ways": tables.ways_table,
+    "hot": tables.hot_table,
     "gpu": gpu_table,
     "numerics": numerics_table,
 }
@@ -364,17 +253,6 @@ def add(name: str, report: Path) -> None:
     picture = report.with_name("curves.png")
     if picture.exists():
         shutil.copy(picture, RESULTS / f"{name}.png")
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _provenance(made: dict[str, Any], what: str) -> str:
-    versions = f"torch {made['torch']}, transformers {made['transformers']}, Python {made['python']}"
-    commit = (made["commit"] or "no checkout")[:12]
-    return f"\n{what}; `{made['command']}`; {made['machine']}; {versions}; commit {commit}."
 
 
 def main() -> None:

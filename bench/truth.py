@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.states import States, load_states
+from bench.task import PAIRS, sequences
 
 WHOLE = 32 * 2**20
 """Of a larger weight an even selection of rows is judged, and of dH rows by such a selection too."""
 CHECKED_COLUMNS, CHECKED_ROWS = 4096, 256
 BLOCK = 128
+BETA = 0.1
+"""Of the DPO loss that a contender may go backward from."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,6 @@ class Truth:
 
 
 def compute(states: States) -> Truth:
-    from bench.head import preference_coefficients
-
     (n, _, v), weight = states.shape, states.weight.double()
     whole = states.weight.numel() <= WHOLE
     columns = torch.arange(v) if whole else torch.linspace(0, v - 1, CHECKED_COLUMNS).long()
@@ -79,13 +80,29 @@ def compute(states: States) -> Truth:
     return Truth(logps, rows, columns, by_hidden[0], by_weight[0], by_hidden[1], by_weight[1])
 
 
-def errors(truth: Truth, got: tuple[Tensor, ...], *, preference: bool = False) -> dict[str, float]:
-    """Relative Frobenius errors of the gradients that a contender gave after its values."""
+def preference_coefficients(logps: Tensor) -> Tensor:
+    """(N,) dL/dlogp of DPO without a reference, the mean over four pairs of equal lengths, chosen first."""
+    chosen, rejected = sequences(logps).sum(1).chunk(2)
+    by_pair = -BETA * torch.sigmoid(-BETA * (chosen - rejected)) / PAIRS
+    return torch.cat([by_pair, -by_pair]).repeat_interleave(len(logps) // (2 * PAIRS))
+
+
+def errors(
+    truth: Truth, states: States, got: tuple[Tensor, ...], *, forward: bool = False, preference: bool = False
+) -> dict[str, float]:
+    """Of log-probabilities, or of values where only those were asked for, the largest error in nats; of gradients the
+    relative error in Frobenius' norm. What goes backward from a loss of its own has no log-probabilities to judge.
+    """
+    found = {}
+    if not preference:
+        want = truth.logps
+        if forward:
+            want = (states.hidden.double() * states.weight[states.labels].double()).sum(1) - truth.logps
+        found["err_nats"] = float((got[0].double() - want).abs().max())
     wanted = (truth.by_hidden, truth.by_weight)
     if preference:
         wanted = (truth.preference_by_hidden, truth.preference_by_weight)
     names = (("rel_err_dh", truth.rows), ("rel_err_dw", truth.columns))
-    found = {}
     for (name, where), grad, want in zip(names, got[1:], wanted, strict=False):
         found[name] = float((grad[where].double() - want).norm() / want.norm())
     return found

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.head import prepared, product
+from bench.contest import prepared, product
 from bench.machine import made_by
 from bench.states import load_states
 from tvkd_fast.kernels.head import Head, MarkRule, Marks

@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "eval": (EvalConfig, "evaluate a policy on preference pairs; prints one JSON line"),
     "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }
-BENCHMARKS = ("head",)
+BENCHMARKS = ("head", "values", "step")
 """Of the checkout's bench/: those that `tvkd bench` runs."""
 _SWITCHES = ("--dry_run", "--quick")
 
@@ -128,7 +128,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="tvkd",
         description="Preference distillation (TVKD) at the cost of fine-tuning.",
-        epilog="In a checkout, tvkd bench head times the vocabulary head beside its peers (tvkd bench head --help).",
+        epilog="In a checkout, tvkd bench head, values or step times the head beside its peers (each has --help).",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)

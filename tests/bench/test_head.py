@@ -1,4 +1,4 @@
-"""The CPU benchmark of the head: what it writes, what it refuses to time, and its processes."""
+"""The CPU benchmarks of the head: what they write, what they refuse to time, and their processes."""
 
 import json
 import os
@@ -13,25 +13,24 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def module(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+def modules(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT))
     for known in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
         monkeypatch.delitem(sys.modules, known)
-    return __import__(f"bench.{name}", fromlist=[name])
+    return [__import__(f"bench.{name}", fromlist=[name]) for name in names]
 
 
-def run(folder: Path, *arguments: str) -> dict:
+def run(folder: Path, name: str, *arguments: str) -> dict:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "bench.head", "--json", "head.json", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", f"bench.{name}", *arguments, "--json", "report.json"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "head.json").read_text())
+    return json.loads((folder / "report.json").read_text())
 
 
 def test_every_row_is_judged_and_timed(tmp_path: Path) -> None:
-    report = run(
-        tmp_path, "--shape", "64x32x2000", "--entries", "40", "--only", "tvkd_fast", "--only", "eager", "--rounds", "2"
-    )
+    made = ("--shape", "64x32x2000", "--entries", "40", "--rounds", "2")
+    report = run(tmp_path, "head", *made, "--only", "tvkd_fast", "--only", "eager")
     rows = {row["name"]: row for row in report["results"]}
     assert report["checked"] == "64 rows of dH, 2000 of dW"
     assert report["states"] == "made states, 40 entries a token above 2^-14"
@@ -41,6 +40,7 @@ def test_every_row_is_judged_and_timed(tmp_path: Path) -> None:
         assert row.get("seconds", 0) > 0, row
         assert row["over_floor"] > 0
         assert len(row["rounds"]) == 2
+        assert row["err_nats"] < 1e-4
         assert ("rel_err_dh" in row) == (name != "tvkd_fast, values")
         assert ("rel_err_dw" in row) == (name != "tvkd_fast, values" and "frozen" not in name)
     assert rows["tvkd_fast, exact"]["rel_err_dw"] < 1e-5
@@ -49,47 +49,81 @@ def test_every_row_is_judged_and_timed(tmp_path: Path) -> None:
     assert report["entries"]["2^-14"]["head_entries"] == pytest.approx(40, rel=0.5)
 
 
+def test_values_are_judged_and_timed(tmp_path: Path) -> None:
+    report = run(tmp_path, "values", "--shape", "64x32x2000", "--entries", "40", "--only", "tvkd", "--only", "eager")
+    rows = {row["name"]: row for row in report["results"][1:]}
+    assert set(rows) == {"tvkd_fast", "tvkd_fast, without numba", "tvkd_fast, kappa 1/2", "eager logsumexp"}
+    for row in rows.values():
+        assert row["err_nats"] < 1e-4
+        assert row["seconds"] > 0
+        assert "rel_err_dh" not in row
+
+
+def test_a_sweep_is_the_benchmark_point_by_point(tmp_path: Path) -> None:
+    made = ("--shape", "64x32x2000", "--entries", "40", "--rounds", "1")
+    report = run(tmp_path, "sweep", "tokens", "32", "64", "96", *made)
+    assert [point["shape"] for point in report["points"]] == ["32x32x2000", "64x32x2000", "96x32x2000"]
+    assert {"product", "tvkd_fast, sparse 2^-14", "tvkd_fast, exact"} <= set(report["fits"])
+    for line in report["fits"].values():
+        assert set(line) == {"a", "b", "worst"}
+
+
+def test_a_line_is_fitted_by_relative_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    (sweep,) = modules(monkeypatch, "sweep")
+    line = sweep.fit([512, 1024, 4096], [0.1 + 2e-3 * x for x in (512, 1024, 4096)])
+    assert line == {"a": pytest.approx(0.1), "b": pytest.approx(2e-3), "worst": pytest.approx(0, abs=1e-9)}
+    assert sweep.fit([1, 2, 3, 4], [1.1, 2, 3, 4])["worst"] == pytest.approx(0.04, abs=0.02)
+
+
+def test_contenders_are_chosen_by_name_or_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, contest = modules(monkeypatch, "head", "contest")
+    everyone = head.contenders()
+    assert list(contest.selected(everyone, ["exact"])) == ["tvkd_fast, exact"]
+    assert list(contest.selected(everyone, ["frozen"])) == [name for name in everyone if "frozen" in name]
+    assert set(contest.selected(everyone, None)) <= set(everyone)
+
+
 def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, states, truth = (module(monkeypatch, name) for name in ("head", "states", "truth"))
+    head, contest, states, truth = modules(monkeypatch, "head", "contest", "states", "truth")
     with torch.no_grad():
         made = states.made_states((32, 16, 300), 20.0)
-    found = head.measure(
+    found = contest.measure(
         made,
         truth.compute(made),
         {
-            "right": head.Contender(head.eager),
-            "wrong": head.Contender(lambda h, w, y: 1.01 * head.eager(h, w, y)),
-            "broken": head.Contender(lambda h, w, y: h @ w),
+            "right": contest.Contender(head.eager),
+            "wrong": contest.Contender(lambda h, w, y: 1.01 * head.eager(h, w, y)),
+            "broken": contest.Contender(lambda h, w, y: h @ w),
         },
         rounds=1,
         threads=1,
     )
     rows = {row["name"]: row for row in found["results"]}
     assert "seconds" in rows["right"]
-    assert rows["wrong"]["wrong"] == "rel_err_dh, rel_err_dw beyond 0.0001"
+    assert rows["wrong"]["wrong"] == "rel_err_dh beyond 0.0001, rel_err_dw beyond 0.0001, err_nats beyond 0.001"
     assert rows["broken"]["refused"].startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
     assert "seconds" not in rows["wrong"]
     assert "seconds" not in rows["broken"]
 
 
 def test_a_process_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    runners = module(monkeypatch, "runners")
+    (runners,) = modules(monkeypatch, "runners")
     runner = runners.Runner(lambda: lambda: os._exit(9), lambda result: result, threads=1, reuse=False)
     with pytest.raises(RuntimeError, match="the process died"):
         runner.seconds()
 
 
 def test_liger_goes_backward_from_the_coefficients_that_it_is_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = module(monkeypatch, "head")
+    (truth,) = modules(monkeypatch, "truth")
     logps = torch.randn(64, dtype=torch.float64, requires_grad=True)
     chosen, rejected = logps.unflatten(0, (8, 8)).sum(1).chunk(2)
-    loss = -torch.nn.functional.logsigmoid(head.BETA * (chosen - rejected)).mean()
+    loss = -torch.nn.functional.logsigmoid(truth.BETA * (chosen - rejected)).mean()
     (wanted,) = torch.autograd.grad(loss, logps)
-    torch.testing.assert_close(head.preference_coefficients(logps.detach()), wanted)
+    torch.testing.assert_close(truth.preference_coefficients(logps.detach()), wanted)
 
 
 def test_hot_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    hot = module(monkeypatch, "hot")
+    (hot,) = modules(monkeypatch, "hot")
     torch.manual_seed(0)
     z = torch.randn(6, 3000) * 4
     everything = hot.counted(z, torch.arange(3000), 10)
@@ -103,9 +137,9 @@ def test_hot_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_program_of_a_peers_name_is_not_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = module(monkeypatch, "head")
-    monkeypatch.setattr(head.shutil, "which", lambda name: f"/somewhere/{name}")
-    monkeypatch.setattr(head.importlib.util, "find_spec", lambda name: None)
-    found = {name for name, contender in head.contenders().items() if head.there(contender)}
+    head, contest = modules(monkeypatch, "head", "contest")
+    monkeypatch.setattr(contest.shutil, "which", lambda name: f"/somewhere/{name}")
+    monkeypatch.setattr(contest.importlib.util, "find_spec", lambda name: None)
+    found = set(contest.selected(head.contenders(), None))
     assert "TRL, eager head" not in found
     assert {"torch.compile", "tvkd_fast, exact"} <= found

@@ -1,6 +1,7 @@
 """The compiled pass over a tile against torch's passes: the same marks, the same sums to rounding."""
 
 import math
+import multiprocessing
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,27 @@ def test_the_exponential_is_float32s(kit: SimpleNamespace) -> None:
     """Through the log-probabilities, of which it is nearly all: no worse than torch's own."""
     case = kit.case(200, 32, 4000, spread=6.0, ignored=0.0)
     kit.logps_no_worse(case, sparse(HeadStats(), eps=0.0, row_cap=4000))
+
+
+def test_a_fork_does_not_wait_for_threads_that_it_has_not(kit: SimpleNamespace) -> None:
+    """A child of a process that has used numba computes in torch."""
+    case = kit.case(8, 6, 100, ignored=0.0)
+    want = linear_logps(case.hidden, case.weight, case.labels)
+    assert compiled.passes(case.hidden) is not None
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def child() -> None:
+        there = compiled.passes(case.hidden) is not None
+        answers.put((there, linear_logps(case.hidden, case.weight, case.labels).tolist()))
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 0
+    there, got = answers.get()
+    assert not there
+    torch.testing.assert_close(torch.tensor(got), want)
 
 
 def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -216,6 +216,16 @@ def test_a_sparse_head_in_one_graph(backend: str, frozen: bool) -> None:
 
 
 @compilers
+def test_kept_logits_in_one_graph(backend: str) -> None:
+    model, plain = Step(head={"workspace_mb": 1}), Step()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for lengths in ([3, 4, 2, 5], [7, 2, 6, 3]):
+        batch = batch_of(lengths)
+        got, want = loss_and_gradients(compiled, model, batch), loss_and_gradients(plain, plain, batch)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@compilers
 @pytest.mark.parametrize("terminal", TERMINALS)
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "all-ended"])
 def test_a_whole_step_in_one_graph(backend: str, terminal: str, ended: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import threading
 from functools import lru_cache
 from typing import Any
@@ -79,7 +80,20 @@ class Passes:
 
 def passes(z: Tensor) -> Passes | None:
     """For tiles like z; None where torch has to do."""
-    return _compiled() if z.device.type == "cpu" and z.dtype == torch.float32 else None
+    return _compiled() if z.device.type == "cpu" and z.dtype == torch.float32 and not _orphaned else None
+
+
+_orphaned: list[int] = []
+"""This process, where it was forked from one whose numba had threads already: they are not here, and it would wait."""
+
+
+def _after_fork() -> None:
+    if _compiled.cache_info().currsize:
+        _orphaned.append(os.getpid())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @lru_cache

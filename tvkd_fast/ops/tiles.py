@@ -297,7 +297,7 @@ class Tiles:
         return z
 
     def kept_tile(self, rows: slice, columns: slice) -> Tensor | None:
-        """One after the other, as they are walked: rows a whole vocabulary apart would fall on the same cache lines."""
+        """Where a tile's logits stay, None where they do not: tiles lie one after the other, as they are walked."""
         if self.kept_logits is None or rows.stop > self.kept_logits.shape[0]:
             return None
         shape = (rows.stop - rows.start, columns.stop - columns.start)

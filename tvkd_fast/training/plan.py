@@ -87,7 +87,7 @@ def _memory(
         "gradients": policy.parameters * size,
         "AdamW's two moments": 2 * policy.parameters * size,
         "activations": activations,
-        "head's workspace": _HEAD_WORKSPACE,
+        "head's workspace": _HEAD_WORKSPACE + config.head.workspace_mb * 2**20,
     }
     if config.objective != "sft" and config.scores is None:
         parts["reference weights"] = policy.parameters * size

@@ -1,0 +1,25 @@
+"""Tables in Markdown, and the line of provenance under each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def provenance(made: dict[str, Any], what: str) -> str:
+    versions = f"torch {made['torch']}, transformers {made['transformers']}, Python {made['python']}"
+    commit = (made["commit"] or "no checkout")[:12]
+    return f"\n{what}; `{made['command']}`; {made['machine']}; {versions}; commit {commit}."
+
+
+def cell(text: str) -> str:
+    """Text of others, which might hold what a table is made of."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def error(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.1e}" if name in row else "–"
