@@ -1,8 +1,9 @@
 """A contest of heads on a CPU: each in a process of its own, held to float64, then timed in rounds beside the product.
 
 In its first run a contender's results are judged and its peak memory is read (VmHWM, reset before, beyond inputs,
-result and gradients); what is wrong is not timed further. The figures are medians. The product, which all is measured
-against, is the fastest of seven tilings. Linux only.
+result and gradients); what is wrong is not timed further. The product, which all is measured against, is the fastest of
+seven tilings; it is timed before each run of a contender, since a shared machine is not as fast from one second to the
+next, and the figure is the median of the ratios. Linux only.
 """
 
 from __future__ import annotations
@@ -136,13 +137,14 @@ def measure(
     bare = Runner(lambda: partial(product, states.hidden, states.weight, tiling), id, threads=threads, reuse=False)
     taken: dict[str, list[float]] = {}
     floors: list[float] = []
+    before: dict[str, list[float]] = {}
     for name, runner in list(runners.items()):
         contender, row = chosen[name], {"name": name}
         rows[name] = row
         try:
             floors.append(bare.seconds())
             found, peak, seconds = runner.check()
-            taken[name] = [seconds]
+            taken[name], before[name] = [seconds], floors[-1:]
             row |= found | {"peak_mb": (peak - _held(contender, states)) / 2**20}
         except RuntimeError as error:
             row["refused"] = str(error).splitlines()[0][:200]
@@ -154,12 +156,13 @@ def measure(
         if "refused" in row or "wrong" in row:
             runners.pop(name).close()
     for _ in range(1, rounds):
-        floors.append(bare.seconds())
         for name, runner in runners.items():
+            floors.append(bare.seconds())
             taken[name].append(runner.seconds())
+            before[name].append(floors[-1])
     for name in runners:
-        middle = median(taken[name])
-        rows[name] |= {"seconds": middle, "over_floor": middle / median(floors), "rounds": taken[name]}
+        rows[name] |= {"seconds": median(taken[name]), "rounds": taken[name], "products": before[name]}
+        rows[name]["over_floor"] = median(x / floor for x, floor in zip(taken[name], before[name], strict=True))
     for runner in (*runners.values(), bare):
         runner.close()
     product_row = {"name": "product", "seconds": median(floors), "over_floor": 1.0, "rounds": floors, "tiling": tiling}
