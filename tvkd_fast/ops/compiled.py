@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -52,30 +53,58 @@ class Passes:
         cap: int,
         spare: Tensor,
     ) -> Found:
-        """`add`, and rows, columns and e^(z − maximum) of entries above ε of the running total; z is overwritten.
+        """`add`, and of entries above ε of the running total how many a row has, columns and e^(z − maximum).
 
-        `counts` (R,) grows by what was found; rows that have more than `cap` are not looked at any longer, nor is the
-        label's column. `spare` has room for R·C int32.
+        z is overwritten. `counts` (R,) grows by what was found; rows that have more than `cap` are not looked at any
+        longer, nor is the label's column. `spare` has z's shape and 4 bytes an element.
         """
-        columns = spare.view(torch.int32)[: z.numel()].view(z.shape)
-        found = torch.empty(z.shape[0], dtype=torch.int64)
-        self._run("mark", z, labels, maximum, total, counts, found, columns, eps, cap)
-        counts += found
-        ends = found.cumsum(0)
-        size = int(ends[-1])
-        rows, where = torch.empty(size, dtype=torch.int64), torch.empty(size, dtype=torch.int64)
-        e = torch.empty(size)
-        self._run("gather", z, columns, ends, rows, where, e)
-        return rows, where, e
+        columns = spare.view(torch.int32)
+        return self._tensors("mark", z, labels, maximum, total, counts, columns, eps, cap)
 
-    def _run(self, kernel: str, *args: Any) -> None:
+    def settle(
+        self,
+        found: Tensor,
+        columns: Tensor,
+        e: Tensor,
+        scale: Tensor,
+        dense: Tensor,
+        eps: float,
+        place: Tensor,
+        first: int,
+        tail: Tensor,
+    ) -> Found:
+        """Of what `mark` found in a tile, rows, columns and p = e·scale where p ≥ ε and the row is not dense.
+
+        `place` (R,) says which row of all each is, `first` is the tile's first column; `tail` (R,) loses what is kept.
+        """
+        return self._tensors("settle", found, columns, e, scale, dense, eps, place, first, tail)
+
+    def by_column(
+        self, marked: Sequence[Tensor], even: Tensor, c: Tensor, labels: Sequence[Tensor], there: slice
+    ) -> Found:
+        """Rows and gradients of what lies in the columns `there`, column by column, and where each column begins.
+
+        `marked` are columns, rows and p, whose gradients are even − c·p of the row; `labels` are columns, rows and
+        gradients, of these columns alone, and come after. Within a column the order is the one given.
+        """
+        return self._tensors("by_column", *marked, even, c, *labels, there.start, there.stop - there.start)
+
+    def gather(self, index: Tensor, factors: Tensor, edges: Tensor, rows: Tensor, base: Tensor, out: Tensor) -> None:
+        """out_i = base + Σ_k factors_k·rows[index_k] over k of edges[i]..edges[i+1], each sum in the order of k."""
+        self._run("gather", index, factors, edges, rows, base, out)
+
+    def _tensors(self, kernel: str, *args: Any) -> Found:
+        first, second, third = self._run(kernel, *args)
+        return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third)
+
+    def _run(self, kernel: str, *args: Any) -> Any:
         import numba
 
         arrays = [x.numpy() if isinstance(x, Tensor) else x for x in args]
         # The simplest of numba's thread pools ends the process where two threads enter it at once.
         with self._one_at_a_time:
             numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-            getattr(self._kernels, kernel)(*arrays)
+            return getattr(self._kernels, kernel)(*arrays)
 
 
 def passes(z: Tensor) -> Passes | None:

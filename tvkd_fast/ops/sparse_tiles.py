@@ -1,28 +1,21 @@
 """The one-GEMM head in torch: the forward marks what a softmax is made of, the backward gathers it. On any device.
 
 Letters: N tokens, K of them kept, D hidden, V vocabulary, R rows and C vocabulary columns of a tile, E marked entries.
-
-An entry is marked where e^z exceeds ε times its row's sum so far, its own tile included. The sum only grows, so nothing
-that belongs is missed, and the finished sum prunes the rest: about one marked entry in eight, on real states.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from tvkd_fast.kernels.dice import Dice
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
 from tvkd_fast.ops import compiled
 from tvkd_fast.ops import tiles as exact
-from tvkd_fast.ops.tiles import Tiles, blocks, locate, pick_targets
-
-FAN = 8
-"""Columns whose largest entry is looked at before they are: an eighth of a tile is searched, not all of it."""
+from tvkd_fast.ops.marked_blocks import Entries, block_of, joined
+from tvkd_fast.ops.tiles import Tiles, blocks, pick_targets
 
 
 def mark(
@@ -37,11 +30,11 @@ def mark(
     log_total, target = torch.empty_like(maximum), torch.full_like(maximum, torch.nan)
     tail, below = torch.zeros_like(maximum), torch.zeros_like(maximum)
     dense = torch.zeros_like(maximum, dtype=torch.bool)
-    found: list[_Entries] = []
+    found: list[Entries] = []
     marked = 0
     for rows in tiles.row_blocks():
         h = tiles.states(rows)
-        block = _Block(tiles, rule, h, rows)
+        block = block_of(tiles, rule, h, rows)
         for columns in tiles.column_blocks():
             z = tiles.logits(h, tiles.upcast(head.weight[columns]), columns)
             pick_targets(z, labels[rows], columns, out=target[rows])
@@ -50,13 +43,13 @@ def mark(
             # tanh makes an infinite logit finite: 0·inf = NaN lets a broken state show all the same.
             block.total.add_(h.sum(1).mul_(0.0))
         maximum[rows], log_total[rows] = block.maximum, block.total.log()
-        marked += sum(entries.rows.shape[0] for entries, _ in block.found)
         entries, tail[rows], below[rows], dense[rows] = block.finish(target[rows])
+        marked += block.marked
         found += entries
     if _too_flat(found, below.masked_fill(dense, 0.0), dense, rule):
         dense, found = torch.ones_like(dense), [x.none() for x in found]
     bounds = torch.tensor([0, *(x.rows.shape[0] for x in found)]).cumsum(0)
-    flat = _joined(found, hidden, tiles.acc, chained=head.softcap is not None)
+    flat = joined(found, hidden, tiles.acc, chained=head.softcap is not None)
     everywhere = hidden.new_zeros(hidden.shape[0], dtype=tiles.acc)
     marks = Marks(
         rows=flat.rows,
@@ -110,113 +103,6 @@ def sparse_gradients(
     return HeadGradients(parts.by_hidden(grads.hidden) if want_hidden else None, grads.weight, grads.bias)
 
 
-@dataclass(frozen=True)
-class _Entries:
-    """Marked entries of one tile, by row; of `rows`, which tile's row each is in."""
-
-    rows: Tensor
-    columns: Tensor
-    p: Tensor
-    chain: Tensor | None
-
-    def where(self, keep: Tensor) -> _Entries:
-        # Counted once, and not by each of four masks.
-        chosen = keep.nonzero()[:, 0]
-        rows, columns, p = (x.index_select(0, chosen) for x in (self.rows, self.columns, self.p))
-        return _Entries(rows, columns, p, None if self.chain is None else self.chain.index_select(0, chosen))
-
-    def none(self) -> _Entries:
-        return self.where(torch.zeros_like(self.rows, dtype=torch.bool))
-
-
-class _Block:
-    """A block of rows on its way through the vocabulary: running sums, and what was marked."""
-
-    def __init__(self, tiles: Tiles, rule: MarkRule, h: Tensor, rows: slice) -> None:
-        self.tiles, self.rule = tiles, rule
-        place = torch.arange(rows.start, rows.stop, device=h.device) if tiles.kept is None else tiles.kept[rows]
-        self.place = place
-        self.maximum = h.new_full((h.shape[0],), -torch.inf)
-        self.total, self.total_chain = torch.zeros_like(self.maximum), torch.zeros_like(self.maximum)
-        self.counts = torch.zeros_like(place)
-        self.found: list[tuple[_Entries, Tensor]] = []
-        self.dice = Dice(rule.seed, place, tiles.head.vocab_size) if rule.unbiased else None
-
-    def add(self, z: Tensor, labels: Tensor, columns: slice) -> None:
-        """Take in a tile of logits, which is overwritten."""
-        native = compiled.passes(z)
-        if native is not None and self.dice is None and self.tiles.head.softcap is None:
-            here, local = locate(labels, columns)
-            own = torch.where(here, local, -1)[:, 0]
-            spare = self.tiles.buffers[1]
-            rule = self.rule
-            row, column, e = native.mark(z, own, self.maximum, self.total, self.counts, rule.eps, rule.row_cap, spare)
-            shift = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
-            self.found.append((_Entries(row, column + columns.start, e, None), shift))
-            return
-        r, c = z.shape
-        fan = FAN if c % FAN == 0 else 1
-        peaks = z.view(r, fan, -1).amax(1)
-        new_max = torch.maximum(self.maximum, peaks.amax(1))
-        shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
-        decay = self.maximum.sub_(shift).exp_()
-        chain = self.tiles.chain(z)
-        e = z.sub_(shift[:, None]).exp_()
-        self.total.mul_(decay).add_(e.sum(1))
-        if chain is not None:
-            self.total_chain.mul_(decay).add_(torch.linalg.vecdot(e, chain))
-        self.maximum = new_max
-        # The label is kept whatever its probability, and apart.
-        here, local = locate(labels, columns)
-        e.scatter_(1, local, e.gather(1, local).masked_fill_(here, 0.0))
-        limit = (self.total * self.rule.eps).masked_fill_(self.counts > self.rule.row_cap, torch.inf)
-        if self.dice is not None:
-            # What exceeds the limit is then e/u: an entry below ε is kept with probability p/ε.
-            peaks = e.div_(self.dice.of(slice(None), columns)).view(r, fan, -1).amax(1)
-        else:
-            peaks = peaks.sub_(shift[:, None]).exp_()
-        lanes = peaks.shape[1]
-        seen = (peaks > limit[:, None]).flatten().nonzero()[:, 0]
-        row, lane = seen // lanes, seen % lanes
-        group = e.view(r, fan, lanes)[row, :, lane]
-        which, k = (group > limit[row, None]).nonzero().unbind(1)
-        row, column = row[which], k * lanes + lane[which]
-        entries = _Entries(row, column + columns.start, group[which, k], None if chain is None else chain[row, column])
-        self.counts += torch.bincount(row, minlength=r)
-        self.found.append((entries, shift))
-
-    def finish(self, target: Tensor) -> tuple[list[_Entries], Tensor, Tensor, Tensor]:
-        """What is kept, its rows hidden's and p final; the tails less what was sampled; the tails; dense rows."""
-        softcap, dense = self.tiles.head.softcap, self.counts > self.rule.row_cap
-        top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
-        logp = target - top - self.total.log()
-        tail = torch.expm1(logp).neg_()
-        if softcap is not None:
-            tail = self.total_chain / self.total - logp.exp() * (1.0 - (target / softcap) ** 2)
-        kept, below = [], tail.clone()
-        for entries, shift in self.found:
-            scale = (shift - top).exp_().div_(self.total)
-            final = self._final(entries, scale, dense)
-            weighted = final.p if final.chain is None else final.p * final.chain
-            lengths = torch.bincount(final.rows, minlength=tail.shape[0])
-            tail -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
-            if self.dice is not None:
-                weighted = weighted.masked_fill(final.p <= self.rule.eps, 0.0)
-                below -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
-            rows = self.place[final.rows]
-            kept.append(_Entries(rows.int(), final.columns.int(), final.p, final.chain))
-        return kept, tail, tail if self.dice is None else below, dense
-
-    def _final(self, entries: _Entries, scale: Tensor, dense: Tensor) -> _Entries:
-        p = entries.p * scale.index_select(0, entries.rows)
-        found = _Entries(entries.rows, entries.columns, p, entries.chain)
-        final = found.where((p >= self.rule.eps) & ~dense.index_select(0, entries.rows))
-        if self.dice is None:
-            return final
-        chances = self.dice.at(final.rows, final.columns)
-        return _Entries(final.rows, final.columns, (final.p * chances).clamp_min_(self.rule.eps), final.chain)
-
-
 class Parts:
     """A sparse gradient taken apart, row by row: entries less −u, the label less −u, and −u."""
 
@@ -246,6 +132,7 @@ class Parts:
         if head.softcap is not None:
             own *= 1.0 - (sums.target / head.softcap) ** 2
         self.own = own + self.even
+        self.passes = compiled.passes(self.tiles.buffers) if marks.chain is None else None
         self.even_everywhere, self.c_everywhere = (_placed(x, kept, c.new_zeros(n)) for x in (self.even, c))
 
     def _counts(self, n: int) -> Tensor:
@@ -315,6 +202,7 @@ class ByColumn:
         self.labels, self.order = parts.labels.int().sort(stable=True)
         n, d = parts.hidden.shape
         as_it_is = parts.hidden.dtype == self.tiles.acc and parts.hidden.is_contiguous()
+        self.in_place = parts.passes if as_it_is and parts.live is None else None
         self.width = d if as_it_is else max(1, min(d, exact.WORKSPACE_FLOATS // max(n, 1)))
 
     def weight(self, columns: slice, total: Tensor) -> None:
@@ -326,6 +214,9 @@ class ByColumn:
                 continue
             rows, entries, edges = self._found(which, there)
             out = total[there.start - columns.start : there.stop - columns.start]
+            if self.in_place is not None:
+                self.in_place.gather(rows, entries, edges, parts.hidden, self.everyone, out)
+                continue
             for features in blocks(total.shape[1], self.width):
                 h = parts.hidden[:, features].to(acc).contiguous()
                 gathered = bag(rows, h, edges, entries)
@@ -351,6 +242,10 @@ class ByColumn:
         segments = [slice(self.bounds[i], self.bounds[i + 1]) for i in runs]
         ends = torch.tensor([there.start, there.stop], dtype=torch.int32, device=self.labels.device)
         own = self.order[slice(*torch.searchsorted(self.labels, ends).tolist())]
+        if parts.passes is not None:
+            marked = [torch.cat([x[:0], *(x[s] for s in segments)]) for x in (marks.columns, marks.rows, marks.p)]
+            labels = [parts.labels[own].int(), parts.place[own].int(), parts.own[own]]
+            return parts.passes.by_column(marked, parts.even_everywhere, parts.c_everywhere, labels, there)
         columns = torch.cat([*(marks.columns[x] for x in segments), parts.labels[own].int()])
         rows = torch.cat([*(marks.rows[x] for x in segments), parts.place[own].int()])
         entries = torch.cat([*(parts.entries(x) for x in segments), parts.own[own]])
@@ -366,29 +261,11 @@ def bag(index: Tensor, rows: Tensor, edges: Tensor, factors: Tensor) -> Tensor:
     return embedding_bag(index, rows, edges, per_sample_weights=factors, mode="sum", include_last_offset=True)
 
 
-def _too_flat(found: list[_Entries], below: Tensor, dense: Tensor, rule: MarkRule) -> bool:
+def _too_flat(found: list[Entries], below: Tensor, dense: Tensor, rule: MarkRule) -> bool:
     """Whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
     sparse = int(dense.logical_not().sum())
     entries = sum(x.rows.shape[0] for x in found)
     return sparse > 0 and (float(below.sum()) > rule.max_tail * sparse or entries > rule.max_entries * sparse)
-
-
-def _joined(found: list[_Entries], hidden: Tensor, acc: torch.dtype, *, chained: bool) -> _Entries:
-    """All tiles' entries in one; `found` is emptied, so that no more than one column of them is held twice."""
-    integers, floats = (hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, acc))
-    rows, columns, p, chain = ([empty] for empty in (integers, integers, floats, floats))
-    while found:
-        tile = found.pop(0)
-        rows.append(tile.rows)
-        columns.append(tile.columns)
-        p.append(tile.p)
-        chain += [] if tile.chain is None else [tile.chain]
-        del tile
-    flat = []
-    for column in (rows, columns, p, chain):
-        flat.append(torch.cat(column))
-        column.clear()
-    return _Entries(flat[0], flat[1], flat[2], flat[3] if chained else None)
 
 
 def _placed(x: Tensor, kept: Tensor | None, everywhere: Tensor) -> Tensor:

@@ -1,0 +1,193 @@
+"""A block of rows on its way through the vocabulary: running sums, and the entries that a sparse gradient keeps.
+
+An entry is marked where e^z exceeds ε times its row's sum so far, its own tile included. The sum only grows, so nothing
+that belongs is missed, and the finished sum prunes the rest: about one marked entry in five, on real states.
+
+Letters: R rows and C vocabulary columns of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tvkd_fast.kernels.dice import Dice
+from tvkd_fast.kernels.head import MarkRule
+from tvkd_fast.ops import compiled
+from tvkd_fast.ops.compiled import Passes
+from tvkd_fast.ops.tiles import Tiles, locate
+
+FAN = 8
+"""Columns whose largest entry is looked at before they are: an eighth of a tile is searched, not all of it."""
+
+
+def block_of(tiles: Tiles, rule: MarkRule, h: Tensor, rows: slice) -> Block | CompiledBlock:
+    """In compiled passes where they can be had; they know no softcap and no unbiased tail."""
+    passes = compiled.passes(tiles.buffers)
+    if passes is None or rule.unbiased or tiles.head.softcap is not None:
+        return Block(tiles, rule, h, rows)
+    return CompiledBlock(passes, tiles, rule, h, rows)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Marked entries of one tile, by row; of `rows`, which tile's row each is in."""
+
+    rows: Tensor
+    columns: Tensor
+    p: Tensor
+    chain: Tensor | None
+
+    def where(self, keep: Tensor) -> Entries:
+        # Counted once, and not by each of four masks.
+        chosen = keep.nonzero()[:, 0]
+        rows, columns, p = (x.index_select(0, chosen) for x in (self.rows, self.columns, self.p))
+        return Entries(rows, columns, p, None if self.chain is None else self.chain.index_select(0, chosen))
+
+    def none(self) -> Entries:
+        return self.where(torch.zeros_like(self.rows, dtype=torch.bool))
+
+
+class Block:
+    """A block of rows on its way through the vocabulary: running sums, and what was marked."""
+
+    def __init__(self, tiles: Tiles, rule: MarkRule, h: Tensor, rows: slice) -> None:
+        self.tiles, self.rule = tiles, rule
+        place = torch.arange(rows.start, rows.stop, device=h.device) if tiles.kept is None else tiles.kept[rows]
+        self.place = place
+        self.maximum = h.new_full((h.shape[0],), -torch.inf)
+        self.total, self.total_chain = torch.zeros_like(self.maximum), torch.zeros_like(self.maximum)
+        self.counts = torch.zeros_like(place)
+        self.found: list[tuple[Entries, Tensor]] = []
+        self.marked = 0
+        self.dice = Dice(rule.seed, place, tiles.head.vocab_size) if rule.unbiased else None
+
+    def add(self, z: Tensor, labels: Tensor, columns: slice) -> None:
+        """Take in a tile of logits, which is overwritten."""
+        r, c = z.shape
+        fan = FAN if c % FAN == 0 else 1
+        peaks = z.view(r, fan, -1).amax(1)
+        new_max = torch.maximum(self.maximum, peaks.amax(1))
+        shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
+        decay = self.maximum.sub_(shift).exp_()
+        chain = self.tiles.chain(z)
+        e = z.sub_(shift[:, None]).exp_()
+        self.total.mul_(decay).add_(e.sum(1))
+        if chain is not None:
+            self.total_chain.mul_(decay).add_(torch.linalg.vecdot(e, chain))
+        self.maximum = new_max
+        # The label is kept whatever its probability, and apart.
+        here, local = locate(labels, columns)
+        e.scatter_(1, local, e.gather(1, local).masked_fill_(here, 0.0))
+        limit = (self.total * self.rule.eps).masked_fill_(self.counts > self.rule.row_cap, torch.inf)
+        if self.dice is not None:
+            # What exceeds the limit is then e/u: an entry below ε is kept with probability p/ε.
+            peaks = e.div_(self.dice.of(slice(None), columns)).view(r, fan, -1).amax(1)
+        else:
+            peaks = peaks.sub_(shift[:, None]).exp_()
+        lanes = peaks.shape[1]
+        seen = (peaks > limit[:, None]).flatten().nonzero()[:, 0]
+        row, lane = seen // lanes, seen % lanes
+        group = e.view(r, fan, lanes)[row, :, lane]
+        which, k = (group > limit[row, None]).nonzero().unbind(1)
+        row, column = row[which], k * lanes + lane[which]
+        entries = Entries(row, column + columns.start, group[which, k], None if chain is None else chain[row, column])
+        self.counts += torch.bincount(row, minlength=r)
+        self.marked += row.shape[0]
+        self.found.append((entries, shift))
+
+    def finish(self, target: Tensor) -> tuple[list[Entries], Tensor, Tensor, Tensor]:
+        """What is kept, its rows hidden's and p final; the tails less what was sampled; the tails; dense rows."""
+        softcap, dense = self.tiles.head.softcap, self.counts > self.rule.row_cap
+        top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
+        logp = target - top - self.total.log()
+        tail = torch.expm1(logp).neg_()
+        if softcap is not None:
+            tail = self.total_chain / self.total - logp.exp() * (1.0 - (target / softcap) ** 2)
+        kept, below = [], tail.clone()
+        for entries, shift in self.found:
+            scale = (shift - top).exp_().div_(self.total)
+            final = self._final(entries, scale, dense)
+            weighted = final.p if final.chain is None else final.p * final.chain
+            lengths = torch.bincount(final.rows, minlength=tail.shape[0])
+            tail -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
+            if self.dice is not None:
+                weighted = weighted.masked_fill(final.p <= self.rule.eps, 0.0)
+                below -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
+            rows = self.place[final.rows]
+            kept.append(Entries(rows.int(), final.columns.int(), final.p, final.chain))
+        return kept, tail, tail if self.dice is None else below, dense
+
+    def _final(self, entries: Entries, scale: Tensor, dense: Tensor) -> Entries:
+        p = entries.p * scale.index_select(0, entries.rows)
+        found = Entries(entries.rows, entries.columns, p, entries.chain)
+        final = found.where((p >= self.rule.eps) & ~dense.index_select(0, entries.rows))
+        if self.dice is None:
+            return final
+        chances = self.dice.at(final.rows, final.columns)
+        return Entries(final.rows, final.columns, (final.p * chances).clamp_min_(self.rule.eps), final.chain)
+
+
+class CompiledBlock:
+    """`Block` in compiled passes."""
+
+    def __init__(self, passes: Passes, tiles: Tiles, rule: MarkRule, h: Tensor, rows: slice) -> None:
+        self.passes, self.tiles, self.rule = passes, tiles, rule
+        self.place = torch.arange(rows.start, rows.stop) if tiles.kept is None else tiles.kept[rows]
+        self.maximum = h.new_full((h.shape[0],), -torch.inf)
+        self.total = torch.zeros_like(self.maximum)
+        self.counts = torch.zeros_like(self.place)
+        self.found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
+        self.marked = 0
+
+    def add(self, z: Tensor, labels: Tensor, columns: slice) -> None:
+        """Take in a tile of logits, which is overwritten."""
+        rule = self.rule
+        found, column, e = self.passes.mark(
+            z,
+            labels - columns.start,
+            self.maximum,
+            self.total,
+            self.counts,
+            rule.eps,
+            rule.row_cap,
+            self.tiles.spare(z),
+        )
+        self.marked += e.shape[0]
+        self.found.append((found, column, e, self.maximum.clone(), columns.start))
+
+    def finish(self, target: Tensor) -> tuple[list[Entries], Tensor, Tensor, Tensor]:
+        """As `Block.finish`."""
+        dense = self.counts > self.rule.row_cap
+        top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
+        tail = torch.expm1(target - top - self.total.log()).neg_()
+        kept = []
+        for found, column, e, maximum, start in self.found:
+            # A row without a finite maximum yet had nothing marked.
+            scale = (maximum - top).exp_().div_(self.total)
+            kept.append(
+                Entries(
+                    *self.passes.settle(found, column, e, scale, dense, self.rule.eps, self.place, start, tail), None
+                )
+            )
+        return kept, tail, tail, dense
+
+
+def joined(found: list[Entries], hidden: Tensor, acc: torch.dtype, *, chained: bool) -> Entries:
+    """All tiles' entries in one; `found` is emptied, so that no more than one column of them is held twice."""
+    integers, floats = (hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, acc))
+    rows, columns, p, chain = ([empty] for empty in (integers, integers, floats, floats))
+    while found:
+        tile = found.pop(0)
+        rows.append(tile.rows)
+        columns.append(tile.columns)
+        p.append(tile.p)
+        chain += [] if tile.chain is None else [tile.chain]
+        del tile
+    flat = []
+    for column in (rows, columns, p, chain):
+        flat.append(torch.cat(column))
+        column.clear()
+    return Entries(flat[0], flat[1], flat[2], flat[3] if chained else None)
