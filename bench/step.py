@@ -126,6 +126,7 @@ def main() -> None:
         seconds = median(taken[name])
         rows[name] |= {"seconds": seconds, "over_exact": seconds / median(taken["tvkd_fast, exact"])}
         rows[name]["rounds"] = taken[name]
+    torch.set_num_threads(arguments.threads)
     report = {
         "results": list(rows.values()),
         "model": arguments.model if arguments.layers is None else f"{arguments.model}, {arguments.layers} layers",

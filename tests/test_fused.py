@@ -319,7 +319,7 @@ def test_nothing_waits_for_a_device(form: str, streamed: bool) -> None:
         bare["policy_bias"],
         bare["labels"],
         bare.get("cu_seqlens"),
-        *(None, 1.0, -100, "torch", streamed),
+        *(None, 1.0, -100, "torch", int(not streamed), streamed),
         None,
         bare["ref_logps"],
         soft_values(*sums, kappa=0.7),
