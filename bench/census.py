@@ -11,7 +11,6 @@ instructions are read from it with the tools that Triton's wheel carries.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -29,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.machine import made_by
+from bench.machine import made_by, write_report
 from bench.roofline import ASSUMPTIONS, estimates, report_estimates
 from tvkd_fast.kernels.configs import FP_FUSION, SHARED_KIB, UNTILED, Demand, Kernel, TileConfig, choose, precision
 from tvkd_fast.kernels.dlogits import dlogits_kernel
@@ -538,15 +537,14 @@ def main() -> None:
     print(report_estimates(estimates()))
     broken = [x for x in rows if x.broken]
     print(f"\n{len(rows)} binaries, {len(broken)} with a broken gate")
-    if arguments.json:
-        report = {
-            "rows": [asdict(x) for x in rows],
-            "rejected": [asdict(x) for x in unfit],
-            "estimates": [asdict(x) for x in estimates()],
-            "assumptions": ASSUMPTIONS,
-            "made_by": made_by() | {"triton": triton.__version__},
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = {
+        "rows": [asdict(x) for x in rows],
+        "rejected": [asdict(x) for x in unfit],
+        "estimates": [asdict(x) for x in estimates()],
+        "assumptions": ASSUMPTIONS,
+        "made_by": made_by() | {"triton": triton.__version__},
+    }
+    write_report(report, arguments.json)
     if arguments.check and (broken or not all(x.broken for x in unfit)):
         raise SystemExit("a gate does not hold" if broken else "what was rejected would hold every gate: ship it")
 

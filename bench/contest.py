@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.machine import made_by
+from bench.machine import made_by, seconds, write_report
 from bench.runners import Runner
 from bench.states import States, load_states
 from bench.task import PAIRS, Head
@@ -107,14 +105,8 @@ def job(contender: Contender, states: States) -> Callable[[], Any]:
 def fastest_tiling(states: States) -> tuple[int, int]:
     taken = {}
     for tiling in TILINGS:
-        taken[tiling] = min(_seconds(partial(product, states.hidden, states.weight, tiling)) for _ in range(2))
+        taken[tiling] = min(seconds(partial(product, states.hidden, states.weight, tiling)) for _ in range(2))
     return min(taken, key=taken.__getitem__)
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    since = time.perf_counter()
-    run()
-    return time.perf_counter() - since
 
 
 def measure(
@@ -143,8 +135,8 @@ def measure(
         rows[name] = row
         try:
             floors.append(bare.seconds())
-            found, peak, seconds = runner.check()
-            taken[name], before[name] = [seconds], floors[-1:]
+            found, peak, first = runner.check()
+            taken[name], before[name] = [first], floors[-1:]
             row |= found | {"peak_mb": (peak - _held(contender, states)) / 2**20}
         except RuntimeError as error:
             row["refused"] = str(error).splitlines()[0][:200]
@@ -251,9 +243,7 @@ def contest(description: str | None, contenders: dict[str, Contender]) -> None:
             errs = "  ".join(f"{key[8:]} {row[key]:.1e}" for key in ("rel_err_dh", "rel_err_dw") if key in row)
             text += f" {row['peak_mb']:8,.0f} MB  {errs}"
         print(text)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, arguments.json)
 
 
 def _version(name: str) -> str | None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import subprocess
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 from bench.judge import Judge, error
-from bench.machine import made_by, without_paths
+from bench.machine import made_by, write_report
 from bench.peers import Contender, contenders
 from bench.task import Inputs, both, forward, make_inputs
 
@@ -259,8 +258,7 @@ def main() -> None:
         report["shapes"].append(measured)
         print(text(measured), flush=True)
         report["made_by"] = made_by()
-        if arguments.json:
-            arguments.json.write_text(without_paths(json.dumps(report, indent=2)) + "\n")
+        write_report(report, arguments.json)
     if failed := ours_failed(report):
         raise SystemExit("\n".join(failed))
 

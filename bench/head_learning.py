@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.contest import prepared
-from bench.machine import made_by
+from bench.machine import made_by, write_report
 from bench.states import load_states
 from tvkd_fast import linear_logps
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--data", default="bundled:train")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--only", help="kinds of gradient whose names hold one of these, comma-separated")
+    parser.add_argument("--only", action="append", help="a part of a kind's name; may be repeated")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     total, held_out = 4096, 256
@@ -119,7 +119,7 @@ def main() -> None:
     sample = slice(0, 2048)
     c = torch.where(torch.arange(2048) // RUN % 2 == 0, 1.0, -1.0)
     rows, exact = [], None
-    words = (arguments.only or "").split(",")
+    words = arguments.only or [""]
     for name, gradient in kinds().items():
         if name != "exact" and not any(word in name for word in words):
             continue
@@ -143,9 +143,7 @@ def main() -> None:
         rows.append(row)
     report = {"rows": rows, "steps": marks, "tokens": arguments.tokens, "lr": arguments.lr, "states": everything.source}
     report["made_by"] = made_by()
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, arguments.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.contest import prepared
-from bench.machine import made_by
+from bench.machine import made_by, write_report
 from bench.states import load_states
 from tvkd_fast.kernels.head_marks import SAMPLE_ROWS, rank
 
@@ -72,9 +72,7 @@ def main() -> None:
                 rows.append({"rule": rule, "k": k, "log_eps": log_eps} | counted(z, order[:k], log_eps))
                 print(json.dumps(rows[-1]), flush=True)
     report = {"rows": rows, "looked_at": len(z), "tokens": n, "states": states.source, "made_by": made_by()}
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, arguments.json)
 
 
 if __name__ == "__main__":

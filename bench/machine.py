@@ -1,9 +1,12 @@
-"""What a figure was made with."""
+"""What a figure was made with, and where it is left."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,19 @@ def made_by() -> dict[str, Any]:
     """Versions, commit, machine and command of this process, without paths of the machine."""
     module = getattr(sys.modules["__main__"].__spec__, "name", Path(sys.argv[0]).name)
     return provenance() | {"command": without_paths(" ".join(["python -m", module, *sys.argv[1:]]))}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    since = time.perf_counter()
+    run()
+    return time.perf_counter() - since
+
+
+def write_report(report: dict[str, Any], file: Path | None) -> None:
+    """As JSON and without paths of the machine, where a file was asked for."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(without_paths(json.dumps(report, indent=1)) + "\n")
 
 
 def without_paths(text: str) -> str:

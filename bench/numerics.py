@@ -11,7 +11,6 @@ Letters: N tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it must stand before tvkd_fast.kernels is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from bench.machine import made_by
+from bench.machine import made_by, write_report
 from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse, reference
 
 N, D, V = 96, 64, 700
@@ -293,8 +292,7 @@ def main() -> None:
         print(f"{row['case'][:8]:<9}{row['dtype']:<9} {row['implementation']:<38} {numbers}")
     for rule in told["strict_rule"]:
         print(rule)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(told, indent=2) + "\n")
+    write_report(told, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A whole step of preference training on a CPU, forward and backward, by each way to the head.
 
-    tvkd bench step --json FILE [--data PAIRS.jsonl.gz --layers 4 --pairs 4 --length 192]     (or python -m bench.step)
+    tvkd bench step --json FILE [--data PAIRS.jsonl.gz --layers 4 --pairs 4 --max_length 192]  (or python -m bench.step)
 
 DPO of SmolLM2-135M, or of a student pruned to `--layers`, with the reference's log-probabilities at hand. Each way has
 a process of its own and is held to the eager one, by its loss and by every parameter's gradient, before it is timed;
@@ -10,7 +10,6 @@ the figures are medians over rounds. Linux only.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,23 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.machine import made_by
+from bench.machine import made_by, write_report
+from bench.policy_heads import EagerHead
 from bench.runners import Runner
 from tvkd_fast import HeadGradient, dpo_loss
 from tvkd_fast.data import PairBatch, build_dataset, micro_batches
 from tvkd_fast.losses import segment_sums
-from tvkd_fast.models import FusedLMHead, PolicyWithHead, load_model, load_tokenizer, prune_layers
+from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_layers
 
 EAGER = "eager log-softmax"
-
-
-class EagerHead(FusedLMHead):
-    """Logits as a whole, as a trainer without a fused head has them."""
-
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
-        if labels is None:
-            return super().forward(hidden, labels, **options)
-        return (hidden @ self.weight.T).log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 WAYS: dict[str, tuple[HeadGradient | None, float]] = {
@@ -86,7 +77,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layers", type=int, help="of a pruned student; all where not given")
     parser.add_argument("--pairs", type=int, default=4, help="of the step")
-    parser.add_argument("--length", type=int, default=192, help="most tokens of prompt and response")
+    parser.add_argument("--max_length", type=int, default=192, help="most tokens of prompt and response")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", default="bundled:train")
@@ -94,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(arguments.model)
-    options: dict[str, Any] = {"max_length": arguments.length, "bad_pairs": "drop", "overlong": "drop"}
+    options: dict[str, Any] = {"max_length": arguments.max_length, "bad_pairs": "drop", "overlong": "drop"}
     dataset = build_dataset(arguments.data, tokenizer, limit=arguments.pairs + 8, **options)
     (batch,) = micro_batches(dataset, range(arguments.pairs), size=arguments.pairs)
     model = load_model(arguments.model)
@@ -141,9 +132,7 @@ def main() -> None:
             f"{row['name']:<32} {row['over_exact']:.3f} of the exact step {row['peak_mb']:8,.0f} MB"
             f"  gradient {row['rel_err']:.1e}"
         )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, arguments.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.machine import made_by
+from bench.machine import made_by, write_report
 
 OURS = ("sparse 2^-14", "sparse 2^-14, memory touched", "sparse 2^-16", "exact", "values")
 PEERS = ("eager log-softmax", "Liger, fused DPO")
@@ -79,9 +79,7 @@ def main() -> None:
         report["fits"] = fits(points)
         print(json.dumps(report["fits"], indent=1))
     report["made_by"] = made_by()
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, arguments.json)
 
 
 if __name__ == "__main__":

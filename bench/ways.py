@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.contest import prepared, product
-from bench.machine import made_by
+from bench.machine import made_by, seconds, write_report
 from bench.states import load_states
 from tvkd_fast.kernels.head import Head, MarkRule, Marks
 from tvkd_fast.ops import compiled, sparse_tiles
@@ -87,12 +86,6 @@ def dense(hidden: Tensor, block: Tensor) -> None:
         z.T @ h
 
 
-def timed(run: Callable[[], Any]) -> float:
-    since = time.perf_counter()
-    run()
-    return time.perf_counter() - since
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -110,17 +103,15 @@ def main() -> None:
             taken: dict[str, list[float]] = {name: [] for name in ("product", *jobs)}
             for round_ in range(arguments.rounds + 1):
                 for name, run in {"product": lambda: product(states.hidden, states.weight, TILING), **jobs}.items():
-                    seconds = timed(run)
+                    took = seconds(run)
                     if round_:
-                        taken[name].append(seconds)
+                        taken[name].append(took)
             floor = median(taken.pop("product"))
-            over = {name: median(seconds) / floor for name, seconds in taken.items()}
+            over = {name: median(took) / floor for name, took in taken.items()}
             results.append({"eps": eps, **counted, "over_product": over})
             print(json.dumps(results[-1], indent=1))
     report = {"results": results, "states": states.source, "tokens": arguments.tokens, "rounds": arguments.rounds}
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report | {"made_by": made_by()}, indent=1) + "\n")
+    write_report(report | {"made_by": made_by()}, arguments.json)
 
 
 if __name__ == "__main__":

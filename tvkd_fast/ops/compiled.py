@@ -112,13 +112,13 @@ def passes(z: Tensor) -> Passes | None:
     return _compiled() if z.device.type == "cpu" and z.dtype == torch.float32 and not _orphaned else None
 
 
-_orphaned: list[int] = []
-"""This process, where it was forked from one whose numba had threads already: they are not here, and it would wait."""
+_orphaned = False
+"""Forked from a process whose numba had threads already: they are not here, and this one would wait for them."""
 
 
 def _after_fork() -> None:
-    if _compiled.cache_info().currsize:
-        _orphaned.append(os.getpid())
+    global _orphaned
+    _orphaned = _orphaned or _compiled.cache_info().currsize > 0
 
 
 if hasattr(os, "register_at_fork"):
