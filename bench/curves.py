@@ -28,7 +28,7 @@ COLOURS = {
     "eager log-softmax": "#222222",
 }
 ARMS = {
-    "exact, summed otherwise": "#30638e",
+    "exact, by eager log-softmax": "#30638e",
     "sparse, 2^-14": "#d1495b",
     "sparse, 2^-16": "#edae49",
     "sparse, 2^-18": "#66a182",
@@ -124,7 +124,7 @@ def training_picture() -> None:
     accuracy.set(ylabel="held-out reward accuracy", title=f"after {last} steps, every seed")
     accuracy.set_xticks(range(len(rows)), [pretty(row["arm"]) for row in rows], rotation=35, ha="right", fontsize=7)
     for axes, key, title in (
-        (weight, "weight_off", "head: ‖ΔW − ΔW*‖ / ‖ΔW*‖"),
+        (weight, "head_off", "head: ‖ΔW − ΔW*‖ / ‖ΔW*‖"),
         (margins, "margins_off", "held-out margins, relative error"),
     ):
         for row in rows[1:]:

@@ -2,10 +2,11 @@
 
     python -m bench.head_training --layers 4 --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json FILE
     python -m bench.head_training --data …      the whole model instead of a pruned one, which is warmed first
+    python -m bench.head_training --frozen_head …       the head's weight does not learn, as under LoRA on the backbone
 
 After 10, 100 and the last step each run is compared with the exact one of its seed: ‖ΔW − ΔW*‖/‖ΔW*‖ of the head's
-weight, and on held-out pairs the reward margins, pair by pair. Runs that are finished lie under `--out` and are passed
-over, so that a study that was cut off goes on.
+weight and of all others together, and on held-out pairs the reward margins, pair by pair. Runs that are finished lie
+under `--out` and are passed over, so that a study that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.machine import made_by
+from bench.machine import made_by, write_report
+from bench.policy_heads import EagerHead, RoundedHead
 from tvkd_fast import HeadGradient, HeadStats
 from tvkd_fast.data import PairDataset, ScoreCache, micro_batches, pairs_of_step
 from tvkd_fast.losses import segment_sums
@@ -41,18 +43,6 @@ LAST = 50
 """Steps that the training loss at the end is a mean over."""
 
 
-class RoundedHead(FusedLMHead):
-    """Logits rounded to bfloat16, as mixed precision leaves them; all else in float32."""
-
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
-        if labels is None:
-            return super().forward(hidden, labels, **options)
-        logits = hidden @ self.weight.T
-        # A gradient goes through the rounding as if it were not there.
-        logits = logits + (logits.bfloat16().float() - logits).detach()
-        return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
-
-
 def sparse(log_eps: int) -> Callable[[PolicyWithHead], None]:
     def take(policy: PolicyWithHead) -> None:
         policy.head.gradient, policy.head.stats = HeadGradient(grad_mode="sparse", eps=2.0**log_eps), HeadStats()
@@ -60,23 +50,22 @@ def sparse(log_eps: int) -> Callable[[PolicyWithHead], None]:
     return take
 
 
-def rounded(policy: PolicyWithHead) -> None:
-    policy.head.__class__ = RoundedHead
+def dense(head: type[FusedLMHead]) -> Callable[[PolicyWithHead], None]:
+    def take(policy: PolicyWithHead) -> None:
+        policy.head.__class__ = head
 
-
-def summed_otherwise(policy: PolicyWithHead) -> None:
-    """Exact, its products in another order: what float32's own rounding grows to."""
-    policy.head.gradient = HeadGradient(workspace_mb=2**20)
+    return take
 
 
 ARMS: dict[str, Callable[[PolicyWithHead], None]] = {
     EXACT: lambda policy: None,
-    "exact, summed otherwise": summed_otherwise,
+    "exact, by eager log-softmax": dense(EagerHead),
     "sparse, 2^-14": sparse(-14),
     "sparse, 2^-16": sparse(-16),
     "sparse, 2^-18": sparse(-18),
-    "bf16 logits": rounded,
+    "bf16 logits": dense(RoundedHead),
 }
+"""By name, what is done to a policy's head; the eager one shows what float32's own rounding grows to."""
 
 
 class Study:
@@ -128,11 +117,17 @@ class Study:
             score(ScoreConfig(output_dir=str(folder), policy=self.start, which=which, data=self.data))
         return ScoreCache.load(str(folder), self.train if which == "train" else self.held_out)
 
+    def title(self) -> str:
+        arguments = self.arguments
+        start = MODEL if arguments.layers is None else f"{MODEL}, {arguments.layers} layers, warmed"
+        return f"{start}, head frozen" if arguments.frozen_head else start
+
     def run(self, arm: str, seed: int) -> dict[str, Any]:
         policy = load_policy(self.start, ModelConfig())
         ARMS[arm](policy)
+        policy.head.weight.requires_grad_(not self.arguments.frozen_head)
         optimizer = make_optimizer(policy, self.optim)
-        start = policy.head.weight.detach().clone()
+        start = weights(policy)
         losses, found = [], {}
         policy.train()
         for step in range(self.arguments.steps):
@@ -150,23 +145,31 @@ class Study:
             )
             losses.append(float(out.loss))
             if step + 1 in self.marks:
-                change = policy.head.weight.detach() - start
+                change = {name: x - start[name] for name, x in weights(policy).items()}
                 found[str(step + 1)] = {
-                    "weight": self._off(arm, seed, step + 1, change),
+                    **self._off(arm, seed, step + 1, change),
                     "margins": reward_margins(policy, self.held_out, self.scorers["eval"]),
                 }
         stats = policy.head.stats
         head = {} if stats is None else stats.read()
         return {"arm": arm, "seed": seed, "losses": losses, "marks": found, "head": head}
 
-    def _off(self, arm: str, seed: int, step: int, change: Tensor) -> float | None:
+    def _off(self, arm: str, seed: int, step: int, change: dict[str, Tensor]) -> dict[str, float]:
         """‖ΔW − ΔW*‖/‖ΔW*‖; the exact run leaves its ΔW* for the others."""
         file = self.out / f"change-{seed}-{step}.safetensors"
         if arm == EXACT:
-            save_file({"change": change.contiguous()}, file)
-            return None
-        exact = load_file(file)["change"]
-        return float((change - exact).norm() / exact.norm())
+            save_file(change, file)
+            return {}
+        exact = load_file(file)
+        return {name: float((x - exact[name]).norm() / exact[name].norm()) for name, x in change.items()}
+
+
+def weights(policy: PolicyWithHead) -> dict[str, Tensor]:
+    """What learns, as two vectors: of the head, unless it is frozen, and of the backbone."""
+    head = policy.head.weight
+    rest = [x.detach().flatten() for x in policy.parameters() if x.requires_grad and x is not head]
+    found = {"backbone": torch.cat(rest)}
+    return found | {"head": head.detach().flatten().clone()} if head.requires_grad else found
 
 
 @torch.no_grad()
@@ -199,15 +202,15 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _at(mark: str, runs: list[dict[str, Any]], exact: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    accuracy, margin, off, weight = [], [], [], []
+    accuracy, margin, off = [], [], []
     for run in runs:
         margins = torch.tensor(run["marks"][mark]["margins"])
         want = torch.tensor(exact[run["seed"]]["marks"][mark]["margins"])
         accuracy.append(float((margins > 0).float().mean()))
         margin.append(float(margins.mean()))
         off.append(float((margins - want).norm() / want.norm()))
-        weight.append(run["marks"][mark]["weight"])
-    return {"accuracy": accuracy, "margin": margin, "margins_off": off, "weight_off": weight}
+    weight = {f"{name}_off": [run["marks"][mark].get(name) for run in runs] for name in ("head", "backbone")}
+    return {"accuracy": accuracy, "margin": margin, "margins_off": off, **weight}
 
 
 def _rms(got: list[float], want: list[float]) -> float:
@@ -222,15 +225,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2, help="a step")
     parser.add_argument("--held_out", type=int, default=64, help="pairs")
     parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--frozen_head", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", default="bundled:train")
     parser.add_argument("--eval", default="bundled:eval")
-    parser.add_argument("--only", help="kinds of gradient whose names hold one of these, comma-separated")
+    parser.add_argument("--only", action="append", help="a part of a kind's name; may be repeated")
     parser.add_argument("--out", default="out/bench/training")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     study = Study(arguments)
-    words = (arguments.only or "").split(",")
+    words = arguments.only or [""]
     runs = []
     for seed in range(arguments.seeds):
         for arm in ARMS:
@@ -245,7 +249,7 @@ def main() -> None:
     report = {
         "rows": summary(runs),
         "losses": {f"{run['arm']}, {run['seed']}": run["losses"] for run in runs},
-        "start": MODEL if arguments.layers is None else f"{MODEL}, {arguments.layers} layers, warmed",
+        "start": study.title(),
         "steps": arguments.steps,
         "pairs": arguments.pairs,
         "held_out": len(study.held_out),
@@ -255,9 +259,7 @@ def main() -> None:
     }
     for row in report["rows"]:
         print(json.dumps(row))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, arguments.json)
 
 
 if __name__ == "__main__":

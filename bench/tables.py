@@ -168,20 +168,29 @@ def training_table(report: dict[str, Any]) -> str:
     """A kind of gradient a row: where the runs end, then how far they are from the exact run of their seed."""
     marks, last = list(report["rows"][0]["marks"]), str(report["steps"])
     head = ["gradient", "loss at the end", "held-out reward accuracy", "held-out margin, nats"]
-    head += [f"‖ΔW − ΔW*‖/‖ΔW*‖, step {mark}" for mark in marks] + [f"margins off, step {mark}" for mark in marks]
+    parts = [
+        key
+        for key in ("head_off", "backbone_off")
+        if any(x is not None for x in report["rows"][-1]["marks"][last][key])
+    ]
+    head += [f"ΔW of the {key.removesuffix('_off')} off, step {mark}" for key in parts for mark in marks]
+    head += [f"margins off, step {mark}" for mark in marks]
     rows = []
     for row in report["rows"]:
         end = row["marks"][last]
         cells = [_raised(row["arm"]), f"{mean(row['loss']):.4f}"]
         cells += [f"{mean(end['accuracy']):.3f} ({_spread(end['accuracy'])})", f"{mean(end['margin']):+.3f}"]
-        for key in ("weight_off", "margins_off"):
+        for key in (*parts, "margins_off"):
             found = [row["marks"][mark][key] for mark in marks]
             cells += ["–" if row["arm"] == "exact" else f"{mean(x):.2%}" for x in found]
         rows.append(cells)
     what = (
         f"{report['start']}; DPO, AdamW, rate {report['lr']:g}, {report['steps']} steps of {report['pairs']} pairs of "
     )
-    what += f"{report['data']}, {report['held_out']} held-out pairs; means over {len(report['rows'][0]['seeds'])} seeds"
+    what += (
+        f"{report['data']}, {report['held_out']} held-out pairs; means over {len(report['rows'][0]['seeds'])} seeds; "
+    )
+    what += "ΔW off is ‖ΔW − ΔW*‖/‖ΔW*‖ against the exact run"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
