@@ -51,7 +51,7 @@ def real_states(model: str, tokens: int, data: str, layers: int | None) -> State
     policy = PolicyWithHead(loaded if layers is None else prune_layers(loaded, layers)).requires_grad_(False).eval()
     hidden, labels, found = [], [], 0
     for batch in micro_batches(dataset, range(len(dataset)), size=8):
-        hidden.append(policy.hidden(batch.input_ids, batch.predicting))
+        hidden.append(policy.hidden(batch, batch.predicting))
         labels.append(batch.labels)
         found += batch.labels.numel()
         if found >= tokens:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,6 +95,27 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         return AutoModelForCausalLM.from_config(config)
 
     return make
+
+
+class Wider:
+    """torch, as a family's module sees it, in which float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """A model in float64 throughout: families compute norms in float32 whatever the dtype, a rounding of theirs."""
+
+    def widen(model: PreTrainedModel) -> PreTrainedModel:
+        monkeypatch.setattr(sys.modules[type(model).__module__], "torch", Wider())
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        return model.double()
+
+    return widen
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,9 @@ def test_the_four_commands_follow_each_other(files, tmp_path, capsys):
         "--data.eval",
         files["data"],
     ]
+    capsys.readouterr()
+    main(["scores", str(scores)])
+    assert "response states, 1 shards" in capsys.readouterr().out
     main(["train", "--policy", files["policy"], "--scores", str(scores), "--output_dir", str(run), *arguments])
     assert f"final model: {run / 'final'}" in capsys.readouterr().out
     line = tmp_path / "eval.jsonl"
@@ -221,3 +224,10 @@ def test_a_benchmark_gets_its_arguments(capsys, monkeypatch):
         main(["bench", "head", "--help"])
     assert stopped.value.code == 0
     assert "tokens x hidden x vocabulary" in capsys.readouterr().out
+
+
+def test_scores_that_are_not_there_or_damaged_are_one_line(tmp_path, capsys):
+    assert f"no score cache at {tmp_path}" in error_of(capsys, "scores", str(tmp_path))
+    (tmp_path / "manifest.json").write_text("{}")
+    assert "manifest.json is of format None" in error_of(capsys, "scores", str(tmp_path))
+    assert "usage: tvkd scores FOLDER" in error_of(capsys, "scores")

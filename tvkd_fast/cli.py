@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from tvkd_fast.data import describe
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.road import DemoConfig
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["bench"]:
         bench(given[1:])
+        return
+    if given[:1] == ["scores"]:
+        scores(given[1:])
         return
     arguments = _expand(given)
     parser = make_parser()
@@ -106,6 +110,18 @@ def run(command: str, fields: dict[str, Any]) -> None:
             print(json.dumps(figures.known()))
 
 
+def scores(arguments: list[str]) -> None:
+    """`tvkd scores FOLDER` prints what is in a score cache, and holds every byte of it to its checksums."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: tvkd scores FOLDER: what is in a folder that `tvkd score` wrote", file=sys.stderr)
+        raise SystemExit(0 if arguments == ["--help"] else 2)
+    try:
+        print(describe(arguments[0]))
+    except ValueError as error:
+        print(f"tvkd scores: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def bench(arguments: list[str]) -> None:
     """`tvkd bench NAME ...` runs bench/NAME.py of the checkout that this package lies in."""
     root = Path(__file__).resolve().parents[1]
@@ -128,7 +144,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="tvkd",
         description="Preference distillation (TVKD) at the cost of fine-tuning.",
-        epilog="In a checkout, tvkd bench head, values or step times the head beside its peers (each has --help).",
+        epilog="tvkd scores FOLDER prints what is in a folder that score wrote. In a checkout, tvkd bench head, values "
+        "or step times the head beside its peers (each has --help).",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -44,7 +44,7 @@ def test_report_counts_everything_that_happened(write_jsonl: WriteJsonl, chatml:
     assert report.dropped_bad == {"empty response": 2, "prompts differ": 1}
     assert (report.prompt_tokens, report.chosen_tokens, report.rejected_tokens) == (10, 4 + 7, 4)
     assert str(report) == (
-        f"2 pairs of {path}; 1 cut to 12 tokens (keep_start); 1 dropped: longer than 12 tokens even when cut; "
+        f"2 pairs of {path}; 1 cut to 12 tokens (keep_start); 1 dropped: too long even when cut to 12 tokens; "
         "2 dropped: empty response; 1 dropped: prompts differ; "
         "tokens a pair: 5.0 prompt, 5.5 chosen, 2.0 rejected"
     )

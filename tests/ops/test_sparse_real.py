@@ -24,7 +24,7 @@ def real() -> SimpleNamespace:
     policy = PolicyWithHead(model).eval().requires_grad_(False)
     dataset = build_dataset("bundled:train", tokenizer, limit=24)
     batches = list(micro_batches(dataset, range(len(dataset)), size=8))
-    hidden = torch.cat([policy.hidden(batch.input_ids, batch.predicting) for batch in batches])
+    hidden = torch.cat([policy.hidden(batch, batch.predicting) for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
     return SimpleNamespace(hidden=hidden[:256], labels=labels[:256], weight=policy.head.weight)
 

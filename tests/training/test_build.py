@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from tvkd_fast.data import ScoreCache
-from tvkd_fast.models import PolicyWithHead, load_model
-from tvkd_fast.training.build import evaluate_policy, score
-from tvkd_fast.training.config import EvalConfig, LossConfig, ScoreConfig
+from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer
+from tvkd_fast.training import trainer as trainer_module
+from tvkd_fast.training.build import evaluate_policy, load_dataset, score
+from tvkd_fast.training.config import EvalConfig, LossConfig, ModelConfig, ScoreConfig
 from tvkd_fast.training.metrics import read_metrics
+from tvkd_fast.training.scoring import OnlineScorer
 
 
 def losses(config):
@@ -139,7 +141,7 @@ def test_a_reference_with_another_tokenizer_is_refused_too(make_config, model_fo
 def test_scores_under_autocast_are_the_online_runs(make_config, make_scores, run, files):
     # A bfloat16 product rounds by the shape of its batch: a pair by itself is one batch in scoring and in training.
     online = make_config(output_dir=str(files / "online"), objective="dpo", pairs_per_micro_batch=1)
-    online.model.autocast = "bfloat16"
+    online.model.autocast, online.model.packing = "bfloat16", "padded"
     scores = make_scores(online, teacher=None, model=online.model, pairs_per_micro_batch=1)
     cached = replace(online, output_dir=str(files / "cached"), scores=scores)
     run(online)
@@ -184,21 +186,79 @@ def test_scores_are_what_the_models_say(make_config, make_scores, files, chatml)
             torch.testing.assert_close(
                 scores.lse[-logits.shape[0] :].double(), logits.logsumexp(-1).detach(), rtol=1e-5, atol=1e-5
             )
-    tensors = load_file(Path(folder) / "scores.safetensors")
+    tensors = load_file(Path(folder) / "scores-00000.safetensors")
     assert set(tensors) == {"ref_logps", "lse"}
     assert tensors["lse"].dtype == torch.float32
 
 
+def test_scores_in_float16_cost_half_and_a_little(make_config, make_scores, run, files):
+    online = make_config(output_dir=str(files / "online"))
+    scores = make_scores(online, value_dtype="float16")
+    cached = replace(online, output_dir=str(files / "cached"), scores=scores)
+    run(online)
+    run(cached)
+    assert losses(cached) == pytest.approx(losses(online), abs=2e-3)
+    tensors = load_file(Path(scores) / "scores-00000.safetensors")
+    assert (tensors["lse"].dtype, tensors["ref_logps"].dtype) == (torch.float16, torch.float32)
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_scoring_that_was_killed_goes_on_and_says_the_same(make_config, make_scores, files, monkeypatch):
+    config = make_config()
+    whole = ScoreCache.load(make_scores(config), dataset_of(config))
+    calls = []
+    real = OnlineScorer.of
+
+    def killed(self, batch):
+        calls.append(batch.num_pairs)
+        if sum(calls) > 10:
+            raise KilledError
+        return real(self, batch)
+
+    options = {"output_dir": str(files / "again"), "pairs_per_shard": 4, "tokens_per_micro_batch": 200}
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlineScorer, "of", killed)
+        with pytest.raises(KilledError):
+            make_scores(config, **options)
+    calls.clear()
+    monkeypatch.setattr(OnlineScorer, "of", lambda self, batch: calls.append(batch.num_pairs) or real(self, batch))
+    make_scores(config, **options)
+    assert sum(calls) == 24 - 8
+    again = ScoreCache.load(files / "again", dataset_of(config))
+    pairs = torch.arange(24)
+    assert len(again.pieces) == 6
+    torch.testing.assert_close(again.of(pairs).ref_logps, whole.of(pairs).ref_logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.of(pairs).lse, whole.of(pairs).lse, rtol=1e-5, atol=1e-5)
+
+
+def dataset_of(config):
+    return load_dataset("train", config.data, load_tokenizer(config.policy))
+
+
+def test_a_step_takes_the_same_pairs_with_and_without_scores(make_config, make_scores, run, files, monkeypatch):
+    taken = []
+    real = trainer_module.train_step
+
+    def watched(policy, scorer, batches, *args, **options):
+        taken.append(([batch.pairs.tolist() for batch in batches], torch.random.get_rng_state().tolist()))
+        return real(policy, scorer, batches, *args, **options)
+
+    monkeypatch.setattr(trainer_module, "train_step", watched)
+    online = make_config(output_dir=str(files / "online"))
+    run(online)
+    run(replace(online, output_dir=str(files / "cached"), scores=make_scores(online)))
+    assert taken[: len(taken) // 2] == taken[len(taken) // 2 :]
+
+
 def test_evaluation_is_the_same_whatever_the_batch(make_config, model_folder):
     config = make_config()
-    found = [
-        evaluate_policy(
-            EvalConfig(
-                policy=config.policy, reference=model_folder(seed=3), data=config.data, pairs_per_micro_batch=size
-            ),
-        )
-        for size in (1, 3, 10)
-    ]
+    models = {"policy": config.policy, "reference": model_folder(seed=3), "data": config.data}
+    padded = [EvalConfig(**models, model=ModelConfig(packing="padded"), pairs_per_micro_batch=n) for n in (1, 3, 10)]
+    packed = [EvalConfig(**models, model=ModelConfig(packing=packing)) for packing in ("unshared", "shared")]
+    found = [evaluate_policy(config) for config in (*padded, *packed)]
     for other in found[1:]:
         assert other.known() == pytest.approx(found[0].known(), abs=1e-5)
     assert found[0].pairs == 10

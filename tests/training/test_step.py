@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tvkd_fast.data import Scores, build_dataset, micro_batches
+from tvkd_fast.data import MicroBatching, Scores, build_dataset, collate_packed, micro_batches
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 from tvkd_fast.training.config import LossConfig
 from tvkd_fast.training.scoring import OnlineScorer
@@ -19,8 +19,8 @@ def dataset(files, chatml):
 
 
 @pytest.fixture
-def models(tiny_model):
-    policy, reference, teacher = (tiny_model(seed).double() for seed in range(3))
+def models(tiny_model, in_float64):
+    policy, reference, teacher = (in_float64(tiny_model(seed)) for seed in range(3))
     return policy, reference.eval(), teacher.eval()
 
 
@@ -76,9 +76,15 @@ CONFIGS = [
 ]
 
 
+BATCHINGS = [
+    *(MicroBatching("padded", pairs=pairs) for pairs in (1, 2, 5)),
+    *(MicroBatching(packing, tokens=tokens) for packing in ("unshared", "shared") for tokens in (100, 2048)),
+]
+
+
 @pytest.mark.parametrize(("objective", "config"), CONFIGS)
-@pytest.mark.parametrize("micro", [1, 2, 5])
-def test_loss_and_gradient_are_the_twins(objective, config, micro, models, dataset):
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_loss_and_gradient_are_the_twins(objective, config, batching, models, dataset):
     policy, reference, teacher = models
     expected = twin_loss(models, dataset, config, objective)
     expected.backward()
@@ -86,9 +92,12 @@ def test_loss_and_gradient_are_the_twins(objective, config, micro, models, datas
     policy.zero_grad()
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     out = train_step(
-        PolicyWithHead(policy),
-        OnlineScorer(PolicyWithHead(reference), TeacherWithHead(teacher, kappa=config.kappa)),
-        list(micro_batches(dataset, range(len(dataset)), size=micro)),
+        PolicyWithHead(policy, packing=batching.packing),
+        OnlineScorer(
+            PolicyWithHead(reference, packing=batching.packing),
+            TeacherWithHead(teacher, kappa=config.kappa, packing=batching.packing),
+        ),
+        list(batching.batches(dataset, range(len(dataset)))),
         torch.optim.SGD(policy.parameters(), lr=1.0),
         config,
         objective=objective,
@@ -101,15 +110,15 @@ def test_loss_and_gradient_are_the_twins(objective, config, micro, models, datas
     assert float(out.grad_norm) == pytest.approx(norm, rel=1e-7)
 
 
-@pytest.mark.parametrize("micro", [1, 3, 5])
-def test_sft_is_the_mean_over_chosen_tokens(micro, models, dataset):
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_sft_is_the_mean_over_chosen_tokens(batching, models, dataset):
     policy = models[0]
     tokens = sum(len(p.chosen_ids) for p in dataset)
     expected = -sum(row_logp(policy, p.prompt_ids, p.chosen_ids) for p in dataset) / tokens
     out = train_step(
-        PolicyWithHead(policy),
+        PolicyWithHead(policy, packing=batching.packing),
         OnlineScorer(None, None),
-        list(micro_batches(dataset, range(len(dataset)), size=micro, chosen_only=True)),
+        list(batching.batches(dataset, range(len(dataset)), chosen_only=True)),
         torch.optim.SGD(policy.parameters(), lr=0.1),
         LossConfig(),
         objective="sft",
@@ -117,6 +126,28 @@ def test_sft_is_the_mean_over_chosen_tokens(micro, models, dataset):
     )
     torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-10, atol=1e-12)
     assert out.outputs == []
+
+
+def test_an_empty_micro_batch_adds_nothing_and_goes_through_everything(models, dataset):
+    policy, reference, teacher = models
+    losses = []
+    for empty in ([], [collate_packed([], [])]):
+        batches = [*MicroBatching().batches(dataset, range(len(dataset))), *empty]
+        out = train_step(
+            PolicyWithHead(policy, packing="shared"),
+            OnlineScorer(PolicyWithHead(reference, packing="shared"), TeacherWithHead(teacher, packing="shared")),
+            batches,
+            torch.optim.SGD(policy.parameters(), lr=0.0),
+            LossConfig(),
+            objective="tvkd",
+            clip_norm=1.0,
+        )
+        losses.append((out.loss, out.grad_norm))
+    assert losses[0] == losses[1]
+    logps = PolicyWithHead(policy, packing="shared")(collate_packed([], []))
+    assert logps.shape == (0,)
+    logps.sum().backward()
+    assert all(p.grad is not None and not p.grad.count_nonzero() for p in policy.parameters())
 
 
 def test_gradients_are_clipped_to_the_norm(models, dataset):

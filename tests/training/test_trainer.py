@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.training import trainer as trainer_module
 from tvkd_fast.training.checkpoint import CheckpointError
-from tvkd_fast.training.config import OptimConfig, TrainConfig
+from tvkd_fast.training.config import ModelConfig, OptimConfig, TrainConfig
 from tvkd_fast.training.metrics import MetricsLog, read_metrics
 from tvkd_fast.training.optim import learning_rate
 
@@ -41,7 +41,7 @@ def test_a_tiny_policy_learns_the_rule(objective, make_config, run):
     log = [line for line in lines(config) if "loss" in line]
     assert [line["step"] for line in log] == list(range(1, 41))
     assert log[-1]["loss"] < log[0]["loss"]
-    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "pairs_per_s"}
+    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "pairs_per_s", "fill"}
     if objective != "sft":
         wanted |= {"accuracy", "margin", "chosen_reward", "rejected_reward"}
         assert evaluation.accuracy > 0.8
@@ -132,16 +132,28 @@ def test_tvkd_without_alpha_is_dpo_bit_for_bit(make_config, run, files):
 
 
 def test_micro_batches_do_not_change_where_a_run_goes(make_config, run, files):
-    configs = [
-        make_config(pairs_per_micro_batch=size, output_dir=str(files / f"run-{size}"), optim_lr=1e-3) for size in (1, 4)
-    ]
-    for config in configs:
+    wholes = []
+    for packing, pairs in (("padded", 1), ("padded", 4), ("unshared", 1), ("shared", 1)):
+        folder = str(files / f"{packing}-{pairs}")
+        config = make_config(
+            pairs_per_micro_batch=pairs, output_dir=folder, optim_lr=1e-3, model=ModelConfig(packing=packing)
+        )
         run(config)
-    small, large = (weights(config) for config in configs)
-    assert all(torch.allclose(small[k], large[k], atol=1e-4) for k in small)
-    for a, b in zip(lines(configs[0]), lines(configs[1]), strict=True):
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        wholes.append((weights(config), [line["loss"] for line in lines(config) if "loss" in line]))
+    for found, losses in wholes[1:]:
+        assert all(torch.allclose(found[k], x, atol=1e-4) for k, x in wholes[0][0].items())
+        assert losses == pytest.approx(wholes[0][1], abs=1e-4)
+
+
+def test_the_metrics_say_how_full_the_rows_are(make_config, run):
+    config = make_config(tokens_per_micro_batch=600, model=ModelConfig(packing="shared"))
+    run(config)
+    assert all(0.1 < line["fill"] <= 1 for line in lines(config) if "loss" in line)
+
+
+def test_a_pair_longer_than_a_row_is_refused_by_name(make_config, run):
+    with pytest.raises(ValueError, match=r"train.jsonl row \d+: the pair is longer than a packed row"):
+        run(make_config(tokens_per_micro_batch=30))
 
 
 class PulledPlugError(Exception):

@@ -1,30 +1,39 @@
 """Preference data, from files to micro-batches, and the scores that teacher and reference leave of it."""
 
-from tvkd_fast.data.batch import PairBatch, collate_pairs, micro_batches
+from tvkd_fast.data.batch import Layout, PairBatch, collate_pairs, micro_batches
 from tvkd_fast.data.dataset import PairDataset, TokenReport, build_dataset, check_token_ids, fingerprint_tokenizer
 from tvkd_fast.data.formats import BadPair, Preference, load_preferences
 from tvkd_fast.data.order import pairs_of_step
-from tvkd_fast.data.scores import ScoreCache, ScoreLayout, ScoreManifest, Scores
+from tvkd_fast.data.packing import MicroBatching, Packing, collate_packed, first_fit
+from tvkd_fast.data.scores import ScoreCache, ScoreLayout, ScoreManifest, Scores, ScoreWriter, describe, read_manifest
 from tvkd_fast.data.tokenization import TokenizedPair, tokenize_pair, truncate_pair
 
 __all__ = [
     "BadPair",
+    "Layout",
+    "MicroBatching",
+    "Packing",
     "PairBatch",
     "PairDataset",
     "Preference",
     "ScoreCache",
     "ScoreLayout",
     "ScoreManifest",
+    "ScoreWriter",
     "Scores",
     "TokenReport",
     "TokenizedPair",
     "build_dataset",
     "check_token_ids",
+    "collate_packed",
     "collate_pairs",
+    "describe",
     "fingerprint_tokenizer",
+    "first_fit",
     "load_preferences",
     "micro_batches",
     "pairs_of_step",
+    "read_manifest",
     "tokenize_pair",
     "truncate_pair",
 ]

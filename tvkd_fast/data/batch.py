@@ -14,10 +14,14 @@ from torch import Tensor
 
 from tvkd_fast.data.tokenization import TokenizedPair
 
+Layout = tuple[tuple[int, int, int, int], ...]
+"""Of each pair of a packed row where its prompt, its chosen and its rejected response begin, and where it ends."""
+
 
 @dataclass(frozen=True)
 class PairBatch:
-    """2P rows [prompt | response], chosen rows first, then the rejected ones in the same order; P rows in SFT.
+    """Padded: 2P rows [prompt | response], chosen rows first, then the rejected ones in the same order; P rows in SFT.
+    Packed, where there is a `layout`: one row, [prompt | chosen | rejected] pair after pair.
 
     A response of T tokens has T predicting states s_0..s_{T−1} and T+1 states in all; s_0 is the prompt's last one.
     """
@@ -25,21 +29,23 @@ class PairBatch:
     pairs: Tensor
     """(P,) int64: which pairs of the dataset these are."""
     input_ids: Tensor
-    """[2P, L] int64, padded on the right: a causal model's states before the padding do not see it."""
+    """[2P, L] int64, padded on the right: a causal model's states before the padding do not see it. Packed: [1, L]."""
     predicting: Tensor
-    """(N,) int64 flat positions in [2P·L] of the states that predict `labels`."""
+    """(N,) int64 flat positions in `input_ids` of the states that predict `labels`."""
     labels: Tensor
     """(N,) int64 response tokens."""
     cu_seqlens: Tensor
     """(2P+1,) int64 boundaries of the responses in N."""
     states: Tensor
-    """(M,) int64 flat positions of every response state, s_0 and s_T included: M = N + 2P."""
+    """(M,) int64 flat positions of every response state, s_0 and s_T included: M = N + 2P. Where a prompt is shared its
+    last state is s_0 of both responses, and stands here twice."""
     cu_states: Tensor
     """(2P+1,) int64 boundaries of the responses in M."""
     ended: Tensor
     """(2P,) bool: the response ends with its end-of-sequence token, and was not cut off."""
     num_tokens: int
-    """Prompt and response tokens of all rows, without padding."""
+    """Tokens of all rows, without padding."""
+    layout: Layout | None = None
 
     @property
     def num_pairs(self) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from tvkd_fast.data.formats import BadPair, LoadedPreferences, Preference, load_preferences, to_preference
+from tvkd_fast.data.packing import MicroBatching
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class TokenReport:
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {self.max_length:,} tokens ({self.truncation})")
         if self.dropped_overlong:
-            parts.append(f"{self.dropped_overlong:,} dropped: longer than {self.max_length:,} tokens even when cut")
+            parts.append(f"{self.dropped_overlong:,} dropped: too long even when cut to {self.max_length:,} tokens")
         parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped_bad.items())]
         if self.pairs:
             tokens = (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
@@ -98,6 +99,7 @@ def build_dataset(
     overlong: Literal["error", "drop"] = "error",
     bad_pairs: Literal["error", "drop"] = "error",
     chat_template: Literal["auto", "never"] = "auto",
+    batching: MicroBatching | None = None,
     progress: bool = False,
 ) -> PairDataset:
     """Reads, tokenizes and truncates a preference set. Nothing is dropped without being counted in the report.
@@ -108,9 +110,11 @@ def build_dataset(
         tokenizer: a transformers tokenizer.
         split, subset, limit: as in `load_preferences`.
         max_length, truncation: as in `truncate_pair`.
-        overlong: what to do with a pair that `truncate_pair` cannot cut: "error" stops, "drop" leaves it out.
+        overlong: what to do with a pair that `truncate_pair` cannot cut, or that no packed row of `batching` can hold:
+            "error" stops, "drop" leaves it out.
         bad_pairs: the same for a row that is no preference, or none once it is tokenized.
         chat_template: as in `PairTokenizer`.
+        batching: how the pairs will be put into micro-batches, where that limits their length.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -137,6 +141,8 @@ def build_dataset(
             continue
         try:
             kept, was_cut = truncate_pair(whole, max_length=max_length, truncation=truncation)
+            if batching is not None:
+                batching.check_fits(kept)
         except BadPair as bad:
             if overlong == "error":
                 raise

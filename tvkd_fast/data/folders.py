@@ -11,6 +11,25 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
+def unfinished(target: Path) -> Path:
+    """Where a folder lies until it is whole."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def put_in_place(target: Path, what: str) -> None:
+    """Let what is whole now take `target`'s place; the old one is put back where it cannot. ValueError then."""
+    old = _put_back(target)
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        unfinished(target).rename(target)
+    except OSError as error:
+        _put_back(target)
+        raise _refused(target, what, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def whole_folder(target: Path, what: str) -> Iterator[Path]:
     """A folder to write into that takes `target`'s place only once the block is through.
@@ -18,27 +37,30 @@ def whole_folder(target: Path, what: str) -> Iterator[Path]:
     The old one stands until then, and is put back where the new one cannot take its place. Raises ValueError, with what
     to do about it, where the disk refuses; nothing half-written is left.
     """
-    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    partial = unfinished(target)
+    # A kill may have come between two renames.
+    _put_back(target)
     try:
-        # What a kill left here the last time.
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        kept = f"; {target} is as it was" if target.exists() else ""
-        raise ValueError(
-            f"could not save {what} to {target}: {error}. Free some space and run it again{kept}"
-        ) from error
-    shutil.rmtree(old, ignore_errors=True)
+        raise _refused(target, what, error) from error
+    put_in_place(target, what)
+
+
+def _put_back(target: Path) -> Path:
+    """Where the old folder stands aside, once it is back in its place if that is empty."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    return old
+
+
+def _refused(target: Path, what: str, error: Exception) -> ValueError:
+    kept = f"; {target} is as it was" if target.exists() else ""
+    return ValueError(f"could not save {what} to {target}: {error}. Free some space and run it again{kept}")
 
 
 def sha256_of(path: Path) -> str:

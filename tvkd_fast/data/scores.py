@@ -1,4 +1,7 @@
-"""The score cache: what teacher and reference say of a dataset, made once, as a folder of numbers and a manifest.
+"""The score cache: what teacher and reference say of a dataset, made once, as a folder of shards and a manifest.
+
+A shard holds the numbers of consecutive pairs; the manifest names the shards that are whole, with their checksums, and
+what the numbers were made of. It is written anew after each shard, so that a killed run goes on from there.
 
 Letters: P pairs, M response states; responses are stored pair by pair, chosen then rejected.
 """
@@ -6,21 +9,35 @@ Letters: P pairs, M response states; responses are stored pair by pair, chosen t
 from __future__ import annotations
 
 import json
+import os
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tvkd_fast.data.folders import sha256_of, whole_folder
+from tvkd_fast.data.folders import put_in_place, sha256_of, unfinished
 from tvkd_fast.data.tokenization import TokenizedPair
 
-FORMAT = 1
-MANIFEST, TENSORS = "manifest.json", "scores.safetensors"
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the cache: pairs that follow those of the shard before."""
+
+    file: str
+    pairs: int
+    states: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -41,12 +58,29 @@ class ScoreManifest:
     states: int
     versions: dict[str, str]
     """Of this library, torch and transformers, for the record."""
+    value_dtype: Literal["float32", "float16"] = "float32"
+    """Dtype of the teacher's sums; log-probabilities are float32."""
+    shards: tuple[Shard, ...] = ()
     format: int = FORMAT
+
+    @property
+    def finished(self) -> bool:
+        return sum(shard.pairs for shard in self.shards) == self.pairs
+
+    def same_numbers(self, other: ScoreManifest) -> bool:
+        """Whether both tell of the same numbers, however many of them are there and whoever wrote them."""
+        return replace(self, shards=(), versions={}) == replace(other, shards=(), versions={})
+
+    def text(self) -> str:
+        """As it stands in its file, byte by byte, with a checksum of its own: what reads otherwise is damaged."""
+        body = asdict(self)
+        checksum = sha256(json.dumps(body).encode()).hexdigest()
+        return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Numbers of a whole dataset, or of a batch of it (then chosen rows first, then rejected)."""
+    """Numbers of consecutive pairs of a dataset, or of a batch of it (then chosen rows first, then rejected)."""
 
     ref_logps: Tensor | None
     """[P, 2] float32 in a dataset, (2P,) in a batch: summed reference log-probabilities."""
@@ -68,6 +102,10 @@ class ScoreLayout:
     def num_states(self) -> int:
         return int(self.bounds[-1])
 
+    def between(self, first: int, last: int) -> int:
+        """States of the pairs first..last−1."""
+        return int(self.bounds[2 * last] - self.bounds[2 * first])
+
     def responses(self, pairs: Tensor) -> Tensor:
         """(P,) pairs to the (2P,) places of their responses, in a batch's order: chosen first, then rejected."""
         return torch.cat([2 * pairs, 2 * pairs + 1])
@@ -80,57 +118,54 @@ class ScoreLayout:
 
 
 class ScoreCache:
-    """Scores of a dataset that can be asked for by pair."""
+    """Scores of a dataset that can be asked for by pair. Its shards are mapped, and read where they are asked for."""
 
-    def __init__(self, manifest: ScoreManifest, scores: Scores, layout: ScoreLayout) -> None:
-        self.manifest, self.scores, self.layout = manifest, scores, layout
+    def __init__(self, manifest: ScoreManifest, pieces: Sequence[Scores], layout: ScoreLayout) -> None:
+        self.manifest, self.pieces, self.layout = manifest, list(pieces), layout
+        self._firsts = [0]
+        for piece in self.pieces:
+            assert piece.ref_logps is not None
+            self._firsts.append(self._firsts[-1] + piece.ref_logps.shape[0])
+
+    @property
+    def has_values(self) -> bool:
+        return self.pieces[0].lse is not None
 
     def of(self, pairs: Tensor) -> Scores:
         """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses."""
-        scores, pairs = self.scores, pairs.cpu()
-        states = self.layout.states(pairs)
-        return Scores(
-            ref_logps=None if scores.ref_logps is None else scores.ref_logps.flatten()[self.layout.responses(pairs)],
-            lse=None if scores.lse is None else scores.lse[states],
-            lse_kappa=None if scores.lse_kappa is None else scores.lse_kappa[states],
-        )
-
-    def save(self, folder: str | Path) -> None:
-        """Write the folder whole or not at all. ValueError where it holds anything but scores, or the disk is full."""
-        folder = Path(folder)
-        if folder.exists() and {p.name for p in folder.iterdir()} - {MANIFEST, TENSORS}:
-            raise ValueError(f"{folder} holds other things than scores: give --output_dir a folder of its own")
-        tensors = {"ref_logps": self.scores.ref_logps, "lse": self.scores.lse}
-        if self.manifest.kappa != 1.0:
-            tensors["lse_kappa"] = self.scores.lse_kappa
-        with whole_folder(folder, "scores") as partial:
-            save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, partial / TENSORS)
-            body = asdict(self.manifest) | {"sha256": sha256_of(partial / TENSORS)}
-            (partial / MANIFEST).write_text(json.dumps(body, indent=2) + "\n")
+        found: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+        for response in self.layout.responses(pairs.cpu()).tolist():
+            which = bisect_right(self._firsts, response // 2) - 1
+            piece, first = self.pieces[which], 2 * self._firsts[which]
+            start, end = (int(self.layout.bounds[r] - self.layout.bounds[first]) for r in (response, response + 1))
+            assert piece.ref_logps is not None
+            found["ref_logps"].append(piece.ref_logps.flatten()[response - first])
+            if piece.lse is not None and piece.lse_kappa is not None:
+                found["lse"].append(piece.lse[start:end].float())
+                found["lse_kappa"].append(piece.lse_kappa[start:end].float())
+        lse, lse_kappa = (torch.cat(found[name]) if found[name] else None for name in ("lse", "lse_kappa"))
+        return Scores(torch.stack(found["ref_logps"]), lse, lse_kappa)
 
     @classmethod
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
-        """Read a folder that `save` wrote, for the dataset it was made of. Raises ValueError where it is not whole."""
+        """Map a folder that a `ScoreWriter` finished, for the dataset it was made of.
+
+        Raises ValueError, with the file's name, where it is not whole: every byte is held to a checksum.
+        """
         folder = Path(folder)
-        body = read_manifest(folder)
-        recorded = body.pop("sha256", None)
-        try:
-            manifest = ScoreManifest(**body)
-            if sha256_of(folder / TENSORS) != recorded:
-                raise ValueError(
-                    f"{folder / TENSORS} does not match its checksum: it is damaged; run `tvkd score` again"
-                )
-            tensors = load_file(folder / TENSORS)
-        except (TypeError, OSError, SafetensorError) as error:
-            raise ValueError(f"{folder} is not a whole score cache ({error}); run `tvkd score` again") from error
+        manifest = read_manifest(folder)
         layout = ScoreLayout(dataset)
         if (manifest.pairs, manifest.states) != (layout.num_pairs, layout.num_states):
             raise ValueError(
                 f"{folder} holds {manifest.pairs} pairs and {manifest.states} states, the data {layout.num_pairs} and "
                 f"{layout.num_states}: it was made of other data; run `tvkd score` again"
             )
-        lse = tensors.get("lse")
-        return cls(manifest, Scores(tensors.get("ref_logps"), lse, tensors.get("lse_kappa", lse)), layout)
+        pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
+        cache = cls(manifest, pieces, layout)
+        for shard, (first, last) in zip(manifest.shards, pairwise(cache._firsts), strict=True):
+            if layout.between(first, last) != shard.states:
+                raise ValueError(f"{folder / shard.file} holds other pairs than the data: run `tvkd score` again")
+        return cache
 
     def check(self, **expected: str | float | None) -> None:
         """Refuse a cache of something else: every given manifest field must be equal; None is not compared."""
@@ -145,18 +180,146 @@ class ScoreCache:
                 )
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest as it stands in the folder; ValueError where there is none or it is of a later format."""
+class ScoreWriter:
+    """Writes a cache shard by shard beside `folder`, whose place it takes once the last shard is whole.
+
+    What a killed run left there is gone on with, if it tells of the same numbers: whole shards are kept, a torn one and
+    what follows it are made again. An older cache in `folder` stands until then.
+    """
+
+    def __init__(self, folder: str | Path, manifest: ScoreManifest, layout: ScoreLayout) -> None:
+        self.folder, self.layout = Path(folder), layout
+        if self.folder.exists() and not _only_scores(self.folder):
+            raise ValueError(f"{folder} holds other things than scores: give --output_dir a folder of its own")
+        self.partial = unfinished(self.folder)
+        self.manifest = replace(manifest, shards=self._kept(manifest))
+        self.pairs = sum(shard.pairs for shard in self.manifest.shards)
+
+    def _kept(self, manifest: ScoreManifest) -> tuple[Shard, ...]:
+        try:
+            found = read_manifest(self.partial, finished=False)
+        except ValueError:
+            return ()
+        kept = []
+        for shard in found.shards if found.same_numbers(manifest) else ():
+            path = self.partial / shard.file
+            if not path.is_file() or sha256_of(path) != shard.sha256:
+                break
+            kept.append(shard)
+        return tuple(kept)
+
+    def write(self, scores: Scores) -> None:
+        """The next shard. ValueError where the disk refuses; the shards before it are kept."""
+        assert scores.ref_logps is not None
+        tensors = {name: x for name in NAMES if (x := getattr(scores, name)) is not None}
+        if self.manifest.kappa == 1.0:
+            tensors.pop("lse_kappa", None)
+        dtype = getattr(torch, self.manifest.value_dtype)
+        count = scores.ref_logps.shape[0]
+        path = self.partial / f"scores-{len(self.manifest.shards):05d}.safetensors"
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            save_file({k: x.to(torch.float32 if k == "ref_logps" else dtype) for k, x in tensors.items()}, path)
+            _to_disk(path)
+            states = self.layout.between(self.pairs, self.pairs + count)
+            shard = Shard(path.name, count, states, sha256_of(path))
+            self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
+            self.pairs += count
+            self._write_manifest()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"could not save scores to {self.partial}: {error}. Free some space and run it again: it goes on from "
+                f"pair {self.pairs:,} of {self.manifest.pairs:,}"
+            ) from error
+
+    def _write_manifest(self) -> None:
+        fresh = self.partial / f".{MANIFEST}"
+        fresh.write_text(self.manifest.text())
+        _to_disk(fresh)
+        os.replace(fresh, self.partial / MANIFEST)
+
+    def finish(self) -> None:
+        """Put the whole cache in its place."""
+        assert self.manifest.finished
+        put_in_place(self.folder, "scores")
+
+
+NAMES = tuple(f.name for f in fields(Scores))
+
+
+def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest:
+    """The manifest as it stands in the folder.
+
+    Raises ValueError where there is none, it is damaged, of another format, or of a run that is not finished.
+    """
     path = Path(folder) / MANIFEST
     try:
-        body = json.loads(path.read_text())
+        text = path.read_bytes().decode()
+        body = json.loads(text)
+        if isinstance(body, dict) and body.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is of format {body.get('format')}, this library reads {FORMAT}: run `tvkd score` again"
+            )
+        del body["checksum"]
+        manifest = ScoreManifest(**body | {"shards": tuple(Shard(**shard) for shard in body["shards"])})
+        if manifest.text() != text:
+            raise TypeError("it is not what was written")
     except FileNotFoundError:
         raise ValueError(f"no score cache at {folder}: make one with `tvkd score --output_dir {folder} …`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); run `tvkd score` again") from error
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of format {FORMAT}: it was written by another version; run `tvkd score` again")
-    return body
+    if finished and not manifest.finished:
+        raise ValueError(f"{path} names {len(manifest.shards)} shards of a run that is not finished: run it again")
+    return manifest
+
+
+def describe(folder: str | Path) -> str:
+    """What is in a cache, to read: what it was made of, how much there is, and the numbers' ranges. All is checked."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
+    size = sum((folder / shard.file).stat().st_size for shard in manifest.shards)
+    lines = {name: str(getattr(manifest, name)) for name in ("dataset", "tokenizer", "reference", "teacher")}
+    lines["precision"] = f"{manifest.precision}; the teacher's sums are kept in {manifest.value_dtype}"
+    lines["kappa"] = str(manifest.kappa)
+    lines["size"] = (
+        f"{manifest.pairs:,} pairs, {manifest.states:,} response states, {len(manifest.shards):,} shards, "
+        f"{size:,} bytes"
+    )
+    lines["made by"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    for name, what in zip(NAMES, ("reference logps", "LSE(z)", "LSE(kappa z)"), strict=True):
+        found = [x for piece in pieces if (x := getattr(piece, name)) is not None]
+        if found and (name != "lse_kappa" or manifest.kappa != 1.0):
+            x = torch.cat([part.flatten() for part in found]).double()
+            lines[what] = (
+                f"{float(x.mean()):.3f} ± {float(x.std()):.3f} nats, {float(x.min()):.3f} … {float(x.max()):.3f}"
+            )
+    return "\n".join(f"{name:<16}{text}" for name, text in lines.items())
+
+
+def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
+    try:
+        if sha256_of(path) != shard.sha256:
+            raise ValueError(f"{path} does not match its checksum: it is damaged; run `tvkd score` again")
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); run `tvkd score` again") from error
+    lse = tensors.get("lse")
+    scores = Scores(tensors.get("ref_logps"), lse, tensors.get("lse_kappa", lse))
+    sizes = [x.shape for x in (scores.lse, scores.lse_kappa) if x is not None]
+    if scores.ref_logps is None or scores.ref_logps.shape != (shard.pairs, 2) or {*sizes} - {(shard.states,)}:
+        raise ValueError(f"{path} does not hold what {MANIFEST} says of it; run `tvkd score` again")
+    return scores
+
+
+def _only_scores(folder: Path) -> bool:
+    return all(path.name == MANIFEST or path.match("scores*.safetensors") for path in folder.iterdir())
+
+
+def _to_disk(path: Path) -> None:
+    """Not only to the system's memory: a plug that is pulled takes what is there."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _short(value: object) -> str:

@@ -5,14 +5,15 @@ Letters: P pairs, L row length, N response tokens, M response states, D hidden.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tvkd_fast.models.head import FusedLMHead, head_transforms
-from tvkd_fast.models.probe import probe_head
+from tvkd_fast.models.probe import probe_head, probe_packing, states_alone
 from tvkd_fast.models.prune import disable_dropout
+from tvkd_fast.models.shared_prompt import Layout, share_prompts, states_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,11 +24,15 @@ class ModelBatch(Protocol):
 
     @property
     def input_ids(self) -> Tensor:
-        """[2P, L] rows, padded on the right, where a causal model cannot see the padding."""
+        """[2P, L] rows, padded on the right, where a causal model cannot see the padding; or one packed row."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """Where in a packed row the pairs and their parts lie."""
 
     @property
     def predicting(self) -> Tensor:
-        """(N,) flat positions in [2P·L] of the states that predict the response tokens."""
+        """(N,) flat positions in `input_ids` of the states that predict the response tokens."""
 
     @property
     def labels(self) -> Tensor:
@@ -43,16 +48,29 @@ class PolicyWithHead(nn.Module):
 
     The model's head becomes a `FusedLMHead` that holds the same parameters; dropout is set to 0, since a log-ratio of
     two passes with different masks is noise; `probe_head` refuses a family whose logits it does not reproduce.
-    `autocast` is the dtype of the products over weights of another dtype, None for the weights' own.
+    `autocast` is the dtype of the products over weights of another dtype, None for the weights' own. With `packing`
+    other than "padded" the model takes packed rows too, if `probe_packing` finds that they change nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, *, autocast: torch.dtype | None = None, probe: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        packing: Literal["shared", "unshared", "padded"] = "padded",
+        autocast: torch.dtype | None = None,
+        probe: bool = True,
+    ) -> None:
         super().__init__()
-        self.autocast = autocast
+        self.packing, self.autocast = packing, autocast
         model.set_output_embeddings(
             FusedLMHead.from_linear(model.get_output_embeddings(), head_transforms(model.config))
         )
         disable_dropout(model)
+        alone = states_alone(model) if probe and packing != "padded" else None
+        if packing == "shared":
+            share_prompts(model)
+        if alone is not None:
+            probe_packing(model, alone, shared=packing == "shared")
         if probe:
             probe_head(model)
         self.model = model
@@ -60,7 +78,7 @@ class PolicyWithHead(nn.Module):
     def forward(self, batch: ModelBatch) -> Tensor:
         """(N,) float32 log-probabilities of `batch.labels`; only response positions reach the head."""
         with self.precision():
-            return self.head(self.hidden(batch.input_ids, batch.predicting), batch.labels)
+            return self.head(self.hidden(batch, batch.predicting), batch.labels)
 
     @property
     def head(self) -> FusedLMHead:
@@ -71,22 +89,19 @@ class PolicyWithHead(nn.Module):
         """The products' precision, wherever the model is called: policy, reference and teacher must agree on it."""
         return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
-    def hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """[2P, L] ids and flat positions to [len(positions), D] states. Called from `forward` only."""
-        states = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return states.flatten(0, 1)[positions]
+    def hidden(self, batch: ModelBatch, positions: Tensor) -> Tensor:
+        """[len(positions), D] states of a batch at flat positions. Called from `forward` only."""
+        return states_of(self.model, batch.input_ids, batch.layout).flatten(0, 1)[positions]
 
 
 class TeacherWithHead(PolicyWithHead):
     """A frozen teacher: `forward(batch)` returns LSE(z) and LSE(κz) of every response state, two (M,) float32."""
 
-    def __init__(
-        self, model: PreTrainedModel, *, kappa: float = 1.0, autocast: torch.dtype | None = None, probe: bool = True
-    ) -> None:
-        super().__init__(model, autocast=autocast, probe=probe)
+    def __init__(self, model: PreTrainedModel, *, kappa: float = 1.0, **options: Any) -> None:
+        super().__init__(model, **options)
         self.eval().requires_grad_(False)
         self.kappa = kappa
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         with self.precision():
-            return self.head(self.hidden(batch.input_ids, batch.states), kappa=self.kappa)
+            return self.head(self.hidden(batch, batch.states), kappa=self.kappa)

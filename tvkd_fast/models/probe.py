@@ -1,6 +1,6 @@
-"""The start-up probe: does our head say what the model's own logits say?
+"""The start-up probes: does our head say what the model's own logits say, and does a packed row change any state?
 
-Letters: T probe tokens, V vocabulary.
+Letters: T probe tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -8,13 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tvkd_fast.models.head import FusedLMHead
+from tvkd_fast.models.shared_prompt import Layout, states_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PROBE_TOKENS = 8
+_PARTS = ((3, 2, 4), (1, 3, 1))
+"""Tokens of prompt, chosen and rejected response of the packing probe's pairs."""
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
@@ -27,8 +31,7 @@ def probe_head(model: PreTrainedModel) -> None:
     """
     head = model.get_output_embeddings()
     assert isinstance(head, FusedLMHead)
-    vocab = head.out_features
-    ids = torch.arange(_PROBE_TOKENS, device=head.weight.device)[None] * max(1, vocab // (_PROBE_TOKENS + 1)) % vocab
+    ids = _spread(_PROBE_TOKENS, model)[None]
     was_training = model.training
     model.eval()
     own = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
@@ -47,3 +50,73 @@ def probe_head(model: PreTrainedModel) -> None:
             f"know: its log-probabilities differ from the head's by {error:.1e} under {head.transforms}. Add the "
             "family to tvkd_fast/models/head.py, or train it with a trainer that keeps its logits."
         )
+
+
+@torch.no_grad()
+def states_alone(model: PreTrainedModel) -> list[Tensor]:
+    """[T, D] states of the probe's sequences, chosen and rejected response of each pair, each in a call of its own."""
+    return [_in_eval(model, ids, None) for pair in _probe_pairs(model) for ids in _sequences(pair)]
+
+
+@torch.no_grad()
+def probe_packing(model: PreTrainedModel, alone: list[Tensor], *, shared: bool) -> None:
+    """Compare the states of a packed row with those of `states_alone`, made before the model took packed rows.
+
+    Raises ValueError where a state differs or the model cannot be called so: what its tokens see of one another is not
+    all attention (state-space and recurrent models), or not all by position ids (ALiBi), or its attention takes no
+    layout.
+    """
+    ids: list[Tensor] = []
+    layout: list[tuple[int, int, int, int]] = []
+    places: list[Tensor] = []
+    for prompt, chosen, rejected in _probe_pairs(model):
+        nothing = rejected[:0]
+        for row in [(prompt, chosen, rejected)] if shared else [(prompt, chosen, nothing), (prompt, rejected, nothing)]:
+            start = sum(map(len, ids))
+            border, end = start + len(prompt), start + len(prompt) + len(row[1])
+            layout.append((start, border, end, end + len(row[2])))
+            ids += row
+            places.append(torch.arange(start, end))
+            if shared:
+                places.append(torch.cat([torch.arange(start, border), torch.arange(end, end + len(rejected))]))
+    try:
+        states = _in_eval(model, torch.cat(ids), layout)
+    except TypeError as error:
+        raise ValueError(_refusal(model, f"cannot be called with a packed row ({error})")) from error
+    worst = max(
+        float((states[place.to(states.device)] - want).abs().max() / want.abs().max().clamp_min(1.0))
+        for place, want in zip(places, alone, strict=True)
+    )
+    if not worst <= _TOLERANCES[states.dtype]:
+        raise ValueError(_refusal(model, f"has other states in a packed row, by {worst:.1e}"))
+
+
+def _refusal(model: PreTrainedModel, why: str) -> str:
+    return (
+        f"{type(model).__name__} ({model.config.model_type}) {why}: set --model.packing unshared, which packs without "
+        "sharing prompts, or --model.packing padded"
+    )
+
+
+def _in_eval(model: PreTrainedModel, ids: Tensor, layout: Layout | None) -> Tensor:
+    was_training = model.training
+    model.eval()
+    states = states_of(model, ids[None], layout)[0]
+    model.train(was_training)
+    return states
+
+
+def _probe_pairs(model: PreTrainedModel) -> list[tuple[Tensor, Tensor, Tensor]]:
+    ids = iter(_spread(sum(map(sum, _PARTS)), model).split([size for parts in _PARTS for size in parts]))
+    return list(zip(ids, ids, ids, strict=True))
+
+
+def _sequences(pair: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    return [torch.cat([pair[0], response]) for response in pair[1:]]
+
+
+def _spread(count: int, model: PreTrainedModel) -> Tensor:
+    """(count,) token ids from all over the vocabulary."""
+    weight = model.get_output_embeddings().weight
+    vocab = weight.shape[0]
+    return torch.arange(count, device=weight.device) * max(1, vocab // (count + 1)) % vocab

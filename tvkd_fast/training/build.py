@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tvkd_fast.data import (
+    MicroBatching,
     PairDataset,
     ScoreCache,
     ScoreLayout,
@@ -29,9 +31,9 @@ from tvkd_fast.models import (
     prune_layers,
     save_model,
 )
-from tvkd_fast.training.config import DataConfig, EvalConfig, ModelConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.config import DataConfig, EvalConfig, ModelConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer, score_dataset
+from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
 from tvkd_fast.training.trainer import Trainer
 from tvkd_fast.version import __version__
 
@@ -44,8 +46,9 @@ FINAL = "final"
 def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | None:
     """`tvkd train`: build the run, train, and leave a folder `final/` that `from_pretrained` loads."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("train", config.data, tokenizer, say=show_progress)
-    held_out = load_dataset("eval", config.data, tokenizer, say=show_progress) if config.data.eval else None
+    batching = micro_batching(config)
+    dataset = load_dataset("train", config.data, tokenizer, batching, say=show_progress)
+    held_out = load_dataset("eval", config.data, tokenizer, batching, say=show_progress) if config.data.eval else None
     policy = load_policy(config.policy, config.model, layers=config.student_layers)
     for pairs in (dataset, held_out):
         if pairs is not None:
@@ -87,7 +90,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep what they say."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset(config.which, config.data, tokenizer, say=show_progress)
+    dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), say=show_progress)
     if config.reference is not None:
         reference = _load_reference(config.reference, config.model, tokenizer)
     else:
@@ -104,16 +107,16 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
         kappa=config.kappa,
         model=config.model,
     )
-    cache = score_dataset(
+    return score_to_disk(
         dataset,
         OnlineScorer(reference, teacher),
-        manifest,
-        pairs_per_micro_batch=config.pairs_per_micro_batch,
+        replace(manifest, value_dtype=config.value_dtype),
+        config.output_dir,
+        pairs_per_shard=config.pairs_per_shard,
+        batching=micro_batching(config),
         device=next(reference.parameters()).device,
         progress=show_progress,
     )
-    cache.save(config.output_dir)
-    return cache
 
 
 def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evaluation:
@@ -121,7 +124,7 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
     if config.teacher is not None and config.reference is None:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("eval", config.data, tokenizer, say=show_progress)
+    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), say=show_progress)
     policy = _frozen(load_policy(config.policy, config.model))
     check_token_ids(dataset, policy.head.out_features)
     reference = teacher = None
@@ -135,7 +138,7 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
         scorer=OnlineScorer(reference, teacher),
         loss=config.loss,
         objective="dpo" if teacher is None else "tvkd",
-        pairs_per_micro_batch=config.pairs_per_micro_batch,
+        batching=micro_batching(config),
         device=next(policy.parameters()).device,
     )
 
@@ -147,9 +150,15 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def load_dataset(
-    which: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, say: bool = False
+    which: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    batching: MicroBatching | None = None,
+    *,
+    say: bool = False,
 ) -> PairDataset:
-    """The training ("train") or held-out ("eval") pairs that the config names, tokenized and truncated.
+    """The training ("train") or held-out ("eval") pairs that the config names, tokenized, truncated, and fit to be
+    batched so.
 
     `say` prints on stderr what was cut and what was dropped.
     """
@@ -170,6 +179,7 @@ def load_dataset(
         overlong=config.overlong,
         bad_pairs=config.bad_pairs,
         chat_template=config.chat_template,
+        batching=batching,
     )
     if say:
         print(f"{which}: {dataset.report}", file=sys.stderr)
@@ -178,7 +188,7 @@ def load_dataset(
 
 def load_policy(name: str, config: ModelConfig, *, layers: int | None = None) -> PolicyWithHead:
     """A model on the run's device and in its precision, pruned to `layers` where given."""
-    return PolicyWithHead(_load(name, config, layers=layers), autocast=_autocast(config))
+    return PolicyWithHead(_load(name, config, layers=layers), packing=config.packing, autocast=_autocast(config))
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -227,7 +237,8 @@ def _load_reference(name: str, config: ModelConfig, tokenizer: PreTrainedTokeniz
 def _load_teacher(name: str, kappa: float, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> TeacherWithHead:
     theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     check_same_tokenizer(tokenizer, theirs, name, role="teacher")
-    return TeacherWithHead(_load(name, config), kappa=kappa, autocast=_autocast(config))
+    model = _load(name, config)
+    return TeacherWithHead(model, kappa=kappa, packing=config.packing, autocast=_autocast(config))
 
 
 def _frozen_models(config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase) -> OnlineScorer:
@@ -264,7 +275,7 @@ def _expected(
 def _fitting_cache(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
     cache = ScoreCache.load(folder, dataset)
     cache.check(**expected, dataset=dataset.fingerprint)
-    if cache.scores.ref_logps is None or (config.objective == "tvkd" and cache.scores.lse is None):
+    if config.objective == "tvkd" and not cache.has_values:
         raise ValueError(
             f"the scores at {folder} hold no teacher's values: run `tvkd score` with --teacher, or train with "
             "--objective dpo"
@@ -298,7 +309,7 @@ def _held_out_scorer(
             held_out,
             OnlineScorer(reference, models.teacher),
             _manifest(held_out, tokenizer, **names, model=config.model),
-            pairs_per_micro_batch=config.pairs_per_micro_batch,
+            batching=micro_batching(config),
             device=next(policy.parameters()).device,
             progress=show_progress,
         )

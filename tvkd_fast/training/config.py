@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tvkd_fast.data import MicroBatching
 from tvkd_fast.losses import check_discount, check_preference_settings
 from tvkd_fast.ops import HeadGradient, check_kappa
 
@@ -105,6 +106,9 @@ class ModelConfig:
     """Run the forward products in bfloat16 over float32 weights."""
     attn_implementation: str | None = None
     """transformers' attention: sdpa, eager, flash_attention_2 …; the model's default where not given."""
+    packing: Literal["shared", "unshared", "padded"] = "shared"
+    """How pairs become rows: `shared` computes a pair's prompt once (sdpa or eager attention), `unshared` packs without
+    padding, `padded` pads."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward."""
     device: str = "auto"
@@ -147,8 +151,10 @@ class TrainConfig:
     """Passes over the training pairs, where max_steps is not given."""
     pairs_per_step: int = 32
     """Global batch: pairs an optimizer step averages over."""
+    tokens_per_micro_batch: int = 2048
+    """Most tokens that go through a model at once, of whole pairs."""
     pairs_per_micro_batch: int = 4
-    """Pairs that go through the model at once."""
+    """The same in pairs, where model.packing is `padded`."""
     eval_every: int = 0
     """Evaluate every so many steps; 0 only at the end. Needs data.eval."""
     save_every: int = 0
@@ -166,7 +172,8 @@ class TrainConfig:
     """Print the plan (models, tokens, memory by part, steps) and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs_per_step", "pairs_per_micro_batch", "keep_checkpoints", "log_every"):
+        counts = ("pairs_per_step", "tokens_per_micro_batch", "pairs_per_micro_batch", "keep_checkpoints", "log_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.epochs > 0:
@@ -195,10 +202,21 @@ class ScoreConfig:
     """κ of the soft values; alpha, gamma, terminal and value_scale can be chosen later."""
     which: Literal["train", "eval"] = "train"
     """Which of data.train and data.eval to score."""
+    value_dtype: Literal["float32", "float16"] = "float32"
+    """Dtype in which the teacher's sums are kept: 4 or 2 bytes a response state, twice that where kappa is not 1."""
+    pairs_per_shard: int = 512
+    """Pairs a file: a pass that was killed goes on after the last whole one."""
+    tokens_per_micro_batch: int = 2048
+    """Most tokens that go through a model at once, of whole pairs."""
     pairs_per_micro_batch: int = 8
-    """Pairs that go through the models at once."""
+    """The same in pairs, where model.packing is `padded`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        if self.pairs_per_shard < 1:
+            raise ValueError(f"pairs_per_shard must be at least 1, got {self.pairs_per_shard}")
+        check_kappa(self.kappa)
 
 
 @dataclass(kw_only=True)
@@ -213,8 +231,15 @@ class EvalConfig:
     """Teacher for the shaping margins and their diagnostics; needs a reference."""
     output: str | None = None
     """File to append the JSON line to, beside printing it."""
+    tokens_per_micro_batch: int = 2048
+    """Most tokens that go through a model at once, of whole pairs."""
     pairs_per_micro_batch: int = 8
-    """Pairs that go through the model at once."""
+    """The same in pairs, where model.packing is `padded`."""
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+
+
+def micro_batching(config: TrainConfig | ScoreConfig | EvalConfig) -> MicroBatching:
+    """How the run's pairs become micro-batches."""
+    return MicroBatching(config.model.packing, config.tokens_per_micro_batch, config.pairs_per_micro_batch)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tvkd_fast.data import PairDataset, micro_batches
+from tvkd_fast.data import MicroBatching, PairDataset
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.config import LossConfig
@@ -53,7 +53,7 @@ def evaluate(
     scorer: Scorer | None = None,
     loss: LossConfig | None = None,
     objective: str = "dpo",
-    pairs_per_micro_batch: int = 8,
+    batching: MicroBatching | None = None,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Accuracy and margins of the policy alone, and of its rewards where the scorer has a reference."""
@@ -63,7 +63,8 @@ def evaluate(
     scorer = OnlineScorer(None, None) if scorer is None else scorer
     differences, losses, margins, shaping, lengths = [], [], [], [], []
     has_reference = has_loss = False
-    for batch in micro_batches(dataset, range(len(dataset)), size=pairs_per_micro_batch):
+    batching = MicroBatching(policy.packing) if batching is None else batching
+    for batch in batching.batches(dataset, range(len(dataset))):
         batch = batch.to(device)
         logps = segment_sums(policy(batch), batch.cu_seqlens)
         scores = scorer.of(batch)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tvkd_fast.data.formats import FILE_SUFFIXES
 from tvkd_fast.models import ModelShape, load_tokenizer, model_shape
 from tvkd_fast.training.build import load_dataset
-from tvkd_fast.training.config import TrainConfig
+from tvkd_fast.training.config import TrainConfig, micro_batching
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _HEAD_WORKSPACE = 64 * 2**20
@@ -32,7 +32,7 @@ def plan(config: TrainConfig) -> str:
         f"teacher     {_teacher_line(config, teacher)}",
         f"data        {source}",
         f"steps       {steps if steps else 'set --max_steps, or give data that can be counted'}: "
-        f"{config.pairs_per_step} pairs each in micro-batches of {config.pairs_per_micro_batch}",
+        f"{config.pairs_per_step} pairs each, {_batching_line(config)}",
     ]
     if steps:
         pairs_seen = steps * config.pairs_per_step
@@ -53,7 +53,7 @@ def plan(config: TrainConfig) -> str:
 
 
 def _tokens(config: TrainConfig) -> tuple[float, int, str]:
-    """Tokens a pair (both rows), pairs, and a line on where the figures come from."""
+    """Tokens that a pair takes, pairs, and a line on where the figures come from."""
     source = config.data.train
     if source is None:
         raise ValueError("no train data: set --data.train")
@@ -65,9 +65,10 @@ def _tokens(config: TrainConfig) -> tuple[float, int, str]:
             f"{source} (not downloaded in a dry run: every response counted at {config.data.max_length} tokens)",
         )
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("train", config.data, tokenizer)
+    dataset = load_dataset("train", config.data, tokenizer, micro_batching(config))
     report = dataset.report
-    total = 2 * report.prompt_tokens + report.chosen_tokens + report.rejected_tokens
+    prompts = 1 if config.model.packing == "shared" else 2
+    total = prompts * report.prompt_tokens + report.chosen_tokens + report.rejected_tokens
     return total / report.pairs, report.pairs, str(report)
 
 
@@ -76,7 +77,8 @@ def _memory(
 ) -> dict[str, float]:
     size = _BYTES[config.model.dtype]
     compute = 2 if config.model.autocast == "bfloat16" else size
-    rows = config.pairs_per_micro_batch * tokens_per_pair
+    packed = config.model.packing != "padded"
+    rows = config.tokens_per_micro_batch if packed else config.pairs_per_micro_batch * tokens_per_pair
     # Saved by a block for its backward: about 12 hidden-sized and 4 intermediate-sized tensors a token.
     per_block = rows * (12 * policy.hidden + 4 * policy.intermediate) * compute
     activations = rows * policy.hidden * compute * policy.layers + per_block
@@ -94,6 +96,13 @@ def _memory(
     if teacher is not None:
         parts["teacher weights"] = teacher.parameters * size
     return {name: float(value) for name, value in parts.items()}
+
+
+def _batching_line(config: TrainConfig) -> str:
+    if config.model.packing == "padded":
+        return f"padded, in micro-batches of {config.pairs_per_micro_batch} pairs"
+    prompts = "once a pair" if config.model.packing == "shared" else "once a response"
+    return f"packed in rows of {config.tokens_per_micro_batch:,} tokens, each prompt {prompts}"
 
 
 def _shape_line(shape: ModelShape) -> str:

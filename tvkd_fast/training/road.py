@@ -22,7 +22,7 @@ from tvkd_fast.data import ScoreCache
 from tvkd_fast.data.synthetic import judge, preference_rows
 from tvkd_fast.models import load_model, load_tokenizer, prune_layers
 from tvkd_fast.training.build import FINAL, load_dataset, load_policy, save_final, score, train
-from tvkd_fast.training.config import DataConfig, OptimConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.config import DataConfig, OptimConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import evaluate
 from tvkd_fast.training.generate import answers
 from tvkd_fast.training.metrics import read_metrics
@@ -217,6 +217,8 @@ def _scores(recipe: TrainConfig, out: Path) -> None:
                 teacher=str(out / "teacher" / FINAL),
                 kappa=recipe.loss.kappa,
                 which=which,
+                tokens_per_micro_batch=recipe.tokens_per_micro_batch,
+                pairs_per_micro_batch=recipe.pairs_per_micro_batch,
                 data=_used(recipe),
                 model=recipe.model,
             )
@@ -251,7 +253,7 @@ def _used(recipe: TrainConfig) -> DataConfig:
 def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any]:
     """The four models on the held-out pairs, and their answers to bundled prompts; each is loaded once."""
     tokenizer = load_tokenizer(out / "student" / FINAL)
-    held_out = load_dataset("eval", recipe.data, tokenizer)
+    held_out = load_dataset("eval", recipe.data, tokenizer, micro_batching(recipe))
     scores = CachedScorer(ScoreCache.load(out / "scores" / FINAL / "eval", held_out))
     scorers: dict[str, Scorer | None] = {"start": None, "dpo": scores, "tvkd": scores, "teacher": None}
     prompts: list[list[Message]] = [row["prompt"] for row in preference_rows("eval", max(SHOWN_ANSWERS, config.judged))]

@@ -5,13 +5,22 @@ Letters: P pairs, M response states.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from tvkd_fast.data import PairBatch, PairDataset, ScoreCache, ScoreLayout, ScoreManifest, Scores, micro_batches
+from tvkd_fast.data import (
+    MicroBatching,
+    PairBatch,
+    PairDataset,
+    ScoreCache,
+    ScoreLayout,
+    ScoreManifest,
+    Scores,
+    ScoreWriter,
+)
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 
@@ -52,31 +61,63 @@ def score_dataset(
     scorer: Scorer,
     manifest: ScoreManifest,
     *,
-    pairs_per_micro_batch: int,
+    batching: MicroBatching,
     device: torch.device,
     progress: bool = False,
 ) -> ScoreCache:
-    """Run the scorer once over the dataset and keep what it says, in the dataset's order."""
+    """Run the scorer once over the dataset and keep what it says in memory, in the dataset's order."""
     layout = ScoreLayout(dataset)
+    with _bar(len(dataset), 0, progress) as bar:
+        scores = _score_pairs(dataset, layout, range(len(dataset)), scorer, batching, device, bar)
+    return ScoreCache(manifest, [scores], layout)
+
+
+def score_to_disk(
+    dataset: PairDataset,
+    scorer: Scorer,
+    manifest: ScoreManifest,
+    folder: str,
+    *,
+    pairs_per_shard: int,
+    batching: MicroBatching,
+    device: torch.device,
+    progress: bool = False,
+) -> ScoreCache:
+    """The same shard by shard into a folder. Killed, it goes on after the last whole shard when it is run again."""
+    layout = ScoreLayout(dataset)
+    writer = ScoreWriter(folder, manifest, layout)
+    with _bar(len(dataset), writer.pairs, progress) as bar:
+        while writer.pairs < len(dataset):
+            pairs = range(writer.pairs, min(writer.pairs + pairs_per_shard, len(dataset)))
+            writer.write(_score_pairs(dataset, layout, pairs, scorer, batching, device, bar))
+    writer.finish()
+    return ScoreCache.load(folder, dataset)
+
+
+def _score_pairs(
+    dataset: PairDataset,
+    layout: ScoreLayout,
+    pairs: range,
+    scorer: Scorer,
+    batching: MicroBatching,
+    device: torch.device,
+    bar: tqdm,
+) -> Scores:
+    """What the scorer says of consecutive pairs, in their order."""
     kept: dict[str, Tensor] = {}
-    batches = micro_batches(dataset, range(len(dataset)), size=pairs_per_micro_batch)
-    for batch in _with_progress(batches, len(dataset), progress):
+    sizes = {"ref_logps": 2 * len(pairs)}
+    sizes["lse"] = sizes["lse_kappa"] = layout.between(pairs.start, pairs.stop)
+    for batch in batching.batches(dataset, pairs):
         scores = scorer.of(batch.to(device))
-        places = {"ref_logps": layout.responses(batch.pairs)}
-        places["lse"] = places["lse_kappa"] = layout.states(batch.pairs)
+        places = {"ref_logps": layout.responses(batch.pairs) - 2 * pairs.start}
+        places["lse"] = places["lse_kappa"] = layout.states(batch.pairs) - layout.bounds[2 * pairs.start]
         for name, place in places.items():
             numbers = getattr(scores, name)
             if numbers is not None:
-                size = 2 * layout.num_pairs if name == "ref_logps" else layout.num_states
-                kept.setdefault(name, torch.zeros(size))[place] = numbers.float().cpu()
-    ref_logps = kept["ref_logps"].view(-1, 2) if "ref_logps" in kept else None
-    return ScoreCache(manifest, Scores(ref_logps, kept.get("lse"), kept.get("lse_kappa")), layout)
+                kept.setdefault(name, torch.zeros(sizes[name]))[place] = numbers.float().cpu()
+        bar.update(batch.num_pairs)
+    return Scores(kept["ref_logps"].view(-1, 2), kept.get("lse"), kept.get("lse_kappa"))
 
 
-def _with_progress(batches: Iterable[PairBatch], num_pairs: int, progress: bool) -> Iterator[PairBatch]:
-    from tqdm import tqdm
-
-    with tqdm(total=num_pairs, desc="scoring", unit="pair", disable=not progress) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(batch.num_pairs)
+def _bar(num_pairs: int, done: int, progress: bool) -> tqdm:
+    return tqdm(total=num_pairs, initial=done, desc="scoring", unit="pair", disable=not progress)

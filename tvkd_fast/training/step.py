@@ -58,11 +58,14 @@ def train_step(
             scores = scorer.of(batch)
             assert scores.ref_logps is not None
             assert objective != "tvkd" or scores.lse is not None
-            out = preference_output(policy_logps, batch, scores, config, objective)
-            # Summed, then divided once by the whole step's pairs: micro-batches of any size weigh as their pairs do.
-            loss = out.losses.sum() / num_pairs
-            outputs.append(out)
-            lengths.append(length_differences(batch))
+            if batch.num_pairs:
+                out = preference_output(policy_logps, batch, scores, config, objective)
+                # Summed, then divided once by the step's pairs: micro-batches of any size weigh as their pairs do.
+                loss = out.losses.sum() / num_pairs
+                outputs.append(out)
+                lengths.append(length_differences(batch))
+            else:
+                loss = policy_logps.sum()
         loss.backward()
         losses.append(loss.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tvkd_fast.data import PairBatch, PairDataset, micro_batches, pairs_of_step
+from tvkd_fast.data import PairBatch, PairDataset, pairs_of_step
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import HeadStats
 from tvkd_fast.training.checkpoint import (
@@ -21,7 +21,7 @@ from tvkd_fast.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from tvkd_fast.training.config import TrainConfig
+from tvkd_fast.training.config import TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.metrics import METRICS, MetricsLog, ShapingWatch, progress_bar, step_metrics
 from tvkd_fast.training.optim import learning_rate, make_optimizer
@@ -58,7 +58,7 @@ class Trainer:
     ) -> None:
         self.config, self.policy, self.scorer, self.dataset = config, policy, scorer, dataset
         self.held_out, self.held_out_scorer = held_out, held_out_scorer
-        self.show_progress = show_progress
+        self.batching, self.show_progress = micro_batching(config), show_progress
         policy.head.gradient, policy.head.stats = config.head, HeadStats()
         self.folder = Path(config.output_dir)
         self.max_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / config.pairs_per_step))
@@ -80,7 +80,7 @@ class Trainer:
         self.policy.train()
         watch = ShapingWatch(skip=20)
         evaluation = None
-        tokens, pairs, busy = 0, 0, 0.0
+        tokens, room, pairs, busy = 0, 0, 0, 0.0
         bar = progress_bar(self.max_steps, done, description=self.config.objective, enabled=self.show_progress)
         with bar, closing(log):
             for step in range(done, self.max_steps):
@@ -99,16 +99,17 @@ class Trainer:
                 number = step + 1
                 busy += time.perf_counter() - since
                 tokens += sum(batch.num_tokens for batch in batches)
+                room += sum(map(self.batching.room, batches))
                 pairs += self.config.pairs_per_step
                 last = number == self.max_steps
                 watch.look(number, out, last=last)
                 if number % self.config.log_every == 0 or last:
                     metrics = {"step": number, **step_metrics(out), "lr": lr}
-                    metrics |= {"tokens_per_s": tokens / busy, "pairs_per_s": pairs / busy}
+                    metrics |= {"tokens_per_s": tokens / busy, "pairs_per_s": pairs / busy, "fill": tokens / room}
                     metrics |= self._head_metrics()
                     log.write(metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
-                    tokens, pairs, busy = 0, 0, 0.0
+                    tokens, room, pairs, busy = 0, 0, 0, 0.0
                 bar.update()
                 if self.held_out is not None and (last or _due(number, self.config.eval_every)):
                     evaluation = self._evaluate()
@@ -153,8 +154,8 @@ class Trainer:
     def _batches(self, step: int) -> list[PairBatch]:
         config = self.config
         indices = pairs_of_step(config.seed, step, num_pairs=len(self.dataset), pairs_per_step=config.pairs_per_step)
-        size, chosen_only = config.pairs_per_micro_batch, config.objective == "sft"
-        return [b.to(self.device) for b in micro_batches(self.dataset, indices, size=size, chosen_only=chosen_only)]
+        batches = self.batching.batches(self.dataset, indices, chosen_only=config.objective == "sft")
+        return [batch.to(self.device) for batch in batches]
 
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(step, self.max_steps, self.config.optim)
@@ -179,7 +180,7 @@ class Trainer:
             scorer=self.held_out_scorer,
             loss=self.config.loss,
             objective=self.config.objective,
-            pairs_per_micro_batch=self.config.pairs_per_micro_batch,
+            batching=self.batching,
             device=self.device,
         )
 

@@ -1,0 +1,142 @@
+"""Whole pairs packed into one row of tokens, [prompt | chosen | rejected] each: nothing is padded, no prompt is twice.
+
+Letters: P pairs of a micro-batch, L tokens of its row, N response tokens, M response states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tvkd_fast.data.batch import PairBatch, micro_batches
+from tvkd_fast.data.formats import BadPair
+from tvkd_fast.data.tokenization import TokenizedPair
+
+Packing = Literal["shared", "unshared", "padded"]
+
+
+@dataclass(frozen=True)
+class MicroBatching:
+    """How a step's pairs become micro-batches; no pair is ever split.
+
+    - "shared": rows of at most `tokens` tokens, in which a pair's prompt stands once;
+    - "unshared": the same with each response behind a prompt of its own, for models that cannot share one;
+    - "padded": `pairs` pairs at a time, two padded rows each, for models that take no packed rows.
+    """
+
+    packing: Packing = "shared"
+    tokens: int = 2048
+    pairs: int = 4
+
+    def batches(
+        self, dataset: Sequence[TokenizedPair], indices: Sequence[int], *, chosen_only: bool = False
+    ) -> Iterator[PairBatch]:
+        """The pairs at `indices`, a function of them alone. BadPair where one of them has more than `tokens` tokens."""
+        if self.packing == "padded":
+            yield from micro_batches(dataset, indices, size=self.pairs, chosen_only=chosen_only)
+            return
+        for i in indices:
+            self.check_fits(dataset[i])
+        shared = self.packing == "shared"
+        lengths = [packed_length(dataset[i], shared=shared, chosen_only=chosen_only) for i in indices]
+        for places in first_fit(lengths, self.tokens):
+            chunk = [indices[place] for place in places]
+            yield collate_packed([dataset[i] for i in chunk], chunk, shared=shared, chosen_only=chosen_only)
+
+    def check_fits(self, pair: TokenizedPair) -> None:
+        """Raises a BadPair that names the row, where no packed row can hold the pair."""
+        tokens = packed_length(pair, shared=self.packing == "shared")
+        if self.packing != "padded" and tokens > self.tokens:
+            raise BadPair(
+                pair.row,
+                "the pair is longer than a packed row",
+                f"{tokens:,} tokens, {self.tokens:,} in a row",
+                "Raise --tokens_per_micro_batch, lower --data.max_length, or leave such pairs out with --data.overlong "
+                "drop",
+            )
+
+    def room(self, batch: PairBatch) -> int:
+        """Tokens that would have fitted where this micro-batch is: `num_tokens` over it is the fill."""
+        return batch.input_ids.numel() if self.packing == "padded" else self.tokens
+
+
+def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing: places of the lengths, bin by bin, no bin over the budget.
+
+    Each goes into the first bin that has room for it, the longest first and of equal ones the first: no more bins than
+    11/9 of the fewest, and one.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        assert lengths[i] <= budget
+        which = next((b for b, left in enumerate(room) if left >= lengths[i]), len(bins))
+        if which == len(bins):
+            bins.append([])
+            room.append(budget)
+        bins[which].append(i)
+        room[which] -= lengths[i]
+    return bins
+
+
+def packed_length(pair: TokenizedPair, *, shared: bool = True, chosen_only: bool = False) -> int:
+    """Tokens of a pair in a packed row."""
+    prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+    if chosen_only:
+        return prompt + chosen
+    return prompt + chosen + rejected if shared else 2 * prompt + chosen + rejected
+
+
+def collate_packed(
+    pairs: Sequence[TokenizedPair], indices: Sequence[int], *, shared: bool = True, chosen_only: bool = False
+) -> PairBatch:
+    """The pairs (`indices` are their places in the dataset) as one row [1, L]; without pairs, a row that asks for none.
+
+    An empty row is what a rank goes through that has fewer micro-batches than the others: its parameters are gathered
+    and its gradients reduced as everybody's are.
+    """
+    assert len(pairs) == len(indices)
+    ids: list[int] = [] if pairs else [0]
+    layout: list[tuple[int, int, int, int]] = [] if pairs else [(0, 1, 1, 1)]
+    chosen: list[tuple[int, int, int]] = []
+    rejected: list[tuple[int, int, int]] = []
+    for pair in pairs:
+        start = len(ids)
+        ids += pair.prompt_ids + pair.chosen_ids
+        border, end = start + len(pair.prompt_ids), len(ids)
+        chosen.append((border, border, end))
+        if chosen_only:
+            layout.append((start, border, end, end))
+        elif shared:
+            ids += pair.rejected_ids
+            layout.append((start, border, end, len(ids)))
+            rejected.append((border, end, len(ids)))
+        else:
+            layout.append((start, border, end, end))
+            ids += pair.prompt_ids + pair.rejected_ids
+            own = end + len(pair.prompt_ids)
+            layout.append((end, own, len(ids), len(ids)))
+            rejected.append((own, own, len(ids)))
+    # A response's first state is its prompt's last, whatever lies between them in the row.
+    states = [[border - 1, *range(start, stop)] for border, start, stop in chosen + rejected]
+    ended = [pair.chosen_ended for pair in pairs]
+    if not chosen_only:
+        ended += [pair.rejected_ended for pair in pairs]
+    lengths = torch.tensor([0] + [len(of_one) - 1 for of_one in states])
+    cu_seqlens = lengths.cumsum(0)
+    input_ids = torch.tensor([ids])
+    return PairBatch(
+        pairs=torch.tensor(indices, dtype=torch.int64),
+        input_ids=input_ids,
+        predicting=torch.tensor([s for of_one in states for s in of_one[:-1]], dtype=torch.int64),
+        labels=input_ids[0, [s for of_one in states for s in of_one[1:]]],
+        cu_seqlens=cu_seqlens,
+        states=torch.tensor([s for of_one in states for s in of_one], dtype=torch.int64),
+        cu_states=cu_seqlens + torch.arange(len(states) + 1),
+        ended=torch.tensor(ended, dtype=torch.bool),
+        num_tokens=len(ids) if pairs else 0,
+        layout=tuple(layout),
+    )
