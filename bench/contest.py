@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.machine import made_by, seconds, write_report
+from bench.machine import made_by, seconds, versions, write_report
 from bench.runners import Runner
 from bench.states import States, load_states
 from bench.task import PAIRS, Head
@@ -231,8 +230,8 @@ def contest(description: str | None, contenders: dict[str, Contender]) -> None:
     tiling = None if arguments.tiling is None else tuple(int(x) for x in arguments.tiling.split("x"))
     report |= measure(states, truth, chosen, arguments.rounds, arguments.threads, tiling)
     report["checked"] = truth.extent
-    peers = ("trl", "liger-kernel", "cut-cross-entropy", "numba")
-    report["made_by"] = made_by() | {"peers": {name: _version(name) for name in peers}, "threads": arguments.threads}
+    peers = versions("trl", "liger-kernel", "cut-cross-entropy", "numba")
+    report["made_by"] = made_by() | {"peers": peers, "threads": arguments.threads}
     print(f"{arguments.shape}, {states.source}")
     for row in report["results"]:
         if "seconds" not in row:
@@ -244,7 +243,3 @@ def contest(description: str | None, contenders: dict[str, Contender]) -> None:
             text += f" {row['peak_mb']:8,.0f} MB  {errs}"
         print(text)
     write_report(report, arguments.json)
-
-
-def _version(name: str) -> str | None:
-    return version(name) if importlib.util.find_spec(name.replace("-", "_")) else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ def made_by() -> dict[str, Any]:
     """Versions, commit, machine and command of this process, without paths of the machine."""
     module = getattr(sys.modules["__main__"].__spec__, "name", Path(sys.argv[0]).name)
     return provenance() | {"command": without_paths(" ".join(["python -m", module, *sys.argv[1:]]))}
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """Of packages that may not be installed."""
+    return {name: version(name) if importlib.util.find_spec(name.replace("-", "_")) else None for name in names}
 
 
 def seconds(run: Callable[[], object]) -> float:
