@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvkd_fast.losses import segment_sums
+from tvkd_fast.losses import running_sums, segment_sums
 
 lengths_of_sequences = st.lists(st.integers(0, 9), max_size=8)
 
@@ -20,6 +20,18 @@ def test_sums_and_their_gradient_against_a_loop(lengths: list[int], index_dtype:
     torch.testing.assert_close(sums, torch.stack(by_loop) if by_loop else sums.new_zeros(0))
     (grad,) = torch.autograd.grad((sums * weights).sum(), per_token)
     torch.testing.assert_close(grad, weights.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)))
+
+
+@settings(deadline=None, derandomize=True)
+@given(lengths=lengths_of_sequences, index_dtype=st.sampled_from([torch.int32, torch.int64]))
+def test_running_sums_against_a_loop(lengths: list[int], index_dtype: torch.dtype) -> None:
+    per_token = torch.randn(sum(lengths))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(index_dtype)
+    parts = per_token.split(lengths) if lengths else []
+    by_loop = [x for part in parts for x in (0.0, *part.double().cumsum(0).tolist())]
+    found = running_sums(per_token, cu_seqlens)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.tensor(by_loop, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

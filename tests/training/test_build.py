@@ -75,7 +75,7 @@ def test_dpo_runs_on_a_reference_scored_alone(make_config, make_scores, run, fil
     cached = replace(config, output_dir=str(files / "cached"), scores=scores)
     run(cached)
     assert losses(cached) == pytest.approx(losses(config), abs=1e-6)
-    with pytest.raises(ValueError, match="hold no teacher's values: run `tvkd score` with --teacher"):
+    with pytest.raises(ValueError, match="hold no teacher's values of the kind logits: run `tvkd score`"):
         run(replace(cached, objective="tvkd", teacher=None, output_dir=str(files / "other")))
 
 
@@ -200,6 +200,34 @@ def test_scores_in_float16_cost_half_and_a_little(make_config, make_scores, run,
     assert losses(cached) == pytest.approx(losses(online), abs=2e-3)
     tensors = load_file(Path(scores) / "scores-00000.safetensors")
     assert (tensors["lse"].dtype, tensors["ref_logps"].dtype) == (torch.float16, torch.float32)
+
+
+def test_a_teachers_rewards_are_scored_and_cached_like_values(make_config, make_scores, model_folder, run, files):
+    changes = {"loss_value_from": "implicit_reward", "loss_terminal": "eos", "teacher_reference": model_folder(seed=5)}
+    online = make_config(output_dir=str(files / "online"), **changes)
+    scores = make_scores(online, teacher_reference=online.teacher_reference, kappa=0.3)
+    tensors = load_file(Path(scores) / "scores-00000.safetensors")
+    assert set(tensors) == {"ref_logps", "reward"}
+    cached = replace(online, teacher=None, teacher_reference=None, scores=scores, eval_scores=None)
+    cached = replace(cached, output_dir=str(files / "cached"), data=replace(cached.data, eval=None))
+    run(online)
+    run(cached)
+    assert losses(cached) == pytest.approx(losses(online), abs=1e-6)
+    assert losses(online)[0] != pytest.approx(0.6931472, abs=1e-4)
+    with pytest.raises(ValueError, match="hold no teacher's values of the kind logits: run `tvkd score`"):
+        run(replace(cached, loss=replace(cached.loss, value_from="logits", kappa=0.3)))
+    other = replace(online, teacher_reference=model_folder(seed=6), scores=scores, output_dir=str(files / "other"))
+    with pytest.raises(ValueError, match="made with another teacher_reference"):
+        run(other)
+
+
+def test_rewards_need_both_models(make_config):
+    with pytest.raises(ValueError, match="before DPO: set --teacher_reference"):
+        make_config(loss_value_from="implicit_reward")
+    with pytest.raises(ValueError, match="set all or none"):
+        make_config(teacher_reference="some")
+    with pytest.raises(ValueError, match="is the reference of a teacher: set --teacher"):
+        ScoreConfig(output_dir="x", policy="y", teacher_reference="z")
 
 
 class KilledError(Exception):

@@ -9,7 +9,7 @@ import torch
 from tvkd_fast.data import MicroBatching, Scores, build_dataset, collate_packed, micro_batches
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 from tvkd_fast.training.config import LossConfig
-from tvkd_fast.training.scoring import OnlineScorer
+from tvkd_fast.training.scoring import OnlineScorer, RewardTeacher
 from tvkd_fast.training.step import train_step
 
 
@@ -45,6 +45,20 @@ def row_return(teacher, prompt, response, ended, config):
     return sum(config.gamma * after - before for before, after in pairwise(values))
 
 
+def reward_return(teacher, own, prompt, response, ended, config):
+    gains = [
+        model_logits[:-1].log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        for model_logits in (row_logits(teacher, prompt, response), row_logits(own, prompt, response))
+    ]
+    scale = config.beta if config.value_scale is None else config.value_scale
+    values = [0.0, *(scale * (gains[0] - gains[1]).cumsum(0)).tolist()]
+    if config.terminal == "zero":
+        values[-1] = 0.0
+    if config.terminal == "last_content" and ended:
+        values = values[:-1]
+    return sum(config.gamma * after - before for before, after in pairwise(values))
+
+
 def twin_loss(models, dataset, config, objective):
     policy, reference, teacher = models
     losses = []
@@ -56,7 +70,11 @@ def twin_loss(models, dataset, config, objective):
         ):
             with torch.no_grad():
                 ref = row_logp(reference, pair.prompt_ids, response)
-                psi = row_return(teacher, pair.prompt_ids, response, ended, config) if objective == "tvkd" else 0.0
+                psi = 0.0
+                if config.value_from == "implicit_reward":
+                    psi = reward_return(teacher, reference, pair.prompt_ids, response, ended, config)
+                elif objective == "tvkd":
+                    psi = row_return(teacher, pair.prompt_ids, response, ended, config)
             rho = row_logp(policy, pair.prompt_ids, response) - ref
             margin = margin + sign * (config.beta * rho - config.alpha * psi)
         smoothing = config.label_smoothing
@@ -73,6 +91,8 @@ CONFIGS = [
     ("tvkd", LossConfig(gamma=0.9, terminal="eos", alpha=0.5, label_smoothing=0.1)),
     ("tvkd", LossConfig(gamma=0.95, terminal="zero", kappa=0.7, value_scale=0.3, beta=0.2)),
     ("tvkd", LossConfig(gamma=0.5, kappa=0.7, value_from="logprobs", alpha=-1.0)),
+    ("tvkd", LossConfig(value_from="implicit_reward")),
+    ("tvkd", LossConfig(value_from="implicit_reward", gamma=0.9, terminal="zero", value_scale=0.3)),
 ]
 
 
@@ -91,12 +111,14 @@ def test_loss_and_gradient_are_the_twins(objective, config, batching, models, da
     wanted = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    frozen = PolicyWithHead(reference, packing=batching.packing)
+    if config.value_from == "implicit_reward":
+        of_values = RewardTeacher(PolicyWithHead(teacher, packing=batching.packing), frozen)
+    else:
+        of_values = TeacherWithHead(teacher, kappa=config.kappa, packing=batching.packing)
     out = train_step(
         PolicyWithHead(policy, packing=batching.packing),
-        OnlineScorer(
-            PolicyWithHead(reference, packing=batching.packing),
-            TeacherWithHead(teacher, kappa=config.kappa, packing=batching.packing),
-        ),
+        OnlineScorer(frozen, of_values),
         list(batching.batches(dataset, range(len(dataset)))),
         torch.optim.SGD(policy.parameters(), lr=1.0),
         config,

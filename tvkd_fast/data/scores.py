@@ -59,7 +59,9 @@ class ScoreManifest:
     versions: dict[str, str]
     """Of this library, torch and transformers, for the record."""
     value_dtype: Literal["float32", "float16"] = "float32"
-    """Dtype of the teacher's sums; log-probabilities are float32."""
+    """Dtype of what is kept a state; log-probabilities are float32."""
+    teacher_reference: str | None = None
+    """Of the weights of the teacher's own reference, where its rewards are kept and not its sums."""
     shards: tuple[Shard, ...] = ()
     format: int = FORMAT
 
@@ -88,6 +90,8 @@ class Scores:
     """(M,) float32: LSE(z) of every response state under the teacher."""
     lse_kappa: Tensor | None
     """(M,) float32: LSE(κz); the same tensor as `lse` where κ=1."""
+    reward: Tensor | None = None
+    """(M,) float32: Σ_{k<t} log π_φ − log π_φref up to every response state, teacher φ and its own reference."""
 
 
 class ScoreLayout:
@@ -127,9 +131,10 @@ class ScoreCache:
             assert piece.ref_logps is not None
             self._firsts.append(self._firsts[-1] + piece.ref_logps.shape[0])
 
-    @property
-    def has_values(self) -> bool:
-        return self.pieces[0].lse is not None
+    def has_values(self, value_from: str) -> bool:
+        """Whether soft values of this kind can be made of what is kept."""
+        kept = self.pieces[0].reward if value_from == "implicit_reward" else self.pieces[0].lse
+        return kept is not None
 
     def of(self, pairs: Tensor) -> Scores:
         """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses."""
@@ -140,11 +145,12 @@ class ScoreCache:
             start, end = (int(self.layout.bounds[r] - self.layout.bounds[first]) for r in (response, response + 1))
             assert piece.ref_logps is not None
             found["ref_logps"].append(piece.ref_logps.flatten()[response - first])
-            if piece.lse is not None and piece.lse_kappa is not None:
-                found["lse"].append(piece.lse[start:end].float())
-                found["lse_kappa"].append(piece.lse_kappa[start:end].float())
-        lse, lse_kappa = (torch.cat(found[name]) if found[name] else None for name in ("lse", "lse_kappa"))
-        return Scores(torch.stack(found["ref_logps"]), lse, lse_kappa)
+            for name in STATE_NAMES:
+                numbers = getattr(piece, name)
+                if numbers is not None:
+                    found[name].append(numbers[start:end].float())
+        by_state = {name: torch.cat(found[name]) if found[name] else None for name in STATE_NAMES}
+        return Scores(torch.stack(found["ref_logps"]), **by_state)
 
     @classmethod
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
@@ -245,6 +251,8 @@ class ScoreWriter:
 
 
 NAMES = tuple(f.name for f in fields(Scores))
+STATE_NAMES = NAMES[1:]
+"""Of the numbers that there are one a state of."""
 
 
 def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest:
@@ -279,22 +287,23 @@ def describe(folder: str | Path) -> str:
     manifest = read_manifest(folder)
     pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
     size = sum((folder / shard.file).stat().st_size for shard in manifest.shards)
-    lines = {name: str(getattr(manifest, name)) for name in ("dataset", "tokenizer", "reference", "teacher")}
-    lines["precision"] = f"{manifest.precision}; the teacher's sums are kept in {manifest.value_dtype}"
+    made_of = ("dataset", "tokenizer", "reference", "teacher", "teacher_reference")
+    lines = {name: value for name in made_of if (value := getattr(manifest, name)) is not None}
+    lines["precision"] = f"{manifest.precision}; what is kept a state is in {manifest.value_dtype}"
     lines["kappa"] = str(manifest.kappa)
     lines["size"] = (
         f"{manifest.pairs:,} pairs, {manifest.states:,} response states, {len(manifest.shards):,} shards, "
         f"{size:,} bytes"
     )
     lines["made by"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    for name, what in zip(NAMES, ("reference logps", "LSE(z)", "LSE(kappa z)"), strict=True):
+    for name, what in zip(NAMES, ("reference logps", "LSE(z)", "LSE(kappa z)", "teacher's reward"), strict=True):
         found = [x for piece in pieces if (x := getattr(piece, name)) is not None]
         if found and (name != "lse_kappa" or manifest.kappa != 1.0):
             x = torch.cat([part.flatten() for part in found]).double()
             lines[what] = (
                 f"{float(x.mean()):.3f} ± {float(x.std()):.3f} nats, {float(x.min()):.3f} … {float(x.max()):.3f}"
             )
-    return "\n".join(f"{name:<16}{text}" for name, text in lines.items())
+    return "\n".join(f"{name:<18}{text}" for name, text in lines.items())
 
 
 def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
@@ -305,8 +314,8 @@ def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}); run `tvkd score` again") from error
     lse = tensors.get("lse")
-    scores = Scores(tensors.get("ref_logps"), lse, tensors.get("lse_kappa", lse))
-    sizes = [x.shape for x in (scores.lse, scores.lse_kappa) if x is not None]
+    scores = Scores(tensors.get("ref_logps"), lse, tensors.get("lse_kappa", lse), tensors.get("reward"))
+    sizes = [x.shape for name in STATE_NAMES if (x := getattr(scores, name)) is not None]
     if scores.ref_logps is None or scores.ref_logps.shape != (shard.pairs, 2) or {*sizes} - {(shard.states,)}:
         raise ValueError(f"{path} does not hold what {MANIFEST} says of it; run `tvkd score` again")
     return scores

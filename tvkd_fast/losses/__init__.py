@@ -1,7 +1,7 @@
 """Pure functions of per-token or per-sequence numbers: they know preferences and nothing of vocabulary."""
 
 from tvkd_fast.losses.preference import TVKDOutput, check_preference_settings, dpo_loss, tvkd_loss
-from tvkd_fast.losses.segments import segment_sums
+from tvkd_fast.losses.segments import running_sums, segment_sums
 from tvkd_fast.losses.sft import sft_loss
 from tvkd_fast.losses.shaping import ShapingReport, check_discount, shaping_report, shaping_returns
 
@@ -11,6 +11,7 @@ __all__ = [
     "check_discount",
     "check_preference_settings",
     "dpo_loss",
+    "running_sums",
     "segment_sums",
     "sft_loss",
     "shaping_report",

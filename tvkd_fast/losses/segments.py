@@ -23,6 +23,19 @@ def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
     return sums.to(per_token.dtype)
 
 
+def running_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(N,) packed numbers to the sums before each of them and after the last, sequence by sequence: (N+S,).
+
+    Of a sequence x_1..x_T that is 0, x_1, x_1+x_2, …: T+1 numbers, one a state. Added in float64, in a fixed order.
+    """
+    check_boundaries("cu_seqlens", cu_seqlens, per_token.shape[0])
+    lengths = cu_seqlens.diff() + 1
+    whole = torch.cat([per_token.new_zeros(1, dtype=torch.float64), per_token.double().cumsum(0)])
+    states = torch.arange(per_token.shape[0] + lengths.shape[0], device=per_token.device)
+    sequence = torch.arange(lengths.shape[0], device=per_token.device).repeat_interleave(lengths)
+    return (whole[states - sequence] - whole[cu_seqlens[sequence]]).to(per_token.dtype)
+
+
 def check_boundaries(name: str, cu: Tensor, total: int) -> None:
     """`cu` (S+1,) must rise from 0 to `total`; looked at on a CPU only, where looking waits for nothing.
 

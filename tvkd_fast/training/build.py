@@ -33,7 +33,7 @@ from tvkd_fast.models import (
 )
 from tvkd_fast.training.config import DataConfig, EvalConfig, ModelConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
+from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, RewardTeacher, Scorer, score_dataset, score_to_disk
 from tvkd_fast.training.trainer import Trainer
 from tvkd_fast.version import __version__
 
@@ -62,11 +62,11 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
         scorer = models
         if config.scores is not None:
             cache = _fitting_cache(config.scores, config, dataset, expected)
-            expected |= {"teacher": cache.manifest.teacher}
+            expected |= {name: getattr(cache.manifest, name) for name in ("teacher", "teacher_reference")}
             scorer = CachedScorer(cache)
         if held_out is not None:
             held_out_scorer = _held_out_scorer(config, policy, models, held_out, tokenizer, expected, show_progress)
-        identity |= {"reference": expected["reference"], "teacher": expected["teacher"]}
+        identity |= {name: expected[name] for name in ("reference", "teacher", "teacher_reference")}
         if scorer is not models:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
             models.reference = models.teacher = None
@@ -97,12 +97,12 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
         reference = _frozen(load_policy(config.policy, config.model, layers=config.student_layers))
     teacher = None
     if config.teacher is not None:
-        teacher = _load_teacher(config.teacher, config.kappa, config.model, tokenizer)
+        teacher = _load_teacher(config.teacher, config.teacher_reference, config.kappa, config.model, tokenizer)
     check_token_ids(dataset, reference.head.out_features)
     manifest = _manifest(
         dataset,
         tokenizer,
-        teacher=None if teacher is None else fingerprint_weights(teacher.model),
+        **_teacher_fingerprints(teacher),
         reference=fingerprint_weights(reference.model),
         kappa=config.kappa,
         model=config.model,
@@ -131,7 +131,7 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
     if config.reference is not None:
         reference = _load_reference(config.reference, config.model, tokenizer)
     if config.teacher is not None:
-        teacher = _load_teacher(config.teacher, config.loss.kappa, config.model, tokenizer)
+        teacher = _load_teacher(config.teacher, config.teacher_reference, config.loss.kappa, config.model, tokenizer)
     return evaluate(
         policy,
         dataset,
@@ -234,9 +234,14 @@ def _load_reference(name: str, config: ModelConfig, tokenizer: PreTrainedTokeniz
     return _frozen(load_policy(name, config))
 
 
-def _load_teacher(name: str, kappa: float, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> TeacherWithHead:
+def _load_teacher(
+    name: str, reference: str | None, kappa: float, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> TeacherWithHead | RewardTeacher:
+    """A teacher of soft values; of rewards where its own reference is given."""
     theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     check_same_tokenizer(tokenizer, theirs, name, role="teacher")
+    if reference is not None:
+        return RewardTeacher(_frozen(load_policy(name, config)), _load_reference(reference, config, tokenizer))
     model = _load(name, config)
     return TeacherWithHead(model, kappa=kappa, packing=config.packing, autocast=_autocast(config))
 
@@ -255,30 +260,40 @@ def _frozen_models(config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTr
         reference = _frozen(copy.deepcopy(policy))
     teacher = None
     if config.objective == "tvkd" and config.teacher is not None:
-        teacher = _load_teacher(config.teacher, config.loss.kappa, config.model, tokenizer)
+        teacher = _load_teacher(config.teacher, config.teacher_reference, config.loss.kappa, config.model, tokenizer)
     return OnlineScorer(reference, teacher)
+
+
+def _teacher_fingerprints(teacher: TeacherWithHead | RewardTeacher | None) -> dict[str, str | None]:
+    """Of the weights of the teacher and of its own reference."""
+    own = teacher.reference.model if isinstance(teacher, RewardTeacher) else None
+    return {
+        "teacher": None if teacher is None else fingerprint_weights(teacher.model),
+        "teacher_reference": None if own is None else fingerprint_weights(own),
+    }
 
 
 def _expected(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: OnlineScorer, policy_at_start: str
 ) -> dict[str, Any]:
     """What a cache of scores must have been made of to serve this run; None is not compared."""
+    needs_sums = config.objective == "tvkd" and config.loss.value_from != "implicit_reward"
     return {
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "precision": _precision(config.model),
-        "kappa": config.loss.kappa if config.objective == "tvkd" else None,
+        "kappa": config.loss.kappa if needs_sums else None,
         "reference": policy_at_start if models.reference is None else fingerprint_weights(models.reference.model),
-        "teacher": None if models.teacher is None else fingerprint_weights(models.teacher.model),
+        **_teacher_fingerprints(models.teacher),
     }
 
 
 def _fitting_cache(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
     cache = ScoreCache.load(folder, dataset)
     cache.check(**expected, dataset=dataset.fingerprint)
-    if config.objective == "tvkd" and not cache.has_values:
+    if config.objective == "tvkd" and not cache.has_values(config.loss.value_from):
         raise ValueError(
-            f"the scores at {folder} hold no teacher's values: run `tvkd score` with --teacher, or train with "
-            "--objective dpo"
+            f"the scores at {folder} hold no teacher's values of the kind {config.loss.value_from}: run `tvkd score` "
+            "with --teacher (and --teacher_reference for implicit_reward), or train with --objective dpo"
         )
     return cache
 
@@ -303,7 +318,8 @@ def _held_out_scorer(
         )
     # Here the policy is still its own reference, also when the run is resumed later on.
     reference = policy if models.reference is None else models.reference
-    names = {"teacher": expected["teacher"], "reference": expected["reference"], "kappa": config.loss.kappa}
+    names = {name: expected[name] for name in ("teacher", "teacher_reference", "reference")}
+    names["kappa"] = config.loss.kappa
     return CachedScorer(
         score_dataset(
             held_out,
@@ -321,6 +337,7 @@ def _manifest(
     tokenizer: PreTrainedTokenizerBase,
     *,
     teacher: str | None,
+    teacher_reference: str | None,
     reference: str | None,
     kappa: float,
     model: ModelConfig,
@@ -331,6 +348,7 @@ def _manifest(
         dataset=dataset.fingerprint,
         tokenizer=fingerprint_tokenizer(tokenizer),
         teacher=teacher,
+        teacher_reference=teacher_reference,
         reference=reference,
         precision=_precision(model),
         kappa=kappa,

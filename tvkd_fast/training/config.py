@@ -55,8 +55,9 @@ class LossConfig:
     """κ > 0: inverse temperature of the teacher's soft value."""
     value_scale: float | None = None
     """b: scale of the soft value; β where not given, as in the paper."""
-    value_from: Literal["logits", "logprobs"] = "logits"
-    """Soft value from the teacher's logits (the paper) or its log-probabilities (needs κ ≠ 1)."""
+    value_from: Literal["logits", "logprobs", "implicit_reward"] = "logits"
+    """Soft value from the teacher's logits (the paper), its log-probabilities (needs κ ≠ 1), or its DPO reward so far
+    (needs teacher_reference)."""
     terminal: Literal["last_content", "eos", "zero"] = "last_content"
     """Which state ends the shaping sum."""
     label_smoothing: float = 0.0
@@ -131,6 +132,8 @@ class TrainConfig:
     """Loss: tvkd, dpo (tvkd without a teacher), or sft on the chosen responses."""
     teacher: str | None = None
     """DPO-trained teacher; needed by tvkd unless its scores are given."""
+    teacher_reference: str | None = None
+    """What the teacher was before DPO: its own reference, for loss.value_from implicit_reward."""
     reference: str | None = None
     """Frozen reference; the policy at the start where not given."""
     student_layers: int | None = None
@@ -180,6 +183,7 @@ class TrainConfig:
             raise ValueError(f"epochs must be positive, got {self.epochs}")
         if self.data.eval is None and (self.eval_every or self.eval_scores):
             raise ValueError("eval_every and eval_scores need held-out pairs: set --data.eval")
+        check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
 
@@ -194,6 +198,8 @@ class ScoreConfig:
     """The policy to be trained: its tokenizer makes the tokens."""
     teacher: str | None = None
     """Teacher whose soft values to keep; none for DPO's reference alone."""
+    teacher_reference: str | None = None
+    """The teacher's own reference: keep the teacher's rewards instead, for loss.value_from implicit_reward."""
     reference: str | None = None
     """Reference whose log-probabilities to keep; the policy where not given."""
     student_layers: int | None = None
@@ -216,6 +222,8 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if self.pairs_per_shard < 1:
             raise ValueError(f"pairs_per_shard must be at least 1, got {self.pairs_per_shard}")
+        if self.teacher_reference is not None and self.teacher is None:
+            raise ValueError("--teacher_reference is the reference of a teacher: set --teacher")
         check_kappa(self.kappa)
 
 
@@ -229,6 +237,8 @@ class EvalConfig:
     """Reference for the rewards; without it log-probabilities themselves are compared."""
     teacher: str | None = None
     """Teacher for the shaping margins and their diagnostics; needs a reference."""
+    teacher_reference: str | None = None
+    """The teacher's own reference, for loss.value_from implicit_reward."""
     output: str | None = None
     """File to append the JSON line to, beside printing it."""
     tokens_per_micro_batch: int = 2048
@@ -238,6 +248,23 @@ class EvalConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
+
+
+def check_teacher_reference(teacher: str | None, teacher_reference: str | None, loss: LossConfig) -> None:
+    """Both or neither: rewards are of a teacher over its own reference."""
+    wanted = loss.value_from == "implicit_reward"
+    if teacher is not None and wanted and teacher_reference is None:
+        raise ValueError(
+            "value_from='implicit_reward' is what the teacher gained over its own reference, the model that it was "
+            "before DPO: set --teacher_reference"
+        )
+    if teacher_reference is not None and not (wanted and teacher is not None):
+        raise ValueError(
+            "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
+        )
 
 
 def micro_batching(config: TrainConfig | ScoreConfig | EvalConfig) -> MicroBatching:

@@ -14,7 +14,7 @@ from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.config import LossConfig
 from tvkd_fast.training.metrics import shaping_metrics
 from tvkd_fast.training.scoring import OnlineScorer, Scorer
-from tvkd_fast.training.step import length_differences, preference_output
+from tvkd_fast.training.step import length_differences, preference_output, values_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def evaluate(
         logps = segment_sums(policy(batch), batch.cu_seqlens)
         scores = scorer.of(batch)
         has_reference = scores.ref_logps is not None
-        has_loss = has_reference and (objective == "dpo" or scores.lse is not None)
+        has_loss = has_reference and (objective == "dpo" or values_of(scores, config) is not None)
         out = preference_output(logps, batch, scores, config, objective)
         chosen, rejected = logps.chunk(2)
         differences.append(chosen - rejected)

@@ -95,6 +95,8 @@ def _memory(
         parts["reference weights"] = policy.parameters * size
     if teacher is not None:
         parts["teacher weights"] = teacher.parameters * size
+        if config.teacher_reference is not None:
+            parts["its reference's weights"] = teacher.parameters * size
     return {name: float(value) for name, value in parts.items()}
 
 

@@ -5,10 +5,10 @@ Letters: P pairs, M response states.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tvkd_fast.data import (
@@ -21,8 +21,12 @@ from tvkd_fast.data import (
     Scores,
     ScoreWriter,
 )
-from tvkd_fast.losses import segment_sums
+from tvkd_fast.data.scores import STATE_NAMES
+from tvkd_fast.losses import running_sums, segment_sums
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Scorer(Protocol):
@@ -31,15 +35,35 @@ class Scorer(Protocol):
     def of(self, batch: PairBatch) -> Scores: ...
 
 
+class RewardTeacher(nn.Module):
+    """The teacher of `value_from="implicit_reward"`: what it gained over its own reference, up to every response state.
+
+    `forward(batch)` returns Σ_{k<t} log π_φ(y_{k+1}|s_k) − log π_φref(y_{k+1}|s_k), (M,) float32; 0 at s_0.
+    """
+
+    def __init__(self, teacher: PolicyWithHead, reference: PolicyWithHead) -> None:
+        super().__init__()
+        self.teacher, self.reference = teacher, reference
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.teacher.model
+
+    def forward(self, batch: PairBatch) -> Tensor:
+        return running_sums(self.teacher(batch) - self.reference(batch), batch.cu_seqlens)
+
+
 class OnlineScorer:
     """Runs the frozen models on every batch."""
 
-    def __init__(self, reference: PolicyWithHead | None, teacher: TeacherWithHead | None) -> None:
+    def __init__(self, reference: PolicyWithHead | None, teacher: TeacherWithHead | RewardTeacher | None) -> None:
         self.reference, self.teacher = reference, teacher
 
     @torch.no_grad()
     def of(self, batch: PairBatch) -> Scores:
         ref_logps = None if self.reference is None else segment_sums(self.reference(batch), batch.cu_seqlens)
+        if isinstance(self.teacher, RewardTeacher):
+            return Scores(ref_logps, None, None, self.teacher(batch))
         lse, lse_kappa = (None, None) if self.teacher is None else self.teacher(batch)
         return Scores(ref_logps, lse, lse_kappa)
 
@@ -53,7 +77,7 @@ class CachedScorer:
     def of(self, batch: PairBatch) -> Scores:
         scores = self.cache.of(batch.pairs)
         device = batch.labels.device
-        return Scores(*(None if x is None else x.to(device) for x in (scores.ref_logps, scores.lse, scores.lse_kappa)))
+        return Scores(*(None if x is None else x.to(device) for x in vars(scores).values()))
 
 
 def score_dataset(
@@ -105,18 +129,17 @@ def _score_pairs(
 ) -> Scores:
     """What the scorer says of consecutive pairs, in their order."""
     kept: dict[str, Tensor] = {}
-    sizes = {"ref_logps": 2 * len(pairs)}
-    sizes["lse"] = sizes["lse_kappa"] = layout.between(pairs.start, pairs.stop)
+    states = layout.between(pairs.start, pairs.stop)
     for batch in batching.batches(dataset, pairs):
         scores = scorer.of(batch.to(device))
-        places = {"ref_logps": layout.responses(batch.pairs) - 2 * pairs.start}
-        places["lse"] = places["lse_kappa"] = layout.states(batch.pairs) - layout.bounds[2 * pairs.start]
-        for name, place in places.items():
-            numbers = getattr(scores, name)
+        of_states = layout.states(batch.pairs) - layout.bounds[2 * pairs.start]
+        of_responses = layout.responses(batch.pairs) - 2 * pairs.start
+        for name, numbers in vars(scores).items():
             if numbers is not None:
-                kept.setdefault(name, torch.zeros(sizes[name]))[place] = numbers.float().cpu()
+                size, place = (2 * len(pairs), of_responses) if name == "ref_logps" else (states, of_states)
+                kept.setdefault(name, torch.zeros(size))[place] = numbers.float().cpu()
         bar.update(batch.num_pairs)
-    return Scores(kept["ref_logps"].view(-1, 2), kept.get("lse"), kept.get("lse_kappa"))
+    return Scores(kept.pop("ref_logps").view(-1, 2), **{name: kept.get(name) for name in STATE_NAMES})
 
 
 def _bar(num_pairs: int, done: int, progress: bool) -> tqdm:

@@ -57,7 +57,6 @@ def train_step(
         else:
             scores = scorer.of(batch)
             assert scores.ref_logps is not None
-            assert objective != "tvkd" or scores.lse is not None
             if batch.num_pairs:
                 out = preference_output(policy_logps, batch, scores, config, objective)
                 # Summed, then divided once by the step's pairs: micro-batches of any size weigh as their pairs do.
@@ -80,12 +79,9 @@ def preference_output(
     policy_logps: Tensor, batch: PairBatch, scores: Scores, config: LossConfig, objective: str
 ) -> TVKDOutput:
     """The shaped loss of one micro-batch, from (2P,) policy log-probabilities and what reference and teacher say."""
+    values = values_of(scores, config) if objective == "tvkd" else None
     psi = None
-    if objective == "tvkd" and scores.lse is not None and scores.lse_kappa is not None:
-        value_scale = config.beta if config.value_scale is None else config.value_scale
-        values = soft_values(
-            scores.lse, scores.lse_kappa, kappa=config.kappa, value_scale=value_scale, value_from=config.value_from
-        )
+    if values is not None:
         psi = shaping_returns(values, batch.cu_states, gamma=config.gamma, terminal=config.terminal, ended=batch.ended)
     ref_logps = torch.zeros_like(policy_logps) if scores.ref_logps is None else scores.ref_logps
     return tvkd_loss(
@@ -95,6 +91,18 @@ def preference_output(
         beta=config.beta,
         alpha=config.alpha,
         label_smoothing=config.label_smoothing,
+    )
+
+
+def values_of(scores: Scores, config: LossConfig) -> Tensor | None:
+    """(M,) soft values V of every response state; None where the scores hold nothing to make them of."""
+    scale = config.beta if config.value_scale is None else config.value_scale
+    if config.value_from == "implicit_reward":
+        return None if scores.reward is None else scores.reward * scale
+    if scores.lse is None or scores.lse_kappa is None:
+        return None
+    return soft_values(
+        scores.lse, scores.lse_kappa, kappa=config.kappa, value_scale=scale, value_from=config.value_from
     )
 
 
