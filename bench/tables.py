@@ -149,19 +149,24 @@ def _point(row: dict[str, Any] | None) -> str:
 
 
 def step_table(report: dict[str, Any]) -> str:
-    head = [
-        "the head of a whole step",
-        "time over the exact head's",
-        "peak memory of the step",
-        "error of the gradient",
-    ]
-    rows = [
-        [_raised(row["name"]), f"{row['over_exact']:.2f}", f"{row['peak_mb']:,.0f} MB", f"{row['rel_err']:.1e}"]
-        for row in report["results"]
-    ]
-    what = f"{report['model']}, {report['pairs']} pairs of {report['data']}, {report['tokens']:,} tokens, of which "
-    what += f"{report['response_tokens']:,} reach the head; medians of {len(report['results'][0]['rounds'])} runs"
-    return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
+    """A trainer a row; what it is compared with is the last one."""
+    yardstick = report["results"][-1]["name"]
+    head = ["a whole step of DPO", f"speed over {yardstick}'s", "peak memory", "losses off", "gradient norm off"]
+    rows = []
+    for row in report["results"]:
+        cells = [_raised(row["name"]), f"{row['speed_over_yardstick']:.2f}", f"{row['peak_mb']:,.0f} MB"]
+        rows.append([*cells, f"{row['loss_off']:.0e}", f"{row['grad_norm_off']:.0e}"])
+    made = report["made_by"]
+    what = f"{report['model']}, {report['pairs']} pairs of {report['data']} of at most {report['max_length']} tokens, "
+    what += (
+        f"{report['pairs_per_step']} a step: {report['tokens']:,} tokens, {report['padded_tokens']:,} in padded rows, "
+    )
+    what += f"{report['response_tokens']:,} of them answers; medians over steps"
+    if tried := report["trl_seconds_by_batch"]:
+        best = min(tried, key=tried.__getitem__)
+        ratios = ", ".join(f"{seconds / tried[best]:.2f} at {size}" for size, seconds in tried.items())
+        what += f"; TRL takes {best} a micro-batch ({ratios}); trl {made['peers']['trl']}"
+    return markdown(head, rows) + "\n" + provenance(made, what)
 
 
 def training_table(report: dict[str, Any]) -> str:
