@@ -95,6 +95,12 @@ def test_a_batch_gets_the_numbers_of_its_own_states(write, dataset, tmp_path):
     assert torch.equal(scores.lse_kappa, -scores.lse)
 
 
+def test_an_empty_batch_gets_none_of_each_kind(write, dataset, tmp_path):
+    scores = ScoreCache.load(write(tmp_path / "scores"), dataset).of(torch.tensor([], dtype=torch.int64))
+    assert (scores.ref_logps.shape, scores.lse.shape, scores.lse_kappa.shape) == ((0,), (0,), (0,))
+    assert scores.reward is None
+
+
 def test_float16_takes_half_and_comes_back_in_float32(write, dataset, tmp_path):
     cache = ScoreCache.load(write(tmp_path / "scores", value_dtype="float16"), dataset)
     assert cache.pieces[0].lse.dtype == torch.float16
@@ -134,6 +140,7 @@ def test_a_torn_shard_and_what_follows_are_made_again(torn, dataset, make_manife
     path = unfinished(tmp_path / "scores") / f"scores-0000{torn}.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     assert ScoreWriter(tmp_path / "scores", make_manifest(), layout).pairs == torn
+    assert len(list(path.parent.glob("*.safetensors"))) == torn
 
 
 CHANGES = [{"kappa": 1.0}, {"teacher": "f" * 64}, {"value_dtype": "float16"}, {"dataset": "e" * 64}]
@@ -144,6 +151,7 @@ def test_a_killed_pass_over_something_else_is_not_gone_on_with(change, dataset, 
     layout = ScoreLayout(dataset)
     ScoreWriter(tmp_path / "scores", make_manifest(), layout).write(numbers(dataset, first=0, last=1))
     assert ScoreWriter(tmp_path / "scores", make_manifest(**change), layout).pairs == 0
+    assert not list(unfinished(tmp_path / "scores").glob("*.safetensors"))
 
 
 def test_an_unfinished_folder_is_refused(dataset, make_manifest, tmp_path):

@@ -138,19 +138,19 @@ class ScoreCache:
 
     def of(self, pairs: Tensor) -> Scores:
         """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses."""
-        found: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+        kept = [name for name in NAMES if getattr(self.pieces[0], name) is not None]
+        # An empty micro-batch has numbers too, none of each kind.
+        found: dict[str, list[Tensor]] = {name: [torch.empty(0)] for name in kept}
         for response in self.layout.responses(pairs.cpu()).tolist():
             which = bisect_right(self._firsts, response // 2) - 1
             piece, first = self.pieces[which], 2 * self._firsts[which]
             start, end = (int(self.layout.bounds[r] - self.layout.bounds[first]) for r in (response, response + 1))
-            assert piece.ref_logps is not None
-            found["ref_logps"].append(piece.ref_logps.flatten()[response - first])
-            for name in STATE_NAMES:
-                numbers = getattr(piece, name)
-                if numbers is not None:
-                    found[name].append(numbers[start:end].float())
-        by_state = {name: torch.cat(found[name]) if found[name] else None for name in STATE_NAMES}
-        return Scores(torch.stack(found["ref_logps"]), **by_state)
+            for name in kept:
+                numbers, place = getattr(piece, name).flatten(), slice(start, end)
+                if name == "ref_logps":
+                    place = slice(response - first, response - first + 1)
+                found[name].append(numbers[place].float())
+        return Scores(**{name: torch.cat(found[name]) if name in found else None for name in NAMES})
 
     @classmethod
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
@@ -200,6 +200,7 @@ class ScoreWriter:
         self.partial = unfinished(self.folder)
         self.manifest = replace(manifest, shards=self._kept(manifest))
         self.pairs = sum(shard.pairs for shard in self.manifest.shards)
+        self._drop_unnamed()
 
     def _kept(self, manifest: ScoreManifest) -> tuple[Shard, ...]:
         try:
@@ -243,6 +244,13 @@ class ScoreWriter:
         fresh.write_text(self.manifest.text())
         _to_disk(fresh)
         os.replace(fresh, self.partial / MANIFEST)
+
+    def _drop_unnamed(self) -> None:
+        """Torn shards, and those of another pass."""
+        names = {MANIFEST, *(shard.file for shard in self.manifest.shards)}
+        for path in self.partial.glob("*"):
+            if path.name not in names:
+                path.unlink()
 
     def finish(self) -> None:
         """Put the whole cache in its place."""
