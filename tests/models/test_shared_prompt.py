@@ -27,7 +27,7 @@ from transformers import (
 
 from tvkd_fast.data import collate_packed, collate_pairs
 from tvkd_fast.data.tokenization import TokenizedPair
-from tvkd_fast.models import PolicyWithHead, TeacherWithHead
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead, load_model
 from tvkd_fast.models.shared_prompt import attend, block_mask, sees, states_of
 
 SHAPE = {
@@ -268,3 +268,14 @@ def test_no_mask_is_as_large_as_the_row(tiny_model, kit):
     with kit.Watch() as found, torch.no_grad():
         states_of(policy.model, batch.input_ids, batch.layout)
     assert found.largest < batch.num_tokens**2 // 4
+
+
+def test_a_trained_model_of_thirty_layers_is_let_through():
+    try:
+        model = load_model("smollm2-135m")
+    except ValueError as missing:
+        pytest.skip(f"no packaged model: {missing}")
+    policy = PolicyWithHead(model, packing="shared").eval()
+    packed, padded = collate_packed(PAIRS, range(len(PAIRS))), collate_pairs(PAIRS, range(len(PAIRS)))
+    with torch.no_grad():
+        torch.testing.assert_close(policy(packed), policy(padded), rtol=1e-3, atol=1e-3)
