@@ -20,8 +20,8 @@ _PROBE_TOKENS = 8
 _PARTS = ((3, 2, 4), (5, 3, 2))
 """Tokens of prompt, chosen and rejected response of the packing probe's pairs."""
 _PACKING_TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
-"""A response that sees what it should not, or not what it should, is off by a tenth and more. Rounding alone is off by
-1e-6 in float32, but by 2e-4 in a trained model's state that has little before it (measured on SmolLM2)."""
+"""States of a model that sees wrongly are off by 8e-3 (ALiBi, an untrained model) to 0.2 (state-space). Rounding alone
+is 2e-6 in float32, but 2e-4 in a trained model's state that has little before it (measured on SmolLM2)."""
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
@@ -85,20 +85,18 @@ def probe_packing(model: PreTrainedModel, alone: list[Tensor], *, shared: bool) 
     try:
         states = _in_eval(model, torch.cat(ids), layout)
     except TypeError as error:
-        raise ValueError(_refusal(model, f"cannot be called with a packed row ({error})")) from error
+        raise ValueError(_refusal(model, f"cannot be called with a packed row ({error})", shared)) from error
     worst = max(
         float((states[place.to(states.device)] - want).float().norm() / want.float().norm())
         for place, want in zip(places, alone, strict=True)
     )
     if not worst <= _PACKING_TOLERANCES[states.dtype]:
-        raise ValueError(_refusal(model, f"has other states in a packed row, by {worst:.1e}"))
+        raise ValueError(_refusal(model, f"has other states in a packed row, by {worst:.1e}", shared))
 
 
-def _refusal(model: PreTrainedModel, why: str) -> str:
-    return (
-        f"{type(model).__name__} ({model.config.model_type}) {why}: set --model.packing unshared, which packs without "
-        "sharing prompts, or --model.packing padded"
-    )
+def _refusal(model: PreTrainedModel, why: str, shared: bool) -> str:
+    unshared = "unshared, which packs without sharing prompts, or --model.packing " if shared else ""
+    return f"{type(model).__name__} ({model.config.model_type}) {why}: set --model.packing {unshared}padded"
 
 
 def _in_eval(model: PreTrainedModel, ids: Tensor, layout: Layout | None) -> Tensor:
