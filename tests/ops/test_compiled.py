@@ -2,6 +2,8 @@
 
 import math
 import multiprocessing
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +134,19 @@ def test_a_fork_does_not_wait_for_threads_that_it_has_not(kit: SimpleNamespace) 
     there, got = answers.get()
     assert not there
     torch.testing.assert_close(torch.tensor(got), want)
+
+
+def test_torchs_threads_stay_as_many_as_they_were() -> None:
+    """Numba's pool sets OpenMP's number for the whole process, once: hence a process of its own."""
+    script = """
+import torch
+from tvkd_fast.ops import compiled
+torch.set_num_threads(1)
+assert compiled.passes(torch.zeros(1)) is not None
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stdout + done.stderr
 
 
 def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

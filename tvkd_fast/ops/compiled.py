@@ -129,6 +129,7 @@ if hasattr(os, "register_at_fork"):
 def _compiled() -> Passes | None:
     if importlib.util.find_spec("numba") is None:
         return None
+    threads = torch.get_num_threads()
     try:
         from tvkd_fast.ops import compiled_kernels
 
@@ -137,3 +138,6 @@ def _compiled() -> Passes | None:
     except Exception as why:  # whatever keeps numba from compiling, torch's passes compute the same
         _log.warning("numba is installed and cannot compile here (%s): the head's passes are torch's", why)
         return None
+    finally:
+        # Numba's OpenMP pool sets the number of the whole process, torch's too, as it comes to be.
+        torch.set_num_threads(threads)
