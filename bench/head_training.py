@@ -3,6 +3,7 @@
     python -m bench.head_training --layers 4 --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json FILE
     python -m bench.head_training --data …      the whole model instead of a pruned one, which is warmed first
     python -m bench.head_training --frozen_head …       the head's weight does not learn, as under LoRA on the backbone
+    python -m bench.head_training --seeds 1 …           one of the seeds: processes may share a prepared study
 
 After 10, 100 and the last step each run is compared with the exact one of its seed: ‖ΔW − ΔW*‖/‖ΔW*‖ of the head's
 weight and of all others together, and on held-out pairs the reward margins, pair by pair. Runs that are finished lie
@@ -31,9 +32,10 @@ from tvkd_fast import HeadGradient, HeadStats
 from tvkd_fast.data import PairDataset, ScoreCache, micro_batches, pairs_of_step
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import FusedLMHead, PolicyWithHead, load_tokenizer
-from tvkd_fast.training.build import load_dataset, load_policy, score, train
+from tvkd_fast.training.build import load_dataset, score, train
 from tvkd_fast.training.config import DataConfig, LossConfig, ModelConfig, OptimConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.optim import learning_rate, make_optimizer
+from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.scoring import CachedScorer
 from tvkd_fast.training.step import train_step
 
@@ -82,7 +84,7 @@ class Study:
             eval=arguments.eval,
             train_limit=pairs,
             eval_limit=arguments.held_out,
-            max_length=192,
+            max_length=arguments.max_length,
             bad_pairs="drop",
             overlong="drop",
         )
@@ -223,10 +225,11 @@ def main() -> None:
     parser.add_argument("--warm_steps", type=int, default=150, help="SFT steps that warm the pruned student")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=2, help="a step")
+    parser.add_argument("--max_length", type=int, default=192, help="longer pairs are cut, or dropped")
     parser.add_argument("--held_out", type=int, default=64, help="pairs")
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--frozen_head", action="store_true")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", default="bundled:train")
     parser.add_argument("--eval", default="bundled:eval")
     parser.add_argument("--only", action="append", help="a part of a kind's name; may be repeated")
@@ -236,7 +239,7 @@ def main() -> None:
     study = Study(arguments)
     words = arguments.only or [""]
     runs = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for arm in ARMS:
             if arm != EXACT and not any(word in arm for word in words):
                 continue
@@ -254,6 +257,7 @@ def main() -> None:
         "pairs": arguments.pairs,
         "held_out": len(study.held_out),
         "lr": arguments.lr,
+        "max_length": arguments.max_length,
         "data": Path(arguments.data).name,
         "made_by": made_by(),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from tvkd_fast.data import MicroBatching, PairBatch, Scores, TokenizedPair
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import HeadGradient
-from tvkd_fast.training.build import load_policy
 from tvkd_fast.training.config import LossConfig, ModelConfig, OptimConfig
 from tvkd_fast.training.optim import make_optimizer
+from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.step import train_step
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0
@@ -141,7 +141,9 @@ def logps_of(policy: PolicyWithHead, job: Job, which: range) -> Tensor:
     return found
 
 
-def ours(gradient: HeadGradient, job: Job, turns: Turns) -> None:
+def ours(gradient: HeadGradient, tokens: int | None, job: Job, turns: Turns) -> None:
+    """Our step, in rows of at most `tokens` tokens where the job's own budget is not wanted."""
+    batching = job.batching if tokens is None else replace(job.batching, tokens=tokens)
     policy = load_policy(job.start, ModelConfig(packing=job.batching.packing))
     policy.head.gradient = gradient
     turns.ready(logps_of(policy, job, job.of_step(0)))
@@ -153,7 +155,7 @@ def ours(gradient: HeadGradient, job: Job, turns: Turns) -> None:
         out = train_step(
             policy,
             Given(job.ref_logps),
-            list(job.batching.batches(job.pairs, job.of_step(step))),
+            list(batching.batches(job.pairs, job.of_step(step))),
             optimizer,
             LossConfig(beta=BETA),
             objective="dpo",

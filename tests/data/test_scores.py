@@ -26,7 +26,7 @@ def dataset():
 @pytest.fixture
 def make_manifest(dataset):
     def make(**changes):
-        layout = ScoreLayout(dataset)
+        layout = ScoreLayout.of(dataset)
         manifest = {
             "dataset": "d" * 64,
             "tokenizer": "t" * 64,
@@ -45,7 +45,7 @@ def make_manifest(dataset):
 
 def numbers(dataset, kappa=0.7, first=0, last=None):
     """Of the pairs first..last−1: counts, so that every state's place can be read off its number."""
-    layout, last = ScoreLayout(dataset), len(dataset) if last is None else last
+    layout, last = ScoreLayout.of(dataset), len(dataset) if last is None else last
     lse = torch.arange(float(layout.num_states))[layout.bounds[2 * first] : layout.bounds[2 * last]]
     ref_logps = torch.arange(2.0 * len(dataset)).view(-1, 2)[first:last]
     return Scores(ref_logps, lse, lse if kappa == 1.0 else -lse)
@@ -57,7 +57,7 @@ def write(dataset, make_manifest):
 
     def write(folder, shard=2, **changes):
         manifest = make_manifest(**changes)
-        writer = ScoreWriter(folder, manifest, ScoreLayout(dataset))
+        writer = ScoreWriter(folder, manifest, ScoreLayout.of(dataset))
         while writer.pairs < len(dataset):
             last = min(writer.pairs + shard, len(dataset))
             writer.write(numbers(dataset, manifest.kappa, writer.pairs, last))
@@ -73,11 +73,12 @@ def test_scores_come_back_as_they_were(kappa, shard, write, make_manifest, datas
     cache = ScoreCache.load(write(tmp_path / "scores", shard, kappa=kappa), dataset)
     assert cache.manifest.same_numbers(make_manifest(kappa=kappa))
     assert len(cache.pieces) == -(-3 // shard)
-    whole = ScoreCache(cache.manifest, [numbers(dataset, kappa)], ScoreLayout(dataset))
+    whole = ScoreCache(cache.manifest, [numbers(dataset, kappa)], ScoreLayout.of(dataset))
     for pairs in ([0, 1, 2], [2, 0], [1]):
         want = whole.of(torch.tensor(pairs))
         for name, got in vars(cache.of(torch.tensor(pairs))).items():
-            assert (name == "reward" and got is None) or torch.equal(got, getattr(want, name))
+            wanted = getattr(want, name)
+            assert got is wanted is None or torch.equal(got, wanted)
     size = sum(path.stat().st_size for path in (tmp_path / "scores").glob("*.safetensors"))
     states = cache.layout.num_states
     assert size <= states * (4 if kappa == 1.0 else 8) + 6 * 4 + 512 * len(cache.pieces)
@@ -117,7 +118,7 @@ def test_shards_are_mapped_and_not_copied(write, dataset, tmp_path):
 
 
 def test_a_killed_pass_goes_on_after_its_whole_shards(dataset, make_manifest, tmp_path):
-    layout = ScoreLayout(dataset)
+    layout = ScoreLayout.of(dataset)
     killed = ScoreWriter(tmp_path / "scores", make_manifest(), layout)
     killed.write(numbers(dataset, first=0, last=1))
     killed.write(numbers(dataset, first=1, last=2))
@@ -133,7 +134,7 @@ def test_a_killed_pass_goes_on_after_its_whole_shards(dataset, make_manifest, tm
 
 @pytest.mark.parametrize("torn", [0, 1])
 def test_a_torn_shard_and_what_follows_are_made_again(torn, dataset, make_manifest, tmp_path):
-    layout = ScoreLayout(dataset)
+    layout = ScoreLayout.of(dataset)
     killed = ScoreWriter(tmp_path / "scores", make_manifest(), layout)
     killed.write(numbers(dataset, first=0, last=1))
     killed.write(numbers(dataset, first=1, last=2))
@@ -148,14 +149,14 @@ CHANGES = [{"kappa": 1.0}, {"teacher": "f" * 64}, {"value_dtype": "float16"}, {"
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_killed_pass_over_something_else_is_not_gone_on_with(change, dataset, make_manifest, tmp_path):
-    layout = ScoreLayout(dataset)
+    layout = ScoreLayout.of(dataset)
     ScoreWriter(tmp_path / "scores", make_manifest(), layout).write(numbers(dataset, first=0, last=1))
     assert ScoreWriter(tmp_path / "scores", make_manifest(**change), layout).pairs == 0
     assert not list(unfinished(tmp_path / "scores").glob("*.safetensors"))
 
 
 def test_an_unfinished_folder_is_refused(dataset, make_manifest, tmp_path):
-    ScoreWriter(tmp_path / "scores", make_manifest(), ScoreLayout(dataset)).write(numbers(dataset, first=0, last=1))
+    ScoreWriter(tmp_path / "scores", make_manifest(), ScoreLayout.of(dataset)).write(numbers(dataset, first=0, last=1))
     with pytest.raises(ValueError, match="names 1 shards of a run that is not finished"):
         ScoreCache.load(unfinished(tmp_path / "scores"), dataset)
 
@@ -170,7 +171,7 @@ def test_scoring_again_replaces(write, dataset, tmp_path):
 
 def test_a_full_disk_keeps_the_old_scores_and_the_whole_shards(write, dataset, make_manifest, tmp_path, monkeypatch):
     write(tmp_path / "scores", kappa=0.7)
-    layout = ScoreLayout(dataset)
+    layout = ScoreLayout.of(dataset)
     writer = ScoreWriter(tmp_path / "scores", make_manifest(kappa=1.0), layout)
     writer.write(numbers(dataset, 1.0, 0, 1))
 
@@ -189,7 +190,7 @@ def test_a_folder_of_other_things_is_never_replaced(make_manifest, dataset, tmp_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="holds other things than scores: give --output_dir a folder of its own"):
-        ScoreWriter(tmp_path / "run", make_manifest(), ScoreLayout(dataset))
+        ScoreWriter(tmp_path / "run", make_manifest(), ScoreLayout.of(dataset))
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -223,8 +224,8 @@ def test_a_folder_without_scores_names_the_command(tmp_path, dataset):
 
 def test_a_later_format_is_refused(write, tmp_path):
     path = write(tmp_path / "scores") / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
-    with pytest.raises(ValueError, match=r"manifest.json is of format 3, this library reads 2"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 4}))
+    with pytest.raises(ValueError, match=r"manifest.json is of format 4, this library reads 3"):
         read_manifest(tmp_path / "scores")
 
 

@@ -5,6 +5,7 @@ from tvkd_fast.data.dataset import PairDataset, TokenReport, build_dataset, chec
 from tvkd_fast.data.formats import BadPair, Preference, load_preferences
 from tvkd_fast.data.order import pairs_of_step
 from tvkd_fast.data.packing import MicroBatching, Packing, collate_packed, first_fit
+from tvkd_fast.data.retokenize import retokenize
 from tvkd_fast.data.scores import ScoreCache, ScoreLayout, ScoreManifest, Scores, ScoreWriter, describe, read_manifest
 from tvkd_fast.data.tokenization import TokenizedPair, tokenize_pair, truncate_pair
 
@@ -34,6 +35,7 @@ __all__ = [
     "micro_batches",
     "pairs_of_step",
     "read_manifest",
+    "retokenize",
     "tokenize_pair",
     "truncate_pair",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class TokenReport:
     source: str
     pairs: int
     max_length: int
-    truncation: str
+    truncation: Literal["keep_start", "keep_end"]
     truncated: int = 0
     dropped_overlong: int = 0
     dropped_bad: dict[str, int] = field(default_factory=dict)
@@ -55,11 +55,12 @@ class TokenReport:
 
 
 class PairDataset(Sequence[TokenizedPair]):
-    """Tokenized pairs in order; a slice is a list of them."""
+    """Tokenized pairs in order, with the text that they were made of; a slice is a list of them."""
 
-    def __init__(self, pairs: Iterable[TokenizedPair], report: TokenReport) -> None:
+    def __init__(self, pairs: Iterable[TokenizedPair], report: TokenReport, texts: Iterable[Preference] = ()) -> None:
         self._pairs = list(pairs)
         self.report = report
+        self.texts = list(texts)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -129,6 +130,7 @@ def build_dataset(
     dropped_overlong = truncated = 0
     first_dropped: BadPair | None = None
     pairs: list[TokenizedPair] = []
+    texts: list[Preference] = []
     for pair in _with_progress(loaded.pairs, progress):
         try:
             whole = to_tokens(pair)
@@ -151,21 +153,30 @@ def build_dataset(
             continue
         truncated += was_cut
         pairs.append(kept)
+        texts.append(pair)
     if not pairs:
         raise ValueError(f"{source}: no pair is left of {len(loaded.pairs)}; the first one dropped was {first_dropped}")
-    report = TokenReport(
+    report = report_of(
+        pairs,
         source=loaded.source,
-        pairs=len(pairs),
         max_length=max_length,
         truncation=truncation,
         truncated=truncated,
         dropped_overlong=dropped_overlong,
         dropped_bad=dict(dropped),
+    )
+    return PairDataset(pairs, report, texts)
+
+
+def report_of(pairs: Sequence[TokenizedPair], **counts: Any) -> TokenReport:
+    """What was done, with the tokens that the pairs have."""
+    return TokenReport(
+        pairs=len(pairs),
         prompt_tokens=sum(len(p.prompt_ids) for p in pairs),
         chosen_tokens=sum(len(p.chosen_ids) for p in pairs),
         rejected_tokens=sum(len(p.rejected_ids) for p in pairs),
+        **counts,
     )
-    return PairDataset(pairs, report)
 
 
 def check_token_ids(dataset: Sequence[TokenizedPair], vocab_size: int) -> None:

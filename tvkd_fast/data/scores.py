@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tvkd_fast.data.batch import PairBatch
 from tvkd_fast.data.folders import put_in_place, sha256_of, unfinished
 from tvkd_fast.data.tokenization import TokenizedPair
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -62,6 +63,8 @@ class ScoreManifest:
     """Dtype of what is kept a state; log-probabilities are float32."""
     teacher_reference: str | None = None
     """Of the weights of the teacher's own reference, where its rewards are kept and not its sums."""
+    teacher_tokens: str | None = None
+    """Of the token ids that the teacher read, where it has a tokenizer of its own."""
     shards: tuple[Shard, ...] = ()
     format: int = FORMAT
 
@@ -84,23 +87,37 @@ class ScoreManifest:
 class Scores:
     """Numbers of consecutive pairs of a dataset, or of a batch of it (then chosen rows first, then rejected)."""
 
-    ref_logps: Tensor | None
+    ref_logps: Tensor | None = None
     """[P, 2] float32 in a dataset, (2P,) in a batch: summed reference log-probabilities."""
-    lse: Tensor | None
+    lse: Tensor | None = None
     """(M,) float32: LSE(z) of every response state under the teacher."""
-    lse_kappa: Tensor | None
+    lse_kappa: Tensor | None = None
     """(M,) float32: LSE(κz); the same tensor as `lse` where κ=1."""
     reward: Tensor | None = None
     """(M,) float32: Σ_{k<t} log π_φ − log π_φref up to every response state, teacher φ and its own reference."""
+    teacher_states: Tensor | None = None
+    """[P, 2] int64 in a dataset, (2P,) in a batch: states of each response, where the teacher has a tokenizer of its
+    own and M counts them; None where they are the policy's."""
+    teacher_ended: Tensor | None = None
+    """The same shape, bool: whether the response ends in the teacher's tokens."""
+
+    def boundaries(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """(2P+1,) boundaries of the responses in the teacher's states, and (2P,) which of them ended."""
+        if self.teacher_states is None or self.teacher_ended is None:
+            return batch.cu_states, batch.ended
+        return torch.cat([self.teacher_states.new_zeros(1), self.teacher_states.cumsum(0)]), self.teacher_ended
 
 
 class ScoreLayout:
-    """Where the numbers of a pair stand in a dataset's flat arrays."""
+    """Where the numbers of a pair stand in a dataset's flat arrays, from [P, 2] states of its responses."""
 
-    def __init__(self, dataset: Sequence[TokenizedPair]) -> None:
-        lengths = torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in dataset]).flatten()
-        self.num_pairs = len(dataset)
-        self.bounds = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)])
+    def __init__(self, states: Tensor) -> None:
+        self.num_pairs = states.shape[0]
+        self.bounds = torch.cat([torch.zeros(1, dtype=torch.int64), states.flatten().cumsum(0)])
+
+    @classmethod
+    def of(cls, dataset: Sequence[TokenizedPair]) -> ScoreLayout:
+        return cls(states_of(dataset))
 
     @property
     def num_states(self) -> int:
@@ -119,6 +136,11 @@ class ScoreLayout:
         responses = self.responses(pairs)
         ends = zip(self.bounds[responses].tolist(), self.bounds[responses + 1].tolist(), strict=True)
         return torch.cat([torch.arange(start, end) for start, end in ends])
+
+
+def states_of(dataset: Sequence[TokenizedPair]) -> Tensor:
+    """[P, 2] int64: how many states the responses have."""
+    return torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in dataset], dtype=torch.int64).view(-1, 2) + 1
 
 
 class ScoreCache:
@@ -140,17 +162,18 @@ class ScoreCache:
         """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses."""
         kept = [name for name in NAMES if getattr(self.pieces[0], name) is not None]
         # An empty micro-batch has numbers too, none of each kind.
-        found: dict[str, list[Tensor]] = {name: [torch.empty(0)] for name in kept}
+        found = {name: [getattr(self.pieces[0], name).flatten()[:0]] for name in kept}
         for response in self.layout.responses(pairs.cpu()).tolist():
             which = bisect_right(self._firsts, response // 2) - 1
             piece, first = self.pieces[which], 2 * self._firsts[which]
             start, end = (int(self.layout.bounds[r] - self.layout.bounds[first]) for r in (response, response + 1))
             for name in kept:
                 numbers, place = getattr(piece, name).flatten(), slice(start, end)
-                if name == "ref_logps":
+                if name in RESPONSE_NAMES:
                     place = slice(response - first, response - first + 1)
-                found[name].append(numbers[place].float())
-        return Scores(**{name: torch.cat(found[name]) if name in found else None for name in NAMES})
+                found[name].append(numbers[place])
+        whole = {name: torch.cat(parts) for name, parts in found.items()}
+        return Scores(**{name: x.float() if x.is_floating_point() else x for name, x in whole.items()})
 
     @classmethod
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
@@ -160,13 +183,13 @@ class ScoreCache:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        layout = ScoreLayout(dataset)
-        if (manifest.pairs, manifest.states) != (layout.num_pairs, layout.num_states):
+        pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
+        layout = ScoreLayout(_teacher_states(pieces, states_of(dataset)))
+        if (manifest.pairs, manifest.states) != (len(dataset), layout.num_states):
             raise ValueError(
-                f"{folder} holds {manifest.pairs} pairs and {manifest.states} states, the data {layout.num_pairs} and "
+                f"{folder} holds {manifest.pairs} pairs and {manifest.states} states, the data {len(dataset)} and "
                 f"{layout.num_states}: it was made of other data; run `tvkd score` again"
             )
-        pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
         cache = cls(manifest, pieces, layout)
         for shard, (first, last) in zip(manifest.shards, pairwise(cache._firsts), strict=True):
             if layout.between(first, last) != shard.states:
@@ -226,7 +249,7 @@ class ScoreWriter:
         path = self.partial / f"scores-{len(self.manifest.shards):05d}.safetensors"
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            save_file({k: x.to(torch.float32 if k == "ref_logps" else dtype) for k, x in tensors.items()}, path)
+            save_file({k: x.to(dtype) if k in STATE_NAMES else x for k, x in tensors.items()}, path)
             _to_disk(path)
             states = self.layout.between(self.pairs, self.pairs + count)
             shard = Shard(path.name, count, states, sha256_of(path))
@@ -259,8 +282,9 @@ class ScoreWriter:
 
 
 NAMES = tuple(f.name for f in fields(Scores))
-STATE_NAMES = NAMES[1:]
-"""Of the numbers that there are one a state of."""
+STATE_NAMES = ("lse", "lse_kappa", "reward")
+"""Of the numbers that there are one a state of; of the others there is one a response."""
+RESPONSE_NAMES = tuple(name for name in NAMES if name not in STATE_NAMES)
 
 
 def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest:
@@ -295,7 +319,7 @@ def describe(folder: str | Path) -> str:
     manifest = read_manifest(folder)
     pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
     size = sum((folder / shard.file).stat().st_size for shard in manifest.shards)
-    made_of = ("dataset", "tokenizer", "reference", "teacher", "teacher_reference")
+    made_of = ("dataset", "tokenizer", "reference", "teacher", "teacher_reference", "teacher_tokens")
     lines = {name: value for name in made_of if (value := getattr(manifest, name)) is not None}
     lines["precision"] = f"{manifest.precision}; what is kept a state is in {manifest.value_dtype}"
     lines["kappa"] = str(manifest.kappa)
@@ -304,7 +328,9 @@ def describe(folder: str | Path) -> str:
         f"{size:,} bytes"
     )
     lines["made by"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    for name, what in zip(NAMES, ("reference logps", "LSE(z)", "LSE(kappa z)", "teacher's reward"), strict=True):
+    for name, what in zip(
+        ("ref_logps", *STATE_NAMES), ("reference logps", "LSE(z)", "LSE(kappa z)", "teacher's reward"), strict=True
+    ):
         found = [x for piece in pieces if (x := getattr(piece, name)) is not None]
         if found and (name != "lse_kappa" or manifest.kappa != 1.0):
             x = torch.cat([part.flatten() for part in found]).double()
@@ -321,12 +347,24 @@ def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}); run `tvkd score` again") from error
-    lse = tensors.get("lse")
-    scores = Scores(tensors.get("ref_logps"), lse, tensors.get("lse_kappa", lse), tensors.get("reward"))
-    sizes = [x.shape for name in STATE_NAMES if (x := getattr(scores, name)) is not None]
-    if scores.ref_logps is None or scores.ref_logps.shape != (shard.pairs, 2) or {*sizes} - {(shard.states,)}:
+    scores = Scores(**{name: tensors.get(name, tensors.get("lse") if name == "lse_kappa" else None) for name in NAMES})
+    shapes = {
+        "ref_logps": (shard.pairs, 2),
+        "teacher_states": (shard.pairs, 2),
+        "teacher_ended": (shard.pairs, 2),
+        **dict.fromkeys(STATE_NAMES, (shard.states,)),
+    }
+    fits = all(x is None or x.shape == shapes[name] for name, x in vars(scores).items())
+    own = scores.teacher_states is not None and scores.teacher_ended is not None
+    if not fits or scores.ref_logps is None or own != (manifest.teacher_tokens is not None):
         raise ValueError(f"{path} does not hold what {MANIFEST} says of it; run `tvkd score` again")
     return scores
+
+
+def _teacher_states(pieces: Sequence[Scores], otherwise: Tensor) -> Tensor:
+    """[P, 2] states of the responses in the teacher's own tokens, if it has some."""
+    found = [x for piece in pieces if (x := piece.teacher_states) is not None]
+    return torch.cat(found) if found else otherwise
 
 
 def _only_scores(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from tvkd_fast.models.load import load_model, load_tokenizer, save_model
 from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
 from tvkd_fast.models.prune import disable_dropout, prune_layers
-from tvkd_fast.models.shapes import ModelShape, model_shape
+from tvkd_fast.models.shapes import ModelShape, longest_sequence, model_shape
 
 __all__ = [
     "FusedLMHead",
@@ -19,6 +19,7 @@ __all__ = [
     "head_transforms",
     "load_model",
     "load_tokenizer",
+    "longest_sequence",
     "model_shape",
     "probe_head",
     "prune_layers",

@@ -85,6 +85,11 @@ class PolicyWithHead(nn.Module):
         # Looked up at every call: FSDP and PEFT replace modules.
         return self.model.get_output_embeddings()
 
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the head: a padded vocabulary has more than its tokenizer."""
+        return self.head.out_features
+
     def precision(self) -> torch.autocast:
         """The products' precision, wherever the model is called: policy, reference and teacher must agree on it."""
         return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)

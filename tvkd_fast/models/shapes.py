@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tvkd_fast.models.load import locate, unreadable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B-Instruct": {
@@ -70,3 +74,8 @@ def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool
         intermediate=config.intermediate_size,
         vocab=config.vocab_size,
     )
+
+
+def longest_sequence(model: PreTrainedModel) -> int:
+    """Positions that the model was made for; a model that numbers none has no end."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

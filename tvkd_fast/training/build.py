@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from dataclasses import replace
@@ -15,25 +14,25 @@ from tvkd_fast.data import (
     MicroBatching,
     PairDataset,
     ScoreCache,
-    ScoreLayout,
     ScoreManifest,
     build_dataset,
     check_token_ids,
     fingerprint_tokenizer,
 )
 from tvkd_fast.data.folders import whole_folder
-from tvkd_fast.models import (
-    PolicyWithHead,
-    TeacherWithHead,
-    fingerprint_weights,
-    load_model,
-    load_tokenizer,
-    prune_layers,
-    save_model,
-)
+from tvkd_fast.models import PolicyWithHead, fingerprint_weights, load_tokenizer, save_model
 from tvkd_fast.training.config import DataConfig, EvalConfig, ModelConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, RewardTeacher, Scorer, score_dataset, score_to_disk
+from tvkd_fast.training.run_models import (
+    FrozenModels,
+    freeze,
+    frozen_copy,
+    load_frozen,
+    load_policy,
+    precision,
+    resolve_device,
+)
+from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
 from tvkd_fast.training.trainer import Trainer
 from tvkd_fast.version import __version__
 
@@ -52,22 +51,22 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     policy = load_policy(config.policy, config.model, layers=config.student_layers)
     for pairs in (dataset, held_out):
         if pairs is not None:
-            check_token_ids(pairs, policy.head.out_features)
-    identity: dict[str, Any] = {"policy": fingerprint_weights(policy.model), "precision": _precision(config.model)}
+            check_token_ids(pairs, policy.vocab_size)
+    identity: dict[str, Any] = {"policy": fingerprint_weights(policy.model), "precision": precision(config.model)}
     scorer: Scorer = OnlineScorer(None, None)
     held_out_scorer = None
     if config.objective != "sft":
         models = _frozen_models(config, policy, tokenizer)
+        scorer = models.scorer(dataset, config, say=show_progress)
         expected = _expected(config, tokenizer, models, identity["policy"])
-        scorer = models
         if config.scores is not None:
-            cache = _fitting_cache(config.scores, config, dataset, expected)
+            cache = _fitting_cache(config.scores, config, dataset, expected, scorer)
             expected |= {name: getattr(cache.manifest, name) for name in ("teacher", "teacher_reference")}
             scorer = CachedScorer(cache)
         if held_out is not None:
             held_out_scorer = _held_out_scorer(config, policy, models, held_out, tokenizer, expected, show_progress)
         identity |= {name: expected[name] for name in ("reference", "teacher", "teacher_reference")}
-        if scorer is not models:
+        if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
             models.reference = models.teacher = None
     if config.model.gradient_checkpointing:
@@ -91,30 +90,28 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep what they say."""
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), say=show_progress)
-    if config.reference is not None:
-        reference = _load_reference(config.reference, config.model, tokenizer)
-    else:
-        reference = _frozen(load_policy(config.policy, config.model, layers=config.student_layers))
-    teacher = None
-    if config.teacher is not None:
-        teacher = _load_teacher(config.teacher, config.teacher_reference, config.kappa, config.model, tokenizer)
-    check_token_ids(dataset, reference.head.out_features)
+    models = load_frozen(config, tokenizer, kappa=config.kappa)
+    if models.reference is None:
+        models.reference = freeze(load_policy(config.policy, config.model, layers=config.student_layers))
+    check_token_ids(dataset, models.reference.vocab_size)
+    scorer = models.scorer(dataset, config, say=show_progress)
     manifest = _manifest(
         dataset,
         tokenizer,
-        **_teacher_fingerprints(teacher),
-        reference=fingerprint_weights(reference.model),
+        scorer,
+        **models.teacher_fingerprints(),
+        reference=fingerprint_weights(models.reference.model),
         kappa=config.kappa,
         model=config.model,
     )
     return score_to_disk(
         dataset,
-        OnlineScorer(reference, teacher),
+        scorer,
         replace(manifest, value_dtype=config.value_dtype),
         config.output_dir,
         pairs_per_shard=config.pairs_per_shard,
         batching=micro_batching(config),
-        device=next(reference.parameters()).device,
+        device=resolve_device(config.model),
         progress=show_progress,
     )
 
@@ -125,19 +122,15 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), say=show_progress)
-    policy = _frozen(load_policy(config.policy, config.model))
-    check_token_ids(dataset, policy.head.out_features)
-    reference = teacher = None
-    if config.reference is not None:
-        reference = _load_reference(config.reference, config.model, tokenizer)
-    if config.teacher is not None:
-        teacher = _load_teacher(config.teacher, config.teacher_reference, config.loss.kappa, config.model, tokenizer)
+    policy = freeze(load_policy(config.policy, config.model))
+    check_token_ids(dataset, policy.vocab_size)
+    models = load_frozen(config, tokenizer, kappa=config.loss.kappa)
     return evaluate(
         policy,
         dataset,
-        scorer=OnlineScorer(reference, teacher),
+        scorer=models.scorer(dataset, config, say=show_progress),
         loss=config.loss,
-        objective="dpo" if teacher is None else "tvkd",
+        objective="dpo" if models.teacher is None else "tvkd",
         batching=micro_batching(config),
         device=next(policy.parameters()).device,
     )
@@ -186,110 +179,39 @@ def load_dataset(
     return dataset
 
 
-def load_policy(name: str, config: ModelConfig, *, layers: int | None = None) -> PolicyWithHead:
-    """A model on the run's device and in its precision, pruned to `layers` where given."""
-    return PolicyWithHead(_load(name, config, layers=layers), packing=config.packing, autocast=_autocast(config))
-
-
-def resolve_device(config: ModelConfig) -> torch.device:
-    """Where the run's models live; ValueError where the device asked for is not there."""
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available: set --model.device cpu, or install a CUDA build of torch")
-    return device
-
-
-def check_same_tokenizer(
-    policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, *, role: str
-) -> None:
-    """Every model must read the policy's token ids, at which its states and log-probabilities are taken."""
-    ours, theirs = policy.get_vocab(), other.get_vocab()
-    if ours == theirs:
-        return
-    odd = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
-    raise ValueError(
-        f"the {role} {name} has another tokenizer than the policy ({len(theirs):,} tokens against {len(ours):,}; they "
-        f"differ at {odd!r}): what it says would be of other text. Choose a {role} of the policy's family"
-    )
-
-
-def _load(name: str, config: ModelConfig, *, layers: int | None = None) -> PreTrainedModel:
-    model = load_model(
-        name,
-        dtype=getattr(torch, config.dtype),
-        device=resolve_device(config),
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return model if layers is None else prune_layers(model, layers)
-
-
-def _load_reference(name: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHead:
-    theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
-    check_same_tokenizer(tokenizer, theirs, name, role="reference")
-    return _frozen(load_policy(name, config))
-
-
-def _load_teacher(
-    name: str, reference: str | None, kappa: float, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
-) -> TeacherWithHead | RewardTeacher:
-    """A teacher of soft values; of rewards where its own reference is given."""
-    theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
-    check_same_tokenizer(tokenizer, theirs, name, role="teacher")
-    if reference is not None:
-        return RewardTeacher(_frozen(load_policy(name, config)), _load_reference(reference, config, tokenizer))
-    model = _load(name, config)
-    return TeacherWithHead(model, kappa=kappa, packing=config.packing, autocast=_autocast(config))
-
-
-def _frozen_models(config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase) -> OnlineScorer:
+def _frozen_models(config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase) -> FrozenModels:
     """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
     if config.objective == "tvkd" and config.teacher is None and config.scores is None:
         raise ValueError(
             "tvkd needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`; --objective dpo needs "
             "none"
         )
-    reference = None
-    if config.reference is not None:
-        reference = _load_reference(config.reference, config.model, tokenizer)
-    elif config.scores is None:
-        reference = _frozen(copy.deepcopy(policy))
-    teacher = None
-    if config.objective == "tvkd" and config.teacher is not None:
-        teacher = _load_teacher(config.teacher, config.teacher_reference, config.loss.kappa, config.model, tokenizer)
-    return OnlineScorer(reference, teacher)
-
-
-def _teacher_fingerprints(teacher: TeacherWithHead | RewardTeacher | None) -> dict[str, str | None]:
-    """Of the weights of the teacher and of its own reference."""
-    own = teacher.reference.model if isinstance(teacher, RewardTeacher) else None
-    return {
-        "teacher": None if teacher is None else fingerprint_weights(teacher.model),
-        "teacher_reference": None if own is None else fingerprint_weights(own),
-    }
+    models = load_frozen(config, tokenizer, kappa=config.loss.kappa, with_teacher=config.objective == "tvkd")
+    if models.reference is None and config.scores is None:
+        models.reference = frozen_copy(policy)
+    return models
 
 
 def _expected(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: OnlineScorer, policy_at_start: str
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: FrozenModels, policy_at_start: str
 ) -> dict[str, Any]:
     """What a cache of scores must have been made of to serve this run; None is not compared."""
     needs_sums = config.objective == "tvkd" and config.loss.value_from != "implicit_reward"
     return {
         "tokenizer": fingerprint_tokenizer(tokenizer),
-        "precision": _precision(config.model),
+        "precision": precision(config.model),
         "kappa": config.loss.kappa if needs_sums else None,
         "reference": policy_at_start if models.reference is None else fingerprint_weights(models.reference.model),
-        **_teacher_fingerprints(models.teacher),
+        **models.teacher_fingerprints(),
     }
 
 
-def _fitting_cache(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
+def _fitting_cache(
+    folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any], scorer: OnlineScorer
+) -> ScoreCache:
+    """The cache, if it holds what `scorer` would say of the dataset."""
     cache = ScoreCache.load(folder, dataset)
-    cache.check(**expected, dataset=dataset.fingerprint)
+    cache.check(**expected, dataset=dataset.fingerprint, teacher_tokens=_teacher_tokens(scorer))
     if config.objective == "tvkd" and not cache.has_values(config.loss.value_from):
         raise ValueError(
             f"the scores at {folder} hold no teacher's values of the kind {config.loss.value_from}: run `tvkd score` "
@@ -301,30 +223,30 @@ def _fitting_cache(folder: str, config: TrainConfig, dataset: PairDataset, expec
 def _held_out_scorer(
     config: TrainConfig,
     policy: PolicyWithHead,
-    models: OnlineScorer,
+    models: FrozenModels,
     held_out: PairDataset,
     tokenizer: PreTrainedTokenizerBase,
     expected: dict[str, Any],
     show_progress: bool,
 ) -> CachedScorer:
     """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
+    # Here the policy is still its own reference, also when the run is resumed later on.
+    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, say=show_progress)
     if config.eval_scores is not None:
-        return CachedScorer(_fitting_cache(config.eval_scores, config, held_out, expected))
+        return CachedScorer(_fitting_cache(config.eval_scores, config, held_out, expected, scorer))
     if config.objective == "tvkd" and models.teacher is None:
         warnings.warn(
             "held-out pairs have no teacher's values: evaluation leaves the loss and the shaping out. Score them too, "
             "`tvkd score --which eval`, and give --eval_scores",
             stacklevel=2,
         )
-    # Here the policy is still its own reference, also when the run is resumed later on.
-    reference = policy if models.reference is None else models.reference
     names = {name: expected[name] for name in ("teacher", "teacher_reference", "reference")}
     names["kappa"] = config.loss.kappa
     return CachedScorer(
         score_dataset(
             held_out,
-            OnlineScorer(reference, models.teacher),
-            _manifest(held_out, tokenizer, **names, model=config.model),
+            scorer,
+            _manifest(held_out, tokenizer, scorer, **names, model=config.model),
             batching=micro_batching(config),
             device=next(policy.parameters()).device,
             progress=show_progress,
@@ -335,6 +257,7 @@ def _held_out_scorer(
 def _manifest(
     dataset: PairDataset,
     tokenizer: PreTrainedTokenizerBase,
+    scorer: OnlineScorer,
     *,
     teacher: str | None,
     teacher_reference: str | None,
@@ -350,21 +273,15 @@ def _manifest(
         teacher=teacher,
         teacher_reference=teacher_reference,
         reference=reference,
-        precision=_precision(model),
+        precision=precision(model),
         kappa=kappa,
         pairs=len(dataset),
-        states=ScoreLayout(dataset).num_states,
+        states=scorer.layout(dataset).num_states,
         versions={"tvkd_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        teacher_tokens=_teacher_tokens(scorer),
     )
 
 
-def _autocast(config: ModelConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.autocast == "bfloat16" else None
-
-
-def _precision(config: ModelConfig) -> str:
-    return config.dtype if config.autocast == "off" else f"{config.dtype}, products in {config.autocast}"
-
-
-def _frozen(policy: PolicyWithHead) -> PolicyWithHead:
-    return policy.eval().requires_grad_(False)
+def _teacher_tokens(scorer: OnlineScorer) -> str | None:
+    """What tells the teacher's own tokens, where it has some."""
+    return None if scorer.teacher_tokens is None else scorer.teacher_tokens.dataset.fingerprint

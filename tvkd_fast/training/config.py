@@ -131,7 +131,7 @@ class TrainConfig:
     objective: Literal["tvkd", "dpo", "sft"] = "tvkd"
     """Loss: tvkd, dpo (tvkd without a teacher), or sft on the chosen responses."""
     teacher: str | None = None
-    """DPO-trained teacher; needed by tvkd unless its scores are given."""
+    """DPO-trained teacher, of any tokenizer; needed by tvkd unless its scores are given."""
     teacher_reference: str | None = None
     """What the teacher was before DPO: its own reference, for loss.value_from implicit_reward."""
     reference: str | None = None

@@ -21,12 +21,13 @@ import torch
 from tvkd_fast.data import ScoreCache
 from tvkd_fast.data.synthetic import judge, preference_rows
 from tvkd_fast.models import load_model, load_tokenizer, prune_layers
-from tvkd_fast.training.build import FINAL, load_dataset, load_policy, save_final, score, train
+from tvkd_fast.training.build import FINAL, load_dataset, save_final, score, train
 from tvkd_fast.training.config import DataConfig, OptimConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import evaluate
 from tvkd_fast.training.generate import answers
 from tvkd_fast.training.metrics import read_metrics
 from tvkd_fast.training.plot import plot_curves
+from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer
 from tvkd_fast.version import __version__
 

@@ -5,6 +5,7 @@ Letters: P pairs, M response states.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from tvkd_fast.data import (
     Scores,
     ScoreWriter,
 )
-from tvkd_fast.data.scores import STATE_NAMES
+from tvkd_fast.data.scores import NAMES, STATE_NAMES
 from tvkd_fast.losses import running_sums, segment_sums
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 
@@ -49,23 +50,72 @@ class RewardTeacher(nn.Module):
     def model(self) -> PreTrainedModel:
         return self.teacher.model
 
+    @property
+    def vocab_size(self) -> int:
+        return min(self.teacher.vocab_size, self.reference.vocab_size)
+
     def forward(self, batch: PairBatch) -> Tensor:
         return running_sums(self.teacher(batch) - self.reference(batch), batch.cu_seqlens)
 
 
-class OnlineScorer:
-    """Runs the frozen models on every batch."""
+@dataclass(frozen=True)
+class TeacherTokens:
+    """A dataset in the tokens of a teacher that has a tokenizer of its own, and how many of them it takes at once."""
 
-    def __init__(self, reference: PolicyWithHead | None, teacher: TeacherWithHead | RewardTeacher | None) -> None:
-        self.reference, self.teacher = reference, teacher
+    dataset: PairDataset
+    batching: MicroBatching
+
+
+class OnlineScorer:
+    """Runs the frozen models on every batch; the teacher on tokens of its own, where it is given some."""
+
+    def __init__(
+        self,
+        reference: PolicyWithHead | None,
+        teacher: TeacherWithHead | RewardTeacher | None,
+        teacher_tokens: TeacherTokens | None = None,
+    ) -> None:
+        self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
+
+    def layout(self, dataset: PairDataset) -> ScoreLayout:
+        """Of the numbers that it gives of a dataset."""
+        return ScoreLayout.of(dataset if self.teacher_tokens is None else self.teacher_tokens.dataset)
 
     @torch.no_grad()
     def of(self, batch: PairBatch) -> Scores:
         ref_logps = None if self.reference is None else segment_sums(self.reference(batch), batch.cu_seqlens)
+        if self.teacher is None:
+            return Scores(ref_logps)
+        if self.teacher_tokens is None:
+            return replace(self._of_teacher(batch), ref_logps=ref_logps)
+        return replace(self._in_its_own_tokens(batch, self.teacher_tokens), ref_logps=ref_logps)
+
+    def _of_teacher(self, batch: PairBatch) -> Scores:
         if isinstance(self.teacher, RewardTeacher):
-            return Scores(ref_logps, None, None, self.teacher(batch))
-        lse, lse_kappa = (None, None) if self.teacher is None else self.teacher(batch)
-        return Scores(ref_logps, lse, lse_kappa)
+            return Scores(reward=self.teacher(batch))
+        assert self.teacher is not None
+        lse, lse_kappa = self.teacher(batch)
+        return Scores(lse=lse, lse_kappa=lse_kappa)
+
+    def _in_its_own_tokens(self, batch: PairBatch, tokens: TeacherTokens) -> Scores:
+        """The teacher's rows are packed anew: of the same pairs it may have more tokens than fit one row."""
+        pairs = [tokens.dataset[i] for i in batch.pairs.tolist()]
+        layout = ScoreLayout.of(pairs)
+        found: dict[str, Tensor] = {}
+        for own in tokens.batching.batches(pairs, range(len(pairs))):
+            places = layout.states(own.pairs)
+            for name, numbers in vars(self._of_teacher(own.to(batch.labels.device))).items():
+                if numbers is not None:
+                    found.setdefault(name, numbers.new_zeros(layout.num_states))[places] = numbers
+        everyone = torch.arange(len(pairs))
+        order = layout.states(everyone)
+        ended = torch.tensor([[pair.chosen_ended, pair.rejected_ended] for pair in pairs], dtype=torch.bool)
+        of_responses = {
+            "teacher_states": layout.bounds.diff()[layout.responses(everyone)],
+            "teacher_ended": ended.view(-1, 2).T.flatten(),
+        }
+        of_states = {name: found[name][order] if name in found else None for name in STATE_NAMES}
+        return Scores(**of_states, **{name: x.to(batch.labels.device) for name, x in of_responses.items()})
 
 
 class CachedScorer:
@@ -82,7 +132,7 @@ class CachedScorer:
 
 def score_dataset(
     dataset: PairDataset,
-    scorer: Scorer,
+    scorer: OnlineScorer,
     manifest: ScoreManifest,
     *,
     batching: MicroBatching,
@@ -90,7 +140,7 @@ def score_dataset(
     progress: bool = False,
 ) -> ScoreCache:
     """Run the scorer once over the dataset and keep what it says in memory, in the dataset's order."""
-    layout = ScoreLayout(dataset)
+    layout = scorer.layout(dataset)
     with _bar(len(dataset), 0, progress) as bar:
         scores = _score_pairs(dataset, layout, range(len(dataset)), scorer, batching, device, bar)
     return ScoreCache(manifest, [scores], layout)
@@ -98,7 +148,7 @@ def score_dataset(
 
 def score_to_disk(
     dataset: PairDataset,
-    scorer: Scorer,
+    scorer: OnlineScorer,
     manifest: ScoreManifest,
     folder: str,
     *,
@@ -108,7 +158,7 @@ def score_to_disk(
     progress: bool = False,
 ) -> ScoreCache:
     """The same shard by shard into a folder. Killed, it goes on after the last whole shard when it is run again."""
-    layout = ScoreLayout(dataset)
+    layout = scorer.layout(dataset)
     writer = ScoreWriter(folder, manifest, layout)
     with _bar(len(dataset), writer.pairs, progress) as bar:
         while writer.pairs < len(dataset):
@@ -136,10 +186,12 @@ def _score_pairs(
         of_responses = layout.responses(batch.pairs) - 2 * pairs.start
         for name, numbers in vars(scores).items():
             if numbers is not None:
-                size, place = (2 * len(pairs), of_responses) if name == "ref_logps" else (states, of_states)
-                kept.setdefault(name, torch.zeros(size))[place] = numbers.float().cpu()
+                x = numbers.float().cpu() if numbers.is_floating_point() else numbers.cpu()
+                size, place = (states, of_states) if name in STATE_NAMES else (2 * len(pairs), of_responses)
+                kept.setdefault(name, x.new_zeros(size))[place] = x
         bar.update(batch.num_pairs)
-    return Scores(kept.pop("ref_logps").view(-1, 2), **{name: kept.get(name) for name in STATE_NAMES})
+    whole = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in kept.items()}
+    return Scores(**{name: whole.get(name) for name in NAMES})
 
 
 def _bar(num_pairs: int, done: int, progress: bool) -> tqdm:

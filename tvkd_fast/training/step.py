@@ -82,7 +82,8 @@ def preference_output(
     values = values_of(scores, config) if objective == "tvkd" else None
     psi = None
     if values is not None:
-        psi = shaping_returns(values, batch.cu_states, gamma=config.gamma, terminal=config.terminal, ended=batch.ended)
+        cu_states, ended = scores.boundaries(batch)
+        psi = shaping_returns(values, cu_states, gamma=config.gamma, terminal=config.terminal, ended=ended)
     ref_logps = torch.zeros_like(policy_logps) if scores.ref_logps is None else scores.ref_logps
     return tvkd_loss(
         policy_logps,

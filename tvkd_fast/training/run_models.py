@@ -1,0 +1,173 @@
+"""A run's models: the policy as its config wants it, and the frozen ones that it is taught by and held to."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tvkd_fast.data import MicroBatching, PairDataset, check_token_ids, retokenize
+from tvkd_fast.models import (
+    PolicyWithHead,
+    TeacherWithHead,
+    fingerprint_weights,
+    load_model,
+    load_tokenizer,
+    longest_sequence,
+    prune_layers,
+)
+from tvkd_fast.training.config import EvalConfig, ModelConfig, ScoreConfig, TrainConfig, micro_batching
+from tvkd_fast.training.scoring import OnlineScorer, RewardTeacher, TeacherTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class FrozenModels:
+    """Reference and teacher, where there are such."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The policy's."""
+    reference: PolicyWithHead | None = None
+    teacher: TeacherWithHead | RewardTeacher | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    """None where the teacher reads the policy's tokens."""
+
+    def scorer(
+        self, dataset: PairDataset, config: TrainConfig | ScoreConfig | EvalConfig, *, say: bool = False
+    ) -> OnlineScorer:
+        """What scores this dataset's batches. `say` prints on stderr what the teacher reads of it."""
+        tokens = None
+        if self.teacher is not None and self.teacher_tokenizer is not None:
+            tokens = self._teacher_tokens(self.teacher, self.teacher_tokenizer, dataset, micro_batching(config), config)
+            if say:
+                print(tokens.dataset.report, file=sys.stderr)
+        return OnlineScorer(self.reference, self.teacher, tokens)
+
+    def _teacher_tokens(
+        self,
+        teacher: TeacherWithHead | RewardTeacher,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: PairDataset,
+        batching: MicroBatching,
+        config: TrainConfig | ScoreConfig | EvalConfig,
+    ) -> TeacherTokens:
+        own = retokenize(
+            dataset,
+            self.tokenizer,
+            tokenizer,
+            max_length=longest_sequence(teacher.model),
+            chat_template=config.data.chat_template,
+            batching=batching,
+        )
+        check_token_ids(own, teacher.vocab_size)
+        return TeacherTokens(own, batching)
+
+    def teacher_fingerprints(self) -> dict[str, str | None]:
+        """Of the weights of the teacher and of its own reference."""
+        own = self.teacher.reference.model if isinstance(self.teacher, RewardTeacher) else None
+        return {
+            "teacher": None if self.teacher is None else fingerprint_weights(self.teacher.model),
+            "teacher_reference": None if own is None else fingerprint_weights(own),
+        }
+
+
+def load_policy(name: str, config: ModelConfig, *, layers: int | None = None) -> PolicyWithHead:
+    """A model on the run's device and in its precision, pruned to `layers` where given."""
+    return PolicyWithHead(_load(name, config, layers=layers), packing=config.packing, autocast=_autocast(config))
+
+
+def load_frozen(
+    config: TrainConfig | ScoreConfig | EvalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kappa: float,
+    with_teacher: bool = True,
+) -> FrozenModels:
+    """The reference and the teacher that the config names, with what each must read."""
+    found = FrozenModels(tokenizer)
+    if config.reference is not None:
+        found.reference = _load_reference(config.reference, config.model, tokenizer, whose="policy")
+    if config.teacher is None or not with_teacher:
+        return found
+    theirs = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        found.teacher_tokenizer = theirs
+    if config.teacher_reference is not None:
+        own = _load_reference(config.teacher_reference, config.model, theirs, whose="teacher")
+        found.teacher = RewardTeacher(freeze(load_policy(config.teacher, config.model)), own)
+    else:
+        model = _load(config.teacher, config.model)
+        found.teacher = TeacherWithHead(
+            model, kappa=kappa, packing=config.model.packing, autocast=_autocast(config.model)
+        )
+    return found
+
+
+def freeze(policy: PolicyWithHead) -> PolicyWithHead:
+    """Without dropout or gradients."""
+    return policy.eval().requires_grad_(False)
+
+
+def frozen_copy(policy: PolicyWithHead) -> PolicyWithHead:
+    """What the policy is now."""
+    return freeze(copy.deepcopy(policy))
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """Where the run's models live; ValueError where the device asked for is not there."""
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available: set --model.device cpu, or install a CUDA build of torch")
+    return device
+
+
+def precision(config: ModelConfig) -> str:
+    """Dtype of the weights and of the products, in words that are compared."""
+    return config.dtype if config.autocast == "off" else f"{config.dtype}, products in {config.autocast}"
+
+
+def _load(name: str, config: ModelConfig, *, layers: int | None = None) -> PreTrainedModel:
+    model = load_model(
+        name,
+        dtype=getattr(torch, config.dtype),
+        device=resolve_device(config),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return model if layers is None else prune_layers(model, layers)
+
+
+def _load_reference(
+    name: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, whose: str
+) -> PolicyWithHead:
+    theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    _check_same_tokenizer(tokenizer, theirs, name, whose=whose)
+    return freeze(load_policy(name, config))
+
+
+def _check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, *, whose: str
+) -> None:
+    """A reference's log-probabilities are taken at the tokens of the model it belongs to."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
+    odd = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
+    raise ValueError(
+        f"the {whose}'s reference {name} has another tokenizer than the {whose} ({len(theirs):,} tokens against "
+        f"{len(ours):,}; they differ at {odd!r}): what it says would be of other tokens. Choose a reference of the "
+        f"{whose}'s family"
+    )
+
+
+def _autocast(config: ModelConfig) -> torch.dtype | None:
+    return torch.bfloat16 if config.autocast == "bfloat16" else None
