@@ -1,11 +1,12 @@
 """The pictures of docs/benchmarks.md and docs/numerics.md, drawn from the JSON of the measuring commands.
 
-python -m bench.curves      writes docs/pictures/{head,training}.png from docs/results/*.json
+python -m bench.curves [head training lengths]      writes docs/pictures/*.png from docs/results/*.json
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from statistics import mean
 from typing import Any
 
@@ -141,6 +142,33 @@ def training_picture() -> None:
     figure.savefig(FOLDER / "training.png", dpi=150)
 
 
+def lengths_picture() -> None:
+    """Tokens of pairs a second, prompts counted once, and peak memory, by a sequence's length."""
+    report = load("step_lengths")
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    lengths = [point["length"] for point in report["points"]]
+    for place, colour in ((0, "#30638e"), (-1, "#8d8d8d")):
+        rows = [point["results"][place] for point in report["points"]]
+        each = [point["tokens"] / point["pairs"] for point in report["points"]]
+        label = rows[0]["name"]
+        told = [row["pairs_per_s"] * tokens for row, tokens in zip(rows, each, strict=True)]
+        speed.plot(lengths, told, "o-", color=colour, label=label)
+        memory.plot(lengths, [row["peak_mb"] / 1024 for row in rows], "o-", color=colour, label=label)
+    for axes, label in ((speed, "tokens a second"), (memory, "peak memory, GB")):
+        axes.set(xscale="log", xlabel="tokens of prompt and response", ylabel=label, ylim=(0, None))
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize=8)
+    first = report["points"][0]
+    tokens = first["tokens"] // (first["pairs"] // first["pairs_per_step"])
+    figure.suptitle(f"{first['model']}: a step of {tokens:,} tokens, whatever the length", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(FOLDER / "lengths.png", dpi=150)
+
+
+PICTURES = {"head": head_picture, "training": training_picture, "lengths": lengths_picture}
+
+
 if __name__ == "__main__":
-    head_picture()
-    training_picture()
+    for name in sys.argv[1:] or PICTURES:
+        PICTURES[name]()

@@ -5,8 +5,8 @@
 SmolLM2-135M in float32, or a student pruned to `--layers`, under AdamW, from one start over the same pairs in the same
 order, none of them truncated, with the log-probabilities of a reference that differs from the policy at hand. Each
 contender has a process of its own; they take a step in turn, and the first step is no part of the figures. TRL is given
-our token ids, and of micro-batches of 1, 2 and 4 pairs the fastest. Peak memory is the process's own (VmHWM, reset as
-the first step begins). Linux only.
+our token ids, and of micro-batches of 1, 2 and 4 pairs (`--trl_batches`) the fastest. Peak memory is the process's own
+(VmHWM, reset as the first step begins). Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from bench.machine import made_by, versions, write_report
 from bench.steppers import Job, Run, Stepper, logps_of, ours, trl
 from tvkd_fast import HeadGradient
-from tvkd_fast.data import MicroBatching, build_dataset
+from tvkd_fast.data import MicroBatching, PairDataset, TokenizedPair, build_dataset
 from tvkd_fast.data.packing import packed_length
 from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_layers, save_model
 
@@ -37,7 +37,6 @@ WAYS: dict[str, HeadGradient] = {
     "tvkd_fast, sparse 2^-16": HeadGradient(grad_mode="sparse", eps=2.0**-16),
 }
 """By name, how the head is differentiated."""
-TRL_BATCHES = (1, 2, 4)
 
 
 def main() -> None:
@@ -47,9 +46,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32, help="of all steps together")
     parser.add_argument("--pairs_per_step", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512, help="longer pairs are passed over")
+    parser.add_argument("--made_length", type=int, help="pairs of one length, cut from the data's running text")
     parser.add_argument("--tokens_per_micro_batch", type=int, default=2048, help="ours")
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=[], help="who else takes part")
-    parser.add_argument("--ways", action="store_true", help="every way to our head, and not exact gradients alone")
+    parser.add_argument("--trl_batches", nargs="+", type=int, default=[1, 2, 4], help="pairs of TRL's micro-batches")
+    parser.add_argument("--ways", action="store_true", help="every way to our head, and the shortest rows too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", default="bundled:train")
     parser.add_argument("--json", type=Path)
@@ -78,6 +79,8 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> Job:
     dataset = build_dataset(arguments.data, tokenizer, max_length=2**20, bad_pairs="drop")
     limit = arguments.max_length
     pairs = [x for x in dataset if len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids)) <= limit]
+    if arguments.made_length:
+        pairs = made_pairs(dataset, arguments.made_length, arguments.pairs)
     if len(pairs) < arguments.pairs:
         raise SystemExit(f"{arguments.data} has {len(pairs)} pairs of at most {limit} tokens: ask for fewer --pairs")
     job = Job(
@@ -92,13 +95,27 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> Job:
     return replace(job, ref_logps=logps_of(reference, job, range(arguments.pairs)))
 
 
+def made_pairs(dataset: PairDataset, length: int, count: int) -> list[TokenizedPair]:
+    """Pairs of one length, half of it the prompt, cut from the data's text as it goes on; they mean nothing."""
+    text = [token for pair in dataset for token in pair.prompt_ids + pair.chosen_ids + pair.rejected_ids]
+    half = length // 2
+    cuts = [text[start : start + half] for start in range(0, 3 * count * half, half)]
+    if len(cuts[-1]) < half:
+        raise SystemExit(f"the data has {len(text):,} tokens, too few for {count} pairs of {length}: give more --data")
+    return [TokenizedPair(*cuts[3 * i : 3 * i + 3], False, False, f"made pair {i}") for i in range(count)]
+
+
 def contest(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = WAYS if arguments.ways else {OURS: WAYS[OURS]}
-    runs: dict[str, Run] = {name: partial(ours, gradient) for name, gradient in chosen.items()}
+    runs: dict[str, Run] = {name: partial(ours, gradient, None) for name, gradient in chosen.items()}
+    shortest = 2 * arguments.max_length
+    if arguments.ways and shortest < job.batching.tokens:
+        runs[f"{OURS}, rows of {shortest:,} tokens"] = partial(ours, HeadGradient(), shortest)
     tried = {}
     if "trl" in arguments.peers:
-        tried = {size: _a_step_of(partial(trl, size), job) for size in TRL_BATCHES if job.pairs_per_step % size == 0}
-        runs["trl"] = partial(trl, min(tried, key=tried.__getitem__))
+        sizes = [size for size in arguments.trl_batches if job.pairs_per_step % size == 0]
+        tried = {size: _a_step_of(partial(trl, size), job) for size in sizes} if len(sizes) > 1 else {}
+        runs["trl"] = partial(trl, min(tried, key=tried.__getitem__) if tried else sizes[0])
     steppers = {name: Stepper(run, job) for name, run in runs.items()}
     for _ in range(job.steps):
         for stepper in steppers.values():
@@ -113,7 +130,7 @@ def contest(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model if arguments.layers is None else f"{arguments.model}, {arguments.layers} layers",
         "pairs": len(job.pairs),
         "pairs_per_step": job.pairs_per_step,
-        "max_length": arguments.max_length,
+        "max_length": arguments.made_length or arguments.max_length,
         "tokens": tokens,
         "padded_tokens": sum(2 * (len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids))) for x in job.pairs),
         "response_tokens": sum(len(x.chosen_ids) + len(x.rejected_ids) for x in job.pairs),

@@ -169,6 +169,48 @@ def step_table(report: dict[str, Any]) -> str:
     return markdown(head, rows) + "\n" + provenance(made, what)
 
 
+def teacher_table(report: dict[str, Any]) -> str:
+    """What was measured of a teacher's price, beside what it may be."""
+    trained, scored = report["training"], report["scoring"]
+    low, high = trained["interval_ms"]
+    difference = f"{trained['difference_ms']:+.2f} ms ({low:+.2f} to {high:+.2f})"
+    rows = [
+        ["scoring by two models: speed over their backbones and a product each", f"{scored['speed_over_floor']:.3f}"],
+        [f"a step of TVKD on cached values, beyond DPO's {trained['dpo_ms']:.1f} ms on a cached reference", difference],
+    ]
+    what = f"scoring: {scored['model']}, {scored['pairs']} pairs of {report['data']}, {scored['states']:,} states; "
+    what += f"training: a tiny model, {trained['steps']} steps of {trained['pairs_per_step']} pairs by either in turn; "
+    what += "medians, of paired differences with their 95% interval"
+    return markdown(["what the teacher costs", "measured"], rows) + "\n" + provenance(report["made_by"], what)
+
+
+def profile_table(report: dict[str, Any]) -> str:
+    rows = [[part, f"{share:.1%}"] for part, share in report["shares"].items()]
+    shape = "x".join(map(str, report["largest_product"]))
+    what = (
+        f"{report['model']}, {report['pairs']} pairs of {report['data']}, {report['tokens']:,} tokens; the backbone's "
+    )
+    what += f"products run at {report['gflops']:.0f} GFLOP/s, the largest of them, {shape}, alone at "
+    what += f"{report['gflops_alone']:.0f}"
+    return markdown(["where a step's time goes", "share"], rows) + "\n" + provenance(report["made_by"], what)
+
+
+def lengths_table(report: dict[str, Any]) -> str:
+    """A length a row: speed and memory, ours and the peer's."""
+    rows = []
+    for point in report["points"]:
+        ours, peer = point["results"][0], point["results"][-1]
+        cells = [f"{point['length']:,}", f"{point['pairs_per_step']}", f"{ours['speed_over_yardstick']:.2f}"]
+        rows.append([*cells, f"{ours['peak_mb']:,.0f} MB", f"{peer['peak_mb']:,.0f} MB"])
+    first, made = report["points"][0], report["made_by"]
+    peer = first["results"][-1]["name"]
+    head = ["tokens a sequence", "pairs a step", f"speed over {peer}'s", "our peak memory", f"{peer}'s"]
+    steps = first["pairs"] // first["pairs_per_step"]
+    what = f"{first['model']}, pairs cut from the text of {first['data']}, {first['tokens'] // steps:,} tokens a step; "
+    what += f"medians over {steps - 1} steps; trl {first['made_by']['peers']['trl']}"
+    return markdown(head, rows) + "\n" + provenance(made, what)
+
+
 def training_table(report: dict[str, Any]) -> str:
     """A kind of gradient a row: where the runs end, then how far they are from the exact run of their seed."""
     marks, last = list(report["rows"][0]["marks"]), str(report["steps"])

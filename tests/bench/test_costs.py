@@ -1,0 +1,82 @@
+"""What the teacher costs, where a step's time goes, steps by length: what these benchmarks write."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bench(model_folder: Any, write_jsonl: Any, tmp_path: Path) -> Any:
+    def run(module: str, *arguments: str) -> dict[str, Any]:
+        rows = [
+            {"prompt": f"{i} is", "chosen": "odd" if i % 2 else "even", "rejected": "a number " * 9} for i in range(40)
+        ]
+        command = [sys.executable, "-W", "ignore", "-m", f"bench.{module}", *arguments, "--model", model_folder()]
+        command += ["--data", str(write_jsonl(rows)), "--json", "report.json"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((tmp_path / "report.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import step_profile, teacher_cost
+
+    return teacher_cost, step_profile
+
+
+def test_teaching_is_set_against_its_floors(bench: Any) -> None:
+    report = bench("teacher_cost", "--steps", "6", "--rounds", "1", "--pairs", "8")
+    trained, scored = report["training"], report["scoring"]
+    assert trained["interval_ms"][0] <= trained["difference_ms"] <= trained["interval_ms"][1]
+    assert trained["allowed_ms"] == pytest.approx(3 + 0.01 * trained["dpo_ms"])
+    assert scored["pairs"] == 8
+    assert scored["speed_over_floor"] == scored["floor_seconds"][0] / scored["seconds"][0]
+
+
+def test_the_interval_of_a_median_holds_it_nineteen_times_of_twenty(modules: Any) -> None:
+    interval = modules[0].interval_of_median
+    draw = random.Random(0)
+    held = [low <= 0 <= high for low, high in (interval([draw.gauss(0, 1) for _ in range(200)]) for _ in range(1000))]
+    assert 0.93 < sum(held) / 1000 < 0.98
+
+
+def test_a_profile_is_of_the_whole_step(bench: Any) -> None:
+    report = bench("step_profile", "--threads", "1")
+    assert sum(report["shares"].values()) == pytest.approx(1)
+    assert all(share > 0 for share in report["shares"].values())
+    assert report["gflops"] > 0
+    assert len(report["largest_product"]) == 3
+
+
+def test_an_event_belongs_to_the_outermost_part(modules: Any) -> None:
+    class Event:
+        def __init__(self, name: str, parent: Any = None) -> None:
+            self.name, self.cpu_parent = name, parent
+
+    part_of = modules[1].part_of
+    step = Event("step")
+    assert part_of(Event("aten::mm", step)) == "backbone's products"
+    assert part_of(Event("aten::mm", Event("tvkd_fast::linear_logps", step))) == "head"
+    assert part_of(Event("aten::bmm", Event("aten::_scaled_dot_product_attention_math", step))) == "attention"
+    assert part_of(Event("aten::add", step)) == modules[1].REST
+
+
+def test_lengths_share_a_number_of_tokens(bench: Any) -> None:
+    report = bench("step_lengths", "16", "64", "--steps", "2")
+    short, long = report["points"]
+    assert (short["length"], short["pairs_per_step"], long["pairs_per_step"]) == (16, 4, 1)
+    assert short["tokens"] == long["tokens"] == 2 * 96
+    assert short["max_length"] == 16
