@@ -58,6 +58,8 @@ class Contender:
     """Teacher values: no gradient."""
     compiles: bool = False
     """For a shape: its first call is not its own time nor memory."""
+    by_name: bool = False
+    """Takes part only where its whole name is asked for."""
 
 
 def product(hidden: Tensor, weight: Tensor, tiling: tuple[int, ...]) -> None:
@@ -202,7 +204,8 @@ def selected(everyone: dict[str, Contender], wanted: list[str] | None) -> dict[s
     names = {name.removeprefix("tvkd_fast, "): name for name in everyone}
     chosen = set()
     for word in wanted or [""]:
-        chosen |= {names[word]} if word in names else {name for name in everyone if word in name}
+        parts = {name for name, x in everyone.items() if word in name and not x.by_name}
+        chosen |= {names[word]} if word in names else parts
     return {name: x for name, x in everyone.items() if name in chosen and there(x)}
 
 

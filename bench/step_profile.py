@@ -2,9 +2,9 @@
 
     python -m bench.step_profile --data PAIRS.jsonl.gz --json FILE
 
-Each event's own time goes to the first of these that it happens in: the head, attention, the optimizer; else to matrix
-products, or to what is left. The head's passes are largely compiled or done in place and are not taken apart. Products
-are set against the machine's speed for the largest of them alone, timed before and after.
+Each event's own time goes to the part that it happens in: the head, attention, packing the pairs, the optimizer; else
+to matrix products, or to what is left. The head's passes are largely compiled or done in place and are not taken apart.
+Products are set against the machine's speed for the largest of them alone.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.step import train_step
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+DATA = "packing"
 PARTS: dict[str, Callable[[str], bool]] = {
     "head": lambda name: name.startswith("tvkd_fast::"),
     "attention": lambda name: "scaled_dot_product" in name or "flash_attention" in name,
+    "packing the pairs": lambda name: name == DATA,
     "optimizer": lambda name: name.startswith("Optimizer."),
     "backbone's products": lambda name: name in PRODUCTS,
 }
@@ -99,7 +101,8 @@ def main() -> None:
     policy.train()
 
     def step(number: int) -> None:
-        batches = list(job.batching.batches(job.pairs, job.of_step(number)))
+        with record_function(DATA):
+            batches = list(job.batching.batches(job.pairs, job.of_step(number)))
         options: dict[str, Any] = {"objective": "dpo", "clip_norm": CLIP}
         train_step(policy, Given(job.ref_logps), batches, optimizer, LossConfig(beta=BETA), **options)
 

@@ -81,6 +81,9 @@ def test_contenders_are_chosen_by_name_or_part(monkeypatch: pytest.MonkeyPatch) 
     assert list(contest.selected(everyone, ["exact"])) == ["tvkd_fast, exact"]
     assert list(contest.selected(everyone, ["frozen"])) == [name for name in everyone if "frozen" in name]
     assert set(contest.selected(everyone, None)) <= set(everyone)
+    asked = "tvkd_fast, sparse 2^-14, whatever the tail"
+    assert asked not in contest.selected(everyone, None) | contest.selected(everyone, ["sparse"])
+    assert list(contest.selected(everyone, [asked.removeprefix("tvkd_fast, ")])) == [asked]
 
 
 def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,23 @@
+import re
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tvkd_fast.data import BadPair, MicroBatching, build_dataset, retokenize
+from tvkd_fast.data import BadPair, build_dataset, retokenize
 from tvkd_fast.data.dataset import PairDataset, report_of
 from tvkd_fast.data.formats import Preference
 from tvkd_fast.data.synthetic import preference_rows
 from tvkd_fast.data.tokenization import tokenize_pair, truncate_pair
 from tvkd_fast.models import load_tokenizer
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TURNS = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -157,13 +164,70 @@ def test_white_space_and_composed_letters_are_the_same_text(chatml):
     assert says(composing, own[0].chosen_ids) == "Café, fine</s>"
 
 
-def test_what_a_cut_left_must_be_known(chatml, bundled):
-    text = conversation("A rather long answer.")
-    pair, _ = truncate_pair(tokenize_pair(text, chatml), max_length=40, truncation="keep_start")
-    report = report_of([pair], source="test", max_length=40, truncation="keep_start")
-    other = conversation("Something else")
-    with pytest.raises(BadPair, match=r"row 7: the text that a cut response has left .* Raise --data.max_length"):
-        retokenize(PairDataset([pair], report, [other]), chatml, bundled, max_length=100)
+def test_a_turn_that_repeats_another_must_be_there_twice(chatml):
+    without_answers = TURNS.replace("m in messages", "m in messages if m['role'] == 'user' or m == messages[-1]")
+    turns = [("user", "Hi"), ("assistant", "Hi"), ("user", "What now?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    text = replace(conversation("Yes."), prompt=prompt)
+    own_of(text, chatml, trained(["say"]))
+    with pytest.raises(BadPair, match=r"row 7: .* \(in the prompt\)"):
+        own_of(text, chatml, trained(["say"], chat_template=without_answers))
+
+
+@pytest.mark.parametrize("tail", [" </s>", "!end!</s>", "\n!end!\n</s>"])
+def test_what_a_template_writes_after_an_answer_is_no_part_of_a_cut_one(chatml, tail):
+    tailed = trained(["say"], chat_template=TURNS.replace("</s>", tail))
+    pair, own = own_of(conversation("A rather long answer."), chatml, tailed, cut_to=40)
+    assert says(tailed, own[0].chosen_ids) == says(chatml, pair.chosen_ids) == "A rather long "
+    assert says(tailed, own[0].rejected_ids) == f"no{tail}"
+
+
+def test_what_a_template_writes_before_an_answer_is_none_of_its_text(make_tokenizer, bundled):
+    thinking = make_tokenizer(
+        chat_template=CHATML.replace(
+            "{{ m['content'] }}",
+            "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}",
+        )
+    )
+    pair, own = own_of(conversation("A rather long answer."), thinking, bundled, cut_to=55)
+    assert says(thinking, pair.chosen_ids) == "<think></think>" + says(bundled, own[0].chosen_ids)
+    assert says(bundled, own[0].chosen_ids) == "A rather long "
+    with pytest.raises(BadPair, match="a cut left nothing of an answer's text"):
+        own_of(conversation("   A rather long answer."), thinking, bundled, cut_to=43)
+
+
+def test_composed_letters_are_found_again(make_tokenizer, bundled):
+    composing = make_tokenizer()
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    text = Preference("Q", "Cafe\u0301 and a long rest", "Cafe\u0301 or not", "row 0")
+    pair, own = own_of(text, composing, bundled, cut_to=14)
+    assert says(bundled, own[0].chosen_ids) == says(composing, pair.chosen_ids) == "Café and a l"
+
+
+def test_special_tokens_of_one_are_no_plain_text_of_the_other(chatml, bundled):
+    for written in ("<|im_end|>", "</s>"):
+        with pytest.raises(BadPair, match=rf"row 7: .* plain text to the other \('{re.escape(written)}'\)"):
+            own_of(conversation(f"Yes{written}"), chatml, bundled)
+
+
+def test_rows_that_are_refused_are_counted(chatml, bundled):
+    dataset = build_dataset("bundled:train:10", chatml)
+    with pytest.raises(BadPair, match=r"bundled:train:10 row 0: .*, and 9 more rows\)\. Leave such rows out"):
+        retokenize(dataset, chatml, trained(["say"], normalizers.Replace("e", "o")), max_length=1024)
+    dataset.texts.clear()
+    with pytest.raises(ValueError, match="have lost their text"):
+        retokenize(dataset, chatml, bundled, max_length=1024)
+
+
+def test_a_template_that_cannot_be_used_is_the_teachers(chatml):
+    odd = trained(["say"], chat_template=TURNS.replace("[assistant] ", "[assistant] <think>"))
+    with pytest.raises(ValueError, match=r"of the teacher's tokens: row 7.*--data.teacher_chat_template"):
+        own_of(conversation("yes"), chatml, odd)
+    _, own = own_of(conversation("yes"), chatml, odd, other_chat_template="never")
+    assert says(odd, own[0].prompt_ids).endswith("\n\nAssistant:")
+    odd.eos_token = None
+    with pytest.raises(ValueError, match="of the teacher: the tokenizer has no end-of-sequence token"):
+        own_of(conversation("yes"), chatml, odd)
 
 
 def test_a_teacher_that_reads_less_is_counted(chatml, bundled):
@@ -177,13 +241,9 @@ def test_a_teacher_that_reads_less_is_counted(chatml, bundled):
     assert len(cut) == 10
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [({"max_length": 2}, "leaves no room"), ({"batching": MicroBatching(tokens=8)}, "longer than a packed row")],
-)
-def test_a_pair_that_the_teacher_cannot_read_is_refused_by_row(chatml, bundled, options, reason):
-    with pytest.raises(BadPair, match=rf"row 7: the teacher's tokens cannot be made: .*{reason}.*--tokens_per_micro"):
-        own_of(conversation("yes"), chatml, bundled, **options)
+def test_a_pair_that_the_teacher_cannot_read_is_refused_by_row(chatml, bundled):
+    with pytest.raises(BadPair, match=r"row 7: the teacher's tokens cannot be made: .*leaves no room.*another teacher"):
+        own_of(conversation("yes"), chatml, bundled, max_length=2)
 
 
 def test_the_text_goes_with_the_pairs_that_are_kept(write_jsonl, chatml):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tvkd_fast.data import describe, read_manifest
+from tvkd_fast.data import collate_packed, describe, read_manifest
 from tvkd_fast.models import load_model, load_tokenizer
 from tvkd_fast.training.build import evaluate_policy, load_dataset, score
+from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ScoreConfig
 from tvkd_fast.training.metrics import read_metrics
 from tvkd_fast.training.run_models import load_frozen, load_policy
@@ -124,7 +125,7 @@ def test_padded_vocabularies_need_no_word(make_config, model_folder, run, files)
     with pytest.warns(UserWarning, match="held-out pairs have no teacher's values"):
         run(cached)
     assert losses(cached) == pytest.approx(losses(config), abs=1e-6)
-    assert read_manifest(files / "scores").teacher_tokens is None
+    assert not read_manifest(files / "scores").own_tokens
 
 
 def test_scores_of_other_tokens_of_the_teachers_are_refused_by_name(make_config, teacher, merged, run, files):
@@ -135,6 +136,47 @@ def test_scores_of_other_tokens_of_the_teachers_are_refused_by_name(make_config,
     tokenizer.save_pretrained(teacher)
     with pytest.raises(ValueError, match="made with another teacher_tokens"):
         run(replace(config, scores=str(files / "scores")))
+
+
+def test_a_teacher_that_comes_to_the_same_tokens_has_none_of_its_own(make_config, model_folder, chatml, run, files):
+    other = copy.deepcopy(chatml)
+    other.add_tokens(["\u2603"])
+    teacher = model_folder(seed=1, tokenizer=other, vocab_size=320)
+    config = make_config(teacher=teacher, data_max_length=30)
+    score(score_config(config, files / "scores"), show_progress=False)
+    # The snowman is nowhere in the text.
+    assert not read_manifest(files / "scores").own_tokens
+    assert run(replace(config, scores=str(files / "scores"))) is not None
+
+
+def test_an_empty_micro_batch_has_a_teacher_too(make_config, teacher):
+    config = make_config(teacher=teacher)
+    tokenizer = load_tokenizer(config.policy)
+    dataset = load_dataset("train", config.data, tokenizer)
+    models_ = load_frozen(config, tokenizer, kappa=1.0)
+    models_.reference = load_policy(config.policy, config.model)
+    scores = models_.scorer(dataset, config).of(collate_packed([], []))
+    assert scores.teacher_states.numel() == scores.ref_logps.numel() == 0
+
+
+def test_resuming_under_other_tokens_of_the_teachers_is_refused_by_name(make_config, teacher, merged, run):
+    config = make_config(teacher=teacher, max_steps=2)
+    run(config)
+    tokenizer = copy.deepcopy(merged)
+    tokenizer.add_tokens(["say re"])
+    tokenizer.save_pretrained(teacher)
+    with pytest.raises(CheckpointError, match="made with another teacher_tokens"):
+        run(replace(config, resume=True))
+
+
+def test_rows_are_as_long_as_the_teachers_longest_pair(make_config, teacher):
+    """The policy's rows are made for what trains; the teacher has no backward."""
+    config = make_config(teacher=teacher, tokens_per_micro_batch=60)
+    tokenizer = load_tokenizer(config.policy)
+    dataset = load_dataset("train", config.data, tokenizer)
+    assert load_frozen(config, tokenizer, kappa=1.0).scorer(dataset, config).teacher_tokens.batching.tokens == 60
+    config = replace(config, tokens_per_micro_batch=8)
+    assert load_frozen(config, tokenizer, kappa=1.0).scorer(dataset, config).teacher_tokens.batching.tokens > 8
 
 
 def test_evaluation_reports_the_shaping(make_config, teacher):

@@ -8,18 +8,17 @@ pair whose text does not survive that is refused rather than scored for somethin
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tvkd_fast.data.dataset import PairDataset, report_of
 from tvkd_fast.data.formats import BadPair, Message, Preference
-from tvkd_fast.data.packing import MicroBatching
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Template = Literal["auto", "never"]
 _ANSWERS = ("chosen", "rejected")
 
 
@@ -29,50 +28,52 @@ def retokenize(
     other: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    chat_template: Literal["auto", "never"] = "auto",
-    batching: MicroBatching | None = None,
+    chat_template: Template = "auto",
+    other_chat_template: Template = "auto",
 ) -> PairDataset:
     """The dataset's pairs, in its order, in the tokens of `other`.
 
     A response that was cut in the policy's tokens ends at the same character in the teacher's, without an end. A prompt
-    that was cut is read whole: no state of it counts.
+    that was cut is read whole.
 
     Args:
         dataset: pairs with their text, as `build_dataset` makes them.
-        tokenizer: the one that made its tokens.
-        other: the teacher's.
+        tokenizer, chat_template: what made its tokens.
+        other, other_chat_template: the teacher's; as in `PairTokenizer`.
         max_length: the most tokens that the teacher reads. A longer pair is cut as the dataset's own are, and counted
             in the report: the teacher then sees less of it than the policy.
-        chat_template: as in `PairTokenizer`.
-        batching: how the teacher's pairs will be put into micro-batches, where that limits their length.
 
     Raises:
-        BadPair: names the row whose text `other` changes or leaves out, of which it is not known what the policy's cut
-            left, or of which the teacher can read no part.
+        BadPair: names the first row, and how many more there are, whose text `other` changes or leaves out, of which it
+            is not known what the policy's cut left, or of which the teacher can read no part.
+        ValueError: the dataset has lost its text, or `other` cannot write conversations.
     """
-    to_tokens = PairTokenizer(other, chat_template=chat_template)
+    if len(dataset.texts) != len(dataset):
+        raise ValueError("the pairs have lost their text, of which a teacher's tokens are made: build the dataset anew")
+    ours = PairTokenizer(tokenizer, chat_template=chat_template)
+    theirs = _teachers(other, other_chat_template)
+    apart = ours.special_tokens ^ theirs.special_tokens
     pairs: list[TokenizedPair] = []
+    bad: list[BadPair] = []
     truncated = 0
     for pair, text in zip(dataset, dataset.texts, strict=True):
-        read = _as_far_as_the_policy(pair, text, tokenizer)
         try:
-            whole = to_tokens(read)
-            _check_text(whole, read, other)
-            own, was_cut = truncate_pair(
-                _without_end(whole, pair), max_length=max_length, truncation=dataset.report.truncation
-            )
-            if batching is not None:
-                batching.check_fits(own)
-        except BadPair as bad:
-            raise BadPair(
-                bad.row,
-                f"the teacher's tokens cannot be made: {bad.reason}",
-                bad.detail,
-                "Take the row out of the data, raise --tokens_per_micro_batch if the pair is too long for a row, or "
-                "choose another teacher",
-            ) from bad
+            _check_special(text, apart)
+            own = _own(_as_far_as_the_policy(pair, text, ours), pair, theirs)
+            own, was_cut = truncate_pair(own, max_length=max_length, truncation=dataset.report.truncation)
+        except BadPair as refused:
+            bad.append(refused)
+            continue
         truncated += was_cut
         pairs.append(own)
+    if bad:
+        more = f", and {len(bad) - 1:,} more rows" if len(bad) > 1 else ""
+        raise BadPair(
+            bad[0].row,
+            f"the teacher's tokens cannot be made: {bad[0].reason}",
+            f"{bad[0].detail}{more}",
+            "Leave such rows out of the data, or choose another teacher",
+        )
     report = report_of(
         pairs,
         source=f"{dataset.report.source} in the teacher's tokens",
@@ -80,61 +81,113 @@ def retokenize(
         truncation=dataset.report.truncation,
         truncated=truncated,
     )
-    return PairDataset(pairs, report, dataset.texts)
+    return PairDataset(pairs, report)
 
 
-def _as_far_as_the_policy(pair: TokenizedPair, text: Preference, tokenizer: PreTrainedTokenizerBase) -> Preference:
+def _teachers(tokenizer: PreTrainedTokenizerBase, chat_template: Template) -> PairTokenizer:
+    try:
+        return PairTokenizer(tokenizer, chat_template=chat_template)
+    except ValueError as error:
+        raise ValueError(f"of the teacher: {error}") from error
+
+
+def _check_special(text: Preference, apart: frozenset[str]) -> None:
+    """What ends a turn for the one and is plain text for the other would be other text."""
+    for part in (text.prompt, text.chosen, text.rejected):
+        for content in _contents(part):
+            found = next((token for token in apart if token in content), None)
+            if found is not None:
+                raise BadPair(text.row, "a special token of one tokenizer is plain text to the other", repr(found))
+
+
+def _as_far_as_the_policy(pair: TokenizedPair, text: Preference, ours: PairTokenizer) -> Preference:
     """The text with each answer that was cut ending where its tokens do."""
+    if pair.chosen_ended and pair.rejected_ended:
+        return text
+    whole = ours(text)
     cut: dict[str, Any] = {}
     for name in _ANSWERS:
         if not getattr(pair, f"{name}_ended"):
-            cut[name] = _shortened(getattr(text, name), getattr(pair, f"{name}_ids"), tokenizer, pair.row)
+            said = _decoded(getattr(whole, f"{name}_ids"), ours.tokenizer)
+            # A cut inside a character's bytes leaves a mark of its own at the end.
+            left = len(_decoded(getattr(pair, f"{name}_ids"), ours.tokenizer).rstrip("\ufffd"))
+            cut[name] = _shortened(getattr(text, name), said, left, text.row)
     return replace(text, **cut)
 
 
-def _shortened(
-    answer: str | list[Message], ids: list[int], tokenizer: PreTrainedTokenizerBase, row: str
-) -> str | list[Message]:
-    # A cut inside a character's bytes leaves a mark of its own at the end.
-    kept = _decoded(ids, tokenizer).rstrip("\ufffd").lstrip()
-    whole = answer if isinstance(answer, str) else answer[0]["content"]
-    start = len(whole) - len(whole.lstrip())
-    if not kept or not whole.startswith(kept, start):
-        raise BadPair(
-            row,
-            "the text that a cut response has left is not the beginning of its answer",
-            f"{len(ids)} tokens",
-            "Raise --data.max_length, or leave such rows out of the data",
-        )
-    rest = whole[: start + len(kept)]
-    return rest if isinstance(answer, str) else [{**answer[0], "content": rest}]
+def _shortened(answer: str | list[Message], said: str, left: int, row: str) -> str | list[Message]:
+    """What of the answer lies in the first `left` characters of what its tokens say."""
+    kept: list[str] = []
+    place = 0
+    for content in _contents(answer):
+        written = next((x for x in _ways_to_write(content) if said.find(x, place) >= 0), None)
+        if written is None:
+            raise BadPair(row, "it is not known what a cut left of an answer", "its tokens say something else")
+        start = said.find(written, place)
+        if start >= left:
+            break
+        kept.append(written[: left - start])
+        place = start + len(written)
+    if not "".join(kept).strip():
+        raise BadPair(row, "a cut left nothing of an answer's text")
+    if isinstance(answer, str):
+        return kept[0]
+    return [{**message, "content": content} for message, content in zip(answer, kept, strict=False)]
 
 
-def _without_end(own: TokenizedPair, pair: TokenizedPair) -> TokenizedPair:
-    """No end where the policy's response has none."""
+def _ways_to_write(content: str) -> list[str]:
+    """As it is, composed as some tokenizers do, and as templates trim it."""
+    composed = unicodedata.normalize("NFC", content)
+    return [content, composed, content.strip(), composed.strip()]
+
+
+def _own(read: Preference, pair: TokenizedPair, theirs: PairTokenizer) -> TokenizedPair:
+    """The text in the teacher's tokens, with an end where the policy's response has one."""
+    try:
+        own = theirs(read)
+    except BadPair:
+        raise
+    except ValueError as error:
+        remedy = "for the teacher that is --data.teacher_chat_template"
+        raise ValueError(f"of the teacher's tokens: {error} ({remedy})") from error
+    _check_text(own, read, theirs.tokenizer)
     changes: dict[str, Any] = {}
     for name in _ANSWERS:
         if not getattr(pair, f"{name}_ended"):
-            changes |= {f"{name}_ids": getattr(own, f"{name}_ids")[:-1], f"{name}_ended": False}
+            ids = getattr(own, f"{name}_ids")[:-1]
+            changes |= {f"{name}_ids": _without_tail(ids, getattr(read, name), theirs), f"{name}_ended": False}
     return replace(own, **changes)
 
 
+def _without_tail(ids: list[int], answer: str | list[Message], theirs: PairTokenizer) -> list[int]:
+    """Without what a template writes between an answer and the end of its turn."""
+    if isinstance(answer, str) or not theirs.uses_template:
+        return ids
+    content = answer[-1]["content"]
+    exact = content in _decoded(ids, theirs.tokenizer)
+    while len(ids) > 1:
+        said = _decoded(ids[:-1], theirs.tokenizer)
+        if not (content in said if exact else _letters(content) in _letters(said)):
+            break
+        ids = ids[:-1]
+    return ids
+
+
 def _check_text(own: TokenizedPair, text: Preference, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every message must stand in what its tokens say, white space and Unicode's ways of writing a letter aside."""
+    """Every message must stand in what its tokens say, one after the other."""
     for name in ("prompt", *_ANSWERS):
         said = _letters(_decoded(getattr(own, f"{name}_ids"), tokenizer))
         place = 0
         for content in _contents(getattr(text, name)):
-            place = said.find(_letters(content), place)
-            if place < 0:
+            letters = _letters(content)
+            start = said.find(letters, place)
+            if start < 0:
                 raise BadPair(own.row, "its text is not what the teacher's tokens say", f"in the {name}")
+            place = start + len(letters)
 
 
-def _contents(part: str | list[Message]) -> Iterator[str]:
-    if isinstance(part, str):
-        yield part
-    else:
-        yield from (message["content"] for message in part)
+def _contents(part: str | list[Message]) -> list[str]:
+    return [part] if isinstance(part, str) else [message["content"] for message in part]
 
 
 def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -142,4 +195,5 @@ def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _letters(text: str) -> str:
+    """Without white space, and with one way to write what Unicode calls compatible (ﬁ and fi, ² and 2)."""
     return "".join(unicodedata.normalize("NFKC", text).split())

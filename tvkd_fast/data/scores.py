@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tvkd_fast.data.batch import PairBatch
+from tvkd_fast.data.dataset import PairDataset
 from tvkd_fast.data.folders import put_in_place, sha256_of, unfinished
 from tvkd_fast.data.tokenization import TokenizedPair
 
@@ -64,9 +65,14 @@ class ScoreManifest:
     teacher_reference: str | None = None
     """Of the weights of the teacher's own reference, where its rewards are kept and not its sums."""
     teacher_tokens: str | None = None
-    """Of the token ids that the teacher read, where it has a tokenizer of its own."""
+    """Of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
     shards: tuple[Shard, ...] = ()
     format: int = FORMAT
+
+    @property
+    def own_tokens(self) -> bool:
+        """Whether the teacher read tokens of its own."""
+        return self.teacher_tokens not in (None, self.dataset)
 
     @property
     def finished(self) -> bool:
@@ -135,7 +141,8 @@ class ScoreLayout:
         """(P,) pairs to the (M,) places of their responses' states, in a batch's order."""
         responses = self.responses(pairs)
         ends = zip(self.bounds[responses].tolist(), self.bounds[responses + 1].tolist(), strict=True)
-        return torch.cat([torch.arange(start, end) for start, end in ends])
+        nothing = torch.empty(0, dtype=torch.int64)
+        return torch.cat([nothing, *(torch.arange(start, end) for start, end in ends)])
 
 
 def states_of(dataset: Sequence[TokenizedPair]) -> Tensor:
@@ -183,6 +190,8 @@ class ScoreCache:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        if isinstance(dataset, PairDataset) and dataset.fingerprint != manifest.dataset:
+            raise ValueError(f"{folder} was made of other data: run `tvkd score` again")
         pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
         layout = ScoreLayout(_teacher_states(pieces, states_of(dataset)))
         if (manifest.pairs, manifest.states) != (len(dataset), layout.num_states):
@@ -355,8 +364,8 @@ def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
         **dict.fromkeys(STATE_NAMES, (shard.states,)),
     }
     fits = all(x is None or x.shape == shapes[name] for name, x in vars(scores).items())
-    own = scores.teacher_states is not None and scores.teacher_ended is not None
-    if not fits or scores.ref_logps is None or own != (manifest.teacher_tokens is not None):
+    own = {scores.teacher_states is not None, scores.teacher_ended is not None}
+    if not fits or scores.ref_logps is None or own != {manifest.own_tokens}:
         raise ValueError(f"{path} does not hold what {MANIFEST} says of it; run `tvkd score` again")
     return scores
 

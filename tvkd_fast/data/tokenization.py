@@ -60,6 +60,11 @@ class PairTokenizer:
         added = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
         self.special_ids: frozenset[int] = frozenset({*tokenizer.all_special_ids, *added})
 
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """The special ids as they are written."""
+        return frozenset(self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+
     def __call__(self, pair: Preference) -> TokenizedPair:
         """Ids of one pair; see `tokenize_pair`."""
         templated = self.uses_template and not isinstance(pair.prompt, str)

@@ -107,6 +107,11 @@ class TeacherWithHead(PolicyWithHead):
         self.eval().requires_grad_(False)
         self.kappa = kappa
 
+    @property
+    def policies(self) -> tuple[PolicyWithHead, ...]:
+        """The models that it asks."""
+        return (self,)
+
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         with self.precision():
             return self.head(self.hidden(batch, batch.states), kappa=self.kappa)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FINAL = "final"
+OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
+"""What a score cache knows of the teacher."""
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | None:
@@ -57,18 +59,23 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     held_out_scorer = None
     if config.objective != "sft":
         models = _frozen_models(config, policy, tokenizer)
-        scorer = models.scorer(dataset, config, say=show_progress)
+        scorer = online = models.scorer(dataset, config, say=show_progress)
         expected = _expected(config, tokenizer, models, identity["policy"])
+        expected["teacher_tokens"] = online.teacher_reads(dataset)
         if config.scores is not None:
-            cache = _fitting_cache(config.scores, config, dataset, expected, scorer)
-            expected |= {name: getattr(cache.manifest, name) for name in ("teacher", "teacher_reference")}
+            cache = _fitting_cache(config.scores, config, dataset, expected, online)
+            expected |= {name: getattr(cache.manifest, name) for name in OF_TEACHER}
             scorer = CachedScorer(cache)
         if held_out is not None:
             held_out_scorer = _held_out_scorer(config, policy, models, held_out, tokenizer, expected, show_progress)
-        identity |= {name: expected[name] for name in ("reference", "teacher", "teacher_reference")}
+        identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
         if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
-            models.reference = models.teacher = None
+            models.reference = models.teacher = online.reference = online.teacher = None
+    for pairs in (dataset, held_out):
+        if pairs is not None:
+            # Only another tokenizer's tokens are made of them, and those are made.
+            pairs.texts.clear()
     if config.model.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     trainer = Trainer(
@@ -95,6 +102,7 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
         models.reference = freeze(load_policy(config.policy, config.model, layers=config.student_layers))
     check_token_ids(dataset, models.reference.vocab_size)
     scorer = models.scorer(dataset, config, say=show_progress)
+    dataset.texts.clear()
     manifest = _manifest(
         dataset,
         tokenizer,
@@ -211,7 +219,8 @@ def _fitting_cache(
 ) -> ScoreCache:
     """The cache, if it holds what `scorer` would say of the dataset."""
     cache = ScoreCache.load(folder, dataset)
-    cache.check(**expected, dataset=dataset.fingerprint, teacher_tokens=_teacher_tokens(scorer))
+    expected = expected | {"dataset": dataset.fingerprint, "teacher_tokens": scorer.teacher_reads(dataset)}
+    cache.check(**expected)
     if config.objective == "tvkd" and not cache.has_values(config.loss.value_from):
         raise ValueError(
             f"the scores at {folder} hold no teacher's values of the kind {config.loss.value_from}: run `tvkd score` "
@@ -278,10 +287,5 @@ def _manifest(
         pairs=len(dataset),
         states=scorer.layout(dataset).num_states,
         versions={"tvkd_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        teacher_tokens=_teacher_tokens(scorer),
+        teacher_tokens=scorer.teacher_reads(dataset),
     )
-
-
-def _teacher_tokens(scorer: OnlineScorer) -> str | None:
-    """What tells the teacher's own tokens, where it has some."""
-    return None if scorer.teacher_tokens is None else scorer.teacher_tokens.dataset.fingerprint

@@ -39,6 +39,8 @@ class DataConfig:
     """A row that is no preference (empty, equal or unrelated responses): stop, or drop and count it."""
     chat_template: Literal["auto", "never"] = "auto"
     """`auto` writes conversations with the tokenizer's template, `never` as plain text."""
+    teacher_chat_template: Literal["auto", "never"] = "auto"
+    """The same for a teacher with another tokenizer; one with the policy's reads what the policy reads."""
 
 
 @dataclass(kw_only=True)

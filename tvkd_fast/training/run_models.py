@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from tvkd_fast.data import MicroBatching, PairDataset, check_token_ids, retokenize
+from tvkd_fast.data import PairDataset, check_token_ids, packed_length, retokenize
 from tvkd_fast.models import (
     PolicyWithHead,
     TeacherWithHead,
@@ -43,29 +43,33 @@ class FrozenModels:
         """What scores this dataset's batches. `say` prints on stderr what the teacher reads of it."""
         tokens = None
         if self.teacher is not None and self.teacher_tokenizer is not None:
-            tokens = self._teacher_tokens(self.teacher, self.teacher_tokenizer, dataset, micro_batching(config), config)
-            if say:
+            tokens = self._tokens(self.teacher, self.teacher_tokenizer, dataset, config)
+            if tokens.dataset.fingerprint == dataset.fingerprint:
+                tokens = None
+            elif say:
                 print(tokens.dataset.report, file=sys.stderr)
         return OnlineScorer(self.reference, self.teacher, tokens)
 
-    def _teacher_tokens(
+    def _tokens(
         self,
         teacher: TeacherWithHead | RewardTeacher,
         tokenizer: PreTrainedTokenizerBase,
         dataset: PairDataset,
-        batching: MicroBatching,
         config: TrainConfig | ScoreConfig | EvalConfig,
     ) -> TeacherTokens:
         own = retokenize(
             dataset,
             self.tokenizer,
             tokenizer,
-            max_length=longest_sequence(teacher.model),
+            max_length=min(longest_sequence(policy.model) for policy in teacher.policies),
             chat_template=config.data.chat_template,
-            batching=batching,
+            other_chat_template=config.data.teacher_chat_template,
         )
         check_token_ids(own, teacher.vocab_size)
-        return TeacherTokens(own, batching)
+        batching = micro_batching(config)
+        # It goes forward only, so a row may be as long as its longest pair.
+        longest = max(packed_length(pair, shared=batching.packing == "shared") for pair in own)
+        return TeacherTokens(own, replace(batching, tokens=max(batching.tokens, longest)))
 
     def teacher_fingerprints(self) -> dict[str, str | None]:
         """Of the weights of the teacher and of its own reference."""

@@ -51,8 +51,12 @@ class RewardTeacher(nn.Module):
         return self.teacher.model
 
     @property
+    def policies(self) -> tuple[PolicyWithHead, ...]:
+        return self.teacher, self.reference
+
+    @property
     def vocab_size(self) -> int:
-        return min(self.teacher.vocab_size, self.reference.vocab_size)
+        return min(policy.vocab_size for policy in self.policies)
 
     def forward(self, batch: PairBatch) -> Tensor:
         return running_sums(self.teacher(batch) - self.reference(batch), batch.cu_seqlens)
@@ -79,7 +83,14 @@ class OnlineScorer:
 
     def layout(self, dataset: PairDataset) -> ScoreLayout:
         """Of the numbers that it gives of a dataset."""
-        return ScoreLayout.of(dataset if self.teacher_tokens is None else self.teacher_tokens.dataset)
+        return ScoreLayout.of(self._read(dataset))
+
+    def teacher_reads(self, dataset: PairDataset) -> str | None:
+        """Fingerprint of the tokens that the teacher reads of a dataset; None without a teacher."""
+        return None if self.teacher is None else self._read(dataset).fingerprint
+
+    def _read(self, dataset: PairDataset) -> PairDataset:
+        return dataset if self.teacher_tokens is None else self.teacher_tokens.dataset
 
     @torch.no_grad()
     def of(self, batch: PairBatch) -> Scores:
