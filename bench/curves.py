@@ -87,7 +87,7 @@ def head_picture() -> None:
     time.set(xlabel="tokens N", ylabel="time over the product", title="time over the forward product")
     time.set_yticks([1, 1.5, 2, 3, 4, 6], ["1", "1.5", "2", "3", "4", "6"])
     time.yaxis.set_minor_formatter(NullFormatter())
-    time.legend(fontsize=7, loc="upper right")
+    time.legend(fontsize=7, loc="center right")
     draw_sweep(by_tokens, tokens, "peak_mb")
     by_tokens.set(xlabel="tokens N", ylabel="MB beyond inputs and gradients", title="memory against N")
     draw_sweep(by_vocabulary, vocabulary, "peak_mb")
