@@ -1,0 +1,89 @@
+"""What a process of `test_shard` runs: one step of a tiny policy, whole and sharded, held to each other."""
+
+import sys
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+
+from tvkd_fast.data import MicroBatching, TokenizedPair, collate_packed
+from tvkd_fast.distributed import World, joined, shard_policy
+from tvkd_fast.distributed.shard import sync_gradients
+from tvkd_fast.losses import segment_sums
+from tvkd_fast.models import PolicyWithHead
+
+SIZES = {
+    "vocab_size": 250,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+CONFIGS = {
+    "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama, untied": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=4, final_logit_softcapping=5.0),
+}
+PAIRS = 6
+
+
+def pairs() -> list[TokenizedPair]:
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(250, (count,), generator=draw).tolist()
+
+    return [TokenizedPair(ids(5 + i), ids(4 + i % 3), ids(3 + i % 4), True, True, f"pair {i}") for i in range(PAIRS)]
+
+
+def policy_of(name: str) -> PolicyWithHead:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    return PolicyWithHead(model, packing="shared")
+
+
+def step(policy: PolicyWithHead, batches: list, scale: int) -> torch.Tensor:
+    """Accumulates over the micro-batches, clips and updates; the sum of its parts of the loss."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+    losses = []
+    for i, batch in enumerate(batches):
+        sync_gradients(policy, now=i == len(batches) - 1)
+        logps = segment_sums(policy(batch), batch.cu_seqlens)
+        chosen, rejected = logps.chunk(2)
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected).sum() / PAIRS
+        (loss * scale).backward()
+        losses.append(loss.detach())
+    clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    return torch.stack(losses).sum()
+
+
+def check(name: str, world: World) -> None:
+    batches = list(MicroBatching(tokens=40).batches(pairs(), range(PAIRS)))
+    whole, sharded = policy_of(name), shard_policy(policy_of(name), world)
+    mine = batches[world.rank :: world.size]
+    mine += [collate_packed([], [])] * (-(-len(batches) // world.size) - len(mine))
+    want = step(whole, batches, 1)
+    before = {key: p.grad.clone() for key, p in whole.named_parameters()}
+    got = world.sum(step(sharded, mine, world.size))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    for key, parameter in sharded.named_parameters():
+        assert parameter.to_local().numel() < parameter.numel()
+        torch.testing.assert_close(parameter.full_tensor(), whole.get_parameter(key), rtol=0, atol=1e-5)
+        gradient = parameter.grad.full_tensor()
+        assert (gradient - before[key]).norm() <= 1e-5 * before[key].norm(), key
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with joined(torch.device("cpu"), replicas=int(sys.argv[1]), timeout_s=120) as world:
+        for name in CONFIGS:
+            check(name, world)
+            if world.first:
+                print(name)
+
+
+if __name__ == "__main__":
+    main()
