@@ -33,7 +33,7 @@ def heads_table(report: dict[str, Any]) -> str:
         [
             eps,
             f"{x['head_entries']:,.0f}",
-            f"{x['head_marked']:.2f}",
+            f"{x['head_marked']:.2f}" if x["head_entries"] else "–",
             f"{x['head_tail']:.3f}",
             f"{x['head_dense_rows']:.1%}",
         ]
