@@ -234,7 +234,7 @@ def contest(description: str | None, contenders: dict[str, Contender]) -> None:
     report |= measure(states, truth, chosen, arguments.rounds, arguments.threads, tiling)
     report["checked"] = truth.extent
     peers = versions("trl", "liger-kernel", "cut-cross-entropy", "numba")
-    report["made_by"] = made_by() | {"peers": peers, "threads": arguments.threads}
+    report["made_by"] = made_by(arguments.threads) | {"peers": peers, "threads": arguments.threads}
     print(f"{arguments.shape}, {states.source}")
     for row in report["results"]:
         if "seconds" not in row:

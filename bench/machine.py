@@ -15,10 +15,13 @@ from typing import Any
 from tvkd_fast.training.road import provenance
 
 
-def made_by() -> dict[str, Any]:
-    """Versions, commit, machine and command of this process, without paths of the machine."""
+def made_by(threads: int | None = None) -> dict[str, Any]:
+    """Versions, commit, machine and command of this process, without paths of the machine.
+
+    `threads` are those of the processes that were timed, where they are not this one.
+    """
     module = getattr(sys.modules["__main__"].__spec__, "name", Path(sys.argv[0]).name)
-    return provenance() | {"command": without_paths(" ".join(["python -m", module, *sys.argv[1:]]))}
+    return provenance(threads) | {"command": without_paths(" ".join(["python -m", module, *sys.argv[1:]]))}
 
 
 def versions(*names: str) -> dict[str, str | None]:

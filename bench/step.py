@@ -134,7 +134,8 @@ def contest(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
         "padded_tokens": sum(2 * (len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids))) for x in job.pairs),
         "response_tokens": sum(len(x.chosen_ids) + len(x.rejected_ids) for x in job.pairs),
         "data": Path(arguments.data).name,
-        "made_by": made_by() | {"threads": arguments.threads, "peers": versions("trl", "accelerate", "numba")},
+        "made_by": made_by(arguments.threads)
+        | {"threads": arguments.threads, "peers": versions("trl", "accelerate", "numba")},
     }
 
 

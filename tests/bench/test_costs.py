@@ -1,32 +1,12 @@
 """What the teacher costs, where a step's time goes, steps by length: what these benchmarks write."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def bench(model_folder: Any, write_jsonl: Any, tmp_path: Path) -> Any:
-    def run(module: str, *arguments: str) -> dict[str, Any]:
-        rows = [
-            {"prompt": f"{i} is", "chosen": "odd" if i % 2 else "even", "rejected": "a number " * 9} for i in range(40)
-        ]
-        command = [sys.executable, "-W", "ignore", "-m", f"bench.{module}", *arguments, "--model", model_folder()]
-        command += ["--data", str(write_jsonl(rows)), "--json", "report.json"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads((tmp_path / "report.json").read_text())
-
-    return run
 
 
 @pytest.fixture

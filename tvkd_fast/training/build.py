@@ -219,8 +219,7 @@ def _fitting_cache(
 ) -> ScoreCache:
     """The cache, if it holds what `scorer` would say of the dataset."""
     cache = ScoreCache.load(folder, dataset)
-    expected = expected | {"dataset": dataset.fingerprint, "teacher_tokens": scorer.teacher_reads(dataset)}
-    cache.check(**expected)
+    cache.check(**expected | {"teacher_tokens": scorer.teacher_reads(dataset)})
     if config.objective == "tvkd" and not cache.has_values(config.loss.value_from):
         raise ValueError(
             f"the scores at {folder} hold no teacher's values of the kind {config.loss.value_from}: run `tvkd score` "

@@ -303,9 +303,13 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     path.write_text(text)
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, commit and machine: what stands beside every figure."""
+def provenance(threads: int | None = None) -> dict[str, Any]:
+    """Versions, commit and machine: what stands beside every figure. `threads` where others than this process's took
+    part.
+    """
     import transformers
+
+    threads = torch.get_num_threads() if threads is None else threads
 
     return {
         "tvkd_fast": __version__,
@@ -313,7 +317,7 @@ def provenance() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {_processor()}",
+        "machine": f"{platform.system()} {platform.machine()}, {threads} threads, {_processor()}",
     }
 
 
