@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     # Triton reads it as it is imported, which transformers does.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -59,6 +59,28 @@ def make_tokenizer() -> MakeTokenizer:
         return tokenizer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def train_tokenizer() -> MakeTokenizer:
+    """Byte-level tokenizers of at most 400 tokens, trained on texts; "</s>" ends a sequence."""
+
+    def train(
+        texts: Iterable[str], chat_template: str | None = None, normalizer: Any = None
+    ) -> PreTrainedTokenizerFast:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        if normalizer is not None:
+            backend.normalizer = normalizer
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet)
+        backend.train_from_iterator(texts, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+        tokenizer.chat_template = chat_template
+        return tokenizer
+
+    return train
 
 
 @pytest.fixture(scope="session")

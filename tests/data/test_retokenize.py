@@ -4,8 +4,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import normalizers
 
 from tvkd_fast.data import BadPair, build_dataset, retokenize
 from tvkd_fast.data.dataset import PairDataset, report_of
@@ -14,30 +13,18 @@ from tvkd_fast.data.synthetic import preference_rows
 from tvkd_fast.data.tokenization import tokenize_pair, truncate_pair
 from tvkd_fast.models import load_tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TURNS = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
 
-def trained(texts, normalizer=None, chat_template=TURNS):
-    """A byte-level tokenizer of 400 tokens, trained on the texts."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if normalizer is not None:
-        backend.normalizer = normalizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet)
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    tokenizer.chat_template = chat_template
-    return tokenizer
+@pytest.fixture(scope="module")
+def trained(train_tokenizer):
+    def train(texts, normalizer=None, chat_template=TURNS):
+        return train_tokenizer(texts, chat_template, normalizer)
+
+    return train
 
 
 def words(rows):
@@ -47,7 +34,7 @@ def words(rows):
 
 
 @pytest.fixture(scope="module")
-def bundled():
+def bundled(trained):
     """The tokenizer that is trained on the bundled pairs."""
     return trained(words(preference_rows("train", 200)))
 
@@ -143,7 +130,7 @@ def test_a_prompt_that_was_cut_is_read_whole(chatml, bundled):
     assert says(bundled, own[0].prompt_ids) == text.prompt
 
 
-def test_text_that_the_teachers_tokens_change_is_refused_by_row(chatml):
+def test_text_that_the_teachers_tokens_change_is_refused_by_row(chatml, trained):
     lower = trained(["say it"], normalizers.Lowercase())
     own_of(conversation("yes"), chatml, trained(["say it"]))
     with pytest.raises(
@@ -152,19 +139,19 @@ def test_text_that_the_teachers_tokens_change_is_refused_by_row(chatml):
         own_of(conversation("yes"), chatml, lower)
 
 
-def test_text_that_the_teachers_template_leaves_out_is_refused_by_row(chatml):
+def test_text_that_the_teachers_template_leaves_out_is_refused_by_row(chatml, trained):
     forgetful = trained(["say"], chat_template=TURNS.replace("m['content']", "m['content'].split('.')[0]"))
     with pytest.raises(BadPair, match="its text is not what the teacher's tokens say"):
         own_of(conversation("Yes. And more."), chatml, forgetful)
 
 
-def test_white_space_and_composed_letters_are_the_same_text(chatml):
+def test_white_space_and_composed_letters_are_the_same_text(chatml, trained):
     composing = trained(["say"], normalizers.NFKC(), TURNS.replace("m['content']", "m['content'].strip()"))
     _, own = own_of(conversation("  Cafe\u0301, ﬁne  "), chatml, composing)
     assert says(composing, own[0].chosen_ids) == "Café, fine</s>"
 
 
-def test_a_turn_that_repeats_another_must_be_there_twice(chatml):
+def test_a_turn_that_repeats_another_must_be_there_twice(chatml, trained):
     without_answers = TURNS.replace("m in messages", "m in messages if m['role'] == 'user' or m == messages[-1]")
     turns = [("user", "Hi"), ("assistant", "Hi"), ("user", "What now?")]
     prompt = [{"role": role, "content": content} for role, content in turns]
@@ -175,16 +162,16 @@ def test_a_turn_that_repeats_another_must_be_there_twice(chatml):
 
 
 @pytest.mark.parametrize("tail", [" </s>", "!end!</s>", "\n!end!\n</s>"])
-def test_what_a_template_writes_after_an_answer_is_no_part_of_a_cut_one(chatml, tail):
+def test_what_a_template_writes_after_an_answer_is_no_part_of_a_cut_one(chatml, trained, tail):
     tailed = trained(["say"], chat_template=TURNS.replace("</s>", tail))
     pair, own = own_of(conversation("A rather long answer."), chatml, tailed, cut_to=40)
     assert says(tailed, own[0].chosen_ids) == says(chatml, pair.chosen_ids) == "A rather long "
     assert says(tailed, own[0].rejected_ids) == f"no{tail}"
 
 
-def test_what_a_template_writes_before_an_answer_is_none_of_its_text(make_tokenizer, bundled):
+def test_what_a_template_writes_before_an_answer_is_none_of_its_text(chatml, make_tokenizer, bundled):
     thinking = make_tokenizer(
-        chat_template=CHATML.replace(
+        chat_template=chatml.chat_template.replace(
             "{{ m['content'] }}",
             "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}",
         )
@@ -210,7 +197,7 @@ def test_special_tokens_of_one_are_no_plain_text_of_the_other(chatml, bundled):
             own_of(conversation(f"Yes{written}"), chatml, bundled)
 
 
-def test_rows_that_are_refused_are_counted(chatml, bundled):
+def test_rows_that_are_refused_are_counted(chatml, trained, bundled):
     dataset = build_dataset("bundled:train:10", chatml)
     with pytest.raises(BadPair, match=r"bundled:train:10 row 0: .*, and 9 more rows\)\. Leave such rows out"):
         retokenize(dataset, chatml, trained(["say"], normalizers.Replace("e", "o")), max_length=1024)
@@ -219,7 +206,7 @@ def test_rows_that_are_refused_are_counted(chatml, bundled):
         retokenize(dataset, chatml, bundled, max_length=1024)
 
 
-def test_a_template_that_cannot_be_used_is_the_teachers(chatml):
+def test_a_template_that_cannot_be_used_is_the_teachers(chatml, trained):
     odd = trained(["say"], chat_template=TURNS.replace("[assistant] ", "[assistant] <think>"))
     with pytest.raises(ValueError, match=r"of the teacher's tokens: row 7.*--data.teacher_chat_template"):
         own_of(conversation("yes"), chatml, odd)

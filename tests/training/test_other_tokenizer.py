@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from tvkd_fast.data import collate_packed, describe, read_manifest
 from tvkd_fast.models import load_model, load_tokenizer
@@ -25,20 +23,14 @@ def losses(config):
 
 
 @pytest.fixture(scope="module")
-def merged():
-    """A byte-level tokenizer that merges what the policy's does not, so that its responses have fewer tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)
-    backend.train_from_iterator(["say red green blue sun moon sea tree bread stone"] * 9, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+def merged(train_tokenizer):
+    """Merges what the policy's tokenizer does not, so that its responses have fewer tokens."""
+    return train_tokenizer(["say red green blue sun moon sea tree bread stone"] * 9)
 
 
 @pytest.fixture
 def teacher(model_folder, merged):
-    return model_folder(seed=1, tokenizer=merged, vocab_size=304)
+    return model_folder(seed=1, tokenizer=merged, vocab_size=404)
 
 
 def score_config(config, folder, **changes):
@@ -87,7 +79,7 @@ def test_returns_run_over_the_teachers_own_states(terminal, make_config, teacher
 @pytest.mark.parametrize("packing", ["shared", "padded"])
 def test_cached_it_is_the_online_run(loss, packing, make_config, model_folder, merged, teacher, run, files):
     if "loss_value_from" in loss:
-        loss = loss | {"teacher_reference": model_folder(seed=5, tokenizer=merged, vocab_size=304)}
+        loss = loss | {"teacher_reference": model_folder(seed=5, tokenizer=merged, vocab_size=404)}
     online = make_config(teacher=teacher, output_dir=str(files / "online"), data_max_length=30, **loss)
     online = replace(online, model=replace(online.model, packing=packing))
     score(score_config(online, files / "scores", model=online.model, pairs_per_shard=10), show_progress=False)
