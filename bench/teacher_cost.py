@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.contest import TILINGS, product
 from bench.machine import made_by, seconds, versions, write_report
 from tvkd_fast.data import MicroBatching, PairDataset, ScoreCache, ScoreManifest, build_dataset, pairs_of_step
+from tvkd_fast.distributed import World
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead, load_model, load_tokenizer
 from tvkd_fast.training.config import LossConfig, OptimConfig
 from tvkd_fast.training.optim import make_optimizer
@@ -77,7 +78,7 @@ def scoring(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, An
         floor.append(seconds(partial(backbone_and_product, reference, dataset, batching, tiling)))
         with TemporaryDirectory() as folder:
             made = manifest(dataset, scorer)
-            options: dict[str, Any] = {"pairs_per_shard": PAIRS_PER_SHARD, "batching": batching, "device": CPU}
+            options: dict[str, Any] = {"pairs_per_shard": PAIRS_PER_SHARD, "batching": batching, "world": World(CPU)}
             run = partial(score_to_disk, dataset, scorer, made, f"{folder}/{turn}", **options)
             ours.append(seconds(run))
     # The first turn wakes threads and fills caches.
@@ -112,7 +113,7 @@ def training(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, A
     teacher = TeacherWithHead(tiny(vocabulary, 1).model, packing="shared")
     steps: dict[str, Callable[[int], Any]] = {}
     for objective, scorer in (("dpo", OnlineScorer(reference, None)), ("tvkd", OnlineScorer(reference, teacher))):
-        cache = score_dataset(dataset, scorer, manifest(dataset, scorer), batching=batching, device=CPU)
+        cache = score_dataset(dataset, scorer, manifest(dataset, scorer), batching=batching, world=World(CPU))
         steps[objective] = stepper(tiny(vocabulary, 0), cache, dataset, batching, objective)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for step in range(arguments.steps + 10):

@@ -17,9 +17,11 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from tvkd_fast.data import describe
+from tvkd_fast.distributed import launch
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.road import DemoConfig
+from tvkd_fast.training.stop import Stopped
 from tvkd_fast.version import __version__
 
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -72,7 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            run(parsed.command, _fields(parser.instantiate(parsed)))
+            fields = _fields(parser.instantiate(parsed))
+            if fields.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ and not fields.get("dry_run"):
+                raise SystemExit(launch([sys.executable, "-m", "tvkd_fast", *given], fields["nproc"]))
+            run(parsed.command, fields)
+    except Stopped as stopped:
+        if _speaks():
+            print(f"tvkd {parsed.command}: {stopped}", file=sys.stderr)
+        raise SystemExit(stopped.status) from stopped
     except (ValueError, FloatingPointError, CheckpointError) as error:
         print(f"tvkd {parsed.command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -88,9 +97,11 @@ def run(command: str, fields: dict[str, Any]) -> None:
     elif command == "score":
         config = ScoreConfig(**fields)
         manifest = build.score(config).manifest
-        print(
-            f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): {config.output_dir}"
-        )
+        if _speaks():
+            print(
+                f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): "
+                f"{config.output_dir}"
+            )
     elif command == "eval":
         evaluation = EvalConfig(**fields)
         found = build.evaluate_policy(evaluation)
@@ -105,9 +116,16 @@ def run(command: str, fields: dict[str, Any]) -> None:
             print(plan.plan(train))
             return
         figures = build.train(train)
+        if not _speaks():
+            return
         print(f"final model: {Path(train.output_dir) / build.FINAL}")
         if figures is not None:
             print(json.dumps(figures.known()))
+
+
+def _speaks() -> bool:
+    """Whether this process is the one, of however many torchrun started, that speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def scores(arguments: list[str]) -> None:

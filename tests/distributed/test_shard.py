@@ -1,10 +1,6 @@
 """A sharded policy against one that is whole: the same losses, gradients and update, in two and four processes."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,32 +8,19 @@ import torch
 from tvkd_fast.distributed import World, joined, shard_policy
 
 pytestmark = pytest.mark.distributed
-SCRIPT = Path(__file__).with_name("sharded_step.py")
-
-
-def launch(processes: int, *arguments: str) -> str:
-    """What the script prints in so many processes of gloo."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
-        environment |= {name: str(value) for name, value in places.items()}
-        command = [sys.executable, "-W", "ignore", str(SCRIPT), *arguments]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    said = [process.communicate(timeout=240)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(said)
-    return said[0]
+Launch = Callable[..., str]
 
 
 @pytest.mark.parametrize(("processes", "replicas"), [(2, 1), (4, 1), (4, 2)])
-def test_a_step_over_processes_is_the_step_of_one(processes: int, replicas: int) -> None:
+def test_a_step_over_processes_is_the_step_of_one(processes: int, replicas: int, launch: Launch) -> None:
     """Tied and untied Llamas and Gemma 2 with its softcaps, packed rows, one rank without a pair of its own."""
-    assert launch(processes, str(replicas)).split() == ["llama,", "tied", "llama,", "untied", "gemma2"]
+    assert launch(processes, "sharded_step.py", str(replicas)).split() == [
+        "llama,",
+        "tied",
+        "llama,",
+        "untied",
+        "gemma2",
+    ]
 
 
 def test_a_world_of_one_is_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> None:

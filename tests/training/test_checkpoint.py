@@ -11,16 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from tvkd_fast.training.checkpoint import (
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    CheckpointError,
-    load_checkpoint,
-    newest_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from tvkd_fast.distributed import World
+from tvkd_fast.training.checkpoint import SHARD_OF_ONE, STATE, CheckpointError, Checkpoints, read_state
+
+ALONE = World(torch.device("cpu"))
 
 
 def made(steps=2, seed=0):
@@ -34,6 +28,21 @@ def made(steps=2, seed=0):
     return model, optimizer
 
 
+def save(folder, step, model, optimizer, extra, *, keep, score=None):
+    checkpoints = Checkpoints(folder, ALONE, keep=keep)
+    checkpoints.save(step, model, optimizer, extra, score=score)
+    checkpoints.wait()
+    return folder / f"step-{step:06d}"
+
+
+def newest(folder):
+    return Checkpoints(folder, ALONE, keep=1).newest()
+
+
+def load(path, model, optimizer):
+    Checkpoints(path.parent, ALONE, keep=1).load(path, model, optimizer)
+
+
 def one_more(model, optimizer):
     model(torch.randn(3, 4)).square().sum().backward()
     optimizer.step()
@@ -43,11 +52,11 @@ def one_more(model, optimizer):
 def test_what_comes_back_goes_on_bit_for_bit(tmp_path):
     model, optimizer = made()
     random.seed(5)
-    path = save_checkpoint(tmp_path, 2, model, optimizer, {"note": [1, "a"]}, keep=2)
+    path = save(tmp_path, 2, model, optimizer, {"note": [1, "a"]}, keep=2)
     expected = one_more(model, optimizer)
     fresh, fresh_optimizer = made(steps=1, seed=9)
     random.seed(99)
-    load_checkpoint(path, fresh, fresh_optimizer)
+    load(path, fresh, fresh_optimizer)
     got = one_more(fresh, fresh_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(expected[:-1], got[:-1], strict=True))
     assert expected[-1] == got[-1]
@@ -55,35 +64,56 @@ def test_what_comes_back_goes_on_bit_for_bit(tmp_path):
     assert read_state(path)["step"] == 2
 
 
+def test_training_may_go_on_while_it_is_saved(tmp_path):
+    """What is saved is what was there when the save began."""
+    model, optimizer = made()
+    before = [p.detach().clone() for p in model.parameters()]
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
+    checkpoints.save(2, model, optimizer, {})
+    one_more(model, optimizer)
+    checkpoints.wait()
+    fresh, fresh_optimizer = made(seed=9)
+    load(tmp_path / "step-000002", fresh, fresh_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, fresh.parameters(), strict=True))
+
+
+def test_the_best_stays_beside_the_newest(tmp_path):
+    model, optimizer = made()
+    for step, score in ((1, 0.2), (2, 0.7), (3, None), (4, 0.7), (5, 0.1), (6, 0.3)):
+        save(tmp_path, step, model, optimizer, {}, keep=1, score=score)
+    # Of equal ones the newer.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000006"]
+
+
 def test_only_the_newest_are_kept(tmp_path):
     model, optimizer = made()
     for step in (1, 2, 9, 10):
-        save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2)
+        save(tmp_path, step, model, optimizer, {}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000009", "step-000010"]
-    assert newest_checkpoint(tmp_path).name == "step-000010"
+    assert newest(tmp_path).name == "step-000010"
 
 
 def test_a_damaged_later_one_neither_counts_nor_goes(tmp_path):
     model, optimizer = made()
-    damaged = save_checkpoint(tmp_path, 6, model, optimizer, {}, keep=1) / MODEL
+    damaged = save(tmp_path, 6, model, optimizer, {}, keep=1) / SHARD_OF_ONE
     damaged.write_bytes(b"")
     for step in (2, 4):
-        save_checkpoint(tmp_path, step, model, optimizer, {}, keep=1)
+        save(tmp_path, step, model, optimizer, {}, keep=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000006"]
     with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
-        assert newest_checkpoint(tmp_path).name == "step-000004"
+        assert newest(tmp_path).name == "step-000004"
 
 
 def test_no_folder_is_no_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path / "none") is None
+    assert newest(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE])
+@pytest.mark.parametrize("name", [SHARD_OF_ONE, STATE])
 @pytest.mark.parametrize("damage", ["missing", "torn", "flipped"])
 def test_a_half_written_checkpoint_is_passed_over(name, damage, tmp_path):
     model, optimizer = made()
-    save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=3)
-    path = save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=3) / name
+    save(tmp_path, 1, model, optimizer, {}, keep=3)
+    path = save(tmp_path, 2, model, optimizer, {}, keep=3) / name
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -94,23 +124,23 @@ def test_a_half_written_checkpoint_is_passed_over(name, damage, tmp_path):
     else:
         path.write_text(content.decode().replace('"sha256"', '"sha255"'))
     with pytest.warns(UserWarning, match="step-000002 is not a whole checkpoint .* looking at the one before it"):
-        assert newest_checkpoint(tmp_path).name == "step-000001"
+        assert newest(tmp_path).name == "step-000001"
 
 
 def test_a_save_that_was_killed_is_invisible_and_cleared_later(tmp_path):
     model, optimizer = made()
-    path = save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=3)
-    shutil.copytree(path, tmp_path / ".step-000002.partial-1")
+    path = save(tmp_path, 1, model, optimizer, {}, keep=3)
+    shutil.copytree(path, tmp_path / ".step-000002.partial")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert newest_checkpoint(tmp_path) == path
-    save_checkpoint(tmp_path, 3, model, optimizer, {}, keep=3)
+        assert newest(tmp_path) == path
+    save(tmp_path, 3, model, optimizer, {}, keep=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000003"]
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch):
     model, optimizer = made()
-    save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=1)
+    save(tmp_path, 1, model, optimizer, {}, keep=1)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -118,7 +148,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch)
     monkeypatch.setattr("tvkd_fast.training.checkpoint.save_file", full)
     message = r"could not save step 2 .*No space left on device.*Free some space .*step-000001 is kept"
     with pytest.raises(CheckpointError, match=message):
-        save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=1)
+        save(tmp_path, 2, model, optimizer, {}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
@@ -127,18 +157,22 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from torch import nn
-from tvkd_fast.training.checkpoint import CheckpointError, newest_checkpoint, save_checkpoint
+from tvkd_fast.distributed import World
+from tvkd_fast.training.checkpoint import CheckpointError, Checkpoints
 model = nn.Linear(256, 256)
 optimizer = torch.optim.AdamW(model.parameters())
 folder = Path(sys.argv[1])
-save_checkpoint(folder, 1, model, optimizer, {}, keep=1)
+checkpoints = Checkpoints(folder, World(torch.device("cpu")), keep=1)
+checkpoints.save(1, model, optimizer, {})
+checkpoints.wait()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    save_checkpoint(folder, 2, model, optimizer, {}, keep=1)
+    checkpoints.save(2, model, optimizer, {})
+    checkpoints.wait()
 except CheckpointError as error:
     print(error)
-print(newest_checkpoint(folder).name, len(list(folder.iterdir())))
+print(checkpoints.newest().name, len(list(folder.iterdir())))
 """
 
 
@@ -152,13 +186,13 @@ def test_a_disk_that_really_refuses(tmp_path):
 
 def test_another_models_checkpoint_is_refused(tmp_path):
     model, optimizer = made()
-    path = save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=1)
+    path = save(tmp_path, 1, model, optimizer, {}, keep=1)
     wider = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 2))
     with pytest.raises(CheckpointError, match=r"0.weight is \(8, 4\), this model's \(9, 4\)"):
-        load_checkpoint(path, wider, torch.optim.AdamW(wider.parameters()))
+        load(path, wider, torch.optim.AdamW(wider.parameters()))
     deeper = nn.Sequential(*model, nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match=r"another model \(parameters such as 2.bias"):
-        load_checkpoint(path, deeper, torch.optim.AdamW(deeper.parameters()))
+        load(path, deeper, torch.optim.AdamW(deeper.parameters()))
 
 
 def test_nothing_in_the_package_reads_pickle():
@@ -172,6 +206,6 @@ def test_nothing_in_the_package_reads_pickle():
 
 def test_the_state_is_plain_json(tmp_path):
     model, optimizer = made()
-    path = save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=1)
-    assert set(json.loads((path / STATE).read_text())) == {"step", "rng", "sha256"}
-    assert sorted(p.name for p in path.iterdir()) == sorted([MODEL, OPTIMIZER, STATE])
+    path = save(tmp_path, 1, model, optimizer, {}, keep=1)
+    assert set(json.loads((path / STATE).read_text())) == {"step", "score", "processes", "sha256"}
+    assert sorted(p.name for p in path.iterdir()) == sorted([SHARD_OF_ONE, STATE])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.training import trainer as trainer_module
-from tvkd_fast.training.checkpoint import CheckpointError
+from tvkd_fast.training.checkpoint import SHARD_OF_ONE, CheckpointError
 from tvkd_fast.training.config import ModelConfig, OptimConfig, TrainConfig
 from tvkd_fast.training.metrics import MetricsLog, read_metrics
 from tvkd_fast.training.optim import learning_rate
@@ -31,7 +31,8 @@ def same(a, b):
 
 def training_lines(config):
     """Without what depends on the clock."""
-    return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in lines(config)]
+    measured = {"tokens_per_s", "pairs_per_s", "data_wait", "peak_memory_gb"}
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines(config)]
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "tvkd"])
@@ -41,7 +42,7 @@ def test_a_tiny_policy_learns_the_rule(objective, make_config, run):
     log = [line for line in lines(config) if "loss" in line]
     assert [line["step"] for line in log] == list(range(1, 41))
     assert log[-1]["loss"] < log[0]["loss"]
-    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "pairs_per_s", "fill"}
+    wanted = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "pairs_per_s", "data_wait", "peak_memory_gb", "fill"}
     if objective != "sft":
         wanted |= {"accuracy", "margin", "chosen_reward", "rejected_reward"}
         assert evaluation.accuracy > 0.8
@@ -269,7 +270,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(make_config, run, files):
     config = make_config(save_every=2, keep_checkpoints=3)
     run(config)
     expected = weights(config)
-    newest = Path(config.output_dir) / "checkpoints" / "step-000006" / "model.safetensors"
+    newest = Path(config.output_dir) / "checkpoints" / "step-000006" / SHARD_OF_ONE
     newest.write_bytes(newest.read_bytes()[:100])
     with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
         run(config)
@@ -296,10 +297,11 @@ def test_bfloat16_autocast_trains(make_config, run):
     assert {t.dtype for t in weights(config).values()} == {torch.float32}
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(make_config, run, files):
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing_but_memory(mode, make_config, run, files):
     plain = make_config(output_dir=str(files / "plain"), max_steps=3)
     saved = make_config(output_dir=str(files / "saved"), max_steps=3)
-    saved.model.gradient_checkpointing = True
+    saved.model.activation_checkpointing = mode
     run(plain)
     run(saved)
     a, b = weights(plain), weights(saved)

@@ -6,7 +6,7 @@ Letters: P pairs of a micro-batch, L tokens of its row, N response tokens, M res
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,6 +46,47 @@ class MicroBatching:
             chunk = [indices[place] for place in places]
             yield collate_packed([dataset[i] for i in chunk], chunk, shared=shared, chosen_only=chosen_only)
 
+    def share(
+        self,
+        dataset: Sequence[TokenizedPair],
+        indices: Sequence[int],
+        *,
+        rank: int,
+        size: int,
+        chosen_only: bool = False,
+    ) -> list[PairBatch]:
+        """The part of one of `size` processes: as many micro-batches as every other's, empty ones where pairs run out.
+
+        Which pairs there are is not the processes' affair, only which rows they lie in.
+        """
+        if size == 1:
+            return list(self.batches(dataset, indices, chosen_only=chosen_only))
+        if self.packing == "padded":
+            whole = list(self.batches(dataset, indices, chosen_only=chosen_only))
+            return self.filled(whole[rank::size], -(-len(whole) // size))
+        shared = self.packing == "shared"
+        lengths = [packed_length(dataset[i], shared=shared, chosen_only=chosen_only) for i in indices]
+        for i in indices:
+            self.check_fits(dataset[i])
+        fewest = first_fit(lengths, self.tokens)
+        count = -(-len(fewest) // size)
+        bins = evenly(lengths, count * size)
+        if any(sum(lengths[place] for place in places) > self.tokens for places in bins):
+            bins = fewest
+        chunks = [[indices[place] for place in places] for places in bins[rank::size] if places]
+        mine = [
+            collate_packed([dataset[i] for i in chunk], chunk, shared=shared, chosen_only=chosen_only)
+            for chunk in chunks
+        ]
+        return self.filled(mine, count)
+
+    def filled(self, batches: list[PairBatch], count: int) -> list[PairBatch]:
+        """`count` micro-batches: these, and empty ones, which take part in whatever processes do together."""
+        empty = collate_packed([], [])
+        if self.packing == "padded":
+            empty = replace(empty, layout=None)
+        return batches + [empty] * (count - len(batches))
+
     def check_fits(self, pair: TokenizedPair) -> None:
         """Raises a BadPair that names the row, where no packed row can hold the pair."""
         tokens = packed_length(pair, shared=self.packing == "shared")
@@ -79,6 +120,17 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
             room.append(budget)
         bins[which].append(i)
         room[which] -= lengths[i]
+    return bins
+
+
+def evenly(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Places of the lengths in `count` bins: the longest first, each into the bin that has least."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        which = loads.index(min(loads))
+        bins[which].append(i)
+        loads[which] += lengths[i]
     return bins
 
 

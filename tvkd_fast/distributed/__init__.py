@@ -1,6 +1,21 @@
 """More than one process: who is there, and a policy's weights over them. Applied from outside the model."""
 
-from tvkd_fast.distributed.shard import shard_policy
+from tvkd_fast.distributed.launch import launch
+from tvkd_fast.distributed.load import fill
+from tvkd_fast.distributed.recompute import Recompute, checkpoint_activations
+from tvkd_fast.distributed.shard import reshard, shard_policy, sync_gradients, whole, whole_weights
 from tvkd_fast.distributed.world import World, joined
 
-__all__ = ["World", "joined", "shard_policy"]
+__all__ = [
+    "Recompute",
+    "World",
+    "checkpoint_activations",
+    "fill",
+    "joined",
+    "launch",
+    "reshard",
+    "shard_policy",
+    "sync_gradients",
+    "whole",
+    "whole_weights",
+]

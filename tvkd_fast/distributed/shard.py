@@ -1,7 +1,10 @@
 """A policy's weights over a mesh: FSDP2, in the order below.
 
-    1. every block of the backbone is a unit: its weights are gathered as it runs, and let go after it
-    2. the policy itself is the root unit: embedding, final norm and head, tied or not, gathered for the whole forward
+    1. `checkpoint_activations`: what a block keeps for its backward; around the block, so before it is a unit
+    2. `shard_policy`: every block of the backbone is a unit, whose weights are gathered as it runs, and let go after it
+    3. … and the policy itself is the root unit: embedding, final norm and head, tied or not, gathered for the whole
+       forward
+    4. `fill`: weights from disk, each process its own rows, where the model was made without any
 
 What is called afterwards is the policy and nothing within it: the head's weight is a plain tensor inside the root's
 forward, and a shard outside, whose gradient would be wrong.
@@ -9,29 +12,43 @@ forward, and a shard outside, whose gradient would be wrong.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from tvkd_fast.distributed.world import World
 from tvkd_fast.models import PolicyWithHead
 
+P = TypeVar("P", bound=PolicyWithHead)
 
-def shard_policy(policy: PolicyWithHead, world: World) -> PolicyWithHead:
+
+def shard_policy(policy: P, world: World, *, cpu_offload: bool = False) -> P:
     """The policy with sharded weights, in place; as it was in a world of one.
 
     Gradients are *averaged* over processes: multiply a process's part of the loss by `world.size`, so that they are of
     the sum. (A factor set on FSDP2 instead is refused by gloo, or ignored.) Weights and their sums keep their dtype;
     products take the policy's `autocast`, and the gathered weights with them.
 
-    Raises ValueError where the backbone's blocks cannot be found.
+    With `cpu_offload` shards, their gradients and the optimizer live in the host's memory, and what is gathered alone
+    is on the device. Raises ValueError where the backbone's blocks cannot be found.
     """
     if world.mesh is None:
         return policy
-    mixed = MixedPrecisionPolicy(param_dtype=policy.autocast, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=policy.autocast, reduce_dtype=torch.float32),
+    }
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
     for block in blocks_of(policy):
-        fully_shard(block, mesh=world.mesh, mp_policy=mixed)
-    fully_shard(policy, mesh=world.mesh, mp_policy=mixed)
+        fully_shard(block, **options)
+    # A frozen root has no backward to keep its weights gathered for.
+    frozen = not any(parameter.requires_grad for parameter in policy.parameters())
+    fully_shard(policy, reshard_after_forward=True if frozen else None, **options)
     return policy
 
 
@@ -53,3 +70,25 @@ def sync_gradients(policy: nn.Module, *, now: bool) -> None:
     """Whether the next backward reduces gradients over processes: the last micro-batch's of a step alone does."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(now)
+
+
+def reshard(policy: nn.Module) -> None:
+    """Let go of weights that a forward without a backward has left gathered: outside, they are shards again."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor that a shard is of, on every process; itself where it is none. Every process asks, or none."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_weights(policy: PolicyWithHead) -> dict[str, Tensor]:
+    """The model's state dict in the first process's host memory, gathered weight by weight; empty in the others.
+
+    Tied weights are in it once.
+    """
+    reshard(policy)
+    found = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    once = {name for name, _ in [*policy.model.named_parameters(), *policy.model.named_buffers()]}
+    return {name: x for name, x in found.items() if isinstance(x, Tensor) and name in once}

@@ -10,23 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 REPLICATE, SHARD = "replicate", "shard"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among the others."""
+    """Who this process is among the others. Every method is called by all of them, or by none."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
     """Over which weights are sharded, and replicated where it has two dimensions; None in a world of one."""
+    host: Any = None
+    """The group in which processes talk of what is in the host's memory: gloo, whatever the device's backend."""
+    background: Any = None
+    """The same for a thread that saves while the first one trains: messages of one group must be in one order."""
 
     @property
     def first(self) -> bool:
@@ -39,6 +45,35 @@ class World:
         if self.mesh is not None:
             distributed.all_reduce(whole)
         return whole
+
+    def most(self, number: int) -> int:
+        """The largest of every process's number, known on the host without waiting for a device."""
+        if self.mesh is None:
+            return number
+        largest = torch.tensor(number)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.host)
+        return int(largest)
+
+    def told(self, thing: T) -> T:
+        """What the first process has."""
+        if self.mesh is None:
+            return thing
+        things = [thing]
+        distributed.broadcast_object_list(things, src=0, group=self.host)
+        return things[0]
+
+    def everyone(self, thing: T) -> list[T]:
+        """What each process has, by rank."""
+        if self.mesh is None:
+            return [thing]
+        things: list[Any] = [None] * self.size
+        distributed.all_gather_object(things, thing, group=self.host)
+        return things
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.mesh is not None:
+            distributed.barrier(group=self.host)
 
 
 @contextmanager
@@ -53,19 +88,30 @@ def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0)
     Raises:
         ValueError: `replicas` does not divide the number of processes.
     """
-    if "WORLD_SIZE" not in os.environ:
-        yield World(device)
-        return
-    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if replicas < 1 or size % replicas:
         raise ValueError(f"{replicas} replicas do not divide {size} processes: give a divisor of {size}")
+    if size == 1:
+        yield World(device)
+        return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    patience = timedelta(seconds=timeout_s)
+    distributed.init_process_group(backend, timeout=patience)
     try:
         shape, names = ((size,), (SHARD,)) if replicas == 1 else ((replicas, size // replicas), (REPLICATE, SHARD))
-        yield World(device, rank, size, init_device_mesh(device.type, shape, mesh_dim_names=names))
+        world = World(
+            device,
+            rank,
+            size,
+            init_device_mesh(device.type, shape, mesh_dim_names=names),
+            distributed.new_group(backend="gloo", timeout=patience),
+            distributed.new_group(backend="gloo", timeout=patience),
+        )
+        yield world
+        # One that leaves early takes its connections with it.
+        world.wait()
     finally:
         distributed.destroy_process_group()

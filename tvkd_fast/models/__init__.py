@@ -2,19 +2,21 @@
 
 from tvkd_fast.models.fingerprint import fingerprint_weights
 from tvkd_fast.models.head import FusedLMHead, HeadTransforms, head_transforms
-from tvkd_fast.models.load import load_model, load_tokenizer, save_model
+from tvkd_fast.models.load import EmptyModel, empty_model, load_model, load_tokenizer, save_model
 from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
-from tvkd_fast.models.prune import disable_dropout, prune_layers
+from tvkd_fast.models.prune import disable_dropout, prune_layers, pruned_from
 from tvkd_fast.models.shapes import ModelShape, longest_sequence, model_shape
 
 __all__ = [
+    "EmptyModel",
     "FusedLMHead",
     "HeadTransforms",
     "ModelShape",
     "PolicyWithHead",
     "TeacherWithHead",
     "disable_dropout",
+    "empty_model",
     "fingerprint_weights",
     "head_transforms",
     "load_model",
@@ -23,5 +25,6 @@ __all__ = [
     "model_shape",
     "probe_head",
     "prune_layers",
+    "pruned_from",
     "save_model",
 ]

@@ -6,12 +6,17 @@ import hashlib
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def fingerprint_weights(model: nn.Module) -> str:
-    """sha256 (hex) over every parameter's name, dtype, shape and bytes, in order of name; tied ones count once."""
+    """sha256 (hex) over every parameter's name, dtype, shape and bytes, in order of name; tied ones count once.
+
+    Sharded ones are gathered one by one: every process asks, and all have the same answer.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)};".encode())
-        digest.update(parameter.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(whole.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

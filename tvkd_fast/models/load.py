@@ -5,13 +5,16 @@ Weights are read from safetensors or GGUF; pickled checkpoints are refused, and 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +67,81 @@ def load_model(
     return model.to(device)
 
 
+@dataclass(frozen=True)
+class EmptyModel:
+    """A model without weights, and the safetensors files that hold them."""
+
+    model: PreTrainedModel
+    """On the meta device, with the trained model's names and shapes."""
+    places: dict[str, tuple[Path, str]]
+    """By the name of a parameter or saved buffer, the file that holds it and its name there."""
+
+
+def empty_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> EmptyModel | None:
+    """What `load_model` would load, to be filled piece by piece; None where its files are not safetensors by the names
+    and shapes of the model's own parameters (GGUF, families whose weights are converted as they are read)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    source = locate(name)
+    if source.gguf_file is not None:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            )
+        files = _weight_files(source.name)
+    except (OSError, ImportError) as error:
+        raise ValueError(unreadable("model", name, error)) from error
+    if not _holds(files, model):
+        return None
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(source.name)
+    return EmptyModel(model.eval(), {name: (file, name) for name, file in files.items()})
+
+
+def _weight_files(name: str) -> dict[str, Path]:
+    """Of every tensor of a folder or hub repository the safetensors file that holds it."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weights: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        # A map could name a file anywhere; it is a name in this folder.
+        return {key: folder / Path(file).name for key, file in weights.items()}
+    single = folder / "model.safetensors"
+    if not single.exists():
+        return {}
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _holds(files: dict[str, Path], model: PreTrainedModel) -> bool:
+    handles: dict[Path, Any] = {}
+    for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
+        if name not in files:
+            return False
+        file = handles.setdefault(files[name], safe_open(files[name], framework="pt"))
+        if file.get_slice(name).get_shape() != list(tensor.shape):
+            return False
+    return True
+
+
+def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    saved = model.state_dict()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+
+
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `name`, found as `load_model` finds the weights."""
     from transformers import AutoTokenizer
@@ -75,9 +153,17 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
         raise ValueError(unreadable("tokenizer", name, error)) from error
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> None:
-    """A folder that `AutoModelForCausalLM.from_pretrained` loads: safetensors, config, generation config, tokenizer."""
-    model.save_pretrained(folder)
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads: safetensors, config, generation config, tokenizer.
+
+    `weights` stand in for the model's own, where those are shards.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

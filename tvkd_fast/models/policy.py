@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tvkd_fast.models.head import FusedLMHead, head_transforms
 from tvkd_fast.models.probe import probe_head, probe_packing, states_alone
-from tvkd_fast.models.prune import disable_dropout
+from tvkd_fast.models.prune import disable_dropout, few_layers
 from tvkd_fast.models.shared_prompt import Layout, share_prompts, states_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class PolicyWithHead(nn.Module):
     """A causal language model as the root that is called, sharded and trained: `forward(batch)` returns logps (N,).
 
     The model's head becomes a `FusedLMHead` that holds the same parameters; dropout is set to 0, since a log-ratio of
-    two passes with different masks is noise; `probe_head` refuses a family whose logits it does not reproduce.
+    two passes with different masks is noise; `probe_head` refuses a family whose logits it does not reproduce, on a few
+    of its layers where the model is still on the meta device.
     `autocast` is the dtype of the products over weights of another dtype, None for the weights' own. With `packing`
     other than "padded" the model takes packed rows too, if `probe_packing` finds that they change nothing.
     """
@@ -62,6 +63,10 @@ class PolicyWithHead(nn.Module):
     ) -> None:
         super().__init__()
         self.packing, self.autocast = packing, autocast
+        if probe and model.device.type == "meta":
+            # Nothing can be computed without weights, and what is probed is the family's code.
+            type(self)(few_layers(model), packing=packing, autocast=autocast)
+            probe = False
         model.set_output_embeddings(
             FusedLMHead.from_linear(model.get_output_embeddings(), head_transforms(model.config))
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -29,25 +30,49 @@ def prune_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     """
     prefix, blocks = _block_list(model)
     layers = kept_layers(len(blocks), keep)
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = keep
-    # Lists as long as the model is deep say something of each layer: layer_types, SmolLM3's no_rope_layers.
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == len(blocks) and not name.endswith("token_id"):
-            setattr(config, name, [value[i] for i in layers])
-    student = type(model)(config).to(dtype=model.dtype, device=model.device)
-    place = {old: new for new, old in enumerate(layers)}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        match = re.match(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)
-        if match is None:
-            state[name] = tensor
-        elif int(match[1]) in place:
-            state[f"{prefix}.{place[int(match[1])]}.{match[2]}"] = tensor
-    student.load_state_dict(state)
+    with model.device:
+        student = type(model)(config_of_layers(model.config, layers)).to(dtype=model.dtype)
+    state = model.state_dict()
+    student.load_state_dict({name: state[_in_teacher(name, prefix, layers)] for name in student.state_dict()})
     student.tie_weights()
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
+
+
+def pruned_from(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, str]:
+    """By the name of each parameter and buffer of `prune_layers(model, …)`, the name that it had in `model`."""
+    prefix, blocks = _block_list(model)
+    layers = kept_layers(len(blocks), len(_block_list(student)[1]))
+    return {name: _in_teacher(name, prefix, layers) for name in student.state_dict()}
+
+
+def few_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """An untrained model of the family on the CPU with one layer of each kind, two at least, and a small vocabulary."""
+    kinds = getattr(model.config, "layer_types", None) or []
+    last = model.config.num_hidden_layers - 1
+    layers = sorted({kinds.index(kind) for kind in kinds} | {0, last})
+    config = config_of_layers(model.config, layers)
+    config.vocab_size = min(config.vocab_size, 512)
+    # Its embedding would have no row for them.
+    config.pad_token_id = None
+    with torch.device("cpu"):
+        return type(model)(config).to(dtype=model.dtype).eval()
+
+
+def config_of_layers(config: Any, layers: list[int]) -> Any:
+    """The config of a model that has only these of the layers."""
+    config = copy.deepcopy(config)
+    # Lists as long as the model is deep say something of each layer: layer_types, SmolLM3's no_rope_layers.
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and not name.endswith("token_id"):
+            setattr(config, name, [value[i] for i in layers])
+    config.num_hidden_layers = len(layers)
+    return config
+
+
+def _in_teacher(name: str, prefix: str, layers: list[int]) -> str:
+    match = re.match(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)
+    return name if match is None else f"{prefix}.{layers[int(match[1])]}.{match[2]}"
 
 
 def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -20,12 +20,12 @@ from tvkd_fast.data import (
     fingerprint_tokenizer,
 )
 from tvkd_fast.data.folders import whole_folder
+from tvkd_fast.distributed import World, joined, whole_weights
 from tvkd_fast.models import PolicyWithHead, fingerprint_weights, load_tokenizer, save_model
 from tvkd_fast.training.config import DataConfig, EvalConfig, ModelConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.run_models import (
     FrozenModels,
-    freeze,
     frozen_copy,
     load_frozen,
     load_policy,
@@ -33,6 +33,7 @@ from tvkd_fast.training.run_models import (
     resolve_device,
 )
 from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
+from tvkd_fast.training.stop import StopSignal
 from tvkd_fast.training.trainer import Trainer
 from tvkd_fast.version import __version__
 
@@ -45,12 +46,24 @@ OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | None:
-    """`tvkd train`: build the run, train, and leave a folder `final/` that `from_pretrained` loads."""
+    """`tvkd train`: build the run, train, and leave a folder `final/` that `from_pretrained` loads.
+
+    Under torchrun every process calls it, and they share the model. Raises `Stopped` after SIGTERM or SIGINT, once the
+    steps that are done are saved.
+    """
+    with joined(
+        resolve_device(config.model), replicas=config.parallel.replicas, timeout_s=config.parallel.timeout_s
+    ) as world:
+        return _train(config, world, show_progress=show_progress)
+
+
+def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluation | None:
+    say = show_progress and world.first
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     batching = micro_batching(config)
-    dataset = load_dataset("train", config.data, tokenizer, batching, say=show_progress)
-    held_out = load_dataset("eval", config.data, tokenizer, batching, say=show_progress) if config.data.eval else None
-    policy = load_policy(config.policy, config.model, layers=config.student_layers)
+    dataset = load_dataset("train", config.data, tokenizer, batching, say=say)
+    held_out = load_dataset("eval", config.data, tokenizer, batching, say=say) if config.data.eval else None
+    policy = _policy(config, world)
     for pairs in (dataset, held_out):
         if pairs is not None:
             check_token_ids(pairs, policy.vocab_size)
@@ -58,8 +71,8 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     scorer: Scorer = OnlineScorer(None, None)
     held_out_scorer = None
     if config.objective != "sft":
-        models = _frozen_models(config, policy, tokenizer)
-        scorer = online = models.scorer(dataset, config, say=show_progress)
+        models = _frozen_models(config, policy, tokenizer, world)
+        scorer = online = models.scorer(dataset, config, say=say)
         expected = _expected(config, tokenizer, models, identity["policy"])
         expected["teacher_tokens"] = online.teacher_reads(dataset)
         if config.scores is not None:
@@ -67,7 +80,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
             expected |= {name: getattr(cache.manifest, name) for name in OF_TEACHER}
             scorer = CachedScorer(cache)
         if held_out is not None:
-            held_out_scorer = _held_out_scorer(config, policy, models, held_out, tokenizer, expected, show_progress)
+            held_out_scorer = _held_out_scorer(config, policy, models, held_out, tokenizer, expected, world, say)
         identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
         if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
@@ -76,32 +89,52 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
         if pairs is not None:
             # Only another tokenizer's tokens are made of them, and those are made.
             pairs.texts.clear()
-    if config.model.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable()
-    trainer = Trainer(
-        config,
-        policy,
-        scorer,
-        dataset,
-        held_out=held_out,
-        held_out_scorer=held_out_scorer,
-        identity=identity,
-        show_progress=show_progress,
-    )
-    evaluation = trainer.run()
-    save_final(policy.model, tokenizer, Path(config.output_dir) / FINAL)
+    with StopSignal() as stop:
+        trainer = Trainer(
+            config,
+            policy,
+            scorer,
+            dataset,
+            held_out=held_out,
+            held_out_scorer=held_out_scorer,
+            identity=identity,
+            show_progress=show_progress,
+            world=world,
+            stop=stop,
+        )
+        evaluation = trainer.run()
+        _save_trained(policy, tokenizer, Path(config.output_dir) / FINAL, world)
     return evaluation
+
+
+def _policy(config: TrainConfig | ScoreConfig, world: World, *, frozen: bool = False) -> PolicyWithHead:
+    """The policy as it is at the start."""
+    return load_policy(
+        config.policy,
+        config.model,
+        layers=config.student_layers,
+        world=world,
+        parallel=config.parallel,
+        frozen=frozen,
+    )
 
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep what they say."""
+    with joined(
+        resolve_device(config.model), replicas=config.parallel.replicas, timeout_s=config.parallel.timeout_s
+    ) as world:
+        return _score(config, world, say=show_progress and world.first)
+
+
+def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), say=show_progress)
-    models = load_frozen(config, tokenizer, kappa=config.kappa)
+    dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), say=say)
+    models = load_frozen(config, tokenizer, kappa=config.kappa, world=world)
     if models.reference is None:
-        models.reference = freeze(load_policy(config.policy, config.model, layers=config.student_layers))
+        models.reference = _policy(config, world, frozen=True)
     check_token_ids(dataset, models.reference.vocab_size)
-    scorer = models.scorer(dataset, config, say=show_progress)
+    scorer = models.scorer(dataset, config, say=say)
     dataset.texts.clear()
     manifest = _manifest(
         dataset,
@@ -119,8 +152,8 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
         config.output_dir,
         pairs_per_shard=config.pairs_per_shard,
         batching=micro_batching(config),
-        device=resolve_device(config.model),
-        progress=show_progress,
+        world=world,
+        progress=say,
     )
 
 
@@ -130,7 +163,7 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), say=show_progress)
-    policy = freeze(load_policy(config.policy, config.model))
+    policy = load_policy(config.policy, config.model, frozen=True)
     check_token_ids(dataset, policy.vocab_size)
     models = load_frozen(config, tokenizer, kappa=config.loss.kappa)
     return evaluate(
@@ -144,10 +177,29 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
     )
 
 
-def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_final(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write the model whole or not at all: a folder of this name is never half of one."""
     with whole_folder(folder, "the model") as partial:
-        save_model(model, tokenizer, partial)
+        save_model(model, tokenizer, partial, weights)
+
+
+def _save_trained(policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World) -> None:
+    """The same of a policy that processes share; the first of them writes."""
+    weights = whole_weights(policy) if world.mesh is not None else None
+    problem = None
+    if world.first:
+        try:
+            save_final(policy.model, tokenizer, folder, weights)
+        except ValueError as error:
+            problem = str(error)
+    problem = world.told(problem)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def load_dataset(
@@ -187,16 +239,19 @@ def load_dataset(
     return dataset
 
 
-def _frozen_models(config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase) -> FrozenModels:
+def _frozen_models(
+    config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, world: World
+) -> FrozenModels:
     """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
     if config.objective == "tvkd" and config.teacher is None and config.scores is None:
         raise ValueError(
             "tvkd needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`; --objective dpo needs "
             "none"
         )
-    models = load_frozen(config, tokenizer, kappa=config.loss.kappa, with_teacher=config.objective == "tvkd")
+    with_teacher = config.objective == "tvkd"
+    models = load_frozen(config, tokenizer, kappa=config.loss.kappa, with_teacher=with_teacher, world=world)
     if models.reference is None and config.scores is None:
-        models.reference = frozen_copy(policy)
+        models.reference = frozen_copy(policy) if world.mesh is None else _policy(config, world, frozen=True)
     return models
 
 
@@ -235,14 +290,15 @@ def _held_out_scorer(
     held_out: PairDataset,
     tokenizer: PreTrainedTokenizerBase,
     expected: dict[str, Any],
-    show_progress: bool,
+    world: World,
+    say: bool,
 ) -> CachedScorer:
     """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
     # Here the policy is still its own reference, also when the run is resumed later on.
-    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, say=show_progress)
+    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, say=say)
     if config.eval_scores is not None:
         return CachedScorer(_fitting_cache(config.eval_scores, config, held_out, expected, scorer))
-    if config.objective == "tvkd" and models.teacher is None:
+    if config.objective == "tvkd" and models.teacher is None and world.first:
         warnings.warn(
             "held-out pairs have no teacher's values: evaluation leaves the loss and the shaping out. Score them too, "
             "`tvkd score --which eval`, and give --eval_scores",
@@ -256,8 +312,8 @@ def _held_out_scorer(
             scorer,
             _manifest(held_out, tokenizer, scorer, **names, model=config.model),
             batching=micro_batching(config),
-            device=next(policy.parameters()).device,
-            progress=show_progress,
+            world=world,
+            progress=say,
         )
     )
 

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or invisible: safetensors and JSON, written beside their place and moved there.
 
-A checkpoint is a folder `step-000100` with `model.safetensors`, `optimizer.safetensors` and `state.json`, whose
-checksums of the other two make it whole. What is not whole is passed over, and the one before it is used.
+A checkpoint is a folder `step-000100` of one file a process, `shard-00001-….safetensors`, each with its own rows of
+weights and optimizer (torch.distributed.checkpoint's sharded layout, which any number of processes reads), and
+`state.json`, whose checksums of them make it whole. What is not whole is passed over, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -12,75 +13,198 @@ import random
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tvkd_fast.data.folders import sha256_of
+from tvkd_fast.distributed import World
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+STATE = "state.json"
+SHARD_OF_ONE = "shard-00001-model-00001-of-00001.safetensors"
+MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says what is left."""
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any], *, keep: int
-) -> Path:
-    """Write `folder/step-NNNNNN` with weights, optimizer, generators and `extra`, then drop all but the newest `keep`.
+class Checkpoints:
+    """The checkpoints of a run; every process of its world calls every method.
 
-    Raises CheckpointError where the disk will not take it; earlier checkpoints are as they were.
+    Args:
+        folder: where they lie.
+        world: the processes that share weights and optimizer.
+        keep: how many of the newest stay, beside the best.
     """
-    target = folder / f"step-{step:06d}"
-    partial = folder / f".{target.name}.partial-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".step-*.partial-*"):
+
+    def __init__(self, folder: Path, world: World, *, keep: int) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._bytes = 0
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, or None. One that is not whole is named in a warning and passed over."""
+        for path in self.world.told(_checkpoints(self.folder)):
+            flaw = self._flaw(path)
+            if flaw is None:
+                return path
+            if self.world.first:
+                warnings.warn(f"{path} is not a whole checkpoint ({flaw}); looking at the one before it", stacklevel=2)
+        return None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        extra: Mapping[str, Any],
+        *,
+        score: float | None = None,
+    ) -> None:
+        """Begin to write `step-NNNNNN` with weights, optimizer, generators and `extra`; training may go on meanwhile.
+
+        `score` is what the best is chosen by, larger being better. Once it is whole, all but the newest `keep` and the
+        best are dropped. CheckpointError here or at the next call or `wait`, where the disk will not take it; earlier
+        checkpoints are as they were.
+        """
+        self.wait()
+        tensors = state_of(model, optimizer, self.world)
+        self._bytes = sum(x.numel() * x.element_size() for x in tensors.values())
+        partial = self.folder / f".step-{step:06d}.partial"
+        self._agree(step, self._clear if self.world.first else None, partial)
+        state = {"step": step, "score": score, "processes": self.world.size, **extra}
+        self._saving = step, self._saver.submit(self._write, _staged(tensors, partial, self.world), partial, state)
+
+    def wait(self) -> None:
+        """Until what is being saved is in its place. Raises CheckpointError where it could not be."""
+        if self._saving is None:
+            return
+        (step, saving), self._saving = self._saving, None
+        self._agree(step, saving.result)
+
+    def close(self) -> None:
+        """Ends the thread that saves."""
+        self._saver.shutdown(wait=True)
+
+    def _agree(self, step: int, act: Callable[..., Any] | None, *arguments: Any) -> None:
+        """Do it, and raise in every process what went wrong in any."""
+        problem = None
+        try:
+            if act is not None:
+                act(*arguments)
+        except (OSError, SafetensorError, dcp.CheckpointException) as error:
+            problem = _reason(error)
+        problem = next((text for text in self.world.everyone(problem) if text is not None), None)
+        if problem is None:
+            return
+        if self.world.first:
+            shutil.rmtree(self.folder / f".step-{step:06d}.partial", ignore_errors=True)
+        left = self.newest()
+        raise CheckpointError(
+            f"could not save step {step} to {self.folder}: {problem}. Free some space (a checkpoint of this run takes "
+            f"{self._bytes * self.world.size / 2**20:,.0f} MB) and run the same command again; "
+            + (f"{left.name} is kept and will be resumed from" if left else "there is no earlier checkpoint")
+        )
+
+    def _clear(self, partial: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".step-*.partial*"):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
-        save_file(_parameters(model), partial / MODEL)
-        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
-        state = {
-            "step": step,
-            "rng": _rng_state(),
-            "sha256": {name: sha256_of(partial / name) for name in (MODEL, OPTIMIZER)},
-            **extra,
-        }
+
+    def _write(self, write: Callable[[], None], partial: Path, state: dict[str, Any]) -> None:
+        """In a thread of its own: the shards, and by the first process what makes them whole."""
+        write()
+        if not self.world.first:
+            return
+        shards = sorted(partial.glob("*.safetensors"))
+        state["sha256"] = {shard.name: sha256_of(shard) for shard in shards}
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
         for file in partial.iterdir():
             _flush(file)
         _flush(partial)
+        target = self.folder / f"step-{state['step']:06d}"
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        left = newest_checkpoint(folder)
-        raise CheckpointError(
-            f"could not save step {step} to {folder}: {error}. Free some space (a checkpoint of this run takes "
-            f"{_size(model) / 2**20:,.0f} MB) and run the same command again; "
-            + (f"{left.name} is kept and will be resumed from" if left else "there is no earlier checkpoint")
-        ) from error
-    # A later folder is damaged, or this run would have gone on from it: it neither counts nor is it ours to drop.
-    for old in [p for p in _checkpoints(folder) if _step(p) <= step][keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+        _flush(self.folder)
+        self._prune(state["step"])
+
+    def _prune(self, step: int) -> None:
+        # A later folder is damaged, or this run would have gone on from it: it neither counts nor is it ours to drop.
+        mine = [path for path in _checkpoints(self.folder) if _step(path) <= step]
+        scores = {path: _score(path) for path in mine}
+        best = max((path for path in mine if scores[path] is not None), key=lambda path: scores[path], default=None)
+        for old in mine[self.keep :]:
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _flaw(self, path: Path) -> str | None:
+        """Every process reads its part of the files, and all know what any of them found."""
+        try:
+            recorded = read_state(path)["sha256"]
+            mine = sorted(recorded)[self.world.rank :: self.world.size]
+            flaw = next((f"{n} does not match its checksum" for n in mine if sha256_of(path / n) != recorded[n]), None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            flaw = f"{type(error).__name__}: {error}"
+        return next((text for text in self.world.everyone(flaw) if text is not None), None)
+
+    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put weights, optimizer state and this process's generators back, bit for bit.
+
+        The checkpoint may be of another number of processes; generators without a saved state stay as they are.
+        """
+        reader = HuggingFaceStorageReader(str(path))
+        entries = reader.read_metadata().state_dict_metadata.items()
+        saved = {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        parameters = _parameters(model)
+        _check_same_model(path, saved, parameters)
+        optimizer.state.clear()
+        for name, shape in saved.items():
+            kind, _, rest = name.partition("/")
+            if kind == OPTIMIZER:
+                parameter_name, key = rest.rsplit("/", 1)
+                parameter = parameters[parameter_name]
+                optimizer.state[parameter][key] = (
+                    torch.zeros_like(parameter)
+                    if shape == parameter.shape
+                    else torch.zeros(shape, device=parameter.device)
+                )
+        own = f"{RNG}/{self.world.rank}/"
+        wanted = {name: x for name, x in state_of(model, optimizer, self.world).items() if not name.startswith(own)}
+        wanted |= {name: torch.zeros(size, dtype=torch.uint8) for name, size in saved.items() if name.startswith(own)}
+        with warnings.catch_warnings():
+            # A world of one is no distributed one, as torch then warns.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(wanted, storage_reader=reader, process_group=self.world.host)
+        _restore_generators({name.removeprefix(own): x for name, x in wanted.items() if name.startswith(own)})
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None. One that is not whole is named in a warning and passed over."""
-    for path in _checkpoints(folder):
-        flaw = _flaw(path)
-        if flaw is None:
-            return path
-        warnings.warn(f"{path} is not a whole checkpoint ({flaw}); looking at the one before it", stacklevel=2)
-    return None
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Tensor]:
+    """What a process saves: its shards of weights and optimizer, by name, and its generators."""
+    parameters = _parameters(model)
+    tensors = {f"{MODEL}/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{OPTIMIZER}/{name}/{key}"] = value.detach()
+    return tensors | {f"{RNG}/{world.rank}/{name}": x for name, x in _generators().items()}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `state.json` holds: `step`, `score`, `processes`, checksums, and the caller's `extra`."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    return state
 
 
 def set_aside(path: Path) -> None:
@@ -93,31 +217,30 @@ def set_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What `state.json` holds: `step`, generators' states, and the caller's `extra`."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
-    return state
+def _staged(tensors: dict[str, Tensor], partial: Path, world: World) -> Callable[[], None]:
+    """What writes the tensors as they are now, however they change meanwhile."""
+    if world.mesh is None:
+        copies = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
+        return lambda: save_file(copies, partial / SHARD_OF_ONE)
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+    saving = dcp.async_save(tensors, storage_writer=writer, process_group=world.background)
+    assert isinstance(saving, Future)
+    return lambda: saving.result() and None
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, optimizer state and generators back, bit for bit."""
-    tensors = load_file(path / MODEL)
-    parameters = dict(_parameters(model))
-    if tensors.keys() != parameters.keys():
-        odd = sorted(tensors.keys() ^ parameters.keys())[:4]
+def _check_same_model(path: Path, saved: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> None:
+    shapes = {name.removeprefix(f"{MODEL}/"): size for name, size in saved.items() if name.startswith(f"{MODEL}/")}
+    if shapes.keys() != parameters.keys():
+        odd = sorted(shapes.keys() ^ parameters.keys())[:4]
         raise CheckpointError(
             f"{path} is of another model (parameters such as {', '.join(odd)}): give --output_dir a folder of its own"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                raise CheckpointError(
-                    f"{path}: {name} is {tuple(tensors[name].shape)}, this model's {tuple(parameter.shape)}: give "
-                    "--output_dir a folder of its own"
-                )
-            parameter.copy_(tensors[name])
-    _restore_optimizer(model, optimizer, load_file(path / OPTIMIZER))
-    _restore_rng(read_state(path)["rng"])
+    for name, parameter in parameters.items():
+        if parameter.shape != shapes[name]:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(shapes[name])}, this model's {tuple(parameter.shape)}: give "
+                "--output_dir a folder of its own"
+            )
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -130,59 +253,41 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _flaw(path: Path) -> str | None:
+def _score(path: Path) -> Any:
     try:
-        recorded = read_state(path)["sha256"]
-        return next(
-            (f"{n} does not match its checksum" for n in (MODEL, OPTIMIZER) if sha256_of(path / n) != recorded[n]), None
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return read_state(path).get("score")
+    except (OSError, ValueError):
+        return None
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What learns, by name, tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.detach()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for name, tensor in tensors.items():
-        parameter_name, key = name.rsplit("/", 1)
-        parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
-
-
-def _rng_state() -> dict[str, Any]:
+def _generators() -> dict[str, Tensor]:
+    """States of this process's generators, as bytes."""
     version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [s.numpy().tobytes().hex() for s in torch.cuda.get_rng_state_all()]
-        if torch.cuda.is_available()
-        else [],
-        "python": [version, list(internal), gauss],
-    }
+    python = json.dumps([version, list(internal), gauss]).encode()
+    states = {"torch": torch.get_rng_state(), "python": torch.frombuffer(bytearray(python), dtype=torch.uint8)}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(_bytes_tensor(state["torch"]))
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_bytes_tensor(s) for s in state["cuda"]])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+def _restore_generators(states: Mapping[str, Tensor]) -> None:
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+    if "python" in states:
+        version, internal, gauss = json.loads(bytes(states["python"].tolist()))
+        random.setstate((version, tuple(internal), gauss))
 
 
-def _bytes_tensor(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+def _reason(error: BaseException) -> str:
+    """In a line; what DCP gathers of several processes by the first of them."""
+    if isinstance(error, dcp.CheckpointException):
+        return next(str(wrapped[0]) for wrapped in error.failures.values())
+    return str(error)
 
 
 def _flush(path: Path) -> None:
@@ -191,8 +296,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _size(model: nn.Module) -> int:
-    """Bytes of weights and AdamW's two moments."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())

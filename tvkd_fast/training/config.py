@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tvkd_fast.data import MicroBatching
+from tvkd_fast.distributed import Recompute
 from tvkd_fast.losses import check_discount, check_preference_settings
 from tvkd_fast.ops import HeadGradient, check_kappa
 
@@ -112,14 +113,27 @@ class ModelConfig:
     packing: Literal["shared", "unshared", "padded"] = "shared"
     """How pairs become rows: `shared` computes a pair's prompt once (sdpa or eager attention), `unshared` packs without
     padding, `padded` pads."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward."""
+    activation_checkpointing: Recompute = "none"
+    """What is computed again in the backward: nothing, all of a block but its products (`selective`), or all of it
+    (`full`)."""
     device: str = "auto"
     """`auto` takes a GPU where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model. Off unless asked for."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How processes share a model, where there are several (`--nproc`, or torchrun)."""
+
+    replicas: int = 1
+    """Groups of processes that hold all weights each, sharded within a group (HSDP); 1 shards over all."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and the optimizer in the host's memory."""
+    timeout_s: float = 600.0
+    """Seconds after which processes that wait for another one name it and give up."""
 
 
 @dataclass(kw_only=True)
@@ -150,6 +164,9 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadGradient = field(default_factory=HeadGradient)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    nproc: int = 1
+    """Processes to start on this machine; weights are sharded over them. Under torchrun its own number counts."""
     max_steps: int | None = None
     """Optimizer steps; `epochs` over the data where not given."""
     epochs: float = 1.0
@@ -166,8 +183,15 @@ class TrainConfig:
     """Checkpoint every so many steps and at the end; 0 only at the end; -1 never."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_best: Literal["accuracy", "margin", "loss", "none"] = "none"
+    """Keep one more: the checkpoint whose evaluation, made at the same step, was best by this figure."""
     log_every: int = 1
-    """Write metrics every so many steps."""
+    """Write metrics every so many steps, over all of them."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or inf: stop and keep its pairs for `tvkd replay`, or pass it over and count
+    it."""
+    peak_tflops: float | None = None
+    """What a process's device can do, in 10¹² floating-point operations a second: metrics then have `mfu`."""
     resume: bool = True
     """Go on from the newest complete checkpoint in output_dir, if there is one; false sets those aside and starts
     again."""
@@ -178,9 +202,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("pairs_per_step", "tokens_per_micro_batch", "pairs_per_micro_batch", "keep_checkpoints", "log_every")
-        for name in counts:
+        for name in (*counts, "nproc"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_best != "none" and (self.data.eval is None or not self.eval_every):
+            raise ValueError("keep_best goes by evaluations: set --data.eval and --eval_every")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be positive, got {self.epochs}")
         if self.data.eval is None and (self.eval_every or self.eval_scores):
@@ -220,8 +246,13 @@ class ScoreConfig:
     """The same in pairs, where model.packing is `padded`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    nproc: int = 1
+    """Processes to start on this machine; pairs and weights are shared among them."""
 
     def __post_init__(self) -> None:
+        if self.nproc < 1:
+            raise ValueError(f"nproc must be at least 1, got {self.nproc}")
         if self.pairs_per_shard < 1:
             raise ValueError(f"pairs_per_shard must be at least 1, got {self.pairs_per_shard}")
         if self.teacher_reference is not None and self.teacher is None:

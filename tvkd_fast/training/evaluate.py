@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tvkd_fast.data import MicroBatching, PairDataset
+from tvkd_fast.distributed import World, reshard
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.config import LossConfig
@@ -55,30 +56,40 @@ def evaluate(
     objective: str = "dpo",
     batching: MicroBatching | None = None,
     device: torch.device | str = "cpu",
+    world: World | None = None,
 ) -> Evaluation:
-    """Accuracy and margins of the policy alone, and of its rewards where the scorer has a reference."""
+    """Accuracy and margins of the policy alone, and of its rewards where the scorer has a reference.
+
+    Over the processes of `world`, where there are several: each pair in one of them, and the figures in all.
+    """
     was_training = policy.training
     policy.eval()
     config = LossConfig() if loss is None else loss
     scorer = OnlineScorer(None, None) if scorer is None else scorer
-    differences, losses, margins, shaping, lengths = [], [], [], [], []
-    has_reference = has_loss = False
+    world = World(torch.device(device)) if world is None else world
     batching = MicroBatching(policy.packing) if batching is None else batching
-    for batch in batching.batches(dataset, range(len(dataset))):
-        batch = batch.to(device)
+    found = []
+    has_reference = has_loss = False
+    for batch in batching.share(dataset, range(len(dataset)), rank=world.rank, size=world.size):
+        batch = batch.to(world.device)
         logps = segment_sums(policy(batch), batch.cu_seqlens)
         scores = scorer.of(batch)
+        if batch.num_pairs == 0:
+            continue
         has_reference = scores.ref_logps is not None
         has_loss = has_reference and (objective == "dpo" or values_of(scores, config) is not None)
         out = preference_output(logps, batch, scores, config, objective)
         chosen, rejected = logps.chunk(2)
-        differences.append(chosen - rejected)
-        losses.append(out.losses)
-        margins.append(out.margins)
-        shaping.append(out.shaping_margins)
-        lengths.append(length_differences(batch))
+        columns = (chosen - rejected, out.losses, out.margins, out.shaping_margins, length_differences(batch))
+        found.append(torch.stack([column.double() for column in columns]).cpu())
+    reshard(policy)
     policy.train(was_training)
-    difference = torch.cat(differences).double()
+    mine = torch.cat(found, 1) if found else torch.zeros(5, 0, dtype=torch.float64)
+    everyone = world.everyone((mine, has_reference, has_loss))
+    difference, losses, margin, shaped, lengths = torch.cat([numbers for numbers, _, _ in everyone], 1)
+    # A process without a pair of its own does not know.
+    has_reference = any(flag for _, flag, _ in everyone)
+    has_loss = any(flag for _, _, flag in everyone)
     right = (difference > 0).double()
     figures: dict[str, Any] = {
         "pairs": len(dataset),
@@ -88,13 +99,12 @@ def evaluate(
         "margin_ci": _half_width(difference),
     }
     if has_reference:
-        margin, shaped = torch.cat(margins), torch.cat(shaping)
         figures["reward_accuracy"] = float((margin > 0).double().mean())
-        figures["reward_margin"] = float(margin.double().mean())
+        figures["reward_margin"] = float(margin.mean())
         if has_loss:
-            figures["loss"] = float(torch.cat(losses).double().mean())
+            figures["loss"] = float(losses.mean())
         if torch.count_nonzero(shaped):
-            figures |= shaping_metrics(margin, shaped, torch.cat(lengths))
+            figures |= shaping_metrics(margin, shaped, lengths)
     return Evaluation(**figures)
 
 

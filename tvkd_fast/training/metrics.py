@@ -6,34 +6,102 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from tvkd_fast.data import PairBatch
+from tvkd_fast.distributed import World
 from tvkd_fast.losses import shaping_report
 from tvkd_fast.training.step import StepOutput
 
 
-def step_metrics(out: StepOutput) -> dict[str, float]:
-    """A step's numbers as a metrics line shows them. Rewards and margins are unshaped, in β-scaled nats."""
-    metrics = {"loss": float(out.loss), "grad_norm": float(out.grad_norm)}
-    if not out.outputs:
+class Interval:
+    """What steps since the last line of metrics have said: left on the device until it is read, over all processes."""
+
+    COLUMNS = ("margins", "shaping_margins", "chosen_rewards", "rejected_rewards")
+
+    def __init__(self) -> None:
+        self._steps: list[StepOutput] = []
+        self._counts = torch.zeros(3, dtype=torch.int64)
+
+    def add(self, out: StepOutput, batches: Sequence[PairBatch], *, room: int) -> None:
+        """One step, with this process's part of it and the tokens that there was room for."""
+        self._steps.append(out)
+        tokens, responses = sum(b.num_tokens for b in batches), sum(b.labels.numel() for b in batches)
+        self._counts += torch.tensor([tokens, responses, room])
+
+    def read(self, world: World) -> IntervalNumbers:
+        """Waits for the device, and for the other processes; then begins anew."""
+        taken = [out for out in self._steps if not out.skipped]
+        columns = [
+            torch.stack([*(getattr(output, name).double() for name in self.COLUMNS), lengths.double()]).cpu()
+            for out in taken
+            for output, lengths in zip(out.outputs, out.length_differences, strict=True)
+        ]
+        mine = torch.cat(columns, 1) if columns else torch.zeros(len(self.COLUMNS) + 1, 0, dtype=torch.float64)
+        everyone = world.everyone((mine, self._counts))
+        tokens, response_tokens, room = torch.stack([counts for _, counts in everyone]).sum(0).tolist()
+        found = IntervalNumbers(
+            losses=[float(out.loss) for out in taken],
+            grad_norms=[float(out.grad_norm) for out in taken],
+            skipped=len(self._steps) - len(taken),
+            pairs=torch.cat([numbers for numbers, _ in everyone], 1),
+            tokens=tokens,
+            response_tokens=response_tokens,
+            room=room,
+        )
+        self._steps, self._counts = [], torch.zeros_like(self._counts)
+        return found
+
+
+@dataclass(frozen=True)
+class IntervalNumbers:
+    """An interval's numbers, on the host."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    """One a step that was taken."""
+    skipped: int
+    """Steps that were not, their loss or gradient being NaN or inf."""
+    pairs: torch.Tensor
+    """[5, P] of every pair: margin, shaping margin, chosen and rejected reward, length difference; P = 0 in sft."""
+    tokens: int
+    """That went through the policy."""
+    response_tokens: int
+    """That its head saw."""
+    room: int
+    """Tokens that the micro-batches had room for."""
+
+    def metrics(self) -> dict[str, float]:
+        """As a metrics line shows them: means. Rewards and margins are unshaped, in β-scaled nats."""
+        metrics = {
+            "loss": _mean(self.losses),
+            "grad_norm": _mean(self.grad_norms),
+            "fill": self.tokens / self.room,
+        }
+        if self.skipped:
+            metrics["skipped"] = self.skipped
+        if self.pairs.shape[1] == 0:
+            return metrics
+        margins, shaping, chosen, rejected, lengths = self.pairs
+        metrics |= {
+            "accuracy": float((margins > 0).double().mean()),
+            "margin": float(margins.mean()),
+            "chosen_reward": float(chosen.mean()),
+            "rejected_reward": float(rejected.mean()),
+        }
+        if torch.count_nonzero(shaping):
+            metrics |= shaping_metrics(margins, shaping, lengths)
         return metrics
-    margins, shaping, chosen, rejected = (
-        torch.cat([getattr(o, name).double() for o in out.outputs])
-        for name in ("margins", "shaping_margins", "chosen_rewards", "rejected_rewards")
-    )
-    metrics |= {
-        "accuracy": float((margins > 0).double().mean()),
-        "margin": float(margins.mean()),
-        "chosen_reward": float(chosen.mean()),
-        "rejected_reward": float(rejected.mean()),
-    }
-    if torch.count_nonzero(shaping):
-        metrics |= shaping_metrics(margins, shaping, torch.cat(out.length_differences))
-    return metrics
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def shaping_metrics(margins: torch.Tensor, shaping_margins: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
@@ -58,19 +126,19 @@ class ShapingWatch:
 
     def __init__(self, *, skip: int, pairs: int = 64) -> None:
         self.skip, self.pairs = skip, pairs
-        self._seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._seen: list[torch.Tensor] = []
         self._warned = False
 
-    def look(self, step: int, out: StepOutput, *, last: bool) -> None:
-        """Add step `step` (from 1) to what is looked at; `last` looks at however few pairs there are."""
+    def look(self, step: int, numbers: IntervalNumbers, *, last: bool) -> None:
+        """Add an interval that ends with step `step` (from 1); `last` looks at however few pairs there are."""
         if self._warned or step <= self.skip:
             return
-        for output, lengths in zip(out.outputs, out.length_differences, strict=True):
-            self._seen.append((output.margins, output.shaping_margins, lengths))
-        if not self._seen or (sum(m.numel() for m, _, _ in self._seen) < self.pairs and not last):
+        self._seen.append(numbers.pairs)
+        pairs = torch.cat(self._seen, 1)
+        if pairs.shape[1] == 0 or (pairs.shape[1] < self.pairs and not last):
             return
-        margins, shaping, lengths = (torch.cat(column) for column in zip(*self._seen, strict=True))
         self._seen.clear()
+        margins, shaping, _, _, lengths = pairs
         warning = shaping_report(margins, shaping, lengths).warning
         if warning:
             self._warned = True

@@ -82,7 +82,7 @@ def _memory(
     # Saved by a block for its backward: about 12 hidden-sized and 4 intermediate-sized tensors a token.
     per_block = rows * (12 * policy.hidden + 4 * policy.intermediate) * compute
     activations = rows * policy.hidden * compute * policy.layers + per_block
-    if not config.model.gradient_checkpointing:
+    if config.model.activation_checkpointing != "full":
         activations = per_block * policy.layers
     parts = {
         "policy weights": policy.parameters * size,

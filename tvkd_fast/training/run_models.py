@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from tvkd_fast.data import PairDataset, check_token_ids, packed_length, retokenize
+from tvkd_fast.distributed import World, checkpoint_activations, fill, shard_policy
 from tvkd_fast.models import (
+    EmptyModel,
     PolicyWithHead,
     TeacherWithHead,
+    empty_model,
     fingerprint_weights,
     load_model,
     load_tokenizer,
     longest_sequence,
     prune_layers,
+    pruned_from,
 )
-from tvkd_fast.training.config import EvalConfig, ModelConfig, ScoreConfig, TrainConfig, micro_batching
+from tvkd_fast.training.config import EvalConfig, ModelConfig, ParallelConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.scoring import OnlineScorer, RewardTeacher, TeacherTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+P = TypeVar("P", bound=PolicyWithHead)
 
 
 @dataclass
@@ -36,6 +44,8 @@ class FrozenModels:
     teacher: TeacherWithHead | RewardTeacher | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """None where the teacher reads the policy's tokens."""
+    world: World | None = None
+    """Over which they are sharded."""
 
     def scorer(
         self, dataset: PairDataset, config: TrainConfig | ScoreConfig | EvalConfig, *, say: bool = False
@@ -48,7 +58,7 @@ class FrozenModels:
                 tokens = None
             elif say:
                 print(tokens.dataset.report, file=sys.stderr)
-        return OnlineScorer(self.reference, self.teacher, tokens)
+        return OnlineScorer(self.reference, self.teacher, tokens, self.world)
 
     def _tokens(
         self,
@@ -80,9 +90,17 @@ class FrozenModels:
         }
 
 
-def load_policy(name: str, config: ModelConfig, *, layers: int | None = None) -> PolicyWithHead:
-    """A model on the run's device and in its precision, pruned to `layers` where given."""
-    return PolicyWithHead(_load(name, config, layers=layers), packing=config.packing, autocast=_autocast(config))
+def load_policy(
+    name: str,
+    config: ModelConfig,
+    *,
+    layers: int | None = None,
+    world: World | None = None,
+    parallel: ParallelConfig | None = None,
+    frozen: bool = False,
+) -> PolicyWithHead:
+    """A model on the run's device and in its precision, pruned to `layers` where given, and sharded over `world`."""
+    return _made(PolicyWithHead, name, config, layers, world, parallel, frozen=frozen)
 
 
 def load_frozen(
@@ -91,28 +109,29 @@ def load_frozen(
     *,
     kappa: float,
     with_teacher: bool = True,
+    world: World | None = None,
 ) -> FrozenModels:
     """The reference and the teacher that the config names, with what each must read."""
-    found = FrozenModels(tokenizer)
+    found = FrozenModels(tokenizer, world=world)
+    parallel = None if isinstance(config, EvalConfig) else config.parallel
     if config.reference is not None:
-        found.reference = _load_reference(config.reference, config.model, tokenizer, whose="policy")
+        found.reference = _load_reference(config.reference, config.model, tokenizer, world, parallel, whose="policy")
     if config.teacher is None or not with_teacher:
         return found
     theirs = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         found.teacher_tokenizer = theirs
     if config.teacher_reference is not None:
-        own = _load_reference(config.teacher_reference, config.model, theirs, whose="teacher")
-        found.teacher = RewardTeacher(freeze(load_policy(config.teacher, config.model)), own)
+        own = _load_reference(config.teacher_reference, config.model, theirs, world, parallel, whose="teacher")
+        teacher = load_policy(config.teacher, config.model, world=world, parallel=parallel, frozen=True)
+        found.teacher = RewardTeacher(teacher, own)
     else:
-        model = _load(config.teacher, config.model)
-        found.teacher = TeacherWithHead(
-            model, kappa=kappa, packing=config.model.packing, autocast=_autocast(config.model)
-        )
+        make = partial(TeacherWithHead, kappa=kappa)
+        found.teacher = _made(make, config.teacher, config.model, None, world, parallel, frozen=True)
     return found
 
 
-def freeze(policy: PolicyWithHead) -> PolicyWithHead:
+def freeze(policy: P) -> P:
     """Without dropout or gradients."""
     return policy.eval().requires_grad_(False)
 
@@ -139,6 +158,48 @@ def precision(config: ModelConfig) -> str:
     return config.dtype if config.autocast == "off" else f"{config.dtype}, products in {config.autocast}"
 
 
+def _made(
+    make: Callable[..., P],
+    name: str,
+    config: ModelConfig,
+    layers: int | None,
+    world: World | None,
+    parallel: ParallelConfig | None,
+    *,
+    frozen: bool,
+) -> P:
+    """Loaded whole and sharded where there is something to shard over; better, made without weights, and each process
+    given its own, where the files allow it."""
+    parallel = ParallelConfig() if parallel is None else parallel
+    many = world is not None and world.mesh is not None
+    empty = _empty(name, config, layers) if many else None
+    model = _load(name, config, layers=layers) if empty is None else empty.model
+    policy = make(model, packing=config.packing, autocast=_autocast(config))
+    if frozen:
+        freeze(policy)
+    else:
+        checkpoint_activations(policy, config.activation_checkpointing)
+    if many:
+        assert world is not None
+        shard_policy(policy, world, cpu_offload=parallel.cpu_offload)
+        if empty is not None:
+            fill(policy.model, empty.places, torch.device("cpu") if parallel.cpu_offload else world.device)
+    return policy
+
+
+def _empty(name: str, config: ModelConfig, layers: int | None) -> EmptyModel | None:
+    empty = empty_model(
+        name,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if empty is None or layers is None:
+        return empty
+    student = prune_layers(empty.model, layers)
+    return EmptyModel(student, {n: empty.places[old] for n, old in pruned_from(empty.model, student).items()})
+
+
 def _load(name: str, config: ModelConfig, *, layers: int | None = None) -> PreTrainedModel:
     model = load_model(
         name,
@@ -151,11 +212,17 @@ def _load(name: str, config: ModelConfig, *, layers: int | None = None) -> PreTr
 
 
 def _load_reference(
-    name: str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, whose: str
+    name: str,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World | None,
+    parallel: ParallelConfig | None,
+    *,
+    whose: str,
 ) -> PolicyWithHead:
     theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     _check_same_tokenizer(tokenizer, theirs, name, whose=whose)
-    return freeze(load_policy(name, config))
+    return load_policy(name, config, world=world, parallel=parallel, frozen=True)
 
 
 def _check_same_tokenizer(

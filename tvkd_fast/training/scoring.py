@@ -23,6 +23,7 @@ from tvkd_fast.data import (
     ScoreWriter,
 )
 from tvkd_fast.data.scores import NAMES, STATE_NAMES
+from tvkd_fast.distributed import World
 from tvkd_fast.losses import running_sums, segment_sums
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 
@@ -78,8 +79,10 @@ class OnlineScorer:
         reference: PolicyWithHead | None,
         teacher: TeacherWithHead | RewardTeacher | None,
         teacher_tokens: TeacherTokens | None = None,
+        world: World | None = None,
     ) -> None:
         self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
+        self.world = world
 
     def layout(self, dataset: PairDataset) -> ScoreLayout:
         """Of the numbers that it gives of a dataset."""
@@ -113,7 +116,9 @@ class OnlineScorer:
         pairs = [tokens.dataset[i] for i in batch.pairs.tolist()]
         layout = ScoreLayout.of(pairs)
         found: dict[str, Tensor] = {}
-        for own in tokens.batching.batches(pairs, range(len(pairs))):
+        rows = list(tokens.batching.batches(pairs, range(len(pairs))))
+        # A sharded teacher is called by every process as often as by the others.
+        for own in tokens.batching.filled(rows, len(rows) if self.world is None else self.world.most(len(rows))):
             places = layout.states(own.pairs)
             for name, numbers in vars(self._of_teacher(own.to(batch.labels.device))).items():
                 if numbers is not None:
@@ -123,7 +128,7 @@ class OnlineScorer:
         ended = torch.tensor([[pair.chosen_ended, pair.rejected_ended] for pair in pairs], dtype=torch.bool)
         of_responses = {
             "teacher_states": layout.bounds.diff()[layout.responses(everyone)],
-            "teacher_ended": ended.view(-1, 2).T.flatten(),
+            "teacher_ended": ended.view(len(pairs), 2).T.flatten(),
         }
         of_states = {name: found[name][order] if name in found else None for name in STATE_NAMES}
         return Scores(**of_states, **{name: x.to(batch.labels.device) for name, x in of_responses.items()})
@@ -147,13 +152,16 @@ def score_dataset(
     manifest: ScoreManifest,
     *,
     batching: MicroBatching,
-    device: torch.device,
+    world: World,
     progress: bool = False,
 ) -> ScoreCache:
-    """Run the scorer once over the dataset and keep what it says in memory, in the dataset's order."""
+    """Run the scorer once over the dataset and keep what it says in memory, in the dataset's order.
+
+    Each process of `world` scores its part, and all have the whole.
+    """
     layout = scorer.layout(dataset)
     with _bar(len(dataset), 0, progress) as bar:
-        scores = _score_pairs(dataset, layout, range(len(dataset)), scorer, batching, device, bar)
+        scores = _score_pairs(dataset, layout, range(len(dataset)), scorer, batching, world, bar)
     return ScoreCache(manifest, [scores], layout)
 
 
@@ -165,17 +173,23 @@ def score_to_disk(
     *,
     pairs_per_shard: int,
     batching: MicroBatching,
-    device: torch.device,
+    world: World,
     progress: bool = False,
 ) -> ScoreCache:
-    """The same shard by shard into a folder. Killed, it goes on after the last whole shard when it is run again."""
+    """The same shard by shard into a folder, which the first process writes. Killed, it goes on after the last whole
+    shard when it is run again."""
     layout = scorer.layout(dataset)
-    writer = ScoreWriter(folder, manifest, layout)
-    with _bar(len(dataset), writer.pairs, progress) as bar:
-        while writer.pairs < len(dataset):
-            pairs = range(writer.pairs, min(writer.pairs + pairs_per_shard, len(dataset)))
-            writer.write(_score_pairs(dataset, layout, pairs, scorer, batching, device, bar))
-    writer.finish()
+    writer = ScoreWriter(folder, manifest, layout) if world.first else None
+    start = world.told(0 if writer is None else writer.pairs)
+    with _bar(len(dataset), start, progress) as bar:
+        for first in range(start, len(dataset), pairs_per_shard):
+            pairs = range(first, min(first + pairs_per_shard, len(dataset)))
+            scores = _score_pairs(dataset, layout, pairs, scorer, batching, world, bar)
+            if writer is not None:
+                writer.write(scores)
+    if writer is not None:
+        writer.finish()
+    world.wait()
     return ScoreCache.load(folder, dataset)
 
 
@@ -183,16 +197,17 @@ def _score_pairs(
     dataset: PairDataset,
     layout: ScoreLayout,
     pairs: range,
-    scorer: Scorer,
+    scorer: OnlineScorer,
     batching: MicroBatching,
-    device: torch.device,
+    world: World,
     bar: tqdm,
 ) -> Scores:
     """What the scorer says of consecutive pairs, in their order."""
     kept: dict[str, Tensor] = {}
     states = layout.between(pairs.start, pairs.stop)
-    for batch in batching.batches(dataset, pairs):
-        scores = scorer.of(batch.to(device))
+    batches = batching.share(dataset, pairs, rank=world.rank, size=world.size)
+    for i, batch in enumerate(batches):
+        scores = scorer.of(batch.to(world.device))
         of_states = layout.states(batch.pairs) - layout.bounds[2 * pairs.start]
         of_responses = layout.responses(batch.pairs) - 2 * pairs.start
         for name, numbers in vars(scores).items():
@@ -200,9 +215,15 @@ def _score_pairs(
                 x = numbers.float().cpu() if numbers.is_floating_point() else numbers.cpu()
                 size, place = (states, of_states) if name in STATE_NAMES else (2 * len(pairs), of_responses)
                 kept.setdefault(name, x.new_zeros(size))[place] = x
-        bar.update(batch.num_pairs)
-    whole = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in kept.items()}
+        bar.update(len(pairs) * (i + 1) // len(batches) - len(pairs) * i // len(batches))
+    # Each number is in one process and 0 in the others.
+    whole = {name: sum(parts[1:], start=parts[0]) for name, parts in _by_name(world.everyone(kept)).items()}
+    whole = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in whole.items()}
     return Scores(**{name: whole.get(name) for name in NAMES})
+
+
+def _by_name(found: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: [of_one[name] for of_one in found] for name in found[0]}
 
 
 def _bar(num_pairs: int, done: int, progress: bool) -> tqdm:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.distributed import World, sync_gradients, whole
 from tvkd_fast.losses import TVKDOutput, segment_sums, sft_loss, shaping_returns, tvkd_loss
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import soft_values
@@ -24,16 +25,31 @@ from tvkd_fast.training.config import LossConfig
 from tvkd_fast.training.scoring import Scorer
 
 
+class NonFiniteStepError(FloatingPointError):
+    """A loss or gradient was NaN or inf; `pairs` are the step's, and the weights are as they were."""
+
+    def __init__(self, pairs: list[int]) -> None:
+        super().__init__(
+            f"loss or gradient is not finite in the step of pairs {pairs}: the weights were left as they were. Lower "
+            "--optim.lr, add --optim.warmup_steps, or look at these pairs; the newest checkpoint is whole"
+        )
+        self.pairs = pairs
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """One step's numbers, still on the device: reading one waits for it."""
 
     loss: Tensor
+    """Of the whole step, the same in every process."""
     grad_norm: Tensor
+    """Likewise, before it was clipped."""
     outputs: list[TVKDOutput]
-    """One a micro-batch; none in sft."""
+    """One a micro-batch of this process; none in sft."""
     length_differences: list[Tensor]
-    """One a micro-batch, (P,): chosen length − rejected length, in tokens; none in sft."""
+    """One a micro-batch of this process, (P,): chosen length − rejected length, in tokens; none in sft."""
+    skipped: bool = False
+    """Whether the weights were left as they were, since loss or gradient was not finite."""
 
 
 def train_step(
@@ -45,12 +61,20 @@ def train_step(
     *,
     objective: str,
     clip_norm: float,
+    world: World | None = None,
+    skip_nonfinite: bool = False,
 ) -> StepOutput:
-    """Accumulate the gradient of the mean over all pairs of the step, clip it, and update if it is finite."""
-    num_pairs = sum(batch.num_pairs for batch in batches)
-    num_tokens = sum(batch.labels.numel() for batch in batches)
+    """Accumulate the gradient of the mean over all pairs of the step, clip it, and update if it is finite.
+
+    `batches` are this process's part of the step, as many as every other's in `world`. Raises NonFiniteStepError,
+    unless such steps are to be passed over.
+    """
+    world = World(batches[0].labels.device) if world is None else world
+    counts = torch.tensor([[batch.num_pairs, batch.labels.numel()] for batch in batches], device=world.device)
+    num_pairs, num_tokens = world.sum(counts.sum(0))
     losses, outputs, lengths = [], [], []
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        sync_gradients(policy, now=i == len(batches) - 1)
         policy_logps = segment_sums(policy(batch), batch.cu_seqlens)
         if objective == "sft":
             loss = sft_loss(policy_logps, num_tokens)
@@ -65,14 +89,20 @@ def train_step(
                 lengths.append(length_differences(batch))
             else:
                 loss = policy_logps.sum()
-        loss.backward()
+        # Sharded gradients are averaged over processes, and the loss is a sum over them.
+        (loss * world.size).backward()
         losses.append(loss.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else float("inf"))
-    check_finite_step(losses, grad_norm, batches)
-    optimizer.step()
+    grad_norm = whole(clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else float("inf")))
+    loss = world.sum(torch.stack(losses).sum())
+    finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    if finite:
+        optimizer.step()
+    elif not skip_nonfinite:
+        pairs = world.everyone([int(i) for batch in batches for i in batch.pairs])
+        raise NonFiniteStepError(sorted(i for of_one in pairs for i in of_one))
     optimizer.zero_grad(set_to_none=True)
-    return StepOutput(torch.stack(losses).sum(), grad_norm, outputs, lengths)
+    return StepOutput(loss, grad_norm, outputs, lengths, skipped=not finite)
 
 
 def preference_output(
@@ -111,14 +141,3 @@ def length_differences(batch: PairBatch) -> Tensor:
     """(P,) chosen length − rejected length, in tokens."""
     chosen, rejected = batch.cu_seqlens.diff().chunk(2)
     return chosen - rejected
-
-
-def check_finite_step(losses: Sequence[Tensor], grad_norm: Tensor, batches: Sequence[PairBatch]) -> None:
-    """Stop before a NaN or inf reaches the weights, and name the pairs of the step."""
-    if torch.isfinite(torch.stack([*losses, grad_norm])).all():
-        return
-    pairs = sorted(int(i) for batch in batches for i in batch.pairs)
-    raise FloatingPointError(
-        f"loss or gradient is not finite in the step of pairs {pairs}: the weights were left as they were. Lower "
-        "--optim.lr, add --optim.warmup_steps, or look at these pairs; the newest checkpoint is whole"
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,22 @@ from typing import Any
 import torch
 
 from tvkd_fast.data import PairBatch, PairDataset, pairs_of_step
+from tvkd_fast.distributed import World
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import HeadStats
-from tvkd_fast.training.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    newest_checkpoint,
-    read_state,
-    save_checkpoint,
-    set_aside,
-)
+from tvkd_fast.training.checkpoint import CheckpointError, Checkpoints, read_state, set_aside
 from tvkd_fast.training.config import TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.metrics import METRICS, MetricsLog, ShapingWatch, progress_bar, step_metrics
+from tvkd_fast.training.metrics import METRICS, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.scoring import Scorer
-from tvkd_fast.training.step import train_step
+from tvkd_fast.training.step import NonFiniteStepError, StepOutput, train_step
+from tvkd_fast.training.stop import Stopped, StopSignal
+from tvkd_fast.training.usage import StepFlops, peak_bytes
 
 CHECKPOINTS = "checkpoints"
+NONFINITE = "nonfinite-step-{:06d}.json"
+"""The step, its pairs and the run's config, for `tvkd replay`."""
 
 
 class Trainer:
@@ -42,6 +41,8 @@ class Trainer:
         held_out: pairs to evaluate on, with a scorer of their own (or None: the policy alone is evaluated).
         identity: names and fingerprints that a checkpoint must share to be resumed from.
         show_progress: draw a progress bar on stderr.
+        world: the processes that share the policy; each of them runs a trainer of the same arguments.
+        stop: a wish to end early, looked at after every step.
     """
 
     def __init__(
@@ -55,15 +56,20 @@ class Trainer:
         held_out_scorer: Scorer | None = None,
         identity: dict[str, Any] | None = None,
         show_progress: bool = True,
+        world: World | None = None,
+        stop: StopSignal | None = None,
     ) -> None:
         self.config, self.policy, self.scorer, self.dataset = config, policy, scorer, dataset
         self.held_out, self.held_out_scorer = held_out, held_out_scorer
-        self.batching, self.show_progress = micro_batching(config), show_progress
+        self.world = World(next(policy.parameters()).device) if world is None else world
+        self.stop = StopSignal() if stop is None else stop
+        self.batching, self.show_progress = micro_batching(config), show_progress and self.world.first
         policy.head.gradient, policy.head.stats = config.head, HeadStats()
         self.folder = Path(config.output_dir)
         self.max_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / config.pairs_per_step))
-        self.device = next(policy.parameters()).device
         self.optimizer = make_optimizer(policy, config.optim)
+        self.flops = StepFlops(policy)
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.world, keep=config.keep_checkpoints)
         if config.pairs_per_step > len(dataset):
             raise ValueError(
                 f"a step takes {config.pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "
@@ -72,60 +78,98 @@ class Trainer:
         self.identity = {"dataset": dataset.fingerprint, **_trajectory(config), **(identity or {})}
 
     def run(self) -> Evaluation | None:
+        """Train from where the newest whole checkpoint left off. Raises Stopped after a signal, once all is saved."""
         done = self._resume()
         if done >= self.max_steps:
-            print(f"{self.folder}: all {self.max_steps} steps are finished already; nothing was done")
+            if self.world.first:
+                print(f"{self.folder}: all {self.max_steps} steps are finished already; nothing was done")
             return None
-        log = MetricsLog(self.folder, resume_from=done)
+        log = MetricsLog(self.folder, resume_from=done) if self.world.first else None
         self.policy.train()
         watch = ShapingWatch(skip=20)
         evaluation = None
-        tokens, room, pairs, busy = 0, 0, 0, 0.0
+        interval, busy, waited, since_line = Interval(), 0.0, 0.0, done
         bar = progress_bar(self.max_steps, done, description=self.config.objective, enabled=self.show_progress)
-        with bar, closing(log):
+        with bar, closing(self.checkpoints), nullcontext() if log is None else closing(log):
             for step in range(done, self.max_steps):
-                since = time.perf_counter()
+                start = time.perf_counter()
                 batches = self._batches(step)
+                waited += time.perf_counter() - start
                 lr = self._set_learning_rate(step)
-                out = train_step(
-                    self.policy,
-                    self.scorer,
-                    batches,
-                    self.optimizer,
-                    self.config.loss,
-                    objective=self.config.objective,
-                    clip_norm=self.config.optim.clip_norm,
-                )
+                out = self._step(step, batches)
                 number = step + 1
-                busy += time.perf_counter() - since
-                tokens += sum(batch.num_tokens for batch in batches)
-                room += sum(map(self.batching.room, batches))
-                pairs += self.config.pairs_per_step
+                busy += time.perf_counter() - start
+                interval.add(out, batches, room=sum(map(self.batching.room, batches)))
                 last = number == self.max_steps
-                watch.look(number, out, last=last)
                 if number % self.config.log_every == 0 or last:
-                    metrics = {"step": number, **step_metrics(out), "lr": lr}
-                    metrics |= {"tokens_per_s": tokens / busy, "pairs_per_s": pairs / busy, "fill": tokens / room}
+                    numbers = interval.read(self.world)
+                    if self.world.first:
+                        watch.look(number, numbers, last=last)
+                    metrics = {"step": number, **numbers.metrics(), "lr": lr}
+                    metrics |= self._speed(numbers.tokens, numbers.response_tokens, number - since_line, busy, waited)
                     metrics |= self._head_metrics()
-                    log.write(metrics)
+                    self._write(log, metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
-                    tokens, room, pairs, busy = 0, 0, 0, 0.0
+                    busy, waited, since_line = 0.0, 0.0, number
                 bar.update()
+                scored = None
                 if self.held_out is not None and (last or _due(number, self.config.eval_every)):
-                    evaluation = self._evaluate()
-                    log.write({"step": number} | {f"eval/{k}": v for k, v in evaluation.known().items()})
-                if (last and self.config.save_every >= 0) or _due(number, self.config.save_every):
-                    self._save(number)
+                    scored = evaluation = self._evaluate()
+                    self._write(log, {"step": number} | {f"eval/{k}": v for k, v in evaluation.known().items()})
+                stopped_by = 0 if last else self.stop.agreed(self.world)
+                if self.config.save_every >= 0 and (last or stopped_by or _due(number, self.config.save_every)):
+                    self._save(number, scored)
+                if stopped_by:
+                    self.checkpoints.wait()
+                    raise Stopped(stopped_by, number)
+            self.checkpoints.wait()
         return evaluation
+
+    def _step(self, step: int, batches: list[PairBatch]) -> StepOutput:
+        try:
+            return train_step(
+                self.policy,
+                self.scorer,
+                batches,
+                self.optimizer,
+                self.config.loss,
+                objective=self.config.objective,
+                clip_norm=self.config.optim.clip_norm,
+                world=self.world,
+                skip_nonfinite=self.config.nonfinite == "skip",
+            )
+        except NonFiniteStepError as error:
+            self.checkpoints.wait()
+            if self.world.first:
+                record = {"step": step, "pairs": error.pairs, "config": asdict(self.config)}
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / NONFINITE.format(step)).write_text(json.dumps(record, indent=2) + "\n")
+            raise
+
+    def _speed(self, tokens: int, response_tokens: int, steps: int, busy: float, waited: float) -> dict[str, float]:
+        """Of an interval that took `busy` seconds, of which `waited` went by before there were batches."""
+        speed = {
+            "tokens_per_s": tokens / busy,
+            "pairs_per_s": steps * self.config.pairs_per_step / busy,
+            "data_wait": waited / busy,
+            "peak_memory_gb": max(self.world.everyone(peak_bytes(self.world.device))) / 1e9,
+        }
+        if self.config.peak_tflops is not None:
+            could = self.config.peak_tflops * 1e12 * self.world.size * busy
+            speed["mfu"] = self.flops.of(tokens, response_tokens) / could
+        return speed
+
+    def _write(self, log: MetricsLog | None, metrics: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(metrics)
 
     def _resume(self) -> int:
         """Steps that a whole checkpoint of this run has done already; its state is put back."""
         torch.manual_seed(self.config.seed)
-        folder = self.folder / CHECKPOINTS
-        if not self.config.resume:
-            set_aside(folder)
+        if not self.config.resume and self.world.first:
+            set_aside(self.checkpoints.folder)
             set_aside(self.folder / METRICS)
-        path = newest_checkpoint(folder)
+        path = self.checkpoints.newest()
         if path is None:
             return 0
         state = read_state(path)
@@ -137,25 +181,27 @@ class Trainer:
                     f"{path} was made with another {name} ({state['identity'].get(name)}, now {value}): give "
                     "--output_dir a folder of its own, or --resume false to start again there"
                 )
-        load_checkpoint(path, self.policy, self.optimizer)
+        self.checkpoints.load(path, self.policy, self.optimizer)
         return int(state["step"])
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, evaluation: Evaluation | None) -> None:
         extra = {"identity": self.identity, "config": asdict(self.config)}
-        save_checkpoint(
-            self.folder / CHECKPOINTS,
-            step,
-            self.policy,
-            self.optimizer,
-            extra,
-            keep=self.config.keep_checkpoints,
-        )
+        by = self.config.keep_best
+        figure = None if evaluation is None or by == "none" else getattr(evaluation, by)
+        score = None if figure is None else -figure if by == "loss" else figure
+        self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
 
     def _batches(self, step: int) -> list[PairBatch]:
         config = self.config
         indices = pairs_of_step(config.seed, step, num_pairs=len(self.dataset), pairs_per_step=config.pairs_per_step)
-        batches = self.batching.batches(self.dataset, indices, chosen_only=config.objective == "sft")
-        return [batch.to(self.device) for batch in batches]
+        batches = self.batching.share(
+            self.dataset,
+            indices,
+            rank=self.world.rank,
+            size=self.world.size,
+            chosen_only=config.objective == "sft",
+        )
+        return [batch.to(self.world.device) for batch in batches]
 
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(step, self.max_steps, self.config.optim)
@@ -181,7 +227,7 @@ class Trainer:
             loss=self.config.loss,
             objective=self.config.objective,
             batching=self.batching,
-            device=self.device,
+            world=self.world,
         )
 
 

@@ -1,0 +1,47 @@
+"""Weights from safetensors straight into the shards that want them: no process ever holds the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device: torch.device) -> None:
+    """Give a sharded model on the meta device its memory on `device`, and read its own rows of every weight.
+
+    `places` says by the name of a parameter or saved buffer in which file and under which name it lies.
+    """
+    model.to_empty(device=device)
+    saved = model.state_dict(keep_vars=True)
+    files: dict[Path, Any] = {}
+    for name in dict([*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)]):
+        path, key = places[name]
+        file = files.setdefault(path, safe_open(path, framework="pt"))
+        target = saved[name]
+        _local(target).copy_(file.get_slice(key)[_own(target)])
+        target._is_hf_initialized = True
+    # What is left are buffers that no file holds, rotary tables above all, which transformers knows how to make.
+    model.initialize_weights()
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _own(x: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this process holds."""
+    if not isinstance(x, DTensor):
+        return tuple(slice(0, size) for size in x.shape) or (slice(None),)
+    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))

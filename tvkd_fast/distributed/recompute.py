@@ -1,0 +1,40 @@
+"""Activation checkpointing: what of a block's forward is kept for its backward, and what is computed again."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from tvkd_fast.models import PolicyWithHead
+
+Recompute = Literal["none", "selective", "full"]
+
+_KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+"""What costs most to compute again: "selective" keeps its results and computes the rest, element by element, anew."""
+
+
+def checkpoint_activations(policy: PolicyWithHead, mode: Recompute) -> None:
+    """Of every block keep its input alone ("full"), that and the results of its products ("selective"), or all that its
+    backward wants ("none"). Gradients are the same; to be called before the policy is sharded.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    policy.model.activation_checkpointing_enable(options)
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,60 @@
+"""What a run takes of its machine: memory by part, and arithmetic.
+
+Letters: D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tvkd_fast.models import PolicyWithHead
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held at once: of the device's allocator, or on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_by_part(policy: PolicyWithHead, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of what this process keeps from step to step; gradients as they are at the end of a backward."""
+    parameters = list(policy.parameters())
+    return {
+        "policy weights": _bytes(parameters),
+        "gradients": _bytes(p for p in parameters if p.requires_grad),
+        "AdamW's two moments": _bytes(x for state in optimizer.state.values() for x in state.values()),
+    }
+
+
+class StepFlops:
+    """Floating-point operations of a training step by its products with weights: attention's own are left out.
+
+    A weight takes 2 a token forward, 2 for the gradient of its input, and 2 for its own unless it is frozen. The head,
+    D·V, sees response tokens alone; what is recomputed counts once.
+    """
+
+    def __init__(self, policy: PolicyWithHead) -> None:
+        apart = {id(policy.head.weight), id(policy.model.get_input_embeddings().weight)}
+        rest = [p for p in policy.parameters() if p.dim() > 1 and id(p) not in apart]
+        self.per_token = sum(_per_token(p) for p in rest)
+        self.per_response_token = _per_token(policy.head.weight)
+
+    def of(self, tokens: int, response_tokens: int) -> int:
+        return self.per_token * tokens + self.per_response_token * response_tokens
+
+
+def _per_token(weight: Tensor) -> int:
+    return (6 if weight.requires_grad else 4) * weight.numel()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    locals_ = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
+    return sum(x.numel() * x.element_size() for x in locals_)
