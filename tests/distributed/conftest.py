@@ -1,15 +1,35 @@
 """Processes of gloo on this machine, as torchrun would start them."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
 
 Launch = Callable[..., str]
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+}
+FAMILIES = {
+    "tied": LlamaConfig(vocab_size=262, **SIZES, tie_word_embeddings=True),
+    "untied": LlamaConfig(vocab_size=262, **SIZES, tie_word_embeddings=False),
+    "gemma2": Gemma2Config(vocab_size=262, **SIZES, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
+}
+ROLES = ("policy", "teacher", "teacher_reference")
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +53,42 @@ def launch() -> Launch:
         return said[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def write_recipe(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., Path]:
+    """Writes a run of 20 steps of five pairs as YAML, beside the tiny models and the pairs that it names."""
+
+    def write(folder: Path, name: str, *, family: str, **changes: Any) -> Path:
+        data = folder / "pairs.jsonl"
+        if not data.exists():
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+        for seed, role in enumerate(ROLES):
+            if not (folder / f"{family}-{role}").exists():
+                torch.manual_seed(seed)
+                AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(folder / f"{family}-{role}")
+                make_tokenizer().save_pretrained(folder / f"{family}-{role}")
+        fields: dict[str, Any] = {
+            "policy": str(folder / f"{family}-policy"),
+            "teacher": str(folder / f"{family}-teacher"),
+            "output_dir": str(folder / name),
+            "data": {"train": str(data), "eval": str(data), "eval_limit": 7},
+            "optim": {"lr": 3e-3, "warmup_steps": 4},
+            "max_steps": 20,
+            "pairs_per_step": 5,
+            "eval_every": 10,
+        }
+        if changes.get("loss", {}).get("value_from") == "implicit_reward":
+            fields["teacher_reference"] = str(folder / f"{family}-teacher_reference")
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(fields | changes))
+        return path
+
+    return write
+
+
+def rows() -> Iterator[dict[str, str]]:
+    words = ["red", "green", "blue", "sun", "moon", "sea", "tree"]
+    for i in range(30):
+        word, other = words[i % 7], words[(i * 3 + 1) % 7]
+        yield {"prompt": f"{i}: say {word}.", "chosen": word, "rejected": f"{other} " * (1 + i % 4) + "no"}

@@ -44,9 +44,13 @@ def policy_of(name: str) -> PolicyWithHead:
     return PolicyWithHead(model, packing="shared")
 
 
-def step(policy: PolicyWithHead, batches: list, scale: int) -> torch.Tensor:
+def step(
+    policy: PolicyWithHead, batches: list, scale: int, optimizer: torch.optim.Optimizer | None = None
+) -> torch.Tensor:
     """Accumulates over the micro-batches, clips and updates; the sum of its parts of the loss."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+    optimizer.zero_grad()
     losses = []
     for i, batch in enumerate(batches):
         sync_gradients(policy, now=i == len(batches) - 1)

@@ -33,7 +33,7 @@ from tvkd_fast.training.run_models import (
     resolve_device,
 )
 from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
-from tvkd_fast.training.stop import StopSignal
+from tvkd_fast.training.stop import Stopped, StopSignal
 from tvkd_fast.training.trainer import Trainer
 from tvkd_fast.version import __version__
 
@@ -54,7 +54,12 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     with joined(
         resolve_device(config.model), replicas=config.parallel.replicas, timeout_s=config.parallel.timeout_s
     ) as world:
-        return _train(config, world, show_progress=show_progress)
+        try:
+            return _train(config, world, show_progress=show_progress)
+        except Stopped as error:
+            # Every process has come here: they part as after a run that was finished.
+            stopped = error
+    raise stopped
 
 
 def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluation | None:
@@ -103,7 +108,10 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
             stop=stop,
         )
         evaluation = trainer.run()
-        _save_trained(policy, tokenizer, Path(config.output_dir) / FINAL, world)
+        final = Path(config.output_dir) / FINAL
+        # A run that was finished before has written it, unless it was killed at that.
+        if trainer.trained or not world.told(final.exists()):
+            _save_trained(policy, tokenizer, final, world)
     return evaluation
 
 

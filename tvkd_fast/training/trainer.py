@@ -75,6 +75,8 @@ class Trainer:
                 f"a step takes {config.pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "
                 "lower --pairs_per_step, or give more data"
             )
+        self.trained = False
+        """Whether `run` has taken a step, and was not finished before."""
         self.identity = {"dataset": dataset.fingerprint, **_trajectory(config), **(identity or {})}
 
     def run(self) -> Evaluation | None:
@@ -97,6 +99,7 @@ class Trainer:
                 waited += time.perf_counter() - start
                 lr = self._set_learning_rate(step)
                 out = self._step(step, batches)
+                self.trained = True
                 number = step + 1
                 busy += time.perf_counter() - start
                 interval.add(out, batches, room=sum(map(self.batching.room, batches)))

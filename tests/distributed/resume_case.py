@@ -1,0 +1,36 @@
+"""What a process of `test_checkpoint` runs: a run that is told to stop after some of its steps."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+from tvkd_fast.cli import load_recipe
+from tvkd_fast.training import build, trainer
+from tvkd_fast.training.stop import Stopped
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    recipe, steps = sys.argv[1], int(sys.argv[2])
+    real, taken = trainer.train_step, 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        # One of the processes hears of it, and all of them stop.
+        if taken == steps and os.environ["RANK"] == "0":
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **options)
+
+    trainer.train_step = counted  # type: ignore[attr-defined]
+    try:
+        build.train(load_recipe(recipe), show_progress=False)
+    except Stopped as stopped:
+        print(f"\n{stopped} {stopped.status}")
+
+
+if __name__ == "__main__":
+    main()

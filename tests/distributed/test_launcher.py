@@ -1,0 +1,82 @@
+"""What `tvkd train --nproc` starts: where it meets, what it says when one dies, and what a signal does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tvkd_fast.distributed import launch
+
+pytestmark = pytest.mark.distributed
+
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+rank, folder, what = os.environ["RANK"], Path(sys.argv[1]), sys.argv[2]
+if what == "listen":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+(folder / f"{rank}").write_text(str(os.getpid()))
+if what == "fail" and rank == "1":
+    raise RuntimeError("the second one fails")
+if what == "die" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "meet":
+    import torch
+    from tvkd_fast.distributed import joined
+    with joined(torch.device("cpu")) as world:
+        print(world.everyone(world.rank), world.most(world.rank), world.told(world.rank), flush=True)
+        listening = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}")][0:]
+        port = format(int(os.environ["MASTER_PORT"]), "04X")
+        print("at", sorted({f[1] for f in listening if f[1].endswith(":" + port) and f[3] == "0A"}), flush=True)
+elif what != "pass":
+    time.sleep(60)
+"""
+STARTER = "import sys; from tvkd_fast.distributed import launch; sys.exit(launch(sys.argv[2:], int(sys.argv[1])))"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> list[str]:
+    file = tmp_path / "program.py"
+    file.write_text(PROGRAM)
+    return [sys.executable, "-W", "ignore", str(file), str(tmp_path)]
+
+
+def test_processes_meet_on_the_loopback_interface_alone(program: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch([*program, "meet"], 3) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert said.count("[0, 1, 2] 2 0") == 3
+    # 127.0.0.1 as the kernel writes it, and neither 0.0.0.0 nor ::.
+    places = [line for line in said if line.startswith("at")]
+    assert all("'0100007F:" in line and line.count(":") == 1 for line in places), places
+
+
+def test_all_that_pass_pass(program: list[str]) -> None:
+    assert launch([*program, "pass"], 2) == 0
+
+
+def test_one_that_raises_takes_the_others_down(program: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    assert launch([*program, "fail"], 3) == 1
+    assert time.monotonic() - start < 30
+    assert "RuntimeError: the second one fails" in capfd.readouterr().err
+
+
+def test_one_that_is_killed_is_named(program: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch([*program, "die"], 2) == 128 + signal.SIGKILL
+    assert "process 1 of 2 was killed by SIGKILL" in capfd.readouterr().err
+
+
+def test_a_signal_is_handed_on(program: list[str], tmp_path: Path) -> None:
+    started = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", STARTER, "2", *program, "listen"], cwd=os.getcwd()
+    )
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / rank).exists() for rank in "01") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(timeout=30) == 143
