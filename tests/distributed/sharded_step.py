@@ -64,9 +64,9 @@ def step(
     return torch.stack(losses).sum()
 
 
-def check(name: str, world: World) -> None:
+def check(name: str, world: World, *, vocabulary: bool) -> None:
     batches = list(MicroBatching(tokens=40).batches(pairs(), range(PAIRS)))
-    whole, sharded = policy_of(name), shard_policy(policy_of(name), world)
+    whole, sharded = policy_of(name), shard_policy(policy_of(name), world, vocabulary=vocabulary)
     mine = batches[world.rank :: world.size]
     mine += [collate_packed([], [])] * (-(-len(batches) // world.size) - len(mine))
     want = step(whole, batches, 1)
@@ -84,9 +84,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with joined(torch.device("cpu"), replicas=int(sys.argv[1]), timeout_s=120) as world:
         for name in CONFIGS:
-            check(name, world)
-            if world.first:
-                print(name)
+            for vocabulary in (False, True):
+                check(name, world, vocabulary=vocabulary)
+                if world.first:
+                    print("done:", name, "shared" if vocabulary else "gathered")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Launch = Callable[..., str]
 
 ONE, FOUR = 2048, 90
 """Tokens of a row: all of a step's pairs in one micro-batch, or about one in each."""
+SPARSE = {"grad_mode": "sparse", "eps": 1e-9, "row_cap": 10**6, "max_tail": 1.0}
 CASES: dict[str, dict[str, Any]] = {
     "tied-one": {"family": "tied", "tokens_per_micro_batch": ONE},
     "tied-four": {"family": "tied", "tokens_per_micro_batch": FOUR},
@@ -24,7 +25,11 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"family": "untied", "model": {"activation_checkpointing": "full"}},
     "selective": {"family": "untied", "model": {"activation_checkpointing": "selective"}},
     "sft": {"family": "tied", "objective": "sft", "tokens_per_micro_batch": FOUR},
-    "sparse": {"family": "tied", "head": {"grad_mode": "sparse", "eps": 1e-9, "row_cap": 10**6, "max_tail": 1.0}},
+    "sparse": {"family": "tied", "head": SPARSE},
+    "shared-tied": {"family": "tied", "parallel": {"vocabulary": "shared"}},
+    "shared-untied": {"family": "untied", "parallel": {"vocabulary": "shared"}, "tokens_per_micro_batch": FOUR},
+    "shared-gemma2": {"family": "gemma2", "parallel": {"vocabulary": "shared"}},
+    "shared-sparse": {"family": "tied", "parallel": {"vocabulary": "shared"}, "head": SPARSE},
     "rewards": {"family": "tied", "loss": {"value_from": "implicit_reward"}},
 }
 

@@ -4,11 +4,13 @@ from tvkd_fast.distributed.launcher import launch
 from tvkd_fast.distributed.load import fill
 from tvkd_fast.distributed.recompute import Recompute, checkpoint_activations
 from tvkd_fast.distributed.shard import reshard, shard_policy, sync_gradients, whole, whole_weights
+from tvkd_fast.distributed.vocabulary import can_share_vocabulary
 from tvkd_fast.distributed.world import World, joined
 
 __all__ = [
     "Recompute",
     "World",
+    "can_share_vocabulary",
     "checkpoint_activations",
     "fill",
     "joined",

@@ -1,10 +1,11 @@
 """A policy's weights over a mesh: FSDP2, in the order below.
 
     1. `checkpoint_activations`: what a block keeps for its backward; around the block, so before it is a unit
-    2. `shard_policy`: every block of the backbone is a unit, whose weights are gathered as it runs, and let go after it
-    3. … and the policy itself is the root unit: embedding, final norm and head, tied or not, gathered for the whole
+    2. `share_vocabulary`, where it is asked for: head and tied embedding are shards that stay where they are
+    3. `shard_policy`: every block of the backbone is a unit, whose weights are gathered as it runs, and let go after it
+    4. … and the policy itself is the root unit: embedding, final norm and head, tied or not, gathered for the whole
        forward
-    4. `fill`: weights from disk, each process its own rows, where the model was made without any
+    5. `fill`: weights from disk, each process its own rows, where the model was made without any
 
 What is called afterwards is the policy and nothing within it: the head's weight is a plain tensor inside the root's
 forward, and a shard outside, whose gradient would be wrong.
@@ -20,21 +21,23 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from tvkd_fast.distributed.vocabulary import share_vocabulary
 from tvkd_fast.distributed.world import World
 from tvkd_fast.models import PolicyWithHead
 
 P = TypeVar("P", bound=PolicyWithHead)
 
 
-def shard_policy(policy: P, world: World, *, cpu_offload: bool = False) -> P:
+def shard_policy(policy: P, world: World, *, cpu_offload: bool = False, vocabulary: bool = False) -> P:
     """The policy with sharded weights, in place; as it was in a world of one.
 
     Gradients are *averaged* over processes: multiply a process's part of the loss by `world.size`, so that they are of
     the sum. (A factor set on FSDP2 instead is refused by gloo, or ignored.) Weights and their sums keep their dtype;
     products take the policy's `autocast`, and the gathered weights with them.
 
-    With `cpu_offload` shards, their gradients and the optimizer live in the host's memory, and what is gathered alone
-    is on the device. Raises ValueError where the backbone's blocks cannot be found.
+    With `vocabulary` the head stays in shards, and tokens go to them (`share_vocabulary`). With `cpu_offload` shards,
+    their gradients and the optimizer live in the host's memory, and what is gathered alone is on the device. Raises
+    ValueError where the backbone's blocks cannot be found, and where the vocabulary cannot be shared.
     """
     if world.mesh is None:
         return policy
@@ -42,13 +45,18 @@ def shard_policy(policy: P, world: World, *, cpu_offload: bool = False) -> P:
         "mesh": world.mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=policy.autocast, reduce_dtype=torch.float32),
     }
+    if cpu_offload and vocabulary:
+        raise ValueError(
+            "a shared vocabulary stays on the device: set --parallel.vocabulary gathered, or no cpu_offload"
+        )
+    shared = share_vocabulary(policy, world.mesh) if vocabulary else set()
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
     for block in blocks_of(policy):
         fully_shard(block, **options)
     # A frozen root has no backward to keep its weights gathered for.
     frozen = not any(parameter.requires_grad for parameter in policy.parameters())
-    fully_shard(policy, reshard_after_forward=True if frozen else None, **options)
+    fully_shard(policy, reshard_after_forward=True if frozen else None, ignored_params=shared, **options)
     return policy
 
 

@@ -87,4 +87,8 @@ class FusedLMHead(nn.Linear):
         if kappa is not None:
             return linear_lse(hidden, self.weight, kappa=kappa, **options)
         assert labels is not None
-        return linear_logps(hidden, self.weight, labels, **options, **asdict(self.gradient), stats=self.stats)
+        return linear_logps(hidden, self.weight, labels, **options, **self.gradient_options())
+
+    def gradient_options(self) -> dict[str, Any]:
+        """How `linear_logps` is to be differentiated."""
+        return {**asdict(self.gradient), "stats": self.stats}

@@ -26,6 +26,7 @@ from tvkd_fast.training.config import DataConfig, EvalConfig, ModelConfig, Score
 from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.run_models import (
     FrozenModels,
+    Sharing,
     frozen_copy,
     load_frozen,
     load_policy,
@@ -121,10 +122,13 @@ def _policy(config: TrainConfig | ScoreConfig, world: World, *, frozen: bool = F
         config.policy,
         config.model,
         layers=config.student_layers,
-        world=world,
-        parallel=config.parallel,
+        sharing=_sharing(config, world),
         frozen=frozen,
     )
+
+
+def _sharing(config: TrainConfig | ScoreConfig, world: World) -> Sharing:
+    return Sharing(world, config.parallel, config.tokens_per_micro_batch)
 
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
@@ -138,7 +142,7 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
 def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), say=say)
-    models = load_frozen(config, tokenizer, kappa=config.kappa, world=world)
+    models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=_sharing(config, world))
     if models.reference is None:
         models.reference = _policy(config, world, frozen=True)
     check_token_ids(dataset, models.reference.vocab_size)
@@ -257,7 +261,8 @@ def _frozen_models(
             "none"
         )
     with_teacher = config.objective == "tvkd"
-    models = load_frozen(config, tokenizer, kappa=config.loss.kappa, with_teacher=with_teacher, world=world)
+    sharing = _sharing(config, world)
+    models = load_frozen(config, tokenizer, kappa=config.loss.kappa, with_teacher=with_teacher, sharing=sharing)
     if models.reference is None and config.scores is None:
         models.reference = frozen_copy(policy) if world.mesh is None else _policy(config, world, frozen=True)
     return models

@@ -130,6 +130,9 @@ class ParallelConfig:
 
     replicas: int = 1
     """Groups of processes that hold all weights each, sharded within a group (HSDP); 1 shards over all."""
+    vocabulary: Literal["auto", "gathered", "shared"] = "auto"
+    """The head: gathered by every process for its own tokens, or shared by rows to which the tokens of all are sent.
+    `auto` shares it where those could not be more than the vocabulary."""
     cpu_offload: bool = False
     """Keep shards, gradients and the optimizer in the host's memory."""
     timeout_s: float = 600.0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from tvkd_fast.data import PairDataset, check_token_ids, packed_length, retokenize
-from tvkd_fast.distributed import World, checkpoint_activations, fill, shard_policy
+from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, shard_policy
 from tvkd_fast.models import (
     EmptyModel,
     PolicyWithHead,
@@ -32,6 +32,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 P = TypeVar("P", bound=PolicyWithHead)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the processes of a run share its models."""
+
+    world: World
+    parallel: ParallelConfig
+    tokens: int
+    """Most that a process sends through a model at once."""
+
+    def of_vocabulary(self, policy: PolicyWithHead) -> bool:
+        """Whether the head stays in shards: it is that or every process's tokens that have to be sent."""
+        if self.parallel.vocabulary != "auto":
+            return self.parallel.vocabulary == "shared"
+        group = self.world.size // self.parallel.replicas
+        possible = can_share_vocabulary(policy) and not self.parallel.cpu_offload
+        return possible and group * self.tokens < policy.vocab_size
 
 
 @dataclass
@@ -95,12 +113,11 @@ def load_policy(
     config: ModelConfig,
     *,
     layers: int | None = None,
-    world: World | None = None,
-    parallel: ParallelConfig | None = None,
+    sharing: Sharing | None = None,
     frozen: bool = False,
 ) -> PolicyWithHead:
-    """A model on the run's device and in its precision, pruned to `layers` where given, and sharded over `world`."""
-    return _made(PolicyWithHead, name, config, layers, world, parallel, frozen=frozen)
+    """A model on the run's device and in its precision, pruned to `layers` where given, and shared by processes."""
+    return _made(PolicyWithHead, name, config, layers, sharing, frozen=frozen)
 
 
 def load_frozen(
@@ -109,25 +126,24 @@ def load_frozen(
     *,
     kappa: float,
     with_teacher: bool = True,
-    world: World | None = None,
+    sharing: Sharing | None = None,
 ) -> FrozenModels:
     """The reference and the teacher that the config names, with what each must read."""
-    found = FrozenModels(tokenizer, world=world)
-    parallel = None if isinstance(config, EvalConfig) else config.parallel
+    found = FrozenModels(tokenizer, world=None if sharing is None else sharing.world)
     if config.reference is not None:
-        found.reference = _load_reference(config.reference, config.model, tokenizer, world, parallel, whose="policy")
+        found.reference = _load_reference(config.reference, config.model, tokenizer, sharing, whose="policy")
     if config.teacher is None or not with_teacher:
         return found
     theirs = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         found.teacher_tokenizer = theirs
     if config.teacher_reference is not None:
-        own = _load_reference(config.teacher_reference, config.model, theirs, world, parallel, whose="teacher")
-        teacher = load_policy(config.teacher, config.model, world=world, parallel=parallel, frozen=True)
+        own = _load_reference(config.teacher_reference, config.model, theirs, sharing, whose="teacher")
+        teacher = load_policy(config.teacher, config.model, sharing=sharing, frozen=True)
         found.teacher = RewardTeacher(teacher, own)
     else:
         make = partial(TeacherWithHead, kappa=kappa)
-        found.teacher = _made(make, config.teacher, config.model, None, world, parallel, frozen=True)
+        found.teacher = _made(make, config.teacher, config.model, None, sharing, frozen=True)
     return found
 
 
@@ -163,27 +179,26 @@ def _made(
     name: str,
     config: ModelConfig,
     layers: int | None,
-    world: World | None,
-    parallel: ParallelConfig | None,
+    sharing: Sharing | None,
     *,
     frozen: bool,
 ) -> P:
     """Loaded whole and sharded where there is something to shard over; better, made without weights, and each process
     given its own, where the files allow it."""
-    parallel = ParallelConfig() if parallel is None else parallel
-    many = world is not None and world.mesh is not None
-    empty = _empty(name, config, layers) if many else None
+    if sharing is not None and sharing.world.mesh is None:
+        sharing = None
+    empty = None if sharing is None else _empty(name, config, layers)
     model = _load(name, config, layers=layers) if empty is None else empty.model
     policy = make(model, packing=config.packing, autocast=_autocast(config))
     if frozen:
         freeze(policy)
     else:
         checkpoint_activations(policy, config.activation_checkpointing)
-    if many:
-        assert world is not None
-        shard_policy(policy, world, cpu_offload=parallel.cpu_offload)
+    if sharing is not None:
+        offload = sharing.parallel.cpu_offload
+        shard_policy(policy, sharing.world, cpu_offload=offload, vocabulary=sharing.of_vocabulary(policy))
         if empty is not None:
-            fill(policy.model, empty.places, torch.device("cpu") if parallel.cpu_offload else world.device)
+            fill(policy.model, empty.places, torch.device("cpu") if offload else sharing.world.device)
     return policy
 
 
@@ -215,14 +230,13 @@ def _load_reference(
     name: str,
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
-    world: World | None,
-    parallel: ParallelConfig | None,
+    sharing: Sharing | None,
     *,
     whose: str,
 ) -> PolicyWithHead:
     theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     _check_same_tokenizer(tokenizer, theirs, name, whose=whose)
-    return load_policy(name, config, world=world, parallel=parallel, frozen=True)
+    return load_policy(name, config, sharing=sharing, frozen=True)
 
 
 def _check_same_tokenizer(

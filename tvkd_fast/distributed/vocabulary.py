@@ -1,0 +1,269 @@
+"""The vocabulary over processes: each keeps its rows of head and embedding, and no one ever gathers them.
+
+Where weights are sharded by FSDP2 a process gathers the whole head, V·D numbers, to compute its own N tokens. Here the
+tokens travel: every process computes its rows' part for the tokens of all, and the parts are merged. That is less to
+send where all processes' tokens together are fewer than the vocabulary, and never more than V/S rows to hold.
+
+    lse   = log Σ_r exp lse_r                 merged of each process's own
+    logp  = z_y − lse                         z_y is in one of them
+    d/dz  = e_y − exp(lse_r − lse)·softmax_r  what each can do alone, once it has its lse_r and everyone's upstream
+
+Letters: S processes of a group, N tokens of one of them and M of all, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.functional import embedding, pad
+
+from tvkd_fast.models import FusedLMHead, PolicyWithHead
+from tvkd_fast.ops import linear_logps, linear_lse
+
+
+def share_vocabulary(policy: PolicyWithHead, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Head, and embedding where it is the same weight, in place; the weights that are shards now, for FSDP2 to leave.
+
+    Raises ValueError where what is tied to the head is no table of rows.
+    """
+    head, looked_up = policy.head, policy.model.get_input_embeddings()
+    tied = looked_up.weight is head.weight
+    if not can_share_vocabulary(policy):
+        raise ValueError(
+            f"the head is tied to a {type(looked_up).__name__}, which is no nn.Embedding: set --parallel.vocabulary "
+            "gathered"
+        )
+    rows = Rows(head.weight, mesh)
+    shard = nn.Parameter(rows.shard(head.weight), requires_grad=head.weight.requires_grad)
+    policy.model.set_output_embeddings(SharedHead.of(head, shard, rows, policy.autocast))
+    if tied:
+        share_table(looked_up, shard, rows)
+    return {shard}
+
+
+def can_share_vocabulary(policy: PolicyWithHead) -> bool:
+    """Whether nothing but a table of rows is tied to the head."""
+    looked_up = policy.model.get_input_embeddings()
+    return looked_up.weight is not policy.head.weight or isinstance(looked_up, nn.Embedding)
+
+
+class Rows:
+    """Which rows of the vocabulary this process has, and the talk with those that have the others."""
+
+    def __init__(self, weight: Tensor, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.group = mesh.get_group(mesh.ndim - 1)
+        self.replicas = mesh.get_group(0) if mesh.ndim > 1 else None
+        self.size, self.rank = distributed.get_world_size(self.group), distributed.get_rank(self.group)
+        self.placements = (*[Replicate()] * (mesh.ndim - 1), Shard(0))
+        shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, self.placements)
+        self.count, self.first = shape[0], offset[0]
+        self.scale = 1.0 / mesh.size()
+        """Of gradients: what a process's loss is multiplied by, since FSDP2 averages; here nothing does."""
+
+    def shard(self, weight: Tensor) -> DTensor:
+        own = weight.detach()[self.first : self.first + self.count].clone()
+        return DTensor.from_local(
+            own, self.mesh, self.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        )
+
+    def own(self, weight: Tensor) -> Tensor:
+        """[count, D] this process's rows, with a gradient that is of every process's tokens."""
+        assert isinstance(weight, DTensor)
+        return _OwnRows.apply(weight.to_local(grad_placements=self.placements), self)
+
+    def among(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of ids among the own rows, and which of them are there; 0 for those that are not."""
+        places = ids - self.first
+        here = (places >= 0) & (places < self.count)
+        return places.where(here, 0), here
+
+    def longest(self, length: int, device: torch.device) -> int:
+        found = torch.tensor(length, device=device)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.group)
+        return int(found)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[n, …] of each to [S·n, …] of all; n is everywhere the same."""
+        whole = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        distributed.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
+        return whole
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[S·n, …] parts to [n, …] own sums."""
+        if x.device.type == "cpu":
+            # gloo has no reduce_scatter of one tensor.
+            whole = x.clone()
+            distributed.all_reduce(whole, group=self.group)
+            return whole.chunk(self.size)[self.rank]
+        own = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        distributed.reduce_scatter_tensor(own, x.contiguous(), group=self.group)
+        return own
+
+    def sum(self, x: Tensor) -> Tensor:
+        distributed.all_reduce(x, group=self.group)
+        return x
+
+    def merged(self, lse: Tensor) -> Tensor:
+        """(M,) of the own rows to (M,) of all."""
+        most = lse.clone()
+        distributed.all_reduce(most, distributed.ReduceOp.MAX, group=self.group)
+        return most + self.sum((lse - most).exp()).log()
+
+
+class SharedHead(FusedLMHead):
+    """A `FusedLMHead` of one process's rows: the same answers, for the same calls of every process together."""
+
+    rows: Rows
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, head: FusedLMHead, shard: nn.Parameter, rows: Rows, dtype: torch.dtype | None) -> SharedHead:
+        with torch.device("meta"):
+            shared = cls(head.in_features, head.out_features, bias=head.bias is not None)
+        shared.weight, shared.bias, shared.transforms = shard, head.bias, head.transforms
+        shared.rows, shared.dtype = rows, dtype
+        return shared.train(head.training)
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, labels: Tensor | None = None, *, kappa: float | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden [N, D], labels (N,); N may differ from process to process."""
+        if labels is None and kappa is None:
+            raise ValueError("whole logits are what a shared vocabulary has not: set --parallel.vocabulary gathered")
+        rows, count = self.rows, hidden.shape[0]
+        most = rows.longest(count, hidden.device)
+        dtype = hidden.dtype if self.dtype is None else self.dtype
+        everyone = _Gathered.apply(pad(hidden.to(dtype), (0, 0, 0, most - count)), rows)
+        weight = rows.own(self.weight).to(dtype)
+        bias = None if self.bias is None else self.bias[rows.first : rows.first + rows.count]
+        options: dict[str, Any] = {
+            "bias": bias,
+            "softcap": self.transforms.softcap,
+            "logit_scale": self.transforms.logit_scale,
+        }
+        mine = slice(rows.rank * most, rows.rank * most + count)
+        if kappa is not None:
+            nothing = hidden.new_full((everyone.shape[0],), -torch.inf, dtype=torch.float32)
+            parts = linear_lse(everyone, weight, kappa=kappa, **options) if rows.count else (nothing, nothing)
+            lse, lse_kappa = (rows.merged(part)[mine] for part in parts)
+            return lse, lse_kappa
+        assert labels is not None
+        places, here = rows.among(rows.gather(pad(labels, (0, most - count), value=-1)))
+        if rows.count == 0:
+            logit = everyone.sum(1).float() * 0
+            lse = logit - torch.inf
+        else:
+            logit = self._logits(everyone, weight, bias, places)
+            lse = logit - linear_logps(everyone, weight, places, **options, **self.gradient_options())
+        return _Merged.apply(logit.where(here, 0.0), lse, rows, mine)
+
+    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
+        """(M,) of one row each, as the head makes them."""
+        logits = (hidden.float() * weight[places].float()).sum(1)
+        if bias is not None:
+            logits = logits + bias[places].float()
+        logits = logits * self.transforms.logit_scale
+        cap = self.transforms.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class SharedEmbedding(nn.Embedding):
+    """An embedding of one process's rows, which looks up what all of them ask for."""
+
+    rows: Rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids […] to […, D]; their number may differ from process to process."""
+        flat, rows = ids.flatten(), self.rows
+        most = rows.longest(flat.shape[0], flat.device)
+        everyone = rows.gather(pad(flat, (0, most - flat.shape[0]), value=-1))
+        places, here = rows.among(everyone)
+        found = _rows_of(rows.own(self.weight), places)
+        if self.padding_idx is not None:
+            # Its row has no gradient, as in nn.Embedding.
+            found = torch.where((everyone == self.padding_idx)[:, None], found.detach(), found)
+        return _Scattered.apply(found * here[:, None], rows)[: flat.shape[0]].view(*ids.shape, -1)
+
+
+def share_table(table: nn.Embedding, shard: nn.Parameter, rows: Rows) -> None:
+    """In place, so that what a family does around its looking up (Gemma scales) stays as it is."""
+    kind = type(table)
+    if kind is nn.Embedding:
+        table.__class__ = SharedEmbedding
+    else:
+        table.__class__ = type(f"Shared{kind.__name__}", (kind, SharedEmbedding), {})
+    table.weight = shard
+    table.rows = rows  # type: ignore[assignment]
+
+
+def _rows_of(weight: Tensor, places: Tensor) -> Tensor:
+    if weight.shape[0] == 0:
+        return weight.new_zeros(places.shape[0], weight.shape[1]) + weight.sum() * 0
+    return embedding(places, weight)
+
+
+class _OwnRows(torch.autograd.Function):
+    """The rows themselves; their gradient summed over replicas, and divided by what losses were multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient * ctx.rows.scale
+        if ctx.rows.replicas is not None:
+            distributed.all_reduce(gradient, group=ctx.rows.replicas)
+        return gradient, None
+
+
+class _Gathered(torch.autograd.Function):
+    """[n, D] of each to [S·n, D]; back, each one's own sum of all parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return rows.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.rows.scatter(gradient), None
+
+
+class _Scattered(torch.autograd.Function):
+    """[S·n, D] parts to [n, D] own sums; back, every part has everyone's upstream."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return rows.scatter(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.rows.gather(gradient), None
+
+
+class _Merged(torch.autograd.Function):
+    """(M,) target logits, 0 where another process has the target, and lse of the own rows, to (N,) own tokens' logp."""
+
+    @staticmethod
+    def forward(ctx: Any, logit: Tensor, lse: Tensor, rows: Rows, mine: slice) -> Tensor:
+        whole = rows.merged(lse)
+        ctx.save_for_backward(lse, whole)
+        ctx.rows = rows
+        return (rows.sum(logit.clone()) - whole)[mine]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        lse, whole = ctx.saved_tensors
+        rows = ctx.rows
+        most = lse.shape[0] // rows.size
+        everyone = rows.gather(pad(gradient, (0, most - gradient.shape[0])))
+        return everyone, -everyone * (lse - whole).exp(), None, None
