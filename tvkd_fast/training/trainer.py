@@ -213,13 +213,18 @@ class Trainer:
         return lr
 
     def _head_metrics(self) -> dict[str, float]:
-        """What the sparse gradients since the last line were made of; nothing where they were exact."""
+        """What the sparse gradients since the last line were made of; nothing where they were exact.
+
+        Of a process's own rows where the vocabulary is shared.
+        """
         stats = self.policy.head.stats
-        if stats is None:
-            return {}
-        numbers = stats.read()
+        assert stats is not None
+        everyone = HeadStats()
+        for sums in self.world.everyone(None if stats.sums is None else stats.sums.cpu()):
+            if sums is not None:
+                everyone.add(sums)
         stats.reset()
-        return numbers
+        return everyone.read()
 
     def _evaluate(self) -> Evaluation:
         assert self.held_out is not None
