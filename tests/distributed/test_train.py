@@ -58,6 +58,9 @@ def test_a_run_over_processes_is_the_run_of_one(case: str, processes: int, runs:
         for name, value in one.items():
             if name in ("tokens_per_s", "pairs_per_s", "data_wait", "peak_memory_gb", "fill"):
                 continue
+            if case == "shared-sparse" and name.startswith("head_"):
+                # They tell of the rows that a process has.
+                continue
             if name in ("loss", "eval/loss"):
                 assert many[name] == pytest.approx(value, rel=1e-5), (one["step"], name)
             elif value is not None:
