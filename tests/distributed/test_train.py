@@ -30,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     "shared-untied": {"family": "untied", "parallel": {"vocabulary": "shared"}, "tokens_per_micro_batch": FOUR},
     "shared-gemma2": {"family": "gemma2", "parallel": {"vocabulary": "shared"}},
     "shared-sparse": {"family": "tied", "parallel": {"vocabulary": "shared"}, "head": SPARSE},
+    "lora-tied": {"family": "tied", "lora": {"rank": 4}, "optim": {"lr": 3e-2}, "tokens_per_micro_batch": FOUR},
+    "lora-gemma2": {"family": "gemma2", "lora": {"rank": 2, "targets": ["q_proj", "up_proj"]}, "optim": {"lr": 3e-2}},
     "rewards": {"family": "tied", "loss": {"value_from": "implicit_reward"}},
 }
 
@@ -60,6 +62,9 @@ def test_a_run_over_processes_is_the_run_of_one(case: str, processes: int, runs:
                 continue
             if case == "shared-sparse" and name.startswith("head_"):
                 # They tell of the rows that a process has.
+                continue
+            if name == "accuracy" and abs(one["margin"]) < 1e-6:
+                # Policy and reference are one at the first step: rounding alone decides which response is preferred.
                 continue
             if name in ("loss", "eval/loss"):
                 assert many[name] == pytest.approx(value, rel=1e-5), (one["step"], name)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from tvkd_fast.models import adapter_start, is_adapter, without_adapter
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -20,16 +22,20 @@ if TYPE_CHECKING:
 def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device: torch.device) -> None:
     """Give a sharded model on the meta device its memory on `device`, and read its own rows of every weight.
 
-    `places` says by the name of a parameter or saved buffer in which file and under which name it lies.
+    `places` says by the name of a parameter or saved buffer in which file and under which name it lies; adapters are in
+    none, and begin as `add_lora` has them begin.
     """
     model.to_empty(device=device)
     saved = model.state_dict(keep_vars=True)
     files: dict[Path, Any] = {}
     for name in dict([*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)]):
-        path, key = places[name]
-        file = files.setdefault(path, safe_open(path, framework="pt"))
         target = saved[name]
-        _local(target).copy_(file.get_slice(key)[_own(target)])
+        if is_adapter(name):
+            own = adapter_start(name, target)[_own(target)]
+        else:
+            path, key = places[without_adapter(name)]
+            own = files.setdefault(path, safe_open(path, framework="pt")).get_slice(key)[_own(target)]
+        _local(target).copy_(own)
         target._is_hf_initialized = True
     # What is left are buffers that no file holds, rotary tables above all, which transformers knows how to make.
     model.initialize_weights()

@@ -1,8 +1,10 @@
 """Causal language models: loading them, calling them without logits, and making students out of teachers."""
 
+from tvkd_fast.models.adapters import is_adapter, without_adapter
 from tvkd_fast.models.fingerprint import fingerprint_weights
 from tvkd_fast.models.head import FusedLMHead, HeadTransforms, head_transforms
 from tvkd_fast.models.load import EmptyModel, empty_model, load_model, load_tokenizer, save_model
+from tvkd_fast.models.lora import Lora, WithoutAdapters, adapter_start, add_lora, merged, save_adapter
 from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
 from tvkd_fast.models.prune import disable_dropout, prune_layers, pruned_from
@@ -12,19 +14,27 @@ __all__ = [
     "EmptyModel",
     "FusedLMHead",
     "HeadTransforms",
+    "Lora",
     "ModelShape",
     "PolicyWithHead",
     "TeacherWithHead",
+    "WithoutAdapters",
+    "adapter_start",
+    "add_lora",
     "disable_dropout",
     "empty_model",
     "fingerprint_weights",
     "head_transforms",
+    "is_adapter",
     "load_model",
     "load_tokenizer",
     "longest_sequence",
+    "merged",
     "model_shape",
     "probe_head",
     "prune_layers",
     "pruned_from",
+    "save_adapter",
     "save_model",
+    "without_adapter",
 ]

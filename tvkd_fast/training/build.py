@@ -21,7 +21,16 @@ from tvkd_fast.data import (
 )
 from tvkd_fast.data.folders import whole_folder
 from tvkd_fast.distributed import World, joined, whole_weights
-from tvkd_fast.models import PolicyWithHead, fingerprint_weights, load_tokenizer, save_model
+from tvkd_fast.models import (
+    PolicyWithHead,
+    WithoutAdapters,
+    fingerprint_weights,
+    is_adapter,
+    load_tokenizer,
+    merged,
+    save_adapter,
+    save_model,
+)
 from tvkd_fast.training.config import DataConfig, EvalConfig, ModelConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.run_models import (
@@ -41,7 +50,7 @@ from tvkd_fast.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FINAL = "final"
+FINAL, ADAPTER = "final", "adapter"
 OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
 """What a score cache knows of the teacher."""
 
@@ -124,6 +133,7 @@ def _policy(config: TrainConfig | ScoreConfig, world: World, *, frozen: bool = F
         layers=config.student_layers,
         sharing=_sharing(config, world),
         frozen=frozen,
+        lora=config.lora if isinstance(config, TrainConfig) else None,
     )
 
 
@@ -145,6 +155,7 @@ def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
     models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=_sharing(config, world))
     if models.reference is None:
         models.reference = _policy(config, world, frozen=True)
+    assert isinstance(models.reference, PolicyWithHead)
     check_token_ids(dataset, models.reference.vocab_size)
     scorer = models.scorer(dataset, config, say=say)
     dataset.texts.clear()
@@ -191,22 +202,29 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
 
 def save_final(
     model: PreTrainedModel,
+    weights: dict[str, torch.Tensor] | None,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the model whole or not at all: a folder of this name is never half of one."""
+    """Write the model whole or not at all: a folder of this name is never half of one. `weights` None: its own."""
     with whole_folder(folder, "the model") as partial:
         save_model(model, tokenizer, partial, weights)
 
 
 def _save_trained(policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World) -> None:
-    """The same of a policy that processes share; the first of them writes."""
-    weights = whole_weights(policy) if world.mesh is not None else None
+    """The same of a policy that processes share; the first of them writes. Adapters are merged, and kept beside it."""
+    adapted = any(is_adapter(name) for name, _ in policy.named_parameters())
+    weights = whole_weights(policy) if world.mesh is not None or adapted else None
     problem = None
     if world.first:
         try:
-            save_final(policy.model, tokenizer, folder, weights)
+            if adapted:
+                assert weights is not None
+                with whole_folder(folder.with_name(ADAPTER), "the adapter") as partial:
+                    save_adapter(policy.model, weights, partial)
+                save_final(*merged(policy.model, weights), tokenizer, folder)
+            else:
+                save_final(policy.model, weights, tokenizer, folder)
         except ValueError as error:
             problem = str(error)
     problem = world.told(problem)
@@ -264,8 +282,14 @@ def _frozen_models(
     sharing = _sharing(config, world)
     models = load_frozen(config, tokenizer, kappa=config.loss.kappa, with_teacher=with_teacher, sharing=sharing)
     if models.reference is None and config.scores is None:
-        models.reference = frozen_copy(policy) if world.mesh is None else _policy(config, world, frozen=True)
+        models.reference = _policy_at_start(config, policy, world)
     return models
+
+
+def _policy_at_start(config: TrainConfig, policy: PolicyWithHead, world: World) -> PolicyWithHead | WithoutAdapters:
+    if config.lora.rank:
+        return WithoutAdapters(policy)
+    return frozen_copy(policy) if world.mesh is None else _policy(config, world, frozen=True)
 
 
 def _expected(
@@ -277,7 +301,9 @@ def _expected(
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "precision": precision(config.model),
         "kappa": config.loss.kappa if needs_sums else None,
-        "reference": policy_at_start if models.reference is None else fingerprint_weights(models.reference.model),
+        "reference": fingerprint_weights(models.reference.model)
+        if isinstance(models.reference, PolicyWithHead)
+        else policy_at_start,
         **models.teacher_fingerprints(),
     }
 

@@ -125,6 +125,22 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Adapters of low rank that learn in the policy's place, and the policy without them as its reference."""
+
+    rank: int = 0
+    """r of W + (alpha/r)·B·A; 0 trains the policy's own weights."""
+    alpha: float | None = None
+    """Scale; twice the rank where not given."""
+    targets: list[str] | None = None
+    """Names of the linear layers that get one, such as q_proj; all of the backbone where not given."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must be 0 or more, got {self.rank}: set --lora.rank")
+
+
+@dataclass(kw_only=True)
 class ParallelConfig:
     """How processes share a model, where there are several (`--nproc`, or torchrun)."""
 
@@ -167,6 +183,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadGradient = field(default_factory=HeadGradient)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     nproc: int = 1
     """Processes to start on this machine; weights are sharded over them. Under torchrun its own number counts."""

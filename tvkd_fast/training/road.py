@@ -167,7 +167,7 @@ def _check(config: DemoConfig, recipe: TrainConfig) -> None:
 
 def _base(recipe: TrainConfig, folder: Path) -> None:
     """The recipe's policy in a folder, so that a GGUF file is dequantised once."""
-    save_final(load_model(recipe.policy), load_tokenizer(recipe.policy), folder / FINAL)
+    save_final(load_model(recipe.policy), None, load_tokenizer(recipe.policy), folder / FINAL)
 
 
 def _teacher(config: DemoConfig, recipe: TrainConfig, out: Path) -> None:
@@ -191,7 +191,7 @@ def _student(config: DemoConfig, recipe: TrainConfig, out: Path) -> None:
     pruned = out / "pruned" / FINAL
     assert recipe.student_layers is not None
     base = str(out / "base" / FINAL)
-    save_final(prune_layers(load_model(base), recipe.student_layers), load_tokenizer(base), pruned)
+    save_final(prune_layers(load_model(base), recipe.student_layers), None, load_tokenizer(base), pruned)
     train(
         replace(
             recipe,

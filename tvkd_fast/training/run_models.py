@@ -15,8 +15,11 @@ from tvkd_fast.data import PairDataset, check_token_ids, packed_length, retokeni
 from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, shard_policy
 from tvkd_fast.models import (
     EmptyModel,
+    Lora,
     PolicyWithHead,
     TeacherWithHead,
+    WithoutAdapters,
+    add_lora,
     empty_model,
     fingerprint_weights,
     load_model,
@@ -25,7 +28,15 @@ from tvkd_fast.models import (
     prune_layers,
     pruned_from,
 )
-from tvkd_fast.training.config import EvalConfig, ModelConfig, ParallelConfig, ScoreConfig, TrainConfig, micro_batching
+from tvkd_fast.training.config import (
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    ScoreConfig,
+    TrainConfig,
+    micro_batching,
+)
 from tvkd_fast.training.scoring import OnlineScorer, RewardTeacher, TeacherTokens
 
 if TYPE_CHECKING:
@@ -58,7 +69,7 @@ class FrozenModels:
 
     tokenizer: PreTrainedTokenizerBase
     """The policy's."""
-    reference: PolicyWithHead | None = None
+    reference: PolicyWithHead | WithoutAdapters | None = None
     teacher: TeacherWithHead | RewardTeacher | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """None where the teacher reads the policy's tokens."""
@@ -115,9 +126,13 @@ def load_policy(
     layers: int | None = None,
     sharing: Sharing | None = None,
     frozen: bool = False,
+    lora: LoraConfig | None = None,
 ) -> PolicyWithHead:
-    """A model on the run's device and in its precision, pruned to `layers` where given, and shared by processes."""
-    return _made(PolicyWithHead, name, config, layers, sharing, frozen=frozen)
+    """A model on the run's device and in its precision, pruned to `layers` where given, and shared by processes.
+
+    With `lora.rank` its adapters are what learns.
+    """
+    return _made(PolicyWithHead, name, config, layers, sharing, frozen=frozen, lora=lora)
 
 
 def load_frozen(
@@ -182,6 +197,7 @@ def _made(
     sharing: Sharing | None,
     *,
     frozen: bool,
+    lora: LoraConfig | None = None,
 ) -> P:
     """Loaded whole and sharded where there is something to shard over; better, made without weights, and each process
     given its own, where the files allow it."""
@@ -192,7 +208,9 @@ def _made(
     policy = make(model, packing=config.packing, autocast=_autocast(config))
     if frozen:
         freeze(policy)
-    else:
+    elif lora is not None and lora.rank:
+        add_lora(policy, Lora(lora.rank, 2.0 * lora.rank if lora.alpha is None else lora.alpha, lora.targets))
+    if not frozen:
         checkpoint_activations(policy, config.activation_checkpointing)
     if sharing is not None:
         offload = sharing.parallel.cpu_offload

@@ -25,7 +25,7 @@ from tvkd_fast.data import (
 from tvkd_fast.data.scores import NAMES, STATE_NAMES
 from tvkd_fast.distributed import World
 from tvkd_fast.losses import running_sums, segment_sums
-from tvkd_fast.models import PolicyWithHead, TeacherWithHead
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead, WithoutAdapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +76,7 @@ class OnlineScorer:
 
     def __init__(
         self,
-        reference: PolicyWithHead | None,
+        reference: PolicyWithHead | WithoutAdapters | None,
         teacher: TeacherWithHead | RewardTeacher | None,
         teacher_tokens: TeacherTokens | None = None,
         world: World | None = None,

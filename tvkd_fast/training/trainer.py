@@ -246,6 +246,7 @@ def _trajectory(config: TrainConfig) -> dict[str, Any]:
         "loss": asdict(config.loss),
         "optim": _plain(config.optim),
         "head": asdict(config.head),
+        "lora": asdict(config.lora),
     }
 
 

@@ -1,0 +1,137 @@
+"""LoRA: products of low rank beside a frozen policy's own, W + (a/r)·B·A, that learn in its place (arXiv 2106.09685).
+
+The policy without them is its own reference, so that none has to be held. The head stays as it is: a frozen one costs
+a product less (docs/sparse.md).
+
+Letters: r rank, a alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tvkd_fast.models.adapters import ADAPTER, is_adapter, without_adapter
+from tvkd_fast.models.policy import PolicyWithHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Rank, scale and places of the adapters."""
+
+    rank: int
+    alpha: float
+    targets: Sequence[str] | None = None
+    """Names of the linear layers that get one, such as q_proj; all of the backbone where not given."""
+
+
+def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
+    """Freeze the policy, in place, and put adapters beside its products: A drawn by its name alone, B zero.
+
+    Needs peft. Raises ValueError where it is not there, where no layer has such a name, and for the head.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("LoRA is peft's: pip install 'tvkd_fast[lora]'") from error
+    model = policy.model
+    head = next(name for name, module in model.named_modules() if module is policy.head)
+    if lora.targets is not None and any(head.endswith(target) for target in lora.targets):
+        raise ValueError(
+            f"the head, {head}, is computed by fused kernels that know no adapter: leave it out of --lora.targets, or "
+            "train it whole without LoRA"
+        )
+    policy.requires_grad_(False)
+    targets = "all-linear" if lora.targets is None else list(lora.targets)
+    try:
+        options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
+        model.add_adapter(LoraConfig(**options), ADAPTER)
+    except ValueError as error:
+        raise ValueError(f"{str(error).splitlines()[0]} Set --lora.targets to names of linear layers") from error
+    draw_adapters(model)
+
+
+@torch.no_grad()
+def draw_adapters(model: nn.Module) -> None:
+    """A from its name, so that every process and every run starts from the same one; B zero. Not on the meta device."""
+    for name, parameter in model.named_parameters():
+        if is_adapter(name) and not parameter.is_meta:
+            parameter.copy_(adapter_start(name, parameter))
+
+
+def adapter_start(name: str, like: Tensor) -> Tensor:
+    """[r, in] or [out, r]: what an adapter's weight begins as, whole, on the CPU."""
+    if "lora_B" in name:
+        return torch.zeros(like.shape, dtype=like.dtype)
+    draw = torch.Generator().manual_seed(int.from_bytes(sha256(name.encode()).digest()[:7], "big"))
+    # As peft draws it: uniform, as wide as a linear layer's own.
+    bound = 1 / math.sqrt(like.shape[1])
+    return torch.empty(like.shape).uniform_(-bound, bound, generator=draw).to(like.dtype)
+
+
+@contextmanager
+def adapters_off(policy: PolicyWithHead) -> Iterator[None]:
+    """The policy as it was before it had any, while the block lasts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    # peft's own switch also freezes and thaws their weights, which sharded ones would not outlive.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class WithoutAdapters(nn.Module):
+    """A policy's reference: itself, adapters off, in eval mode and without gradients."""
+
+    def __init__(self, policy: PolicyWithHead) -> None:
+        super().__init__()
+        # No submodule: it is trained, saved and sharded as the policy.
+        self._policy = [policy]
+
+    @torch.no_grad()
+    def forward(self, batch: Any) -> Tensor:
+        (policy,) = self._policy
+        with adapters_off(policy):
+            return policy(batch)
+
+
+def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """An empty model of the family without adapters, and its weights: what the adapters add is added for good."""
+    scales = {name: module.scaling[ADAPTER] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    found = {without_adapter(name): x for name, x in weights.items() if not is_adapter(name)}
+    for layer, scale in scales.items():
+        a, b = (weights[f"{layer}.lora_{letter}.{ADAPTER}.weight"] for letter in "AB")
+        base = found[f"{layer}.weight"]
+        found[f"{layer}.weight"] = (base.double() + scale * (b.double() @ a.double())).to(base.dtype)
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.generation_config = model.generation_config
+    return plain, found
+
+
+def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """The adapters alone, as `PeftModel.from_pretrained(base, folder)` reads them."""
+    model.peft_config[ADAPTER].save_pretrained(folder)
+    found = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": x.contiguous()
+        for name, x in weights.items()
+        if is_adapter(name)
+    }
+    save_file(found, folder / "adapter_model.safetensors")
