@@ -64,8 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[:1] == ["bench"]:
         bench(given[1:])
         return
-    if given[:1] == ["scores"]:
-        scores(given[1:])
+    if given[:1] in (["scores"], ["replay"], ["plot"]):
+        _be_quiet()
+        try:
+            {"scores": scores, "replay": replay, "plot": plot}[given[0]](given[1:])
+        except (ValueError, CheckpointError) as error:
+            print(f"tvkd {given[0]}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
         return
     arguments = _expand(given)
     parser = make_parser()
@@ -130,14 +135,32 @@ def _speaks() -> bool:
 
 def scores(arguments: list[str]) -> None:
     """`tvkd scores FOLDER` prints what is in a score cache, and holds every byte of it to its checksums."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: tvkd scores FOLDER: what is in a folder that `tvkd score` wrote", file=sys.stderr)
-        raise SystemExit(0 if arguments == ["--help"] else 2)
-    try:
-        print(describe(arguments[0]))
-    except ValueError as error:
-        print(f"tvkd scores: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    _usage(arguments, "tvkd scores FOLDER: what is in a folder that `tvkd score` wrote", most=1)
+    print(describe(arguments[0]))
+
+
+def replay(arguments: list[str]) -> None:
+    """`tvkd replay FILE`: the pairs of a step that was not finite, one by one."""
+    from tvkd_fast.training import build
+    from tvkd_fast.training.replay import told
+
+    _usage(arguments, "tvkd replay OUTPUT_DIR/nonfinite-step-NNNNNN.json: the step's pairs, one by one", most=1)
+    print(told(build.replay(arguments[0])))
+
+
+def plot(arguments: list[str]) -> None:
+    """`tvkd plot RUN ...` draws the curves of runs over each other."""
+    from tvkd_fast.training.plot import plot_runs
+
+    _usage(arguments, "tvkd plot OUTPUT_DIR [OUTPUT_DIR ...]: draws their curves as curves.png in the first")
+    print(plot_runs([Path(folder) for folder in arguments]))
+
+
+def _usage(arguments: list[str], usage: str, *, most: int = 10**6) -> None:
+    if 1 <= len(arguments) <= most and not any(argument.startswith("-") for argument in arguments):
+        return
+    print(f"usage: {usage}", file=sys.stderr)
+    raise SystemExit(0 if arguments == ["--help"] else 2)
 
 
 def bench(arguments: list[str]) -> None:
@@ -162,8 +185,9 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="tvkd",
         description="Preference distillation (TVKD) at the cost of fine-tuning.",
-        epilog="tvkd scores FOLDER prints what is in a folder that score wrote. In a checkout, tvkd bench head, values "
-        "or step times the head beside its peers (each has --help).",
+        epilog="tvkd scores FOLDER prints what is in a folder that score wrote, tvkd plot RUN ... draws the curves of "
+        "runs, and tvkd replay FILE goes through the pairs of a step that was not finite. In a checkout, tvkd bench "
+        "head, values or step times the head beside its peers (each has --help).",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -110,3 +110,19 @@ def test_rows_are_full_on_real_dialogues(pairs_per_step, tokens, goal, data_file
             filled += batch.num_tokens
             room += batching.room(batch)
     assert filled / room >= goal
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20),
+    st.integers(1, 5),
+    st.sampled_from(["shared", "unshared", "padded"]),
+)
+def test_processes_share_a_step_without_missing_or_repeating_a_pair(sizes, processes, packing):
+    pairs = [TokenizedPair([5] * p, [6] * c, [7] * r, True, True, f"{i}") for i, (p, c, r) in enumerate(sizes)]
+    batching = MicroBatching(packing, tokens=40, pairs=2)
+    shares = [batching.share(pairs, range(len(pairs)), rank=rank, size=processes) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    found = [int(i) for share in shares for batch in share for i in batch.pairs]
+    assert sorted(found) == list(range(len(pairs)))
+    if packing != "padded":
+        assert all(batch.num_tokens <= 40 for share in shares for batch in share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,19 @@ from tvkd_fast.models import (
     save_adapter,
     save_model,
 )
-from tvkd_fast.training.config import DataConfig, EvalConfig, ModelConfig, ScoreConfig, TrainConfig, micro_batching
+from tvkd_fast.training.checkpoint import Checkpoints, read_state
+from tvkd_fast.training.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ScoreConfig,
+    TrainConfig,
+    from_record,
+    micro_batching,
+)
 from tvkd_fast.training.evaluate import Evaluation, evaluate
+from tvkd_fast.training.optim import make_optimizer
+from tvkd_fast.training.replay import Replayed, read_record, replay_pairs
 from tvkd_fast.training.run_models import (
     FrozenModels,
     Sharing,
@@ -44,7 +55,7 @@ from tvkd_fast.training.run_models import (
 )
 from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
 from tvkd_fast.training.stop import Stopped, StopSignal
-from tvkd_fast.training.trainer import Trainer
+from tvkd_fast.training.trainer import CHECKPOINTS, Trainer
 from tvkd_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -73,7 +84,57 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
 
 
 def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluation | None:
-    say = show_progress and world.first
+    made = _prepared(config, world, say=show_progress and world.first)
+    with StopSignal() as stop:
+        trainer = Trainer(
+            config,
+            made.policy,
+            made.scorer,
+            made.dataset,
+            held_out=made.held_out,
+            held_out_scorer=made.held_out_scorer,
+            identity=made.identity,
+            show_progress=show_progress,
+            world=world,
+            stop=stop,
+        )
+        evaluation = trainer.run()
+        final = Path(config.output_dir) / FINAL
+        # A run that was finished before has written it, unless it was killed at that.
+        if trainer.trained or not world.told(final.exists()):
+            _save_trained(made.policy, made.tokenizer, final, world)
+    return evaluation
+
+
+def replay(record: str) -> list[Replayed]:
+    """`tvkd replay`: the pairs of a step that was not finite, one by one, under the newest checkpoint before it."""
+    found = read_record(record)
+    config = from_record(TrainConfig, found["config"])
+    config = replace(config, data=replace(config.data, eval=None), eval_every=0, eval_scores=None, keep_best="none")
+    world = World(resolve_device(config.model))
+    made = _prepared(config, world, say=False)
+    checkpoints = Checkpoints(Path(record).parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
+    newest = checkpoints.newest()
+    if newest is not None and read_state(newest)["step"] <= found["step"]:
+        checkpoints.load(newest, made.policy, make_optimizer(made.policy, config.optim))
+    made.policy.train()
+    return replay_pairs(made.policy, made.scorer, made.dataset, found["pairs"], config, world)
+
+
+@dataclass
+class _Prepared:
+    """What a trainer is given."""
+
+    tokenizer: PreTrainedTokenizerBase
+    policy: PolicyWithHead
+    scorer: Scorer
+    dataset: PairDataset
+    held_out: PairDataset | None
+    held_out_scorer: Scorer | None
+    identity: dict[str, Any]
+
+
+def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     batching = micro_batching(config)
     dataset = load_dataset("train", config.data, tokenizer, batching, say=say)
@@ -104,25 +165,7 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
         if pairs is not None:
             # Only another tokenizer's tokens are made of them, and those are made.
             pairs.texts.clear()
-    with StopSignal() as stop:
-        trainer = Trainer(
-            config,
-            policy,
-            scorer,
-            dataset,
-            held_out=held_out,
-            held_out_scorer=held_out_scorer,
-            identity=identity,
-            show_progress=show_progress,
-            world=world,
-            stop=stop,
-        )
-        evaluation = trainer.run()
-        final = Path(config.output_dir) / FINAL
-        # A run that was finished before has written it, unless it was killed at that.
-        if trainer.trained or not world.told(final.exists()):
-            _save_trained(policy, tokenizer, final, world)
-    return evaluation
+    return _Prepared(tokenizer, policy, scorer, dataset, held_out, held_out_scorer, identity)
 
 
 def _policy(config: TrainConfig | ScoreConfig, world: World, *, frozen: bool = False) -> PolicyWithHead:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from tvkd_fast.data import MicroBatching
 from tvkd_fast.distributed import Recompute
 from tvkd_fast.losses import check_discount, check_preference_settings
 from tvkd_fast.ops import HeadGradient, check_kappa
+
+C = TypeVar("C")
 
 
 @dataclass(kw_only=True)
@@ -323,3 +326,16 @@ def check_teacher_reference(teacher: str | None, teacher_reference: str | None, 
 def micro_batching(config: TrainConfig | ScoreConfig | EvalConfig) -> MicroBatching:
     """How the run's pairs become micro-batches."""
     return MicroBatching(config.model.packing, config.tokens_per_micro_batch, config.pairs_per_micro_batch)
+
+
+def from_record(kind: type[C], record: Mapping[str, Any]) -> C:
+    """A config out of what `asdict` made of it, and JSON kept."""
+    types = get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for name, value in record.items():
+        expected = types[name]
+        if is_dataclass(expected) and isinstance(expected, type):
+            fields[name] = from_record(expected, value)
+        else:
+            fields[name] = tuple(value) if get_origin(expected) is tuple else value
+    return kind(**fields)

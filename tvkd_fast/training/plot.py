@@ -1,9 +1,13 @@
-"""The picture of a road: learning curves of DPO and TVKD beside each other."""
+"""Learning curves of runs over each other."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tvkd_fast.training.metrics import METRICS, read_metrics
 
 STYLES: dict[str, dict[str, Any]] = {
     # The first line lies under the second where they meet, so it is the broader one.
@@ -12,47 +16,77 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path, *, title: str) -> None:
+PANELS = (
+    ("eval/accuracy", "held-out accuracy"),
+    ("eval/margin", "held-out margin (nats)"),
+    ("loss", "training loss, each its own (running mean)"),
+)
+MORE_PANELS = (
+    ("margin", "training margin of rewards (running mean)"),
+    ("grad_norm", "gradient norm (running mean)"),
+    ("lr", "learning rate"),
+)
+
+
+def plot_curves(
+    runs: dict[str, list[dict[str, Any]]], path: Path, *, title: str, panels: Sequence[tuple[str, str]] = PANELS
+) -> None:
     """Held-out accuracy and margin, and the training loss, against the step, a line a run; written as PNG.
 
-    `runs` maps a run's name to the lines of its metrics.jsonl. Needs matplotlib.
+    `runs` maps a run's name to the lines of its metrics.jsonl, `panels` a metric to its title. Needs matplotlib.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("drawing curves needs matplotlib: pip install 'tvkd_fast[plot]'") from error
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(12, 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
-    panels = (
-        ("eval/accuracy", "held-out accuracy"),
-        ("eval/margin", "held-out margin (nats)"),
-        ("loss", "training loss, each its own (running mean)"),
-    )
-    for axis, (key, label) in zip(axes, panels, strict=True):
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (key, label) in zip(axes, panels, strict=False):
         for name, lines in runs.items():
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if not points:
                 continue
             steps = [step for step, _ in points]
             values = [value for _, value in points]
-            if key == "loss":
+            if "running mean" in label:
                 values = _running_mean(values)
             marker = "o" if key.startswith("eval/") else None
-            axis.plot(steps, values, label=name.upper(), marker=marker, markersize=4, **STYLES.get(name, {}))
+            axis.plot(steps, values, label=name, marker=marker, markersize=4, **STYLES.get(name.lower(), {}))
         if key == "eval/accuracy":
             low, high = axis.get_ylim()
             axis.set_ylim(max(0.0, low - 0.05), min(1.0, high + 0.05))
-        axis.ticklabel_format(useOffset=False)
+        axis.ticklabel_format(useOffset=False, axis="x")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("step")
         axis.set_title(label, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    axes[0].legend(frameon=False)
+    drawn = next((axis for axis in axes if axis.lines), axes[0])
+    if drawn.lines:
+        drawn.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
+
+
+def plot_runs(folders: Sequence[Path]) -> Path:
+    """`curves.png` in the first of the runs' folders, of all of them. ValueError where one has no metrics."""
+    runs = {}
+    for folder in folders:
+        lines = read_metrics(folder / METRICS)
+        if not lines:
+            raise ValueError(f"{folder} has no {METRICS}: give the output_dir of a run")
+        runs[str(folder)] = lines
+    common = Path(os.path.commonpath(folders)) if len(folders) > 1 else folders[0].parent
+    named = {str(Path(name).relative_to(common)): lines for name, lines in runs.items()}
+    path = folders[0] / "curves.png"
+    evaluated = any(line.get("eval/accuracy") is not None for lines in runs.values() for line in lines)
+    plot_curves(named, path, title=", ".join(named), panels=(*PANELS[0 if evaluated else 2 :], *MORE_PANELS)[:6])
+    return path
 
 
 def _running_mean(values: list[float], weight: float = 0.9) -> list[float]:

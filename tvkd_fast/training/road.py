@@ -107,7 +107,8 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
     report = json.loads(text)
     (out / "report.json").write_text(text + "\n")
     say(table(report))
-    runs = {name: [_start_line(report), *read_metrics(out / name / "metrics.jsonl")] for name in ("dpo", "tvkd")}
+    start = _start_line(report)
+    runs = {name.upper(): [start, *read_metrics(out / name / "metrics.jsonl")] for name in ("dpo", "tvkd")}
     data = Path(str(recipe.data.train)).name
     plot_curves(runs, out / "curves.png", title=f"{data}: one start, one seed, the same pairs in the same order")
     say(f"\nwrote {out / 'report.json'} and {out / 'curves.png'} in {report['seconds']:.0f} s")
