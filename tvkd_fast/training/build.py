@@ -42,6 +42,7 @@ from tvkd_fast.training.config import (
     micro_batching,
 )
 from tvkd_fast.training.evaluate import Evaluation, evaluate
+from tvkd_fast.training.metrics import METRICS, read_metrics
 from tvkd_fast.training.optim import make_optimizer
 from tvkd_fast.training.replay import Replayed, read_record, replay_pairs
 from tvkd_fast.training.run_models import (
@@ -55,7 +56,9 @@ from tvkd_fast.training.run_models import (
 )
 from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
 from tvkd_fast.training.stop import Stopped, StopSignal
+from tvkd_fast.training.summary import model_card, summary
 from tvkd_fast.training.trainer import CHECKPOINTS, Trainer
+from tvkd_fast.training.usage import memory_by_part
 from tvkd_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -99,10 +102,15 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
             stop=stop,
         )
         evaluation = trainer.run()
-        final = Path(config.output_dir) / FINAL
+        folder = Path(config.output_dir)
         # A run that was finished before has written it, unless it was killed at that.
-        if trainer.trained or not world.told(final.exists()):
-            _save_trained(made.policy, made.tokenizer, final, world)
+        if trainer.trained or not world.told((folder / FINAL).exists()):
+            _save_trained(made.policy, made.tokenizer, folder / FINAL, world, model_card(config, evaluation))
+        if trainer.trained:
+            memory = world.everyone(memory_by_part(made.policy, trainer.optimizer))
+            if show_progress and world.first:
+                most = {part: max(of_one[part] for of_one in memory) for part in memory[0]}
+                print(summary(read_metrics(folder / METRICS), evaluation, most, world.size))
     return evaluation
 
 
@@ -248,13 +256,18 @@ def save_final(
     weights: dict[str, torch.Tensor] | None,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    card: str | None = None,
 ) -> None:
     """Write the model whole or not at all: a folder of this name is never half of one. `weights` None: its own."""
     with whole_folder(folder, "the model") as partial:
         save_model(model, tokenizer, partial, weights)
+        if card is not None:
+            (partial / "README.md").write_text(card)
 
 
-def _save_trained(policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World) -> None:
+def _save_trained(
+    policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World, card: str
+) -> None:
     """The same of a policy that processes share; the first of them writes. Adapters are merged, and kept beside it."""
     adapted = any(is_adapter(name) for name, _ in policy.named_parameters())
     weights = whole_weights(policy) if world.mesh is not None or adapted else None
@@ -265,9 +278,9 @@ def _save_trained(policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, fo
                 assert weights is not None
                 with whole_folder(folder.with_name(ADAPTER), "the adapter") as partial:
                     save_adapter(policy.model, weights, partial)
-                save_final(*merged(policy.model, weights), tokenizer, folder)
+                save_final(*merged(policy.model, weights), tokenizer, folder, card)
             else:
-                save_final(policy.model, weights, tokenizer, folder)
+                save_final(policy.model, weights, tokenizer, folder, card)
         except ValueError as error:
             problem = str(error)
     problem = world.told(problem)
