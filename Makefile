@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --qui
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all bench gpu lint format clean
+.PHONY: help venv demo test test-all bench soak gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ bench: $(STAMP) ## time the head beside its peers on this CPU (ARGS="--data PAIR
 	@echo "Installing the peers that the head is timed beside"
 	@$(PIP) $(PIP_ARGS) --editable '.[bench]'
 	$(BIN)/tvkd bench head --json out/bench/head.json $(ARGS)
+
+soak: $(STAMP) ## kill a run 30 times, and hold what it resumes from and ends with to an undisturbed one
+	$(BIN)/python -m bench.soak $(ARGS)
 
 gpu: ## check and time the kernels on this machine's GPU
 	@nvidia-smi -L >/dev/null 2>&1 || test -e /dev/kfd || { echo "make gpu needs a GPU: this machine has none that nvidia-smi or ROCm's driver shows"; exit 1; }

@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "kernels", "numerics", "results", "sparse")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("benchmarks", "kernels", "numerics", "reliability", "results", "sparse")
+    ),
 )
 BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -227,6 +230,8 @@ TABLES = {
     "teacher": tables.teacher_table,
     "learning": tables.learning_table,
     "training": tables.training_table,
+    "soak": tables.soak_table,
+    "overhead": tables.overhead_table,
     "ways": tables.ways_table,
     "hot": tables.hot_table,
     "gpu": gpu_table,

@@ -221,13 +221,15 @@ def training_table(report: dict[str, Any]) -> str:
         if any(x is not None for x in report["rows"][-1]["marks"][last][key])
     ]
     head += [f"ΔW of the {key.removesuffix('_off')} off, step {mark}" for key in parts for mark in marks]
-    head += [f"margins off, step {mark}" for mark in marks]
+    head += ["training loss off", *(f"margins off, step {mark}" for mark in marks)]
     rows = []
     for row in report["rows"]:
         end = row["marks"][last]
         cells = [_raised(row["arm"]), f"{mean(row['loss']):.4f}"]
         cells += [f"{mean(end['accuracy']):.3f} ({_spread(end['accuracy'])})", f"{mean(end['margin']):+.3f}"]
         for key in (*parts, "margins_off"):
+            if key == "margins_off":
+                cells.append("–" if row["arm"] == "exact" else f"{mean(row['loss_off']):.1e}")
             found = [row["marks"][mark][key] for mark in marks]
             cells += ["–" if row["arm"] == "exact" else f"{mean(x):.2%}" for x in found]
         rows.append(cells)
@@ -237,8 +239,31 @@ def training_table(report: dict[str, Any]) -> str:
     what += (
         f"{report['data']}, {report['held_out']} held-out pairs; means over {len(report['rows'][0]['seeds'])} seeds; "
     )
-    what += "ΔW off is ‖ΔW − ΔW*‖/‖ΔW*‖ against the exact run"
+    what += "ΔW off is ‖ΔW − ΔW*‖/‖ΔW*‖ against the exact run, loss off the root mean square over steps"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
+
+
+def soak_table(report: dict[str, Any]) -> str:
+    """A place a row: kills, restarts that were right, and the longest that the other processes took to end."""
+    head = ["killed", "times", "resumed bit for bit", "others ended within"]
+    rows = []
+    for place in sorted({kill["where"] for kill in report["kills"]}):
+        kills = [kill for kill in report["kills"] if kill["where"] == place]
+        longest = max(kill["ended_in_s"] for kill in kills)
+        rows.append([place, str(len(kills)), str(sum(kill["exact"] for kill in kills)), f"{longest:.1f} s"])
+    rows.append(["in all", str(len(report["kills"])), str(report["exact"]), f"{report['longest_end_s']:.1f} s"])
+    same = "the final model is" if report["same_end"] else "**the final model is not**"
+    what = f"{report['processes']} processes; {same} that of the undisturbed run, bit for bit"
+    return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
+
+
+def overhead_table(report: dict[str, Any]) -> str:
+    head = ["a step in the loop", "a bare step", "difference, median", "95% of it", "goal"]
+    low, high = report["interval_ms"]
+    row = [f"{report[name]:.2f} ms" for name in ("loop_ms", "bare_ms", "overhead_ms")]
+    row += [f"{low:.2f} to {high:.2f} ms", f"{report['goal_ms']:.2f} ms"]
+    what = f"{report['steps']} steps of 8 pairs of a tiny policy, one process, a line of metrics every step"
+    return markdown(head, [row]) + "\n" + provenance(report["made_by"], what)
 
 
 def _spread(numbers: list[float]) -> str:

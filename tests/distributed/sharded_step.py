@@ -11,6 +11,7 @@ from tvkd_fast.distributed import World, joined, shard_policy
 from tvkd_fast.distributed.shard import sync_gradients
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.training.usage import memory_by_part
 
 SIZES = {
     "vocab_size": 250,
@@ -64,15 +65,20 @@ def step(
     return torch.stack(losses).sum()
 
 
-def check(name: str, world: World, *, vocabulary: bool) -> None:
+def check(name: str, world: World, replicas: int, *, vocabulary: bool) -> None:
     batches = list(MicroBatching(tokens=40).batches(pairs(), range(PAIRS)))
     whole, sharded = policy_of(name), shard_policy(policy_of(name), world, vocabulary=vocabulary)
     mine = batches[world.rank :: world.size]
     mine += [collate_packed([], [])] * (-(-len(batches) // world.size) - len(mine))
     want = step(whole, batches, 1)
     before = {key: p.grad.clone() for key, p in whole.named_parameters()}
-    got = world.sum(step(sharded, mine, world.size))
+    optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-3, fused=True)
+    got = world.sum(step(sharded, mine, world.size, optimizer))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    # Weights, gradients and moments: a share of each, and what does not divide.
+    own = sum(memory_by_part(sharded, optimizer).values())
+    all_of_it = 4 * sum(4 * parameter.numel() for parameter in whole.parameters())
+    assert own <= (1.2 / (world.size / replicas)) * all_of_it
     for key, parameter in sharded.named_parameters():
         assert parameter.to_local().numel() < parameter.numel()
         torch.testing.assert_close(parameter.full_tensor(), whole.get_parameter(key), rtol=0, atol=1e-5)
@@ -85,7 +91,7 @@ def main() -> None:
     with joined(torch.device("cpu"), replicas=int(sys.argv[1]), timeout_s=120) as world:
         for name in CONFIGS:
             for vocabulary in (False, True):
-                check(name, world, vocabulary=vocabulary)
+                check(name, world, int(sys.argv[1]), vocabulary=vocabulary)
                 if world.first:
                     print("done:", name, "shared" if vocabulary else "gathered")
 

@@ -155,7 +155,7 @@ class ParallelConfig:
     cpu_offload: bool = False
     """Keep shards, gradients and the optimizer in the host's memory."""
     timeout_s: float = 600.0
-    """Seconds after which processes that wait for another one name it and give up."""
+    """Seconds that a process waits for the others before it gives up."""
 
 
 @dataclass(kw_only=True)
