@@ -1,8 +1,10 @@
 import json
 import math
 import shutil
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,6 +266,28 @@ def test_tensorboard_gets_the_metrics_where_it_is_installed(make_config, run):
     config = make_config(max_steps=2)
     run(config)
     assert list((Path(config.output_dir) / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_trackers_get_the_metrics_where_they_are_asked_for(make_config, run, monkeypatch):
+    told, begun, ended = [], [], []
+    tracked = SimpleNamespace(log=lambda metrics, step: told.append((step, metrics)), finish=lambda: ended.append(True))
+
+    def init(**options):
+        begun.append(options)
+        return tracked
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init))
+    run(make_config(max_steps=2, trackers=["trackio"]))
+    assert begun[0]["config"]["max_steps"] == 2
+    assert [step for step, metrics in told if "loss" in metrics] == [1, 2]
+    assert all("step" not in metrics for _, metrics in told)
+    assert ended == [True]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make_config, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"wandb is not installed: pip install wandb, or leave it out of --trackers"):
+        run(make_config(max_steps=2, trackers=["wandb"]))
 
 
 def test_a_damaged_checkpoint_costs_only_its_steps(make_config, run, files):

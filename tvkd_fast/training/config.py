@@ -210,6 +210,8 @@ class TrainConfig:
     """Keep one more: the checkpoint whose evaluation, made at the same step, was best by this figure."""
     log_every: int = 1
     """Write metrics every so many steps, over all of them."""
+    trackers: list[Literal["wandb", "trackio"]] = field(default_factory=list)
+    """Where else metrics go; metrics.jsonl always, and TensorBoard's files where it is installed."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is NaN or inf: stop and keep its pairs for `tvkd replay`, or pass it over and count
     it."""

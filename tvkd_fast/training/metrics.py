@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,20 @@ class ShapingWatch:
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl and mirrors them to TensorBoard; drops lines of steps after `resume_from`."""
+    """Appends lines to metrics.jsonl and mirrors them to TensorBoard where it is installed, and to `trackers`, W&B and
+    trackio among them, where it is asked for; drops lines of steps after `resume_from`.
 
-    def __init__(self, folder: Path, *, resume_from: int) -> None:
+    Raises ValueError where a tracker is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resume_from: int,
+        trackers: Sequence[str] = (),
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self.path = folder / METRICS
         lines = [line for line in read_metrics(self.path) if line["step"] <= resume_from]
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +168,7 @@ class MetricsLog:
         partial.write_text("".join(_line(metrics) for metrics in lines))
         os.replace(partial, self.path)
         self._tensorboard = _tensorboard_writer(folder / "tensorboard", resume_from)
+        self._runs = [_tracked(name, folder, config) for name in trackers]
 
     def write(self, metrics: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -164,8 +177,12 @@ class MetricsLog:
             for name, value in metrics.items():
                 if name != "step":
                     self._tensorboard.add_scalar(name, value, metrics["step"])
+        for run in self._runs:
+            run.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
 
     def close(self) -> None:
+        for run in self._runs:
+            run.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -202,3 +219,12 @@ def _tensorboard_writer(folder: Path, resume_from: int) -> Any | None:
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=resume_from + 1)
+
+
+def _tracked(name: str, folder: Path, config: dict[str, Any] | None) -> Any:
+    """A run of W&B or trackio, whose interfaces are one."""
+    try:
+        tracker = import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{name} is not installed: pip install {name}, or leave it out of --trackers") from error
+    return tracker.init(project="tvkd_fast", name=folder.name, config=config)

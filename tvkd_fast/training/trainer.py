@@ -86,7 +86,7 @@ class Trainer:
             if self.world.first:
                 print(f"{self.folder}: all {self.max_steps} steps are finished already; nothing was done")
             return None
-        log = MetricsLog(self.folder, resume_from=done) if self.world.first else None
+        log = self._log(done) if self.world.first else None
         self.policy.train()
         watch = ShapingWatch(skip=20)
         evaluation = None
@@ -161,6 +161,10 @@ class Trainer:
             could = self.config.peak_tflops * 1e12 * self.world.size * busy
             speed["mfu"] = self.flops.of(tokens, response_tokens) / could
         return speed
+
+    def _log(self, done: int) -> MetricsLog:
+        config = asdict(self.config)
+        return MetricsLog(self.folder, resume_from=done, trackers=self.config.trackers, config=config)
 
     def _write(self, log: MetricsLog | None, metrics: dict[str, Any]) -> None:
         if log is not None:
