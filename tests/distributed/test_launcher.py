@@ -18,7 +18,11 @@ import os, signal, sys, time
 from pathlib import Path
 rank, folder, what = os.environ["RANK"], Path(sys.argv[1]), sys.argv[2]
 if what == "listen":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    heard = []
+    def hear(*_):
+        heard.append(1)
+        (folder / f"{rank}-heard").write_text(str(len(heard)))
+    signal.signal(signal.SIGTERM, hear)
 (folder / f"{rank}").write_text(str(os.getpid()))
 if what == "fail" and rank == "1":
     raise RuntimeError("the second one fails")
@@ -28,10 +32,17 @@ if what == "meet":
     import torch
     from tvkd_fast.distributed import joined
     with joined(torch.device("cpu")) as world:
-        print(world.everyone(world.rank), world.most(world.rank), world.told(world.rank), flush=True)
-        listening = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}")][0:]
+        told = f"{world.everyone(world.rank)} {world.most(world.rank)} {world.told(world.rank)}"
+        listening = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}")]
         port = format(int(os.environ["MASTER_PORT"]), "04X")
-        print("at", sorted({f[1] for f in listening if f[1].endswith(":" + port) and f[3] == "0A"}), flush=True)
+        at = sorted({f[1] for f in listening if f[1].endswith(":" + port) and f[3] == "0A"})
+        # In one piece: others write too.
+        os.write(1, f"{told}\\nat {at}\\n".encode())
+elif what == "listen":
+    while not heard:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    sys.exit(143)
 elif what != "pass":
     time.sleep(60)
 """
@@ -70,13 +81,17 @@ def test_one_that_is_killed_is_named(program: list[str], capfd: pytest.CaptureFi
     assert "process 1 of 2 was killed by SIGKILL" in capfd.readouterr().err
 
 
-def test_a_signal_is_handed_on(program: list[str], tmp_path: Path) -> None:
-    started = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", STARTER, "2", *program, "listen"], cwd=os.getcwd()
-    )
+@pytest.mark.parametrize("to_all", [False, True], ids=["the launcher", "as a terminal does"])
+def test_a_signal_is_handed_on_once(to_all: bool, program: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", STARTER, "2", *program, "listen"]
+    started = subprocess.Popen(command, start_new_session=True)
     deadline = time.monotonic() + 60
     while not all((tmp_path / rank).exists() for rank in "01") and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
-    started.send_signal(signal.SIGTERM)
+    if to_all:
+        os.killpg(started.pid, signal.SIGTERM)
+    else:
+        started.send_signal(signal.SIGTERM)
     assert started.wait(timeout=30) == 143
+    assert [(tmp_path / f"{rank}-heard").read_text() for rank in "01"] == ["1", "1"]

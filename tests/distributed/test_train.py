@@ -21,6 +21,12 @@ CASES: dict[str, dict[str, Any]] = {
     "tied-four": {"family": "tied", "tokens_per_micro_batch": FOUR},
     "untied-four": {"family": "untied", "tokens_per_micro_batch": FOUR, "student_layers": 2},
     "gemma2-four": {"family": "gemma2", "tokens_per_micro_batch": FOUR},
+    "cached": {"family": "tied", "scores": "made by the script"},
+    "pruned": {"family": "tied", "student_layers": 2},
+    "reduced": {"family": "untied", "tokens_per_micro_batch": FOUR, "parallel": {"reduce": "micro_batch"}},
+    "replicas": {"family": "tied", "tokens_per_micro_batch": FOUR},
+    "shared-replicas": {"family": "tied", "parallel": {"vocabulary": "shared"}},
+    "bf16": {"family": "untied", "model": {"autocast": "bfloat16"}},
     "padded": {"family": "tied", "model": {"packing": "padded"}, "pairs_per_micro_batch": 1},
     "recomputed": {"family": "untied", "model": {"activation_checkpointing": "full"}},
     "selective": {"family": "untied", "model": {"activation_checkpointing": "selective"}},
@@ -54,6 +60,8 @@ def runs(
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_over_processes_is_the_run_of_one(case: str, processes: int, runs: Path) -> None:
     """Five pairs a step: of four processes one has two pairs, and of two one has an empty micro-batch more."""
+    # Sharded weights are gathered in bfloat16, those of the embedding too.
+    tolerance = 2e-2 if case == "bf16" else 1e-5
     alone, shared = (read_metrics(runs / case / str(n) / "metrics.jsonl") for n in (1, processes))
     assert [line["step"] for line in shared] == [line["step"] for line in alone]
     for one, many in zip(alone, shared, strict=True):
@@ -67,11 +75,12 @@ def test_a_run_over_processes_is_the_run_of_one(case: str, processes: int, runs:
                 # Policy and reference are one at the first step: rounding alone decides which response is preferred.
                 continue
             if name in ("loss", "eval/loss"):
-                assert many[name] == pytest.approx(value, rel=1e-5), (one["step"], name)
-            elif value is not None:
+                assert many[name] == pytest.approx(value, rel=tolerance), (one["step"], name)
+            elif case != "bf16" and value is not None:
                 assert many[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (one["step"], name)
     weights, theirs = (load_file(runs / case / str(n) / "final" / "model.safetensors") for n in (1, processes))
     assert weights.keys() == theirs.keys()
-    assert all(torch.allclose(theirs[name], x, rtol=0, atol=1e-4) for name, x in weights.items())
+    if case != "bf16":
+        assert all(torch.allclose(theirs[name], x, rtol=0, atol=1e-4) for name, x in weights.items())
     assert alone[-1]["step"] == 20
     assert alone[18]["loss"] < 0.9 * alone[0]["loss"]

@@ -8,6 +8,7 @@ import torch
 from tvkd_fast.cli import load_recipe
 from tvkd_fast.distributed import joined
 from tvkd_fast.training import build
+from tvkd_fast.training.config import ScoreConfig
 
 
 def main() -> None:
@@ -16,6 +17,13 @@ def main() -> None:
         for recipe in sorted(Path(sys.argv[1]).glob("*.yaml")):
             config = load_recipe(str(recipe))
             config.output_dir = str(recipe.with_suffix("") / str(world.size))
+            if "replicas" in recipe.stem and world.size == 4:
+                config.parallel.replicas = 2
+            if config.scores is not None:
+                config.scores = f"{config.output_dir}-scores"
+                made = {name: getattr(config, name) for name in ("policy", "teacher", "data")}
+                build._score(ScoreConfig(output_dir=config.scores, pairs_per_shard=8, **made), world, say=False)
+                config.teacher = None
             build._train(config, world, show_progress=False)
             if world.first:
                 print("done:", recipe.stem)

@@ -35,9 +35,12 @@ def launch(command: Sequence[str], processes: int) -> int:
         store = TCPStore(
             LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(server.fileno())
         )
-        started = [subprocess.Popen(command, env=_environment(i, processes, port)) for i in range(processes)]
-        before = {number: _hand_on(number, started) for number in (signal.SIGTERM, signal.SIGINT)}
+        started: list[subprocess.Popen[bytes]] = []
+        before = {number: _hand_on(number, started) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
+            for rank in range(processes):
+                # A group of their own: what a terminal sends to all would reach them twice.
+                started.append(subprocess.Popen(command, env=_environment(rank, processes, port), process_group=0))
             return _wait(started)
         finally:
             for number, handler in before.items():
@@ -89,8 +92,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         if process.poll() is None:
             process.kill()
             process.wait()
-    status = statuses[failed]
-    assert status is not None
+    # One that was killed takes its connections with it, and others may have failed over that before it was looked at.
+    ended = [process.returncode for process in processes]
+    failed = next((rank for rank, status in enumerate(ended) if status < 0 and statuses[rank] is not None), failed)
+    status = ended[failed]
     if status < 0:
         print(f"process {failed} of {len(processes)} was killed by {signal.Signals(-status).name}", file=sys.stderr)
         return 128 - status

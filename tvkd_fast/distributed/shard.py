@@ -28,7 +28,9 @@ from tvkd_fast.models import PolicyWithHead
 P = TypeVar("P", bound=PolicyWithHead)
 
 
-def shard_policy(policy: P, world: World, *, cpu_offload: bool = False, vocabulary: bool = False) -> P:
+def shard_policy(
+    policy: P, world: World, *, cpu_offload: bool = False, vocabulary: bool = False, reduce_always: bool = False
+) -> P:
     """The policy with sharded weights, in place; as it was in a world of one.
 
     Gradients are *averaged* over processes: multiply a process's part of the loss by `world.size`, so that they are of
@@ -36,14 +38,17 @@ def shard_policy(policy: P, world: World, *, cpu_offload: bool = False, vocabula
     products take the policy's `autocast`, and the gathered weights with them.
 
     With `vocabulary` the head stays in shards, and tokens go to them (`share_vocabulary`). With `cpu_offload` shards,
-    their gradients and the optimizer live in the host's memory, and what is gathered alone is on the device. Raises
+    their gradients and the optimizer live in the host's memory, and what is gathered alone is on the device. With
+    `reduce_always` every micro-batch reduces its gradients, and none are held whole from one to the next. Raises
     ValueError where the backbone's blocks cannot be found, and where the vocabulary cannot be shared.
     """
     if world.mesh is None:
         return policy
     options: dict[str, Any] = {
         "mesh": world.mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=policy.autocast, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=policy.autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
     }
     if cpu_offload and vocabulary:
         raise ValueError(
@@ -57,6 +62,7 @@ def shard_policy(policy: P, world: World, *, cpu_offload: bool = False, vocabula
     # A frozen root has no backward to keep its weights gathered for.
     frozen = not any(parameter.requires_grad for parameter in policy.parameters())
     fully_shard(policy, reshard_after_forward=True if frozen else None, ignored_params=shared, **options)
+    policy.reduce_always = reduce_always
     return policy
 
 
@@ -75,9 +81,9 @@ def blocks_of(policy: PolicyWithHead) -> list[nn.Module]:
 
 
 def sync_gradients(policy: nn.Module, *, now: bool) -> None:
-    """Whether the next backward reduces gradients over processes: the last micro-batch's of a step alone does."""
+    """Whether the next backward reduces gradients over processes: `now`, or always where the policy was sharded so."""
     if isinstance(policy, FSDPModule):
-        policy.set_requires_gradient_sync(now)
+        policy.set_requires_gradient_sync(now or bool(policy.reduce_always))
 
 
 def reshard(policy: nn.Module) -> None:

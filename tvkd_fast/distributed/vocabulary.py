@@ -25,6 +25,9 @@ from torch.nn.functional import embedding, pad
 from tvkd_fast.models import FusedLMHead, PolicyWithHead
 from tvkd_fast.ops import linear_logps, linear_lse
 
+IGNORED = -100
+"""The label of a token that does not count, as everywhere."""
+
 
 def share_vocabulary(policy: PolicyWithHead, mesh: DeviceMesh) -> set[nn.Parameter]:
     """Head, and embedding where it is the same weight, in place; the weights that are shards now, for FSDP2 to leave.
@@ -148,24 +151,34 @@ class SharedHead(FusedLMHead):
             "logit_scale": self.transforms.logit_scale,
         }
         mine = slice(rows.rank * most, rows.rank * most + count)
+        # What is filled up is no token: it would count among a sparse gradient's flat rows.
+        tokens = rows.gather(pad(hidden.new_ones(count, dtype=torch.int64), (0, most - count))) > 0
         if kappa is not None:
             nothing = hidden.new_full((everyone.shape[0],), -torch.inf, dtype=torch.float32)
-            parts = linear_lse(everyone, weight, kappa=kappa, **options) if rows.count else (nothing, nothing)
+            parts = (
+                linear_lse(everyone, weight, kappa=kappa, rows=tokens, **options) if rows.count else (nothing, nothing)
+            )
             lse, lse_kappa = (rows.merged(part)[mine] for part in parts)
             return lse, lse_kappa
         assert labels is not None
         places, here = rows.among(rows.gather(pad(labels, (0, most - count), value=-1)))
         if rows.count == 0:
-            logit = everyone.sum(1).float() * 0
+            logit = everyone.sum(1).float() * 0 + weight.sum() * 0
             lse = logit - torch.inf
         else:
+            if bias is not None:
+                # A token that a bias of -inf takes out of the vocabulary has no logit to measure by.
+                places = places.where(here, bias.argmax())
             logit = self._logits(everyone, weight, bias, places)
-            lse = logit - linear_logps(everyone, weight, places, **options, **self.gradient_options())
-        return _Merged.apply(logit.where(here, 0.0), lse, rows, mine)
+            known = places.masked_fill(~tokens, IGNORED)
+            logps = linear_logps(everyone, weight, known, ignore_index=IGNORED, **options, **self.gradient_options())
+            lse = logit - logps
+        found = _Merged.apply(logit.where(here, 0.0), lse, rows, mine)
+        return found.where(labels != IGNORED, 0.0)
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
         """(M,) of one row each, as the head makes them."""
-        logits = (hidden.float() * weight[places].float()).sum(1)
+        logits = (hidden.float() * embedding(places, weight).float()).sum(1)
         if bias is not None:
             logits = logits + bias[places].float()
         logits = logits * self.transforms.logit_scale
@@ -234,7 +247,8 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.rows.scatter(gradient), None
+        # Parts of a sum over processes: added in float32, whatever they were multiplied in.
+        return ctx.rows.scatter(gradient.float()).to(gradient.dtype), None
 
 
 class _Scattered(torch.autograd.Function):

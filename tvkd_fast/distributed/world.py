@@ -63,12 +63,12 @@ class World:
         distributed.broadcast_object_list(things, src=0, group=self.host)
         return things[0]
 
-    def everyone(self, thing: T) -> list[T]:
-        """What each process has, by rank."""
+    def everyone(self, thing: T, *, behind: bool = False) -> list[T]:
+        """What each process has, by rank; asked `behind` the training, in the thread that saves, where that is said."""
         if self.mesh is None:
             return [thing]
         things: list[Any] = [None] * self.size
-        distributed.all_gather_object(things, thing, group=self.host)
+        distributed.all_gather_object(things, thing, group=self.background if behind else self.host)
         return things
 
     def wait(self) -> None:
@@ -87,35 +87,39 @@ def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0)
         timeout_s: seconds after which a process that waits for another gives up.
 
     Raises:
-        ValueError: `replicas` does not divide the number of processes.
+        ValueError: `replicas` does not divide the number of processes, or there are more than GPUs.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if replicas < 1 or size % replicas:
         raise ValueError(f"{replicas} replicas do not divide {size} processes: give a divisor of {size}")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if size > 1 and device.type == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local} of this machine finds {torch.cuda.device_count()} GPUs: start as many at most"
+        )
     if size == 1:
         yield World(device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(seconds=timeout_s)
     distributed.init_process_group(backend, timeout=patience)
-    try:
-        shape, names = ((size,), (SHARD,)) if replicas == 1 else ((replicas, size // replicas), (REPLICATE, SHARD))
-        world = World(
-            device,
-            rank,
-            size,
-            init_device_mesh(device.type, shape, mesh_dim_names=names),
-            distributed.new_group(backend="gloo", timeout=patience),
-            distributed.new_group(backend="gloo", timeout=patience),
-        )
-        yield world
-        # One that leaves early takes its connections with it.
-        world.wait()
-    finally:
-        distributed.destroy_process_group()
-        # gloo's threads are still putting their last work away. One that wants the interpreter when it is ending
-        # aborts the process: three of ten did on two cores, and none that waited.
-        time.sleep(0.2)
+    shape, names = ((size,), (SHARD,)) if replicas == 1 else ((replicas, size // replicas), (REPLICATE, SHARD))
+    world = World(
+        device,
+        rank,
+        size,
+        init_device_mesh(device.type, shape, mesh_dim_names=names),
+        distributed.new_group(backend="gloo", timeout=patience),
+        distributed.new_group(backend="gloo", timeout=patience),
+    )
+    # After an error there is no parting in good order: it would wait for processes that wait for this one.
+    yield world
+    # One that leaves early takes its connections with it.
+    world.wait()
+    distributed.destroy_process_group()
+    # gloo's threads are still putting their last work away. One that wants the interpreter when it is ending aborts the
+    # process: three of ten did on two cores, and none that waited.
+    time.sleep(0.2)

@@ -113,7 +113,7 @@ def _weight_files(name: str) -> dict[str, Path]:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        folder = Path(snapshot_download(name, allow_patterns=["model.safetensors", "model-*.safetensors", "*.json"]))
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weights: dict[str, str] = json.loads(index.read_text())["weight_map"]

@@ -105,21 +105,26 @@ class WithoutAdapters(nn.Module):
         # No submodule: it is trained, saved and sharded as the policy.
         self._policy = [policy]
 
+    @property
+    def policy(self) -> PolicyWithHead:
+        return self._policy[0]
+
     @torch.no_grad()
     def forward(self, batch: Any) -> Tensor:
-        (policy,) = self._policy
-        with adapters_off(policy):
-            return policy(batch)
+        with adapters_off(self.policy):
+            return self.policy(batch)
 
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """An empty model of the family without adapters, and its weights: what the adapters add is added for good."""
-    scales = {name: module.scaling[ADAPTER] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     found = {without_adapter(name): x for name, x in weights.items() if not is_adapter(name)}
-    for layer, scale in scales.items():
+    for layer, module in layers.items():
         a, b = (weights[f"{layer}.lora_{letter}.{ADAPTER}.weight"] for letter in "AB")
         base = found[f"{layer}.weight"]
-        found[f"{layer}.weight"] = (base.double() + scale * (b.double() @ a.double())).to(base.dtype)
+        added = module.scaling[ADAPTER] * (b.double() @ a.double())
+        # GPT-2's layers keep their weights the other way round.
+        found[f"{layer}.weight"] = (base.double() + (added.T if module.fan_in_fan_out else added)).to(base.dtype)
     with torch.device("meta"):
         plain = type(model)(model.config)
     plain.generation_config = model.generation_config

@@ -63,6 +63,7 @@ class PolicyWithHead(nn.Module):
     ) -> None:
         super().__init__()
         self.packing, self.autocast = packing, autocast
+        self.reduce_always = False
         if probe and model.device.type == "meta":
             # Nothing can be computed without weights, and what is probed is the family's code.
             type(self)(few_layers(model), packing=packing, autocast=autocast)

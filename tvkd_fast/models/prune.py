@@ -43,11 +43,16 @@ def pruned_from(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, s
     """By the name of each parameter and buffer of `prune_layers(model, …)`, the name that it had in `model`."""
     prefix, blocks = _block_list(model)
     layers = kept_layers(len(blocks), len(_block_list(student)[1]))
-    return {name: _in_teacher(name, prefix, layers) for name in student.state_dict()}
+    # Tied weights are in a state dict by each of their names, and in a file by one.
+    once = dict([*student.named_parameters(), *student.named_buffers()])
+    return {name: _in_teacher(name, prefix, layers) for name in student.state_dict() if name in once}
 
 
 def few_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """An untrained model of the family on the CPU with one layer of each kind, two at least, and a small vocabulary."""
+    """An untrained model of the family with one layer of each kind, two at least, and a small vocabulary.
+
+    On the GPU where there is one, since its attention may know no other device.
+    """
     kinds = getattr(model.config, "layer_types", None) or []
     last = model.config.num_hidden_layers - 1
     layers = sorted({kinds.index(kind) for kind in kinds} | {0, last})
@@ -55,7 +60,7 @@ def few_layers(model: PreTrainedModel) -> PreTrainedModel:
     config.vocab_size = min(config.vocab_size, 512)
     # Its embedding would have no row for them.
     config.pad_token_id = None
-    with torch.device("cpu"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return type(model)(config).to(dtype=model.dtype).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -38,7 +39,6 @@ from tvkd_fast.training.config import (
     ModelConfig,
     ScoreConfig,
     TrainConfig,
-    from_record,
     micro_batching,
 )
 from tvkd_fast.training.evaluate import Evaluation, evaluate
@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FINAL, ADAPTER = "final", "adapter"
+EXPORTED = "exported.json"
+"""Of which run the model in final/ is."""
 OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
 """What a score cache knows of the teacher."""
 
@@ -104,8 +106,10 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
         evaluation = trainer.run()
         folder = Path(config.output_dir)
         # A run that was finished before has written it, unless it was killed at that.
-        if trainer.trained or not world.told((folder / FINAL).exists()):
+        if trainer.trained or not world.told(_exported(folder, trainer)):
             _save_trained(made.policy, made.tokenizer, folder / FINAL, world, model_card(config, evaluation))
+            if world.first:
+                (folder / EXPORTED).write_text(json.dumps(_of_run(trainer)) + "\n")
         if trainer.trained:
             memory = world.everyone(memory_by_part(made.policy, trainer.optimizer))
             if show_progress and world.first:
@@ -114,19 +118,33 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
     return evaluation
 
 
+def _of_run(trainer: Trainer) -> dict[str, Any]:
+    """What tells the run whose model lies in final/ from an earlier one in the same folder."""
+    return {"steps": trainer.max_steps, "identity": trainer.identity}
+
+
+def _exported(folder: Path, trainer: Trainer) -> bool:
+    try:
+        found = json.loads((folder / EXPORTED).read_text())
+    except (OSError, ValueError):
+        return False
+    return (folder / FINAL).exists() and found == json.loads(json.dumps(_of_run(trainer)))
+
+
 def replay(record: str) -> list[Replayed]:
     """`tvkd replay`: the pairs of a step that was not finite, one by one, under the newest checkpoint before it."""
-    found = read_record(record)
-    config = from_record(TrainConfig, found["config"])
+    step, pairs, config = read_record(record)
     config = replace(config, data=replace(config.data, eval=None), eval_every=0, eval_scores=None, keep_best="none")
+    # A file does not decide that code from a hub is run.
+    config.model.trust_remote_code = False
     world = World(resolve_device(config.model))
     made = _prepared(config, world, say=False)
     checkpoints = Checkpoints(Path(record).parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
     newest = checkpoints.newest()
-    if newest is not None and read_state(newest)["step"] <= found["step"]:
+    if newest is not None and read_state(newest)["step"] <= step:
         checkpoints.load(newest, made.policy, make_optimizer(made.policy, config.optim))
     made.policy.train()
-    return replay_pairs(made.policy, made.scorer, made.dataset, found["pairs"], config, world)
+    return replay_pairs(made.policy, made.scorer, made.dataset, pairs, config, world)
 
 
 @dataclass
@@ -151,7 +169,10 @@ def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
     for pairs in (dataset, held_out):
         if pairs is not None:
             check_token_ids(pairs, policy.vocab_size)
-    identity: dict[str, Any] = {"policy": fingerprint_weights(policy.model), "precision": precision(config.model)}
+    identity: dict[str, Any] = {
+        "policy": fingerprint_weights(policy.model),
+        "precision": precision(config.model, world),
+    }
     scorer: Scorer = OnlineScorer(None, None)
     held_out_scorer = None
     if config.objective != "sft":
@@ -281,7 +302,9 @@ def _save_trained(
                 save_final(*merged(policy.model, weights), tokenizer, folder, card)
             else:
                 save_final(policy.model, weights, tokenizer, folder, card)
-        except ValueError as error:
+        except Exception as error:
+            if world.size == 1:
+                raise
             problem = str(error)
     problem = world.told(problem)
     if problem is not None:
@@ -355,7 +378,7 @@ def _expected(
     needs_sums = config.objective == "tvkd" and config.loss.value_from != "implicit_reward"
     return {
         "tokenizer": fingerprint_tokenizer(tokenizer),
-        "precision": precision(config.model),
+        "precision": precision(config.model, models.world),
         "kappa": config.loss.kappa if needs_sums else None,
         "reference": fingerprint_weights(models.reference.model)
         if isinstance(models.reference, PolicyWithHead)
@@ -432,7 +455,7 @@ def _manifest(
         teacher=teacher,
         teacher_reference=teacher_reference,
         reference=reference,
-        precision=precision(model),
+        precision=precision(model, scorer.world),
         kappa=kappa,
         pairs=len(dataset),
         states=scorer.layout(dataset).num_states,

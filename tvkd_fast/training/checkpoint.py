@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tvkd_fast.data.folders import sha256_of
-from tvkd_fast.distributed import World
+from tvkd_fast.distributed import World, reshard
 
 STATE = "state.json"
 SHARD_OF_ONE = "shard-00001-model-00001-of-00001.safetensors"
@@ -113,7 +113,7 @@ class Checkpoints:
         left = self.newest()
         raise CheckpointError(
             f"could not save step {step} to {self.folder}: {problem}. Free some space (a checkpoint of this run takes "
-            f"{self._bytes * self.world.size / 2**20:,.0f} MB) and run the same command again; "
+            f"{self._bytes / 2**20:,.0f} MB) and run the same command again; "
             + (f"{left.name} is kept and will be resumed from" if left else "there is no earlier checkpoint")
         )
 
@@ -124,15 +124,29 @@ class Checkpoints:
         partial.mkdir()
 
     def _write(self, write: Callable[[], None], partial: Path, state: dict[str, Any]) -> None:
-        """In a thread of its own: the shards, and by the first process what makes them whole."""
+        """In a thread of its own: each process its shard, and the first one what makes them whole."""
         write()
+        problem, sums = None, {}
+        try:
+            for shard in partial.glob(f"shard-{self.world.rank + 1:05d}-*"):
+                sums[shard.name] = sha256_of(shard)
+                _flush(shard)
+        except OSError as error:
+            problem = str(error)
+        everyone = self.world.everyone((problem, sums), behind=True)
+        problem = next((text for text, _ in everyone if text is not None), None)
+        if problem is not None:
+            raise OSError(problem)
         if not self.world.first:
             return
-        shards = sorted(partial.glob("*.safetensors"))
-        state["sha256"] = {shard.name: sha256_of(shard) for shard in shards}
+        state["sha256"] = {name: digest for _, found in everyone for name, digest in found.items()}
+        missing = [name for name in state["sha256"] if not (partial / name).exists()]
+        if missing or len(state["sha256"]) < self.world.size:
+            raise OSError(
+                f"{', '.join(missing) or 'a shard'} is not here: --output_dir must be one folder for all machines"
+            )
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        for file in partial.iterdir():
-            _flush(file)
+        _flush(partial / STATE)
         _flush(partial)
         target = self.folder / f"step-{state['step']:06d}"
         if target.exists():
@@ -168,6 +182,7 @@ class Checkpoints:
         reader = HuggingFaceStorageReader(str(path))
         entries = reader.read_metadata().state_dict_metadata.items()
         saved = {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        reshard(model)
         parameters = _parameters(model)
         _check_same_model(path, saved, parameters)
         optimizer.state.clear()
@@ -193,6 +208,7 @@ class Checkpoints:
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Tensor]:
     """What a process saves: its shards of weights and optimizer, by name, and its generators."""
+    reshard(model)
     parameters = _parameters(model)
     tensors = {f"{MODEL}/{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():

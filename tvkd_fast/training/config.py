@@ -154,6 +154,9 @@ class ParallelConfig:
     `auto` shares it where those could not be more than the vocabulary."""
     cpu_offload: bool = False
     """Keep shards, gradients and the optimizer in the host's memory."""
+    reduce: Literal["step", "micro_batch"] = "step"
+    """When gradients are summed over processes: once a step, for which each holds whole gradients from one micro-batch
+    to the next, or in each, for which it holds its shards alone."""
     timeout_s: float = 600.0
     """Seconds that a process waits for the others before it gives up."""
 

@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tvkd_fast.training.config import OptimConfig
 
@@ -13,6 +15,7 @@ from tvkd_fast.training.config import OptimConfig
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that require a gradient; vectors (norms, biases) without weight decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
+    assert not isinstance(model, FSDPModule) or all(isinstance(p, DTensor) for p in trainable), "gathered, not shards"
     if not trainable:
         raise ValueError("the policy has no parameter that requires a gradient: nothing could be trained")
     groups = [

@@ -14,7 +14,8 @@ from tvkd_fast.data import PairDataset
 from tvkd_fast.distributed import World
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.training.config import TrainConfig, micro_batching
+from tvkd_fast.ops import unchecked
+from tvkd_fast.training.config import TrainConfig, from_record, micro_batching
 from tvkd_fast.training.scoring import Scorer
 from tvkd_fast.training.step import preference_output
 
@@ -36,11 +37,12 @@ class Replayed:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """What a run wrote of a step: `step`, `pairs` and `config`. ValueError where the file is no such record."""
+def read_record(path: str | Path) -> tuple[int, list[int], TrainConfig]:
+    """What a run wrote of a step: its number, its pairs, and the run. ValueError where the file is no such record."""
     try:
         record: dict[str, Any] = json.loads(Path(path).read_text())
-        return {"step": int(record["step"]), "pairs": list(record["pairs"]), "config": dict(record["config"])}
+        config = from_record(TrainConfig, record["config"])
+        return int(record["step"]), list(record["pairs"]), config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no record of a step: give a nonfinite-step-NNNNNN.json from a run's output_dir"
@@ -63,9 +65,10 @@ def replay_pairs(
         policy.zero_grad(set_to_none=True)
         (batch,) = micro_batching(replace(config, pairs_per_micro_batch=1)).batches(dataset, [i])
         batch = batch.to(world.device)
-        logps = segment_sums(policy(batch), batch.cu_seqlens)
-        out = preference_output(logps, batch, scorer.of(batch), config.loss, config.objective)
-        out.losses.sum().backward()
+        with unchecked():
+            logps = segment_sums(policy(batch), batch.cu_seqlens)
+            out = preference_output(logps, batch, scorer.of(batch), config.loss, config.objective)
+            out.losses.sum().backward()
         norms = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
         found.append(
             Replayed(

@@ -60,7 +60,7 @@ class Sharing:
             return self.parallel.vocabulary == "shared"
         group = self.world.size // self.parallel.replicas
         possible = can_share_vocabulary(policy) and not self.parallel.cpu_offload
-        return possible and group * self.tokens < policy.vocab_size
+        return possible and policy.packing != "padded" and group * self.tokens < policy.vocab_size
 
 
 @dataclass
@@ -184,9 +184,13 @@ def resolve_device(config: ModelConfig) -> torch.device:
     return device
 
 
-def precision(config: ModelConfig) -> str:
+def precision(config: ModelConfig, world: World | None = None) -> str:
     """Dtype of the weights and of the products, in words that are compared."""
-    return config.dtype if config.autocast == "off" else f"{config.dtype}, products in {config.autocast}"
+    if config.autocast == "off":
+        return config.dtype
+    # Sharded weights are gathered in the products' dtype, those of norms and of the embedding too.
+    gathered = f", gathered in {config.autocast}" if world is not None and world.size > 1 else ""
+    return f"{config.dtype}, products in {config.autocast}{gathered}"
 
 
 def _made(
@@ -214,7 +218,13 @@ def _made(
         checkpoint_activations(policy, config.activation_checkpointing)
     if sharing is not None:
         offload = sharing.parallel.cpu_offload
-        shard_policy(policy, sharing.world, cpu_offload=offload, vocabulary=sharing.of_vocabulary(policy))
+        shard_policy(
+            policy,
+            sharing.world,
+            cpu_offload=offload,
+            vocabulary=sharing.of_vocabulary(policy),
+            reduce_always=sharing.parallel.reduce == "micro_batch",
+        )
         if empty is not None:
             fill(policy.model, empty.places, torch.device("cpu") if offload else sharing.world.device)
     return policy

@@ -20,7 +20,7 @@ from tvkd_fast.data import PairBatch, Scores
 from tvkd_fast.distributed import World, sync_gradients, whole
 from tvkd_fast.losses import TVKDOutput, segment_sums, sft_loss, shaping_returns, tvkd_loss
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.ops import soft_values
+from tvkd_fast.ops import soft_values, unchecked
 from tvkd_fast.training.config import LossConfig
 from tvkd_fast.training.scoring import Scorer
 
@@ -73,25 +73,27 @@ def train_step(
     counts = torch.tensor([[batch.num_pairs, batch.labels.numel()] for batch in batches], device=world.device)
     num_pairs, num_tokens = world.sum(counts.sum(0))
     losses, outputs, lengths = [], [], []
-    for i, batch in enumerate(batches):
-        sync_gradients(policy, now=i == len(batches) - 1)
-        policy_logps = segment_sums(policy(batch), batch.cu_seqlens)
-        if objective == "sft":
-            loss = sft_loss(policy_logps, num_tokens)
-        else:
-            scores = scorer.of(batch)
-            assert scores.ref_logps is not None
-            if batch.num_pairs:
-                out = preference_output(policy_logps, batch, scores, config, objective)
-                # Summed, then divided once by the step's pairs: micro-batches of any size weigh as their pairs do.
-                loss = out.losses.sum() / num_pairs
-                outputs.append(out)
-                lengths.append(length_differences(batch))
+    # NaN and inf reach the loss of every process, and all of them decide on it together.
+    with unchecked():
+        for i, batch in enumerate(batches):
+            sync_gradients(policy, now=i == len(batches) - 1)
+            policy_logps = segment_sums(policy(batch), batch.cu_seqlens)
+            if objective == "sft":
+                loss = sft_loss(policy_logps, num_tokens)
             else:
-                loss = policy_logps.sum()
-        # Sharded gradients are averaged over processes, and the loss is a sum over them.
-        (loss * world.size).backward()
-        losses.append(loss.detach())
+                scores = scorer.of(batch)
+                assert scores.ref_logps is not None
+                if batch.num_pairs:
+                    out = preference_output(policy_logps, batch, scores, config, objective)
+                    # Summed, then divided once by the step's pairs: micro-batches of any size weigh as their pairs do.
+                    loss = out.losses.sum() / num_pairs
+                    outputs.append(out)
+                    lengths.append(length_differences(batch))
+                else:
+                    loss = policy_logps.sum()
+            # Sharded gradients are averaged over processes, and the loss is a sum over them.
+            (loss * world.size).backward()
+            losses.append(loss.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = whole(clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else float("inf")))
     loss = world.sum(torch.stack(losses).sum())

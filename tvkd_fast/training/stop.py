@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -10,24 +11,28 @@ from tvkd_fast.distributed import World
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
-    """The run was asked to stop, and has saved what it had done."""
+    """The run was asked to stop, and has saved what it had done, unless it never does."""
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}: run the same command to go on")
+    def __init__(self, number: int, step: int, *, saved: bool) -> None:
+        then = "run the same command to go on" if saved else "nothing is saved, as save_every has it"
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}: {then}")
         self.status = 128 + number
         """The exit status by which a shell says that a signal ended a command."""
 
 
 class StopSignal:
-    """While it is entered, the first SIGTERM or SIGINT is noted and nothing more; a second one acts as ever.
+    """While it is entered, SIGTERM and SIGINT are noted and nothing more; one that comes later again acts as ever.
 
-    Only a program's main thread may listen to signals; elsewhere nothing is noted.
+    Those that come at once are one: a terminal, a launcher and a scheduler may each send theirs. Only a program's main
+    thread may listen to signals; elsewhere nothing is noted.
     """
 
+    ONE_WISH_S = 2.0
     LISTENED_TO = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.number = 0
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -47,5 +52,8 @@ class StopSignal:
         return world.most(self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.__exit__()
+        if self.number == 0:
+            self.number, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > self.ONE_WISH_S:
+            self.__exit__()
+            signal.raise_signal(number)
