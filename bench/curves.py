@@ -104,24 +104,31 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def training_picture() -> None:
-    report = load("training")
-    figure, (loss, accuracy, weight, margins) = plt.subplots(1, 4, figsize=(15, 3.8))
+    """A row a model: the losses of every seed, where they end, and how far from the exact runs."""
+    reports = [load("training"), load("training_full")]
+    figure = plt.figure(figsize=(15, 8))
+    for part, report in zip(figure.subfigures(len(reports), 1), reports, strict=True):
+        draw_training(part, report)
+    figure.savefig(FOLDER / "training.png", dpi=130)
+
+
+def draw_training(figure: Any, report: Any) -> None:
+    loss, accuracy, weight, margins = figure.subplots(1, 4)
     steps = range(1, report["steps"] + 1)
-    for arm, colour in {"exact": "#bbbbbb", **ARMS}.items():
+    rows = [row for row in report["rows"] if row["arm"] == "exact" or row["arm"] in ARMS]
+    colours = {row["arm"]: ARMS.get(row["arm"], "#bbbbbb") for row in rows}
+    for arm, colour in colours.items():
         curves = [x for name, x in report["losses"].items() if name.rsplit(", ", 1)[0] == arm]
         for i, curve in enumerate(curves):
             label = pretty(arm) if i == 0 else None
-            width = 4 if arm == "exact" else 1
-            loss.plot(steps, smoothed(curve), color=colour, label=label, lw=width)
+            loss.plot(steps, smoothed(curve), color=colour, label=label, lw=4 if arm == "exact" else 1)
     loss.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHED} steps", title="loss, every seed")
     loss.legend(fontsize=7)
-    rows = [row for row in report["rows"] if row["arm"] == "exact" or row["arm"] in ARMS]
     last = str(report["steps"])
     for place, row in enumerate(rows):
         found = row["marks"][last]["accuracy"]
-        colour = ARMS.get(row["arm"], "#bbbbbb")
-        accuracy.plot([place] * len(found), found, "o", color=colour)
-        accuracy.plot([place - 0.25, place + 0.25], [mean(found)] * 2, color=colour, lw=2)
+        accuracy.plot([place] * len(found), found, "o", color=colours[row["arm"]])
+        accuracy.plot([place - 0.25, place + 0.25], [mean(found)] * 2, color=colours[row["arm"]], lw=2)
     accuracy.set(ylabel="held-out reward accuracy", title=f"after {last} steps, every seed")
     accuracy.set_xticks(range(len(rows)), [pretty(row["arm"]) for row in rows], rotation=35, ha="right", fontsize=7)
     for axes, key, title in (
@@ -131,15 +138,14 @@ def training_picture() -> None:
         for row in rows[1:]:
             marks = list(row["marks"])
             found = [mean(row["marks"][mark][key]) for mark in marks]
-            axes.plot([int(mark) for mark in marks], found, "o-", color=ARMS[row["arm"]], label=pretty(row["arm"]))
+            axes.plot([int(mark) for mark in marks], found, "o-", color=colours[row["arm"]], label=pretty(row["arm"]))
         axes.set(xscale="log", yscale="log", xlabel="step", title=title)
         axes.set_xticks([int(mark) for mark in marks], marks)
         axes.xaxis.set_minor_formatter(NullFormatter())
     margins.legend(fontsize=7)
     seeds = len(rows[0]["seeds"])
     figure.suptitle(f"{report['start']}, DPO over {report['data']}: means over {seeds} seeds", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(FOLDER / "training.png", dpi=150)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.26, top=0.84, wspace=0.28)
 
 
 def lengths_picture() -> None:
