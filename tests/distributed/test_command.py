@@ -1,0 +1,47 @@
+"""`tvkd train --nproc 2` beside `tvkd train`, as a user starts them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tvkd_fast.training.metrics import read_metrics
+
+pytestmark = pytest.mark.distributed
+
+
+def tvkd(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "tvkd_fast", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_the_same_command_over_two_processes(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+    recipe = str(write_recipe(tmp_path, "run", family="tied"))
+    losses = []
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        options = ["--max_steps", "4", "--nproc", processes, "--output_dir", str(folder)]
+        done = tvkd("train", "--config", recipe, *options)
+        assert done.returncode == 0, done.stderr
+        # Said once, however many there are.
+        assert done.stdout.count("final model: ") == 1
+        assert "peak_memory_gb" in done.stdout
+        losses.append([line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    again = tvkd("train", "--config", recipe, *options)
+    assert again.returncode == 0
+    assert "all 4 steps are finished already; nothing was done" in again.stdout
+
+
+def test_an_error_of_the_user_is_a_line_from_each_and_status_2(
+    tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    recipe = str(write_recipe(tmp_path, "run", family="tied"))
+    done = tvkd("train", "--config", recipe, "--nproc", "2", "--parallel.replicas", "3")
+    assert done.returncode == 2
+    assert "3 replicas do not divide 2 processes: give a divisor of 2" in done.stderr
+    assert "Traceback" not in done.stderr
