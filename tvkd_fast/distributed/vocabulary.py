@@ -178,9 +178,10 @@ class SharedHead(FusedLMHead):
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
         """(M,) of one row each, as the head makes them."""
-        logits = (hidden.float() * embedding(places, weight).float()).sum(1)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logits = (hidden.to(wide) * embedding(places, weight).to(wide)).sum(1)
         if bias is not None:
-            logits = logits + bias[places].float()
+            logits = logits + bias[places].to(wide)
         logits = logits * self.transforms.logit_scale
         cap = self.transforms.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
