@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -174,6 +175,7 @@ class Trainer:
     def _resume(self) -> int:
         """Steps that a whole checkpoint of this run has done already; its state is put back."""
         torch.manual_seed(self.config.seed)
+        random.seed(self.config.seed)
         if not self.config.resume and self.world.first:
             set_aside(self.checkpoints.folder)
             set_aside(self.folder / METRICS)
