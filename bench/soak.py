@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from bench.machine import made_by, write_report
 from tvkd_fast.data.folders import sha256_of
@@ -113,7 +114,7 @@ class Soak:
                 kills[-1].exact &= _went_on_from(kills[-1].resumed_from, said)
             newest = newest_whole(self.folder / "killed" / "checkpoints")
             kill.resumed_from = None if newest is None else int(newest.name.removeprefix("step-"))
-            kill.exact = newest is None or same_files(newest, self.folder / "whole" / "checkpoints" / newest.name)
+            kill.exact = newest is None or same_tensors(newest, self.folder / "whole" / "checkpoints" / newest.name)
             kills.append(kill)
             print(f"kill {len(kills)}: rank {kill.rank}, {kill.where}, after step {kill.step}: {newest}", flush=True)
         status, said = self._finish("killed")
@@ -197,9 +198,13 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def same_files(path: Path, other: Path) -> bool:
-    """Whether the shards of two checkpoints are the same, bit for bit."""
-    return read_state(path)["sha256"] == read_state(other)["sha256"]
+def same_tensors(path: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same weights, moments and generators, bit for bit; a file's order is no matter."""
+    for name in read_state(path)["sha256"]:
+        mine, theirs = (load_file(folder / name) for folder in (path, other))
+        if mine.keys() != theirs.keys() or not all(torch.equal(x, theirs[key]) for key, x in mine.items()):
+            return False
+    return True
 
 
 def newest_step(metrics: Path) -> int:
