@@ -25,7 +25,7 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("benchmarks", "kernels", "numerics", "reliability", "results", "sparse")
+        for name in ("benchmarks", "kernels", "numerics", "reliability", "results", "scaling", "sparse")
     ),
 )
 BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -230,6 +230,7 @@ TABLES = {
     "teacher": tables.teacher_table,
     "learning": tables.learning_table,
     "training": tables.training_table,
+    "scaling": tables.scaling_table,
     "soak": tables.soak_table,
     "overhead": tables.overhead_table,
     "ways": tables.ways_table,

@@ -257,6 +257,26 @@ def soak_table(report: dict[str, Any]) -> str:
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
+def scaling_table(report: dict[str, Any]) -> str:
+    """Counted by the planner: a layout a row."""
+    head = ["processes", "sharded over", "replicas", "head", "held by each", "sent by each a step", "operations a byte"]
+    rows = []
+    for row in report["rows"]:
+        cells = [
+            f"{row['processes']:,}",
+            f"{row['group']:,}",
+            f"{row['processes'] // row['group']:,}",
+            row["vocabulary"],
+        ]
+        cells += [f"{row['held_gib']:.1f} GiB", f"{row['sent_gib']:.1f} GiB", f"{row['flops_per_byte']:,.0f}"]
+        rows.append(cells)
+    what = (
+        f"counted, nothing was run: {report['policy']}, scores on disk, {report['pairs']} pairs of "
+        f"{report['tokens']:,} tokens a process and step, bfloat16 products, blocks recomputed"
+    )
+    return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
+
+
 def overhead_table(report: dict[str, Any]) -> str:
     head = ["a step in the loop", "a bare step", "difference, median", "95% of it", "goal"]
     low, high = report["interval_ms"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tvkd_fast.models.load import locate, unreadable
 
@@ -46,6 +47,15 @@ class ModelShape:
     layers: int
     intermediate: int
     vocab: int
+    tied: bool
+    """Whether head and embedding are one weight."""
+    linears: tuple[tuple[str, int], ...]
+    """Of every linear layer but the head its name and the sum of its two sizes; an adapter has r times that."""
+
+    @property
+    def blocks(self) -> int:
+        """Parameters of neither head nor embedding."""
+        return self.parameters - self.vocab * self.hidden * (1 if self.tied else 2)
 
 
 def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelShape:
@@ -73,6 +83,12 @@ def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool
         layers=config.num_hidden_layers,
         intermediate=config.intermediate_size,
         vocab=config.vocab_size,
+        tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        linears=tuple(
+            (name, module.in_features + module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        ),
     )
 
 

@@ -5,6 +5,8 @@ Letters: P pairs of a micro-batch, L row length, D hidden, F intermediate, V voc
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 from tvkd_fast.data.formats import FILE_SUFFIXES
@@ -45,11 +47,69 @@ def plan(config: TrainConfig) -> str:
             f"tokens      {tokens:,.0f} a pair at most, {tokens * pairs_seen:,.0f} in all; about {flops:.1e} floating-"
             "point operations (6 a parameter and token trained, 2 scored)"
         )
-    memory = _memory(config, policy, teacher, tokens)
-    lines.append("memory      (estimated, one process)")
-    lines += [f"  {part:<24}{size / 2**30:>9.2f} GiB" for part, size in memory.items()]
-    lines.append(f"  {'peak, about':<24}{sum(memory.values()) / 2**30:>9.2f} GiB")
+    processes = _processes(config)
+    held = memory(config, policy, teacher, tokens, processes)
+    whose = "one process" if processes == 1 else f"each of {processes} processes"
+    lines.append(f"memory      (estimated, {whose})")
+    lines += [f"  {part:<24}{size / 2**30:>9.2f} GiB" for part, size in held.items()]
+    lines.append(f"  {'peak, about':<24}{sum(held.values()) / 2**30:>9.2f} GiB")
+    if processes > 1:
+        lines.append("sent        (counted, by each process in a step of the policy)")
+        sent = communication(config, policy, tokens, processes)
+        lines += [f"  {part:<24}{size / 2**30:>9.2f} GiB" for part, size in sent.items()]
     return "\n".join(lines)
+
+
+def _processes(config: TrainConfig) -> int:
+    return int(os.environ.get("WORLD_SIZE", config.nproc))
+
+
+def _shares_vocabulary(config: TrainConfig, policy: ModelShape, group: int) -> bool:
+    """As `run_models.Sharing` decides it, but for families whose embedding cannot be shared."""
+    if group == 1 or config.parallel.vocabulary != "auto":
+        return group > 1 and config.parallel.vocabulary == "shared"
+    possible = config.model.packing != "padded" and not config.parallel.cpu_offload
+    return possible and group * config.tokens_per_micro_batch < policy.vocab
+
+
+def _learning(config: TrainConfig, policy: ModelShape) -> int:
+    """Parameters that do."""
+    if config.lora.rank == 0:
+        return policy.parameters
+    targets = config.lora.targets
+    sizes = (size for name, size in policy.linears if targets is None or name.rsplit(".", 1)[-1] in targets)
+    return config.lora.rank * sum(sizes)
+
+
+def _micro_batches(config: TrainConfig, tokens_per_pair: float, processes: int) -> int:
+    """Of each process in a step."""
+    if config.model.packing == "padded":
+        return math.ceil(config.pairs_per_step / config.pairs_per_micro_batch / processes)
+    return math.ceil(config.pairs_per_step * tokens_per_pair / config.tokens_per_micro_batch / processes)
+
+
+def communication(config: TrainConfig, policy: ModelShape, tokens_per_pair: float, processes: int) -> dict[str, float]:
+    """Bytes that a process sends in a step of the policy, and receives, in rings: (S−1)/S of all."""
+    group = processes // config.parallel.replicas
+    compute = 2 if config.model.autocast == "bfloat16" else _BYTES[config.model.dtype]
+    count = _micro_batches(config, tokens_per_pair, processes)
+    shared = _shares_vocabulary(config, policy, group)
+    head = policy.vocab * policy.hidden * (1 if policy.tied else 2)
+    kept = policy.vocab * policy.hidden if shared else 0
+    ring = (group - 1) / group
+    learning = _learning(config, policy) - (kept if config.lora.rank == 0 else 0)
+    reductions = count if config.parallel.reduce == "micro_batch" else 1
+    rows = min(config.tokens_per_micro_batch, config.pairs_per_step * tokens_per_pair / processes)
+    # Blocks are gathered for the forward and again for the backward, the root once for both.
+    parts = {
+        "weights, gathered": ring * count * compute * (2 * policy.blocks + head - kept),
+        "gradients, reduced": ring * reductions * 4 * learning,
+    }
+    if shared:
+        parts["states of tokens"] = ring * count * 2 * group * rows * policy.hidden * compute
+    if config.parallel.replicas > 1:
+        parts["gradients, replicas"] = 2 * (1 - 1 / config.parallel.replicas) * reductions * 4 * learning / group
+    return parts
 
 
 def _tokens(config: TrainConfig) -> tuple[float, int, str]:
@@ -72,9 +132,10 @@ def _tokens(config: TrainConfig) -> tuple[float, int, str]:
     return total / report.pairs, report.pairs, str(report)
 
 
-def _memory(
-    config: TrainConfig, policy: ModelShape, teacher: ModelShape | None, tokens_per_pair: float
+def memory(
+    config: TrainConfig, policy: ModelShape, teacher: ModelShape | None, tokens_per_pair: float, processes: int
 ) -> dict[str, float]:
+    """Bytes that each process holds at the peak, by part: an estimate from shapes."""
     size = _BYTES[config.model.dtype]
     compute = 2 if config.model.autocast == "bfloat16" else size
     packed = config.model.packing != "padded"
@@ -84,19 +145,33 @@ def _memory(
     activations = rows * policy.hidden * compute * policy.layers + per_block
     if config.model.activation_checkpointing != "full":
         activations = per_block * policy.layers
+    group = processes // config.parallel.replicas
+    learning = _learning(config, policy)
+    adapters = learning if config.lora.rank else 0
     parts = {
-        "policy weights": policy.parameters * size,
-        "gradients": policy.parameters * size,
-        "AdamW's two moments": 2 * policy.parameters * size,
+        "policy weights": (policy.parameters + adapters) * size / group,
+        "gradients": learning * size / group,
+        "AdamW's two moments": 2 * learning * size / group,
         "activations": activations,
         "head's workspace": _HEAD_WORKSPACE + config.head.workspace_mb * 2**20,
     }
-    if config.objective != "sft" and config.scores is None:
-        parts["reference weights"] = policy.parameters * size
+    if group > 1:
+        head = policy.vocab * policy.hidden * (1 if policy.tied else 2)
+        kept = 0
+        if _shares_vocabulary(config, policy, group):
+            kept = policy.vocab * policy.hidden
+            # And their gradient.
+            parts["states of all tokens"] = 2 * group * rows * policy.hidden * compute
+        # The block that runs, and the one that is fetched meanwhile.
+        parts["gathered weights"] = compute * (head - kept + 2 * policy.blocks / policy.layers)
+        if config.parallel.reduce == "step" and _micro_batches(config, tokens_per_pair, processes) > 1:
+            parts["whole gradients"] = 4.0 * (learning - kept if config.lora.rank == 0 else learning)
+    if config.objective != "sft" and config.scores is None and not config.lora.rank:
+        parts["reference weights"] = policy.parameters * size / group
     if teacher is not None:
-        parts["teacher weights"] = teacher.parameters * size
+        parts["teacher weights"] = teacher.parameters * size / group
         if config.teacher_reference is not None:
-            parts["its reference's weights"] = teacher.parameters * size
+            parts["its reference's weights"] = teacher.parameters * size / group
     return {name: float(value) for name, value in parts.items()}
 
 
