@@ -1,0 +1,53 @@
+"""What the planner counts, held to models that are there."""
+
+import pytest
+
+from tvkd_fast.models import model_shape
+from tvkd_fast.training.config import LoraConfig, ModelConfig, ParallelConfig
+from tvkd_fast.training.plan import _learning, communication, memory
+from tvkd_fast.training.run_models import load_policy
+
+TOKENS = 100
+
+
+def test_a_shape_counts_what_the_model_has(model_folder):
+    for tied in (True, False):
+        folder = model_folder(tie_word_embeddings=tied)
+        policy, shape = load_policy(folder, ModelConfig()), model_shape(folder)
+        assert shape.tied == tied
+        assert shape.parameters == sum(p.numel() for p in policy.parameters())
+        outside = {id(policy.head.weight), id(policy.model.get_input_embeddings().weight)}
+        assert shape.blocks == sum(p.numel() for p in policy.parameters() if id(p) not in outside)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"]])
+def test_adapters_are_counted(targets, model_folder, make_config):
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
+    folder, lora = model_folder(), LoraConfig(rank=3, targets=targets)
+    policy = load_policy(folder, ModelConfig(), lora=lora)
+    learning = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert _learning(make_config(lora=lora), model_shape(folder)) == learning
+
+
+def test_what_is_kept_is_shared_among_processes(make_config, model_folder):
+    config, shape = make_config(), model_shape(model_folder())
+    alone, both = memory(config, shape, shape, TOKENS, 1), memory(config, shape, shape, TOKENS, 2)
+    halved = ("policy weights", "gradients", "AdamW's two moments", "reference weights", "teacher weights")
+    assert all(both[part] == alone[part] / 2 for part in halved)
+    assert "gathered weights" not in alone
+    assert both["gathered weights"] > 0
+    replicas = make_config(parallel=ParallelConfig(replicas=2))
+    assert memory(replicas, shape, shape, TOKENS, 2)["policy weights"] == alone["policy weights"]
+
+
+def test_tokens_go_round_where_the_vocabulary_is_shared(make_config, model_folder):
+    shape = model_shape(model_folder())
+    gathered, shared = (
+        communication(make_config(parallel=ParallelConfig(vocabulary=how)), shape, TOKENS, 4)
+        for how in ("gathered", "shared")
+    )
+    head = 4 * shape.vocab * shape.hidden
+    # Of a ring of four, three quarters; the step's 400 tokens lie in four rows.
+    assert gathered["weights, gathered"] - shared["weights, gathered"] == pytest.approx(0.75 * head)
+    assert gathered["gradients, reduced"] - shared["gradients, reduced"] == pytest.approx(0.75 * head)
+    assert shared["states of tokens"] == pytest.approx(0.75 * 2 * 4 * 100 * shape.hidden * 4)
