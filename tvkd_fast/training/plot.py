@@ -47,7 +47,7 @@ def plot_curves(
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis, (key, label) in zip(axes, panels, strict=False):
-        for name, lines in runs.items():
+        for i, (name, lines) in enumerate(runs.items()):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if not points:
                 continue
@@ -56,7 +56,9 @@ def plot_curves(
             if "running mean" in label:
                 values = _running_mean(values)
             marker = "o" if key.startswith("eval/") else None
-            axis.plot(steps, values, label=name, marker=marker, markersize=4, **STYLES.get(name.lower(), {}))
+            # A line that another one covers is the broader of the two.
+            style = STYLES.get(name.lower(), {"linewidth": 1.5 * (len(runs) - i)})
+            axis.plot(steps, values, label=name, marker=marker, markersize=4, **style)
         if key == "eval/accuracy":
             low, high = axis.get_ylim()
             axis.set_ylim(max(0.0, low - 0.05), min(1.0, high + 0.05))

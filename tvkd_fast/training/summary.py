@@ -47,7 +47,7 @@ def model_card(config: TrainConfig, evaluation: Evaluation | None) -> str:
     made = {
         "objective": config.objective,
         "policy": _name(config.policy),
-        "teacher": _name(config.teacher),
+        "teacher": _name(config.teacher) or "its scores, made before",
         "reference": _name(config.reference) or "the policy at the start",
         "data": _name(config.data.train),
         "loss": asdict(config.loss),
