@@ -38,13 +38,8 @@ class MicroBatching:
         if self.packing == "padded":
             yield from micro_batches(dataset, indices, size=self.pairs, chosen_only=chosen_only)
             return
-        for i in indices:
-            self.check_fits(dataset[i])
-        shared = self.packing == "shared"
-        lengths = [packed_length(dataset[i], shared=shared, chosen_only=chosen_only) for i in indices]
-        for places in first_fit(lengths, self.tokens):
-            chunk = [indices[place] for place in places]
-            yield collate_packed([dataset[i] for i in chunk], chunk, shared=shared, chosen_only=chosen_only)
+        bins = first_fit(self._lengths(dataset, indices, chosen_only), self.tokens)
+        yield from self._rows(dataset, indices, bins, chosen_only)
 
     def share(
         self,
@@ -64,21 +59,33 @@ class MicroBatching:
         if self.packing == "padded":
             whole = list(self.batches(dataset, indices, chosen_only=chosen_only))
             return self.filled(whole[rank::size], -(-len(whole) // size))
-        shared = self.packing == "shared"
-        lengths = [packed_length(dataset[i], shared=shared, chosen_only=chosen_only) for i in indices]
-        for i in indices:
-            self.check_fits(dataset[i])
+        lengths = self._lengths(dataset, indices, chosen_only)
         fewest = first_fit(lengths, self.tokens)
         count = -(-len(fewest) // size)
         bins = evenly(lengths, count * size)
         if any(sum(lengths[place] for place in places) > self.tokens for places in bins):
             bins = fewest
-        chunks = [[indices[place] for place in places] for places in bins[rank::size] if places]
-        mine = [
-            collate_packed([dataset[i] for i in chunk], chunk, shared=shared, chosen_only=chosen_only)
-            for chunk in chunks
-        ]
-        return self.filled(mine, count)
+        mine = [places for places in bins[rank::size] if places]
+        return self.filled(list(self._rows(dataset, indices, mine, chosen_only)), count)
+
+    def _lengths(self, dataset: Sequence[TokenizedPair], indices: Sequence[int], chosen_only: bool) -> list[int]:
+        for i in indices:
+            self.check_fits(dataset[i])
+        shared = self.packing == "shared"
+        return [packed_length(dataset[i], shared=shared, chosen_only=chosen_only) for i in indices]
+
+    def _rows(
+        self,
+        dataset: Sequence[TokenizedPair],
+        indices: Sequence[int],
+        bins: Sequence[Sequence[int]],
+        chosen_only: bool,
+    ) -> Iterator[PairBatch]:
+        """A packed row a bin, of places in `indices`."""
+        for places in bins:
+            chunk = [indices[place] for place in places]
+            pairs = [dataset[i] for i in chunk]
+            yield collate_packed(pairs, chunk, shared=self.packing == "shared", chosen_only=chosen_only)
 
     def filled(self, batches: list[PairBatch], count: int) -> list[PairBatch]:
         """`count` micro-batches: these, and empty ones, which take part in whatever processes do together."""

@@ -1,7 +1,7 @@
 """More than one process: who is there, and a policy's weights over them. Applied from outside the model."""
 
 from tvkd_fast.distributed.launcher import launch
-from tvkd_fast.distributed.load import fill
+from tvkd_fast.distributed.load import fill, local
 from tvkd_fast.distributed.recompute import Recompute, checkpoint_activations
 from tvkd_fast.distributed.shard import reshard, shard_policy, sync_gradients, whole, whole_weights
 from tvkd_fast.distributed.vocabulary import can_share_vocabulary
@@ -15,6 +15,7 @@ __all__ = [
     "fill",
     "joined",
     "launch",
+    "local",
     "reshard",
     "shard_policy",
     "sync_gradients",

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from tvkd_fast.models import adapter_start, is_adapter, without_adapter
+from tvkd_fast.models import adapter_start, is_adapter, once_opened, saved_tensors, without_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,22 +25,21 @@ def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device:
     none, and begin as `add_lora` has them begin.
     """
     model.to_empty(device=device)
-    saved = model.state_dict(keep_vars=True)
-    files: dict[Path, Any] = {}
-    for name in dict([*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)]):
-        target = saved[name]
+    opened = once_opened()
+    for name, target in saved_tensors(model).items():
         if is_adapter(name):
             own = adapter_start(name, target)[_own(target)]
         else:
             path, key = places[without_adapter(name)]
-            own = files.setdefault(path, safe_open(path, framework="pt")).get_slice(key)[_own(target)]
-        _local(target).copy_(own)
-        target._is_hf_initialized = True
+            own = opened(path).get_slice(key)[_own(target)]
+        local(target).copy_(own)
+        target._is_hf_initialized = True  # type: ignore[attr-defined]
     # What is left are buffers that no file holds, rotary tables above all, which transformers knows how to make.
     model.initialize_weights()
 
 
-def _local(x: Tensor) -> Tensor:
+def local(x: Tensor) -> Tensor:
+    """The part that this process holds; itself where it is no shard."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

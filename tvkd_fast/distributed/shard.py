@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from tvkd_fast.distributed.vocabulary import share_vocabulary
 from tvkd_fast.distributed.world import World
-from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.models import PolicyWithHead, saved_tensors
 
 P = TypeVar("P", bound=PolicyWithHead)
 
@@ -104,5 +104,5 @@ def whole_weights(policy: PolicyWithHead) -> dict[str, Tensor]:
     """
     reshard(policy)
     found = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    once = {name for name, _ in [*policy.model.named_parameters(), *policy.model.named_buffers()]}
+    once = saved_tensors(policy.model)
     return {name: x for name, x in found.items() if isinstance(x, Tensor) and name in once}

@@ -3,7 +3,15 @@
 from tvkd_fast.models.adapters import is_adapter, without_adapter
 from tvkd_fast.models.fingerprint import fingerprint_weights
 from tvkd_fast.models.head import FusedLMHead, HeadTransforms, head_transforms
-from tvkd_fast.models.load import EmptyModel, empty_model, load_model, load_tokenizer, save_model
+from tvkd_fast.models.load import (
+    EmptyModel,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    once_opened,
+    save_model,
+    saved_tensors,
+)
 from tvkd_fast.models.lora import Lora, WithoutAdapters, adapter_start, add_lora, merged, save_adapter
 from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
@@ -31,10 +39,12 @@ __all__ = [
     "longest_sequence",
     "merged",
     "model_shape",
+    "once_opened",
     "probe_head",
     "prune_layers",
     "pruned_from",
     "save_adapter",
     "save_model",
+    "saved_tensors",
     "without_adapter",
 ]

@@ -9,12 +9,15 @@ import contextlib
 import copy
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,19 +130,22 @@ def _weight_files(name: str) -> dict[str, Path]:
 
 
 def _holds(files: dict[str, Path], model: PreTrainedModel) -> bool:
-    handles: dict[Path, Any] = {}
-    for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
-        if name not in files:
-            return False
-        file = handles.setdefault(files[name], safe_open(files[name], framework="pt"))
-        if file.get_slice(name).get_shape() != list(tensor.shape):
+    opened = once_opened()
+    for name, tensor in saved_tensors(model).items():
+        if name not in files or opened(files[name]).get_slice(name).get_shape() != list(tensor.shape):
             return False
     return True
 
 
-def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+def once_opened() -> Callable[[Path], Any]:
+    """What opens safetensors files, each once: their headers are long."""
+    return cache(lambda path: safe_open(path, framework="pt"))
+
+
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and the buffers that are saved, by name; tied ones once, by the first of their names."""
     saved = model.state_dict()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    return {name: x for name, x in [*model.named_parameters(), *model.named_buffers()] if name in saved}
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tvkd_fast.models.load import saved_tensors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -43,9 +45,7 @@ def pruned_from(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, s
     """By the name of each parameter and buffer of `prune_layers(model, …)`, the name that it had in `model`."""
     prefix, blocks = _block_list(model)
     layers = kept_layers(len(blocks), len(_block_list(student)[1]))
-    # Tied weights are in a state dict by each of their names, and in a file by one.
-    once = dict([*student.named_parameters(), *student.named_buffers()])
-    return {name: _in_teacher(name, prefix, layers) for name in student.state_dict() if name in once}
+    return {name: _in_teacher(name, prefix, layers) for name in saved_tensors(student)}
 
 
 def few_layers(model: PreTrainedModel) -> PreTrainedModel:

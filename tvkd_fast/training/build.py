@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,15 +78,18 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     Under torchrun every process calls it, and they share the model. Raises `Stopped` after SIGTERM or SIGINT, once the
     steps that are done are saved.
     """
-    with joined(
-        resolve_device(config.model), replicas=config.parallel.replicas, timeout_s=config.parallel.timeout_s
-    ) as world:
+    with _world(config) as world:
         try:
             return _train(config, world, show_progress=show_progress)
         except Stopped as error:
             # Every process has come here: they part as after a run that was finished.
             stopped = error
     raise stopped
+
+
+def _world(config: TrainConfig | ScoreConfig) -> AbstractContextManager[World]:
+    parallel = config.parallel
+    return joined(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
 
 
 def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluation | None:
@@ -215,9 +219,7 @@ def _sharing(config: TrainConfig | ScoreConfig, world: World) -> Sharing:
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep what they say."""
-    with joined(
-        resolve_device(config.model), replicas=config.parallel.replicas, timeout_s=config.parallel.timeout_s
-    ) as world:
+    with _world(config) as world:
         return _score(config, world, say=show_progress and world.first)
 
 

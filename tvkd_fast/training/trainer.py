@@ -157,7 +157,7 @@ class Trainer:
             "tokens_per_s": tokens / busy,
             "pairs_per_s": steps * self.config.pairs_per_step / busy,
             "data_wait": waited / busy,
-            "peak_memory_gb": max(self.world.everyone(peak_bytes(self.world.device))) / 1e9,
+            "peak_memory_gb": self.world.most(peak_bytes(self.world.device)) / 1e9,
         }
         if self.config.peak_tflops is not None:
             could = self.config.peak_tflops * 1e12 * self.world.size * busy

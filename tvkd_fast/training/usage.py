@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from tvkd_fast.distributed import local
 from tvkd_fast.models import PolicyWithHead
 
 
@@ -56,5 +56,4 @@ def _per_token(weight: Tensor) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    locals_ = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
-    return sum(x.numel() * x.element_size() for x in locals_)
+    return sum(x.numel() * x.element_size() for x in map(local, tensors))
