@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from tvkd_fast.training.metrics import read_metrics
 
-pytestmark = pytest.mark.distributed
+# The runs are made once, by the worker that holds them all to each other.
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("runs")]
 Launch = Callable[..., str]
 
 ONE, FOUR = 2048, 90

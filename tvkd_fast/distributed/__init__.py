@@ -3,7 +3,7 @@
 from tvkd_fast.distributed.launcher import launch
 from tvkd_fast.distributed.load import fill, local
 from tvkd_fast.distributed.recompute import Recompute, checkpoint_activations
-from tvkd_fast.distributed.shard import reshard, shard_policy, sync_gradients, whole, whole_weights
+from tvkd_fast.distributed.shard import shard_policy, sync_gradients, whole, whole_weights
 from tvkd_fast.distributed.vocabulary import can_share_vocabulary
 from tvkd_fast.distributed.world import World, joined
 
@@ -16,7 +16,6 @@ __all__ = [
     "joined",
     "launch",
     "local",
-    "reshard",
     "shard_policy",
     "sync_gradients",
     "whole",

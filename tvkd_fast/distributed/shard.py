@@ -59,9 +59,8 @@ def shard_policy(
         options["offload_policy"] = CPUOffloadPolicy()
     for block in blocks_of(policy):
         fully_shard(block, **options)
-    # A frozen root has no backward to keep its weights gathered for.
-    frozen = not any(parameter.requires_grad for parameter in policy.parameters())
-    fully_shard(policy, reshard_after_forward=True if frozen else None, ignored_params=shared, **options)
+    fully_shard(policy, ignored_params=shared, **options)
+    policy.register_forward_hook(_let_go_without_backward)
     policy.reduce_always = reduce_always
     return policy
 
@@ -86,9 +85,11 @@ def sync_gradients(policy: nn.Module, *, now: bool) -> None:
         policy.set_requires_gradient_sync(now or bool(policy.reduce_always))
 
 
-def reshard(policy: nn.Module) -> None:
-    """Let go of weights that a forward without a backward has left gathered: outside, they are shards again."""
-    if isinstance(policy, FSDPModule):
+def _let_go_without_backward(policy: nn.Module, arguments: Any, output: Any) -> None:
+    """The root stays gathered for its backward. Where none will come its weights would stay so for whoever asks next,
+    an optimizer or a checkpoint among them."""
+    if not torch.is_grad_enabled():
+        assert isinstance(policy, FSDPModule)
         policy.reshard()
 
 
@@ -102,7 +103,6 @@ def whole_weights(policy: PolicyWithHead) -> dict[str, Tensor]:
 
     Tied weights are in it once.
     """
-    reshard(policy)
     found = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     once = saved_tensors(policy.model)
     return {name: x for name, x in found.items() if isinstance(x, Tensor) and name in once}

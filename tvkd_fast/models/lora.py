@@ -105,14 +105,11 @@ class WithoutAdapters(nn.Module):
         # No submodule: it is trained, saved and sharded as the policy.
         self._policy = [policy]
 
-    @property
-    def policy(self) -> PolicyWithHead:
-        return self._policy[0]
-
     @torch.no_grad()
     def forward(self, batch: Any) -> Tensor:
-        with adapters_off(self.policy):
-            return self.policy(batch)
+        (policy,) = self._policy
+        with adapters_off(policy):
+            return policy(batch)
 
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tvkd_fast.data.folders import sha256_of
-from tvkd_fast.distributed import World, reshard
+from tvkd_fast.distributed import World
 
 STATE = "state.json"
 SHARD_OF_ONE = "shard-00001-model-00001-of-00001.safetensors"
@@ -182,7 +182,6 @@ class Checkpoints:
         reader = HuggingFaceStorageReader(str(path))
         entries = reader.read_metadata().state_dict_metadata.items()
         saved = {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
-        reshard(model)
         parameters = _parameters(model)
         _check_same_model(path, saved, parameters)
         optimizer.state.clear()
@@ -208,7 +207,6 @@ class Checkpoints:
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Tensor]:
     """What a process saves: its shards of weights and optimizer, by name, and its generators."""
-    reshard(model)
     parameters = _parameters(model)
     tensors = {f"{MODEL}/{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():

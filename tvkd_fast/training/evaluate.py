@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tvkd_fast.data import MicroBatching, PairDataset
-from tvkd_fast.distributed import World, reshard
+from tvkd_fast.distributed import World
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.config import LossConfig
@@ -82,7 +82,6 @@ def evaluate(
         chosen, rejected = logps.chunk(2)
         columns = (chosen - rejected, out.losses, out.margins, out.shaping_margins, length_differences(batch))
         found.append(torch.stack([column.double() for column in columns]).cpu())
-    reshard(policy)
     policy.train(was_training)
     mine = torch.cat(found, 1) if found else torch.zeros(5, 0, dtype=torch.float64)
     everyone = world.everyone((mine, has_reference, has_loss))

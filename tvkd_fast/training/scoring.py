@@ -23,7 +23,7 @@ from tvkd_fast.data import (
     ScoreWriter,
 )
 from tvkd_fast.data.scores import NAMES, STATE_NAMES
-from tvkd_fast.distributed import World, reshard
+from tvkd_fast.distributed import World
 from tvkd_fast.losses import running_sums, segment_sums
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead, WithoutAdapters
 
@@ -94,16 +94,6 @@ class OnlineScorer:
 
     def _read(self, dataset: PairDataset) -> PairDataset:
         return dataset if self.teacher_tokens is None else self.teacher_tokens.dataset
-
-    def let_go(self) -> None:
-        """Of weights that are gathered in its models: one of them may be the policy, which is about to be trained."""
-        models = [] if self.teacher is None else list(self.teacher.policies)
-        if isinstance(self.reference, WithoutAdapters):
-            models.append(self.reference.policy)
-        elif self.reference is not None:
-            models.append(self.reference)
-        for model in models:
-            reshard(model)
 
     @torch.no_grad()
     def of(self, batch: PairBatch) -> Scores:
@@ -226,7 +216,6 @@ def _score_pairs(
                 size, place = (states, of_states) if name in STATE_NAMES else (2 * len(pairs), of_responses)
                 kept.setdefault(name, x.new_zeros(size))[place] = x
         bar.update(len(pairs) * (i + 1) // len(batches) - len(pairs) * i // len(batches))
-    scorer.let_go()
     # Each number is in one process and 0 in the others.
     whole = {name: sum(parts[1:], start=parts[0]) for name, parts in _by_name(world.everyone(kept)).items()}
     whole = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in whole.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tvkd_fast.data import PairBatch, PairDataset, pairs_of_step
-from tvkd_fast.distributed import World, reshard
+from tvkd_fast.distributed import World
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import HeadStats
 from tvkd_fast.training.checkpoint import CheckpointError, Checkpoints, read_state, set_aside
@@ -68,7 +68,6 @@ class Trainer:
         policy.head.gradient, policy.head.stats = config.head, HeadStats()
         self.folder = Path(config.output_dir)
         self.max_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / config.pairs_per_step))
-        reshard(policy)
         self.optimizer = make_optimizer(policy, config.optim)
         self.flops = StepFlops(policy)
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.world, keep=config.keep_checkpoints)
