@@ -81,6 +81,22 @@ def test_the_marks_are_torchs(
     )
 
 
+def test_the_running_maximum_is_the_largest_float() -> None:
+    odd = [-math.inf, -1e38, -1.0, -1e-40, -0.0, 0.0, 1e-40, 2.5, 3e38, math.inf]
+    for stop in range(1, len(odd) + 1):
+        for row in (odd[:stop], odd[stop - 1 :: -1]):
+            z, maximum = torch.tensor([row]), torch.full((1,), -math.inf)
+            compiled.passes(z).add(z, maximum, torch.zeros(1))
+            assert maximum == z.max()
+
+
+def test_a_softmax_is_right_down_to_the_smallest_normal_float() -> None:
+    d = torch.linspace(-87, 0, 20_001)[None]
+    got = torch.empty_like(d)
+    compiled.passes(d).softmax(d, torch.zeros(1), torch.zeros(1), out=got)
+    torch.testing.assert_close(got.double(), d.double().exp(), rtol=2 * 2**-23, atol=0)
+
+
 def test_keeping_everything_is_exact(kit: SimpleNamespace) -> None:
     stats = HeadStats()
     for spread in (0.5, 3.0, 20.0):

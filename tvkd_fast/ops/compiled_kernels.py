@@ -43,10 +43,18 @@ def exponential(d: Any) -> Any:
     p = p * f + f32(4.1665795894e-2)
     p = p * f + f32(1.6666665459e-1)
     p = p * f + f32(5.0000001201e-1)
-    p = p * f * f + f + f32(1.0)
-    e = p * floating((bits(shifted) << i32(23)) + i32(0x3F800000))
+    p = p * f + f32(1.0)
+    p = p * f + f32(1.0)
+    # e^f lies in [√½, √2]: k goes straight into its exponent.
+    e = floating(bits(p) + (bits(shifted) << i32(23)))
     # Written so that NaN is not less.
     return f32(0.0) if d < f32(-87.0) else e
+
+
+@njit(cache=True)
+def ordered(x: Any) -> Any:
+    """A float's bits as an integer that is as large as the float is among floats; its own inverse, but for the type."""
+    return x ^ ((x >> i32(31)) & i32(0x7FFFFFFF))
 
 
 @njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
@@ -58,13 +66,14 @@ def sum_blocks(row: Any, shift: Any, sums: Any) -> None:
         sums[b] = s
 
 
-# NaN is passed over here, or is the maximum: the sum that follows is NaN either way.
-@njit(cache=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
+# Of integers: LLVM makes a loop of scalars of a largest float. A NaN is the largest or the smallest there is, and the
+# sum that follows is NaN either way.
+@njit(cache=True)
 def largest(row: Any, so_far: Any) -> Any:
-    for c in range(row.shape[0]):
-        if row[c] > so_far:
-            so_far = row[c]
-    return so_far
+    numbers, top = row.view(np.int32), ordered(bits(so_far))
+    for c in range(numbers.shape[0]):
+        top = max(top, ordered(numbers[c]))
+    return floating(ordered(top))
 
 
 @njit(cache=True, fastmath={"contract"})
