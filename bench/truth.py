@@ -21,7 +21,7 @@ from bench.task import PAIRS, sequences
 WHOLE = 32 * 2**20
 """Of a larger weight an even selection of rows is judged, and of dH rows by such a selection too."""
 CHECKED_COLUMNS, CHECKED_ROWS = 4096, 256
-BLOCK = 128
+BLOCK = 512
 BETA = 0.1
 """Of the DPO loss that a contender may go backward from."""
 
@@ -64,19 +64,20 @@ def compute(states: States) -> Truth:
         if whole:
             g = -(h @ weight.T - lse[block, None]).exp_()
             g[torch.arange(len(block)), label] += 1
+            by_logits = g @ weight
             for c, dh, dw in zip(coefficients, by_hidden, by_weight, strict=True):
-                scaled = g * c[block, None]
-                dh[block] = scaled @ weight
-                dw.addmm_(scaled.T, h)
+                dh[block] = by_logits * c[block, None]
+                dw.addmm_(g.T, h * c[block, None])
             continue
         g = -(h @ weight[columns].T - lse[block, None]).exp_() + (label[:, None] == columns).double()
         for c, dw in zip(coefficients, by_weight, strict=True):
-            dw.addmm_((g * c[block, None]).T, h)
+            dw.addmm_(g.T, h * c[block, None])
         if len(here):
             g = -(h[here] @ weight.T - lse[block[here], None]).exp_()
             g[torch.arange(len(here)), label[here]] += 1
+            by_logits = g @ weight
             for c, dh in zip(coefficients, by_hidden, strict=True):
-                dh[wanted[block[here]]] = (g * c[block[here], None]) @ weight
+                dh[wanted[block[here]]] = by_logits * c[block[here], None]
     return Truth(logps, rows, columns, by_hidden[0], by_weight[0], by_hidden[1], by_weight[1])
 
 
