@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tvkd_fast.distributed.watch import watched
+
 REPLICATE, SHARD = "replicate", "shard"
 T = TypeVar("T")
 
@@ -84,7 +86,7 @@ def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0)
     Args:
         device: `cpu`, or `cuda`, of which each process takes the one of its place on its machine.
         replicas: groups that hold all weights each, sharded within a group (HSDP); 1 shards over all processes.
-        timeout_s: seconds after which a process that waits for another gives up.
+        timeout_s: seconds after which a process that waits for another gives up; who is waited for is named before.
 
     Raises:
         ValueError: `replicas` does not divide the number of processes, or there are more than GPUs.
@@ -105,6 +107,8 @@ def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(seconds=timeout_s)
+    # Torch's flight recorder: what was called, and where, of each process's last collectives.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     distributed.init_process_group(backend, timeout=patience)
     shape, names = ((size,), (SHARD,)) if replicas == 1 else ((replicas, size // replicas), (REPLICATE, SHARD))
     world = World(
@@ -115,8 +119,11 @@ def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0)
         distributed.new_group(backend="gloo", timeout=patience),
         distributed.new_group(backend="gloo", timeout=patience),
     )
+    assert world.mesh is not None
+    groups = [distributed.group.WORLD, world.host, *world.mesh.get_all_groups()]
     # After an error there is no parting in good order: it would wait for processes that wait for this one.
-    yield world
+    with watched(list(dict.fromkeys(groups)), rank, size, timeout_s):
+        yield world
     # One that leaves early takes its connections with it.
     world.wait()
     distributed.destroy_process_group()
