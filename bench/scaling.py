@@ -16,7 +16,7 @@ from typing import Any
 from bench.machine import made_by, write_report
 from tvkd_fast.models import model_shape
 from tvkd_fast.training.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from tvkd_fast.training.plan import communication, memory
+from tvkd_fast.training.footprint import Footprint, PairTokens
 
 POLICY = "meta-llama/Llama-3.1-8B-Instruct"
 PAIRS, TOKENS = 4, 2048
@@ -57,15 +57,17 @@ def _row(shape: Any, processes: int, group: int, vocabulary: Any) -> dict[str, A
         pairs_per_step=PAIRS * processes,
         tokens_per_micro_batch=PAIRS * TOKENS,
     )
-    held, sent = memory(config, shape, None, TOKENS, processes), communication(config, shape, TOKENS, processes)
-    flops = 6 * shape.parameters * PAIRS * TOKENS
+    found = Footprint(config, shape, None, PairTokens(0, TOKENS / 2, TOKENS / 2, TOKENS / 2), processes)
+    moment, held = found.memory()
+    sent = found.communication()
     return {
         "processes": processes,
         "group": group,
         "vocabulary": vocabulary,
         "held_gib": sum(held.values()) / 2**30,
+        "moment": moment,
         "sent_gib": sum(sent.values()) / 2**30,
-        "flops_per_byte": flops / sum(sent.values()),
+        "flops_per_byte": found.arithmetic() / processes / sum(sent.values()),
     }
 
 

@@ -4,10 +4,10 @@ import pytest
 
 from tvkd_fast.models import model_shape
 from tvkd_fast.training.config import LoraConfig, ModelConfig, ParallelConfig
-from tvkd_fast.training.plan import _learning, communication, memory
+from tvkd_fast.training.footprint import Footprint, PairTokens
 from tvkd_fast.training.run_models import load_policy
 
-TOKENS = 100
+TOKENS = PairTokens(20, 40, 40, 60)
 
 
 def test_a_shape_counts_what_the_model_has(model_folder):
@@ -26,24 +26,28 @@ def test_adapters_are_counted(targets, model_folder, make_config):
     folder, lora = model_folder(), LoraConfig(rank=3, targets=targets)
     policy = load_policy(folder, ModelConfig(), lora=lora)
     learning = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    assert _learning(make_config(lora=lora), model_shape(folder)) == learning
+    assert Footprint(make_config(lora=lora), model_shape(folder), None, TOKENS, 1).learning == learning
 
 
 def test_what_is_kept_is_shared_among_processes(make_config, model_folder):
     config, shape = make_config(), model_shape(model_folder())
-    alone, both = memory(config, shape, shape, TOKENS, 1), memory(config, shape, shape, TOKENS, 2)
-    halved = ("policy weights", "gradients", "AdamW's two moments", "reference weights", "teacher weights")
-    assert all(both[part] == alone[part] / 2 for part in halved)
+    alone, both = (held(Footprint(config, shape, shape, TOKENS, processes)) for processes in (1, 2))
+    for part in ("policy weights", "AdamW's two moments", "reference weights", "teacher weights"):
+        assert both[part] == alone[part] / 2
     assert "gathered weights" not in alone
     assert both["gathered weights"] > 0
     replicas = make_config(parallel=ParallelConfig(replicas=2))
-    assert memory(replicas, shape, shape, TOKENS, 2)["policy weights"] == alone["policy weights"]
+    assert held(Footprint(replicas, shape, shape, TOKENS, 2))["policy weights"] == alone["policy weights"]
+
+
+def held(footprint):
+    return footprint.memory()[1]
 
 
 def test_tokens_go_round_where_the_vocabulary_is_shared(make_config, model_folder):
     shape = model_shape(model_folder())
     gathered, shared = (
-        communication(make_config(parallel=ParallelConfig(vocabulary=how)), shape, TOKENS, 4)
+        Footprint(make_config(parallel=ParallelConfig(vocabulary=how)), shape, None, TOKENS, 4).communication()
         for how in ("gathered", "shared")
     )
     head = 4 * shape.vocab * shape.hidden

@@ -12,7 +12,7 @@ from tvkd_fast.models import PolicyWithHead
 
 Recompute = Literal["none", "selective", "full"]
 
-_KEPT = (
+KEPT = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -37,4 +37,4 @@ def checkpoint_activations(policy: PolicyWithHead, mode: Recompute) -> None:
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -16,7 +16,7 @@ from tvkd_fast.models.lora import Lora, WithoutAdapters, adapter_start, add_lora
 from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
 from tvkd_fast.models.prune import disable_dropout, prune_layers, pruned_from
-from tvkd_fast.models.shapes import ModelShape, longest_sequence, model_shape
+from tvkd_fast.models.shapes import ModelShape, longest_sequence, model_config, model_shape
 
 __all__ = [
     "EmptyModel",
@@ -38,6 +38,7 @@ __all__ = [
     "load_tokenizer",
     "longest_sequence",
     "merged",
+    "model_config",
     "model_shape",
     "once_opened",
     "probe_head",

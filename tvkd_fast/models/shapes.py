@@ -58,18 +58,24 @@ class ModelShape:
         return self.parameters - self.vocab * self.hidden * (1 if self.tied else 2)
 
 
-def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """The shape of `name`, pruned to `layers` where given; parameters are counted on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+def model_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A model's config, published or read; ValueError with the remedy where it cannot be."""
+    from transformers import AutoConfig, LlamaConfig
 
     if name in PUBLISHED:
-        config: Any = LlamaConfig(**PUBLISHED[name])
-    else:
-        source = locate(name)
-        try:
-            config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
-        except (OSError, ImportError) as error:
-            raise ValueError(unreadable("config", name, error)) from error
+        return LlamaConfig(**PUBLISHED[name])
+    source = locate(name)
+    try:
+        return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
+    except (OSError, ImportError) as error:
+        raise ValueError(unreadable("config", name, error)) from error
+
+
+def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelShape:
+    """The shape of `name`, pruned to `layers` where given; parameters are counted on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(name, trust_remote_code=trust_remote_code)
     if layers is not None:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):

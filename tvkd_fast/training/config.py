@@ -225,11 +225,15 @@ class TrainConfig:
     again."""
     seed: int = 0
     """Seed of the order of pairs and of every generator."""
+    device_memory_gib: float | None = None
+    """What a process's device holds, for a dry run to compare with; a GPU that is here is asked."""
     dry_run: bool = False
     """Print the plan (models, tokens, memory by part, steps) and stop."""
 
     def __post_init__(self) -> None:
         counts = ("pairs_per_step", "tokens_per_micro_batch", "pairs_per_micro_batch", "keep_checkpoints", "log_every")
+        if self.device_memory_gib is not None and not self.device_memory_gib > 0:
+            raise ValueError(f"device_memory_gib must be positive, got {self.device_memory_gib}")
         for name in (*counts, "nproc"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,0 +1,259 @@
+"""What each process of a run holds and sends, counted from shapes: nothing is loaded, downloaded or run.
+
+Letters: P pairs of a step, S processes that share weights, D hidden, F intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from tvkd_fast.models import ModelShape
+from tvkd_fast.models.shared_prompt import HANDLED, Layout
+from tvkd_fast.training.activations import count_activations
+from tvkd_fast.training.config import TrainConfig
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_HEAD_WORKSPACE = 64 * 2**20
+"""Of the head's tiles; a bound that its tests hold."""
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """Tokens of a pair, means over the data, and of the longest sequence."""
+
+    prompt: float
+    chosen: float
+    rejected: float
+    longest: float
+
+    def of(self, packing: str, objective: str) -> float:
+        """Those that go through the model."""
+        if objective == "sft":
+            return self.prompt + self.chosen
+        return (1 if packing == "shared" else 2) * self.prompt + self.responses(objective)
+
+    def responses(self, objective: str) -> float:
+        """Those that reach the head."""
+        return self.chosen if objective == "sft" else self.chosen + self.rejected
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A training run of `processes`, seen from one of them. Sizes are in bytes."""
+
+    config: TrainConfig
+    policy: ModelShape
+    teacher: ModelShape | None
+    """None where its scores are on disk, or where there is none."""
+    tokens: PairTokens
+    processes: int
+
+    def memory(self) -> tuple[str, dict[str, float]]:
+        """When a step holds most, and what it holds then, by part; Python and its libraries apart.
+
+        Activations are most as a backward begins, gradients as it ends: a head's dW is then whole, and a tied weight
+        has its embedding's beside it.
+        """
+        ends = "as a backward ends", self._kept | self._gathered | self._gradients
+        begins = "as a backward begins", self._kept | self._gathered | self._forward
+        return max(begins, ends, key=lambda moment: sum(moment[1].values()))
+
+    def communication(self) -> dict[str, float]:
+        """Bytes that a process sends in a step of the policy, and receives, in rings: (S−1)/S of all."""
+        config, ring = self.config, (self._group - 1) / self._group
+        learning = self.learning - (self._stays if config.lora.rank == 0 else 0)
+        reductions = self.micro_batches if config.parallel.reduce == "micro_batch" else 1
+        rows = min(self.row, config.pairs_per_step * self._a_pair / self.processes)
+        # Blocks are gathered for the forward and again for the backward, the root once for both.
+        weights = 2 * self.policy.blocks + self._root - self._stays
+        parts = {
+            "weights, gathered": ring * self.micro_batches * self._compute * weights,
+            "gradients, reduced": ring * reductions * 4 * learning,
+        }
+        if self.shares_vocabulary:
+            states = self.micro_batches * self._group * rows * self.policy.hidden
+            parts["states of tokens"] = ring * 2 * states * self._compute
+        replicas = config.parallel.replicas
+        if replicas > 1:
+            parts["gradients, replicas"] = 2 * (1 - 1 / replicas) * reductions * 4 * learning / self._group
+        return parts
+
+    def arithmetic(self) -> float:
+        """Floating-point operations of a step by its products with weights, of all processes together.
+
+        A weight takes 2 a token forward, 2 for its input's gradient and 2 for its own; the head sees response tokens
+        alone. What is computed again counts once, and attention's own products are left out.
+        """
+        config, head = self.config, self.policy.vocab * self.policy.hidden
+        tokens = config.pairs_per_step * self._a_pair
+        answers = config.pairs_per_step * self.tokens.responses(config.objective)
+        trained = 6 if config.lora.rank == 0 else 4
+        total = trained * (self.policy.blocks * tokens + head * answers)
+        if config.objective == "sft" or config.scores is not None:
+            return total
+        total += 2 * (self.policy.blocks * tokens + head * answers)
+        if self.teacher is not None:
+            teachers = 1 if config.teacher_reference is None else 2
+            own = self.teacher.vocab * self.teacher.hidden
+            total += 2 * teachers * (self.teacher.blocks * tokens + own * answers)
+        return total
+
+    @cached_property
+    def learning(self) -> int:
+        """Parameters that do."""
+        lora = self.config.lora
+        if lora.rank == 0:
+            return self.policy.parameters
+        sizes = (
+            size for name, size in self.policy.linears if lora.targets is None or name.split(".")[-1] in lora.targets
+        )
+        return lora.rank * sum(sizes)
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """Of each process in a step."""
+        config = self.config
+        if config.model.packing == "padded":
+            return math.ceil(config.pairs_per_step / config.pairs_per_micro_batch / self.processes)
+        return math.ceil(config.pairs_per_step * self._a_pair / config.tokens_per_micro_batch / self.processes)
+
+    @property
+    def row(self) -> float:
+        """Tokens that go through the policy at once, padding among them."""
+        config = self.config
+        if config.model.packing == "padded":
+            sequences = 1 if config.objective == "sft" else 2
+            return config.pairs_per_micro_batch * sequences * self.tokens.longest
+        return min(config.tokens_per_micro_batch, config.pairs_per_step * self._a_pair / self.processes)
+
+    @cached_property
+    def shares_vocabulary(self) -> bool:
+        """As `run_models.Sharing` decides it, but for families whose embedding cannot be shared."""
+        config = self.config
+        if self._group == 1 or config.parallel.vocabulary != "auto":
+            return self._group > 1 and config.parallel.vocabulary == "shared"
+        possible = config.model.packing != "padded" and not config.parallel.cpu_offload
+        return possible and self._group * config.tokens_per_micro_batch < self.policy.vocab
+
+    @cached_property
+    def activations(self) -> float:
+        """Of the policy's blocks and of what lies around them, and the states that the head is given."""
+        config, policy = self.config, self.policy
+        tokens = max(1, round(self.row))
+        autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
+        trust = config.model.trust_remote_code
+        counted = count_activations(
+            policy.name, tokens, self._layout(tokens), autocast=autocast, trust_remote_code=trust
+        )
+        size = counted.of(policy.layers, config.model.activation_checkpointing, tokens * policy.hidden * self._compute)
+        if autocast is not None and self._group > 1:
+            # Sharded weights are gathered in that dtype, and no cast of them is kept.
+            size -= 2 * policy.blocks
+        answers = tokens * self.tokens.responses(config.objective) / self._a_pair
+        return size + answers * policy.hidden * self._compute
+
+    def _layout(self, tokens: int) -> Layout | None:
+        """As many pairs of the data's mean lengths as fill a row."""
+        implementation = self.config.model.attn_implementation
+        handled = implementation is None or implementation in HANDLED
+        if self.config.model.packing != "shared" or self.config.objective == "sft" or not handled:
+            return None
+        pairs = max(1, round(tokens / self._a_pair))
+        ends = [round(tokens * i / pairs) for i in range(pairs + 1)]
+        rows = []
+        for start, end in pairwise(ends):
+            chosen = start + round((end - start) * self.tokens.prompt / self._a_pair)
+            rejected = chosen + round((end - start) * self.tokens.chosen / self._a_pair)
+            rows.append((start, chosen, rejected, end))
+        return tuple(rows)
+
+    @property
+    def _kept(self) -> dict[str, float]:
+        """From step to step."""
+        config, size = self.config, _BYTES[self.config.model.dtype] / self._group
+        adapters = self.learning if config.lora.rank else 0
+        parts = {
+            "policy weights": (self.policy.parameters + adapters) * size,
+            "AdamW's two moments": 2 * self.learning * size,
+        }
+        if config.objective != "sft" and config.scores is None and not config.lora.rank:
+            parts["reference weights"] = self.policy.parameters * size
+        if self.teacher is not None:
+            parts["teacher weights"] = self.teacher.parameters * size
+            if config.teacher_reference is not None:
+                parts["its reference's weights"] = self.teacher.parameters * size
+        return parts
+
+    @property
+    def _gathered(self) -> dict[str, float]:
+        if self._group == 1:
+            return {}
+        # The block that runs, and the one that is fetched meanwhile.
+        blocks = 2 * self.policy.blocks / self.policy.layers
+        parts = {"gathered weights": self._compute * (self._root - self._stays + blocks)}
+        if self.shares_vocabulary:
+            # And their gradient.
+            parts["states of all tokens"] = 2 * self._group * self.row * self.policy.hidden * self._compute
+        return parts
+
+    @property
+    def _forward(self) -> dict[str, float]:
+        parts = {
+            "activations": self.activations,
+            "head's workspace": float(_HEAD_WORKSPACE + self.config.head.workspace_mb * 2**20),
+        }
+        if self.config.lora.rank == 0:
+            parts["head's gradient"] = self._head_gradient
+        if self.micro_batches > 1:
+            parts["gradients so far"] = self._gradients_so_far
+        return parts
+
+    @property
+    def _gradients(self) -> dict[str, float]:
+        parts = {"gradients": float(self.learning * 4 / self._group)}
+        if self.micro_batches > 1 and self._group > 1:
+            parts["gradients so far"] = self._gradients_so_far
+        if self.config.lora.rank == 0:
+            # Of a tied weight the embedding's and the head's are summed; both are there before, and the sum so far.
+            beside = (1 if self.policy.tied else 0) + (1 if self.micro_batches > 1 else 0)
+            parts["embedding's gradient"] = beside * self._head_gradient
+        return parts
+
+    @property
+    def _gradients_so_far(self) -> float:
+        """Of the micro-batches before."""
+        if self._group == 1 or self.config.parallel.reduce == "micro_batch":
+            return 4.0 * self.learning / self._group
+        return 4.0 * (self.learning - self._stays if self.config.lora.rank == 0 else self.learning)
+
+    @property
+    def _head_gradient(self) -> float:
+        return 4.0 * self.policy.vocab * self.policy.hidden / (self._group if self.shares_vocabulary else 1)
+
+    @property
+    def _a_pair(self) -> float:
+        return self.tokens.of(self.config.model.packing, self.config.objective)
+
+    @property
+    def _group(self) -> int:
+        return self.processes // self.config.parallel.replicas
+
+    @property
+    def _compute(self) -> int:
+        """Bytes of a number that products read."""
+        return 2 if self.config.model.autocast == "bfloat16" else _BYTES[self.config.model.dtype]
+
+    @property
+    def _root(self) -> int:
+        """Parameters of head and embedding."""
+        return self.policy.vocab * self.policy.hidden * (1 if self.policy.tied else 2)
+
+    @property
+    def _stays(self) -> int:
+        """Parameters that are gathered by nobody."""
+        return self.policy.vocab * self.policy.hidden if self.shares_vocabulary else 0
