@@ -73,8 +73,7 @@ def _saved(
         model = AutoModelForCausalLM.from_config(
             config_of_layers(config, list(range(layers))), trust_remote_code=trust_remote_code
         )
-        packing: Any = "padded" if layout is None else "shared"
-        policy = PolicyWithHead(model, packing=packing, autocast=autocast, probe=False).train()
+        policy = PolicyWithHead(model, packing="shared", autocast=autocast, probe=False).train()
         weights = {_storage(p) for p in policy.parameters()}
         sizes: dict[int, int] = {}
         alive: list[Tensor] = []
@@ -88,7 +87,10 @@ def _saved(
 
         products = _Products()
         with saved_tensors_hooks(save, lambda x: x), policy.precision(), products:
-            states_of(policy.model, torch.zeros(1, tokens, dtype=torch.long), layout)
+            # A whole row is a prompt without responses: transformers' own attention would make a mask here, since it
+            # cannot see that none is needed.
+            whole = ((0, tokens, tokens, tokens),)
+            states_of(policy.model, torch.zeros(1, tokens, dtype=torch.long), layout or whole)
     return sum(sizes.values()), products.bytes + tokens * config.hidden_size * products.itemsize
 
 

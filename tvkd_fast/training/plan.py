@@ -131,9 +131,11 @@ def _tokens(config: TrainConfig) -> tuple[PairTokens, int, str]:
 
 def tokens_of(dataset: PairDataset) -> PairTokens:
     report = dataset.report
-    totals = (report.prompt_tokens, report.chosen_tokens, report.rejected_tokens)
+    prompt, chosen, rejected = (
+        total / report.pairs for total in (report.prompt_tokens, report.chosen_tokens, report.rejected_tokens)
+    )
     longest = max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in dataset)
-    return PairTokens(*(total / report.pairs for total in totals), longest)
+    return PairTokens(prompt, chosen, rejected, longest)
 
 
 def _batching_line(config: TrainConfig) -> str:
