@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared-sparse": {"family": "tied", "parallel": {"vocabulary": "shared"}, "head": SPARSE},
     "lora-tied": {"family": "tied", "lora": {"rank": 4}, "optim": {"lr": 3e-2}, "tokens_per_micro_batch": FOUR},
     "lora-gemma2": {"family": "gemma2", "lora": {"rank": 2, "targets": ["q_proj", "up_proj"]}, "optim": {"lr": 3e-2}},
+    "offloaded": {"family": "tied", "parallel": {"cpu_offload": True}, "tokens_per_micro_batch": FOUR},
     "rewards": {"family": "tied", "loss": {"value_from": "implicit_reward"}},
 }
 

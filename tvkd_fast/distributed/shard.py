@@ -56,7 +56,7 @@ def shard_policy(
         )
     shared = share_vocabulary(policy, world.mesh) if vocabulary else set()
     if cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for block in blocks_of(policy):
         fully_shard(block, **options)
     fully_shard(policy, ignored_params=shared, **options)

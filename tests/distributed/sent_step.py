@@ -1,0 +1,71 @@
+"""What a step sends over gloo, by torch's flight recorder, beside what the planner counts of it. Arguments: recipes."""
+
+import json
+import math
+import sys
+
+import torch
+import torch._C._distributed_c10d as c10d
+
+from tvkd_fast.cli import load_recipe
+from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.distributed import joined
+from tvkd_fast.models import model_shape
+from tvkd_fast.training import build
+from tvkd_fast.training.footprint import Footprint
+from tvkd_fast.training.plan import tokens_of
+from tvkd_fast.training.trainer import Trainer
+
+SCALARS = 64
+"""Bytes of what is no tensor of weights: losses and norms."""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with joined(torch.device("cpu"), timeout_s=120) as world:
+        for recipe in sys.argv[1:]:
+            config = load_recipe(recipe)
+            made = build._prepared(config, world, say=False)
+            trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
+            sent = {"gathered": 0.0, "reduced": 0.0}
+            # A first step learns what goes where.
+            for step in range(2):
+                batches = trainer._batches(step)
+                # What the reference says is had before: it is gathered too, and what is counted is the policy's.
+                trainer.scorer = _Known([made.scorer.of(batch) for batch in batches])
+                before = len(_entries())
+                trainer._step(step, batches)
+            for entry in _entries()[before:]:
+                if entry["input_dtypes"][:1] != ["Float"]:
+                    continue
+                if "gather" in entry["profiling_name"]:
+                    sent["gathered"] += _bytes(entry, "output")
+                elif _bytes(entry, "input") > SCALARS:
+                    # gloo reduces all of it, and scatters it afterwards.
+                    sent["reduced"] += _bytes(entry, "input")
+            ring = (world.size - 1) / world.size
+            found = Footprint(config, model_shape(config.policy), None, tokens_of(made.dataset), world.size)
+            counted = found.communication()
+            if world.first:
+                said = {name: ring * size for name, size in sent.items()}
+                print(json.dumps({"sent": said, "counted": counted, "micro_batches": len(trainer._batches(1))}))
+
+
+class _Known:
+    def __init__(self, scores: list[Scores]) -> None:
+        self.scores = iter(scores)
+
+    def of(self, batch: PairBatch) -> Scores:
+        return next(self.scores)
+
+
+def _entries() -> list[dict]:
+    return json.loads(c10d._dump_fr_trace_json())["entries"]
+
+
+def _bytes(entry: dict, side: str) -> float:
+    return 4.0 * sum(math.prod(size) for size in entry[f"{side}_sizes"])
+
+
+if __name__ == "__main__":
+    main()
