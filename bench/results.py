@@ -233,6 +233,7 @@ TABLES = {
     "scaling": tables.scaling_table,
     "soak": tables.soak_table,
     "overhead": tables.overhead_table,
+    "planned": tables.planned_table,
     "ways": tables.ways_table,
     "hot": tables.hot_table,
     "gpu": gpu_table,

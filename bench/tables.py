@@ -277,6 +277,18 @@ def scaling_table(report: dict[str, Any]) -> str:
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
+def planned_table(report: dict[str, Any]) -> str:
+    """What a dry run says of memory beside what runs took: a case a row."""
+    head = ["a run on a CPU", "planned", "held", "planned over held", "most is held"]
+    rows = []
+    for row in report["rows"]:
+        planned = sum(row["planned"].values())
+        sizes = [f"{size / 2**30:.2f} GiB" for size in (planned, row["held"])]
+        rows.append([row["name"], *sizes, f"{row['ratio']:.2f}", row["moment"]])
+    what = f"{report['model']} or as many of its layers, DPO in rows of 2,048 tokens where nothing else is said"
+    return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
+
+
 def overhead_table(report: dict[str, Any]) -> str:
     head = ["a step in the loop", "a bare step", "difference, median", "95% of it", "goal"]
     low, high = report["interval_ms"]
