@@ -103,9 +103,9 @@ def job(contender: Contender, states: States) -> Callable[[], Any]:
     return partial(go, hidden, weight, states.labels, states.coefficients)
 
 
-def fastest_tiling(states: States) -> tuple[int, int]:
-    product(states.hidden, states.weight, TILINGS[0])
-    taken = {tiling: seconds(partial(product, states.hidden, states.weight, tiling)) for tiling in TILINGS}
+def fastest_tiling(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    product(hidden, weight, TILINGS[0])
+    taken = {tiling: seconds(partial(product, hidden, weight, tiling)) for tiling in TILINGS}
     return min(taken, key=taken.__getitem__)
 
 
@@ -117,7 +117,8 @@ def measure(
     threads: int,
     tiling: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    floor = Runner(lambda: partial(fastest_tiling, states), lambda found: found, threads=threads, reuse=False)
+    search = partial(fastest_tiling, states.hidden, states.weight)
+    floor = Runner(lambda: search, lambda found: found, threads=threads, reuse=False)
     runners, rows = {}, {}
     for name, contender in chosen.items():
         makes = partial(job, contender, states)

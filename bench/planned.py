@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from bench.machine import made_by, write_report
-from bench.runners import _status
 from tvkd_fast.distributed import launch
 from tvkd_fast.models import load_tokenizer, model_shape
 from tvkd_fast.training import build, plan
@@ -37,6 +36,7 @@ from tvkd_fast.training.config import (
 )
 from tvkd_fast.training.footprint import Footprint
 from tvkd_fast.training.trainer import Trainer
+from tvkd_fast.training.usage import process_bytes
 
 POLICY, STEPS = "smollm2-135m", 3
 
@@ -93,7 +93,7 @@ def measure(config: TrainConfig, folder: Path) -> None:
         trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
         Path("/proc/self/clear_refs").write_text("5")
         trainer.run()
-        found = {"moment": moment, "planned": parts, "held": _status("VmHWM")}
+        found = {"moment": moment, "planned": parts, "held": process_bytes("VmHWM")}
         (folder / f"{world.rank}.json").write_text(json.dumps(found))
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from tvkd_fast.training.usage import process_bytes
+
 Job = Callable[[], Any]
 """What is timed; what it returns is dropped outside the timing."""
 
@@ -76,19 +78,14 @@ def _serve(
 def _answer(asked: str, job: Job, measure: Callable[[Any], Any]) -> Any:
     if asked == "check":
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = process_bytes("VmRSS")
         since = time.perf_counter()
         result = job()
         taken = time.perf_counter() - since
-        peak = _status("VmHWM") - before
+        peak = process_bytes("VmHWM") - before
         return measure(result), peak, taken
     since = time.perf_counter()
     result = job()
     taken = time.perf_counter() - since
     del result
     return taken
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024

@@ -24,6 +24,7 @@ from tvkd_fast.training.config import LossConfig, ModelConfig, OptimConfig
 from tvkd_fast.training.optim import make_optimizer
 from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.step import train_step
+from tvkd_fast.training.usage import process_bytes
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0
 
@@ -118,8 +119,7 @@ def _serve(run: Run, job: Job, connection: Connection) -> None:
 
 
 def peak_mb() -> float:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    return process_bytes("VmHWM") / 2**20
 
 
 class Given:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.contest import TILINGS, product
+from bench.contest import fastest_tiling, product
 from bench.machine import made_by, seconds, versions, write_report
 from tvkd_fast.data import MicroBatching, PairDataset, ScoreCache, ScoreManifest, build_dataset, pairs_of_step
 from tvkd_fast.distributed import World
@@ -71,8 +71,7 @@ def scoring(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, An
     states = sum(batch.states.numel() for batch in batching.batches(dataset, range(len(dataset))))
     hidden = torch.randn(min(states, 2048), reference.head.in_features)
     weight = reference.head.weight.detach()
-    taken = {tiling: min(seconds(partial(product, hidden, weight, tiling)) for _ in range(2)) for tiling in TILINGS}
-    tiling = min(taken, key=taken.__getitem__)
+    tiling = fastest_tiling(hidden, weight)
     ours, floor = [], []
     for turn in range(arguments.rounds + 1):
         floor.append(seconds(partial(backbone_and_product, reference, dataset, batching, tiling)))

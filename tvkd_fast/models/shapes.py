@@ -53,9 +53,19 @@ class ModelShape:
     """Of every linear layer but the head its name and the sum of its two sizes; an adapter has r times that."""
 
     @property
+    def head(self) -> int:
+        """Parameters of the head's weight."""
+        return self.vocab * self.hidden
+
+    @property
+    def root(self) -> int:
+        """Parameters of head and embedding."""
+        return self.head if self.tied else 2 * self.head
+
+    @property
     def blocks(self) -> int:
-        """Parameters of neither head nor embedding."""
-        return self.parameters - self.vocab * self.hidden * (1 if self.tied else 2)
+        """Parameters of neither."""
+        return self.parameters - self.root
 
 
 def model_config(name: str, *, trust_remote_code: bool = False) -> Any:

@@ -39,6 +39,7 @@ class Activations:
         return self.around + layers * held + self.everything
 
 
+@lru_cache
 def count_activations(
     model: str, tokens: int, layout: Layout | None, *, autocast: torch.dtype | None, trust_remote_code: bool = False
 ) -> Activations:
@@ -46,13 +47,6 @@ def count_activations(
 
     A `layout` is given where prompts are shared, and whole rows where it is None.
     """
-    return _count(model, tokens, layout, autocast, trust_remote_code)
-
-
-@lru_cache
-def _count(
-    model: str, tokens: int, layout: Layout | None, autocast: torch.dtype | None, trust_remote_code: bool
-) -> Activations:
     (one, kept), (two, _) = (_saved(model, layers, tokens, layout, autocast, trust_remote_code) for layers in (1, 2))
     return Activations(everything=two - one, products=kept, around=2 * one - two)
 

@@ -66,21 +66,20 @@ class Footprint:
     def communication(self) -> dict[str, float]:
         """Bytes that a process sends in a step of the policy, and receives, in rings: (S−1)/S of all."""
         config, ring = self.config, (self._group - 1) / self._group
-        learning = self.learning - (self._stays if config.lora.rank == 0 else 0)
         reductions = self.micro_batches if config.parallel.reduce == "micro_batch" else 1
         rows = min(self.row, config.pairs_per_step * self._a_pair / self.processes)
         # Blocks are gathered for the forward and again for the backward, the root once for both.
-        weights = 2 * self.policy.blocks + self._root - self._stays
+        weights = 2 * self.policy.blocks + self.policy.root - self._stays
         parts = {
             "weights, gathered": ring * self.micro_batches * self._compute * weights,
-            "gradients, reduced": ring * reductions * 4 * learning,
+            "gradients, reduced": ring * reductions * 4 * self._reduced,
         }
         if self.shares_vocabulary:
             states = self.micro_batches * self._group * rows * self.policy.hidden
             parts["states of tokens"] = ring * 2 * states * self._compute
         replicas = config.parallel.replicas
         if replicas > 1:
-            parts["gradients, replicas"] = 2 * (1 - 1 / replicas) * reductions * 4 * learning / self._group
+            parts["gradients, replicas"] = 2 * (1 - 1 / replicas) * reductions * 4 * self._reduced / self._group
         return parts
 
     def arithmetic(self) -> float:
@@ -89,18 +88,17 @@ class Footprint:
         A weight takes 2 a token forward, 2 for its input's gradient and 2 for its own; the head sees response tokens
         alone. What is computed again counts once, and attention's own products are left out.
         """
-        config, head = self.config, self.policy.vocab * self.policy.hidden
+        config, policy, teacher = self.config, self.policy, self.teacher
         tokens = config.pairs_per_step * self._a_pair
         answers = config.pairs_per_step * self.tokens.responses(config.objective)
         trained = 6 if config.lora.rank == 0 else 4
-        total = trained * (self.policy.blocks * tokens + head * answers)
+        total = trained * (policy.blocks * tokens + policy.head * answers)
         if config.objective == "sft" or config.scores is not None:
             return total
-        total += 2 * (self.policy.blocks * tokens + head * answers)
-        if self.teacher is not None:
+        total += 2 * (policy.blocks * tokens + policy.head * answers)
+        if teacher is not None:
             teachers = 1 if config.teacher_reference is None else 2
-            own = self.teacher.vocab * self.teacher.hidden
-            total += 2 * teachers * (self.teacher.blocks * tokens + own * answers)
+            total += 2 * teachers * (teacher.blocks * tokens + teacher.head * answers)
         return total
 
     @cached_property
@@ -195,7 +193,7 @@ class Footprint:
             return {}
         # The block that runs, and the one that is fetched meanwhile.
         blocks = 2 * self.policy.blocks / self.policy.layers
-        parts = {"gathered weights": self._compute * (self._root - self._stays + blocks)}
+        parts = {"gathered weights": self._compute * (self.policy.root - self._stays + blocks)}
         if self.shares_vocabulary:
             # And their gradient.
             parts["states of all tokens"] = 2 * self._group * self.row * self.policy.hidden * self._compute
@@ -229,11 +227,11 @@ class Footprint:
         """Of the micro-batches before."""
         if self._group == 1 or self.config.parallel.reduce == "micro_batch":
             return 4.0 * self.learning / self._group
-        return 4.0 * (self.learning - self._stays if self.config.lora.rank == 0 else self.learning)
+        return 4.0 * self._reduced
 
     @property
     def _head_gradient(self) -> float:
-        return 4.0 * self.policy.vocab * self.policy.hidden / (self._group if self.shares_vocabulary else 1)
+        return 4.0 * self.policy.head / (self._group if self.shares_vocabulary else 1)
 
     @property
     def _a_pair(self) -> float:
@@ -249,11 +247,11 @@ class Footprint:
         return 2 if self.config.model.autocast == "bfloat16" else _BYTES[self.config.model.dtype]
 
     @property
-    def _root(self) -> int:
-        """Parameters of head and embedding."""
-        return self.policy.vocab * self.policy.hidden * (1 if self.policy.tied else 2)
-
-    @property
     def _stays(self) -> int:
         """Parameters that are gathered by nobody."""
-        return self.policy.vocab * self.policy.hidden if self.shares_vocabulary else 0
+        return self.policy.head if self.shares_vocabulary else 0
+
+    @property
+    def _reduced(self) -> int:
+        """Parameters whose gradients are summed over processes: those that learn, but for a head that stays."""
+        return self.learning - (self._stays if self.config.lora.rank == 0 else 0)

@@ -15,7 +15,7 @@ from tvkd_fast.models import ModelShape, load_tokenizer, model_shape
 from tvkd_fast.training.build import load_dataset
 from tvkd_fast.training.config import TrainConfig, micro_batching
 from tvkd_fast.training.footprint import Footprint, PairTokens
-from tvkd_fast.training.usage import resident_bytes
+from tvkd_fast.training.usage import process_bytes
 
 GIB = 2**30
 _KEPT_BY_MALLOC = 0.25
@@ -50,9 +50,7 @@ def plan(config: TrainConfig) -> str:
 
 def _memory_lines(found: Footprint) -> Iterator[str]:
     whose = "the process" if found.processes == 1 else f"each of {found.processes} processes"
-    moment, held = found.memory()
-    if not _on_gpu(found.config):
-        held = held | on_a_cpu(held)
+    moment, held = _held(found)
     yield f"memory      of {whose} at its peak, {moment}"
     yield from (f"  {part:<24}{size / GIB:>9.2f} GiB" for part, size in held.items())
     peak = sum(held.values())
@@ -65,20 +63,23 @@ def _memory_lines(found: Footprint) -> Iterator[str]:
         yield from (f"  {part:<24}{size / GIB:>9.2f} GiB" for part, size in found.communication().items())
 
 
+def _held(found: Footprint) -> tuple[str, dict[str, float]]:
+    moment, held = found.memory()
+    return moment, held if _on_gpu(found.config) else held | on_a_cpu(held)
+
+
 def on_a_cpu(held: dict[str, float]) -> dict[str, float]:
     """What a process has there beside what a run asks for, once its data and libraries are loaded."""
     kept = _KEPT_BY_MALLOC * sum(held.values())
-    return {"freed, kept by malloc": kept, "Python, libraries, data": float(resident_bytes())}
+    return {"freed, kept by malloc": kept, "Python, libraries, data": float(process_bytes("VmRSS"))}
 
 
 def _verdict(found: Footprint, peak: float, room: float) -> str:
     if peak <= room:
         return f"it fits, {1 - peak / room:.0%} to spare"
-    others = sum(found.memory()[1].values())
-    fitting = [name for name, one in _smaller(found) if peak - others + sum(one.memory()[1].values()) <= room]
-    return "it does not fit; " + (
-        f"what would: {', or '.join(fitting)}" if fitting else "nor would what is cheap to try"
-    )
+    fitting = [name for name, one in _smaller(found) if sum(_held(one)[1].values()) <= room]
+    remedy = f"what would: {', or '.join(fitting)}" if fitting else "nor would what is cheap to try"
+    return f"it does not fit; {remedy}"
 
 
 def _smaller(found: Footprint) -> Iterator[tuple[str, Footprint]]:

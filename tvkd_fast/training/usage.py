@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not say."""
+def process_bytes(key: Literal["VmRSS", "VmHWM"]) -> int:
+    """Memory that this process holds now, or has held at most, by Linux; 0 where the system does not say."""
     try:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     except (OSError, StopIteration):
         return 0
     return int(line.split()[1]) * 1024
