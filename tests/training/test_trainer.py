@@ -377,3 +377,12 @@ def test_impossible_settings_are_refused(field, value, message):
 def test_a_rate_that_learns_nothing_is_refused():
     with pytest.raises(ValueError, match=r"lr must be positive, got 0: set --optim\.lr"):
         OptimConfig(lr=0)
+
+
+def test_a_line_that_the_disk_does_not_take_says_what_to_do(make_config, run, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tvkd_fast.training.metrics._line", full)
+    with pytest.raises(ValueError, match=r"could not write .*metrics.jsonl: .*No space left.*Free some space"):
+        run(make_config())

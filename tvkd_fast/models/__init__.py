@@ -16,9 +16,11 @@ from tvkd_fast.models.lora import Lora, WithoutAdapters, adapter_start, add_lora
 from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
 from tvkd_fast.models.prune import disable_dropout, prune_layers, pruned_from
+from tvkd_fast.models.quantized import BITS_A_WEIGHT
 from tvkd_fast.models.shapes import ModelShape, longest_sequence, model_config, model_shape
 
 __all__ = [
+    "BITS_A_WEIGHT",
     "EmptyModel",
     "FusedLMHead",
     "HeadTransforms",

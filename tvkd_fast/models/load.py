@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from tvkd_fast.models.quantized import keep_packed, nf4_options
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,15 +46,25 @@ def load_model(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    nf4: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a hub name, a folder, a `.gguf` file or a packaged name (`smollm2-135m`).
 
-    A GGUF model comes back dequantised, as an ordinary model that trains and saves. Raises ValueError naming the remedy
-    where nothing of that name can be read.
+    A GGUF model comes back dequantised, as an ordinary model that trains and saves. `nf4` holds the backbone's linear
+    layers in four bits, for products in that dtype. Raises ValueError naming the remedy where nothing of that name can
+    be read.
     """
     from transformers import AutoModelForCausalLM
 
     source = locate(name)
+    options = source.options()
+    if nf4 is not None:
+        if source.gguf_file is not None:
+            raise ValueError(
+                f"{name} is a GGUF file, which is read as floats: for --lora.quantize give a folder or a hub name of "
+                "safetensors"
+            )
+        options = nf4_options(torch.device(device), nf4)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.name,
@@ -61,10 +73,13 @@ def load_model(
             trust_remote_code=trust_remote_code,
             # Pickle can run code; a GGUF file holds none and is read by its own path.
             use_safetensors=None if source.gguf_file else True,
-            **source.options(),
+            **options,
         )
     except (OSError, ImportError) as error:
         raise ValueError(unreadable("model", name, error)) from error
+    if nf4 is not None:
+        keep_packed(model)
+        return model
     if source.gguf_file is not None:
         model = _rebuild_unquantized(model)
     return model.to(device)

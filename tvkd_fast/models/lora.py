@@ -8,6 +8,7 @@ Letters: r rank, a alpha.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from tvkd_fast.models.adapters import ADAPTER, is_adapter, without_adapter
 from tvkd_fast.models.policy import PolicyWithHead
+from tvkd_fast.models.quantized import dequantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +117,13 @@ class WithoutAdapters(nn.Module):
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """An empty model of the family without adapters, and its weights: what the adapters add is added for good."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    found = {without_adapter(name): x for name, x in weights.items() if not is_adapter(name)}
+    whole = {without_adapter(name): x for name, x in dequantized(model).items()}
+    found = {without_adapter(name): x for name, x in weights.items() if not is_adapter(name)} | whole
+    config = copy.deepcopy(model.config)
+    if whole:
+        del config.quantization_config
+        # Scales of packed weights lie beside them in a state dict, under their names.
+        found = {name: x for name, x in found.items() if name.rpartition(".weight.")[0] + ".weight" not in whole}
     for layer, module in layers.items():
         a, b = (weights[f"{layer}.lora_{letter}.{ADAPTER}.weight"] for letter in "AB")
         base = found[f"{layer}.weight"]
@@ -123,7 +131,7 @@ def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrain
         # GPT-2's layers keep their weights the other way round.
         found[f"{layer}.weight"] = (base.double() + (added.T if module.fan_in_fan_out else added)).to(base.dtype)
     with torch.device("meta"):
-        plain = type(model)(model.config)
+        plain = type(model)(config)
     plain.generation_config = model.generation_config
     return plain, found
 

@@ -43,7 +43,7 @@ from tvkd_fast.training.config import (
     micro_batching,
 )
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.metrics import METRICS, read_metrics
+from tvkd_fast.training.metrics import METRICS, read_metrics, written
 from tvkd_fast.training.optim import make_optimizer
 from tvkd_fast.training.replay import Replayed, read_record, replay_pairs
 from tvkd_fast.training.run_models import (
@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     raise stopped
 
 
-def _world(config: TrainConfig | ScoreConfig) -> AbstractContextManager[World]:
+def _world(config: TrainConfig | ScoreConfig | EvalConfig) -> AbstractContextManager[World]:
     parallel = config.parallel
     return joined(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
 
@@ -113,7 +113,8 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
         if trainer.trained or not world.told(_exported(folder, trainer)):
             _save_trained(made.policy, made.tokenizer, folder / FINAL, world, model_card(config, evaluation))
             if world.first:
-                (folder / EXPORTED).write_text(json.dumps(_of_run(trainer)) + "\n")
+                with written(folder / EXPORTED):
+                    (folder / EXPORTED).write_text(json.dumps(_of_run(trainer)) + "\n")
         if trainer.trained:
             memory = world.everyone(memory_by_part(made.policy, trainer.optimizer))
             if show_progress and world.first:
@@ -213,7 +214,7 @@ def _policy(config: TrainConfig | ScoreConfig, world: World, *, frozen: bool = F
     )
 
 
-def _sharing(config: TrainConfig | ScoreConfig, world: World) -> Sharing:
+def _sharing(config: TrainConfig | ScoreConfig | EvalConfig, world: World) -> Sharing:
     return Sharing(world, config.parallel, config.tokens_per_micro_batch)
 
 
@@ -258,19 +259,25 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
     """`tvkd eval`: a policy, with or without a reference, on data.eval."""
     if config.teacher is not None and config.reference is None:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
+    with _world(config) as world:
+        return _evaluated(config, world, say=show_progress and world.first)
+
+
+def _evaluated(config: EvalConfig, world: World, *, say: bool) -> Evaluation:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), say=show_progress)
-    policy = load_policy(config.policy, config.model, frozen=True)
+    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), say=say)
+    sharing = _sharing(config, world)
+    policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
     check_token_ids(dataset, policy.vocab_size)
-    models = load_frozen(config, tokenizer, kappa=config.loss.kappa)
+    models = load_frozen(config, tokenizer, kappa=config.loss.kappa, sharing=sharing)
     return evaluate(
         policy,
         dataset,
-        scorer=models.scorer(dataset, config, say=show_progress),
+        scorer=models.scorer(dataset, config, say=say),
         loss=config.loss,
         objective="dpo" if models.teacher is None else "tvkd",
         batching=micro_batching(config),
-        device=next(policy.parameters()).device,
+        world=world,
     )
 
 

@@ -123,6 +123,9 @@ class ModelConfig:
     """`auto` takes a GPU where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    return_memory: bool = False
+    """Give memory that is freed back to the system at once, on a CPU under glibc: less is held, and steps take longer
+    (docs/scaling.md)."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model. Off unless asked for."""
 
@@ -137,10 +140,16 @@ class LoraConfig:
     """Scale; twice the rank where not given."""
     targets: list[str] | None = None
     """Names of the linear layers that get one, such as q_proj; all of the backbone where not given."""
+    quantize: Literal["no", "nf4"] = "no"
+    """Hold the frozen backbone in four bits a weight (QLoRA); needs bitsandbytes. One process."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"rank must be 0 or more, got {self.rank}: set --lora.rank")
+        if self.quantize != "no" and self.rank == 0:
+            raise ValueError(
+                "a backbone in four bits does not learn, adapters beside it do: set --lora.rank, such as 16"
+            )
 
 
 @dataclass(kw_only=True)
@@ -283,8 +292,7 @@ class ScoreConfig:
     """Processes to start on this machine; pairs and weights are shared among them."""
 
     def __post_init__(self) -> None:
-        if self.nproc < 1:
-            raise ValueError(f"nproc must be at least 1, got {self.nproc}")
+        check_processes(self.nproc)
         if self.pairs_per_shard < 1:
             raise ValueError(f"pairs_per_shard must be at least 1, got {self.pairs_per_shard}")
         if self.teacher_reference is not None and self.teacher is None:
@@ -313,9 +321,19 @@ class EvalConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    nproc: int = 1
+    """Processes to start on this machine; pairs and weights are shared among them."""
 
     def __post_init__(self) -> None:
+        check_processes(self.nproc)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
+
+
+def check_processes(nproc: int) -> None:
+    """One at least."""
+    if nproc < 1:
+        raise ValueError(f"nproc must be at least 1, got {nproc}")
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, loss: LossConfig) -> None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from tvkd_fast.models import ModelShape
+from tvkd_fast.models import BITS_A_WEIGHT, ModelShape
 from tvkd_fast.models.shared_prompt import HANDLED, Layout
 from tvkd_fast.training.activations import count_activations
 from tvkd_fast.training.config import TrainConfig
@@ -54,14 +54,19 @@ class Footprint:
     processes: int
 
     def memory(self) -> tuple[str, dict[str, float]]:
-        """When a step holds most, and what it holds then, by part; Python and its libraries apart.
+        """When a step holds most, and what the device holds then, by part; Python and its libraries apart.
 
         Activations are most as a backward begins, gradients as it ends: a head's dW is then whole, and a tied weight
         has its embedding's beside it.
         """
-        ends = "as a backward ends", self._kept | self._gathered | self._gradients
-        begins = "as a backward begins", self._kept | self._gathered | self._forward
+        kept = {} if self._offloads else self._kept
+        ends = "as a backward ends", kept | self._gathered | self._gradients
+        begins = "as a backward begins", kept | self._gathered | self._forward
         return max(begins, ends, key=lambda moment: sum(moment[1].values()))
+
+    def host_memory(self) -> dict[str, float]:
+        """What lies in the host's memory, by part, where shards are offloaded; nothing otherwise."""
+        return self._kept | {"gradients": self._own_gradients} if self._offloads else {}
 
     def communication(self) -> dict[str, float]:
         """Bytes that a process sends in a step of the policy, and receives, in rings: (S−1)/S of all."""
@@ -175,8 +180,9 @@ class Footprint:
         """From step to step."""
         config, size = self.config, _BYTES[self.config.model.dtype] / self._group
         adapters = self.learning if config.lora.rank else 0
+        packed = self.policy.blocks if config.lora.quantize == "nf4" else 0
         parts = {
-            "policy weights": (self.policy.parameters + adapters) * size,
+            "policy weights": (self.policy.parameters - packed + adapters) * size + packed * BITS_A_WEIGHT / 8,
             "AdamW's two moments": 2 * self.learning * size,
         }
         if config.objective != "sft" and config.scores is None and not config.lora.rank:
@@ -213,7 +219,7 @@ class Footprint:
 
     @property
     def _gradients(self) -> dict[str, float]:
-        parts = {"gradients": float(self.learning * 4 / self._group)}
+        parts = {} if self._offloads else {"gradients": self._own_gradients}
         if self.micro_batches > 1 and self._group > 1:
             parts["gradients so far"] = self._gradients_so_far
         if self.config.lora.rank == 0:
@@ -223,10 +229,20 @@ class Footprint:
         return parts
 
     @property
+    def _own_gradients(self) -> float:
+        """Of the weights that this process keeps."""
+        return 4.0 * self.learning / self._group
+
+    @property
+    def _offloads(self) -> bool:
+        """As it is only done to shards."""
+        return self.config.parallel.cpu_offload and self.processes > 1
+
+    @property
     def _gradients_so_far(self) -> float:
         """Of the micro-batches before."""
         if self._group == 1 or self.config.parallel.reduce == "micro_batch":
-            return 4.0 * self.learning / self._group
+            return 0.0 if self._offloads else self._own_gradients
         return 4.0 * self._reduced
 
     @property

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -150,7 +151,7 @@ class MetricsLog:
     """Appends lines to metrics.jsonl and mirrors them to TensorBoard where it is installed, and to `trackers`, W&B and
     trackio among them, where it is asked for; drops lines of steps after `resume_from`.
 
-    Raises ValueError where a tracker is not installed.
+    Raises ValueError where a tracker is not installed, and where the disk does not take a line.
     """
 
     def __init__(
@@ -163,15 +164,16 @@ class MetricsLog:
     ) -> None:
         self.path = folder / METRICS
         lines = [line for line in read_metrics(self.path) if line["step"] <= resume_from]
-        folder.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_line(metrics) for metrics in lines))
-        os.replace(partial, self.path)
+        with written(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text("".join(_line(metrics) for metrics in lines))
+            os.replace(partial, self.path)
         self._tensorboard = _tensorboard_writer(folder / "tensorboard", resume_from)
         self._runs = [_tracked(name, folder, config) for name in trackers]
 
     def write(self, metrics: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with written(self.path), self.path.open("a") as file:
             file.write(_line(metrics))
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -185,6 +187,18 @@ class MetricsLog:
             run.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Says what to do where the disk does not take a small file of a run's. Raises ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"could not write {path}: {error}. Free some space, or see who may write there, and run the same command "
+            "again: it goes on from the newest whole checkpoint"
+        ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

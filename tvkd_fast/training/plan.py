@@ -21,6 +21,9 @@ GIB = 2**30
 _KEPT_BY_MALLOC = 0.25
 """Of what is asked of it: the C library's heap has holes that nothing fits into. Measured, `bench/planned.py`."""
 
+_LOADED_LATER = 0.15 * GIB
+"""What models, optimizer and threads bring with them that a dry run has not loaded. Measured likewise."""
+
 
 def plan(config: TrainConfig) -> str:
     """The plan as text: models, tokens, memory by part, steps."""
@@ -58,6 +61,10 @@ def _memory_lines(found: Footprint) -> Iterator[str]:
     room = _room(found.config)
     if room is not None:
         yield f"  {'there is':<24}{room / GIB:>9.2f} GiB: " + _verdict(found, peak, room)
+    elsewhere = found.host_memory()
+    if elsewhere and _on_gpu(found.config):
+        yield "offloaded   by each process to its host's memory"
+        yield from (f"  {part:<24}{size / GIB:>9.2f} GiB" for part, size in elsewhere.items())
     if found.processes > 1:
         yield "sent        by each process in a step of the policy"
         yield from (f"  {part:<24}{size / GIB:>9.2f} GiB" for part, size in found.communication().items())
@@ -65,13 +72,15 @@ def _memory_lines(found: Footprint) -> Iterator[str]:
 
 def _held(found: Footprint) -> tuple[str, dict[str, float]]:
     moment, held = found.memory()
-    return moment, held if _on_gpu(found.config) else held | on_a_cpu(held)
+    return moment, held if _on_gpu(found.config) else on_a_cpu(found.config, held | found.host_memory())
 
 
-def on_a_cpu(held: dict[str, float]) -> dict[str, float]:
-    """What a process has there beside what a run asks for, once its data and libraries are loaded."""
-    kept = _KEPT_BY_MALLOC * sum(held.values())
-    return {"freed, kept by malloc": kept, "Python, libraries, data": float(process_bytes("VmRSS"))}
+def on_a_cpu(config: TrainConfig, held: dict[str, float]) -> dict[str, float]:
+    """And what a process has there beside what a run asks for, once its data and libraries are loaded."""
+    more = {"Python, libraries, data": _LOADED_LATER + process_bytes("VmRSS")}
+    if not config.model.return_memory:
+        more["freed, kept by malloc"] = _KEPT_BY_MALLOC * sum(held.values())
+    return held | more
 
 
 def _verdict(found: Footprint, peak: float, room: float) -> str:
@@ -96,6 +105,12 @@ def _smaller(found: Footprint) -> Iterator[tuple[str, Footprint]]:
     if config.lora.rank == 0:
         lora = replace(config, lora=replace(config.lora, rank=16))
         yield "--lora.rank 16", replace(found, config=lora)
+    if found.processes > 1 and not config.parallel.cpu_offload and _on_gpu(config):
+        offloaded = replace(config, parallel=replace(config.parallel, cpu_offload=True))
+        yield "--parallel.cpu_offload true", replace(found, config=offloaded)
+    if not _on_gpu(config) and not config.model.return_memory:
+        returned = replace(config, model=replace(config.model, return_memory=True))
+        yield "--model.return_memory true", replace(found, config=returned)
     yield f"--nproc {2 * found.processes}", replace(found, processes=2 * found.processes)
 
 

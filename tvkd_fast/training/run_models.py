@@ -38,6 +38,7 @@ from tvkd_fast.training.config import (
     micro_batching,
 )
 from tvkd_fast.training.scoring import OnlineScorer, RewardTeacher, TeacherTokens
+from tvkd_fast.training.usage import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -176,6 +177,8 @@ def resolve_device(config: ModelConfig) -> torch.device:
     """Where the run's models live; ValueError where the device asked for is not there."""
     if config.threads > 0:
         torch.set_num_threads(config.threads)
+    if config.return_memory:
+        return_freed_memory()
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(config.device)
@@ -207,8 +210,15 @@ def _made(
     given its own, where the files allow it."""
     if sharing is not None and sharing.world.mesh is None:
         sharing = None
+    quantize = lora is not None and lora.quantize == "nf4"
+    if quantize and (sharing is not None or layers is not None):
+        what = "shared among processes" if layers is None else "pruned"
+        remedy = (
+            "--nproc 1" if layers is None else "--policy to a student that is pruned already, and no student_layers"
+        )
+        raise ValueError(f"a backbone in four bits cannot be {what}: set {remedy}, or leave --lora.quantize out")
     empty = None if sharing is None else _empty(name, config, layers)
-    model = _load(name, config, layers=layers) if empty is None else empty.model
+    model = _load(name, config, layers=layers, nf4=quantize) if empty is None else empty.model
     policy = make(model, packing=config.packing, autocast=_autocast(config))
     if frozen:
         freeze(policy)
@@ -243,13 +253,15 @@ def _empty(name: str, config: ModelConfig, layers: int | None) -> EmptyModel | N
     return EmptyModel(student, {n: empty.places[old] for n, old in pruned_from(empty.model, student).items()})
 
 
-def _load(name: str, config: ModelConfig, *, layers: int | None = None) -> PreTrainedModel:
+def _load(name: str, config: ModelConfig, *, layers: int | None = None, nf4: bool = False) -> PreTrainedModel:
+    dtype = getattr(torch, config.dtype)
     model = load_model(
         name,
-        dtype=getattr(torch, config.dtype),
+        dtype=dtype,
         device=resolve_device(config),
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        nf4=(_autocast(config) or dtype) if nf4 else None,
     )
     return model if layers is None else prune_layers(model, layers)
 

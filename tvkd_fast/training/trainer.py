@@ -19,7 +19,7 @@ from tvkd_fast.ops import HeadStats
 from tvkd_fast.training.checkpoint import CheckpointError, Checkpoints, read_state, set_aside
 from tvkd_fast.training.config import TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.metrics import METRICS, Interval, MetricsLog, ShapingWatch, progress_bar
+from tvkd_fast.training.metrics import METRICS, Interval, MetricsLog, ShapingWatch, progress_bar, written
 from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.scoring import Scorer
 from tvkd_fast.training.step import NonFiniteStepError, StepOutput, train_step
@@ -146,8 +146,10 @@ class Trainer:
             self.checkpoints.wait()
             if self.world.first:
                 record = {"step": step, "pairs": error.pairs, "config": asdict(self.config)}
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / NONFINITE.format(step)).write_text(json.dumps(record, indent=2) + "\n")
+                path = self.folder / NONFINITE.format(step)
+                with written(path):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(record, indent=2) + "\n")
             raise
 
     def _speed(self, tokens: int, response_tokens: int, steps: int, busy: float, waited: float) -> dict[str, float]:

@@ -5,6 +5,8 @@ Letters: D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import resource
 import sys
 from collections.abc import Iterable
@@ -16,6 +18,10 @@ from torch import Tensor
 
 from tvkd_fast.distributed import local
 from tvkd_fast.models import PolicyWithHead
+
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's <malloc.h>."""
+_MAPPED = 2**20
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -33,6 +39,18 @@ def process_bytes(key: Literal["VmRSS", "VmHWM"]) -> int:
     except (OSError, StopIteration):
         return 0
     return int(line.split()[1]) * 1024
+
+
+def return_freed_memory() -> None:
+    """Have the C library map every tensor of `_MAPPED` bytes or more apart, and unmap it as soon as it is freed.
+
+    Left alone, glibc raises that size to 32 MiB as such tensors are freed, and what it holds then has holes that the
+    next tensors do not fit into. Raises ValueError where the C library is another.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        raise ValueError("memory is returned by a setting of glibc, which is not here: leave --model.return_memory out")
+    done = ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+    assert done == 1
 
 
 def memory_by_part(policy: PolicyWithHead, optimizer: torch.optim.Optimizer) -> dict[str, int]:
