@@ -3,11 +3,12 @@
 from tvkd_fast.losses.preference import TVKDOutput, check_preference_settings, dpo_loss, tvkd_loss
 from tvkd_fast.losses.segments import running_sums, segment_sums
 from tvkd_fast.losses.sft import sft_loss
-from tvkd_fast.losses.shaping import ShapingReport, check_discount, shaping_report, shaping_returns
+from tvkd_fast.losses.shaping import ShapingReport, Terminal, check_discount, shaping_report, shaping_returns
 
 __all__ = [
     "ShapingReport",
     "TVKDOutput",
+    "Terminal",
     "check_discount",
     "check_preference_settings",
     "dpo_loss",

@@ -1,0 +1,282 @@
+"""TVKDTrainer beside TRL's own DPOTrainer, and beside this project's trainer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install 'tvkd_fast[trl]'")
+pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from tvkd_fast.integrations.trl import RETURNS, TVKDConfig, TVKDTrainer
+
+OPTIONS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 3,
+    "learning_rate": 1e-3,
+    "max_steps": 5,
+    "max_length": 40,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+
+
+WORDS = ["red", "green", "blue", "sun", "moon", "sea", "tree", "ab", "bread", "stone"]
+
+
+def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": f"{i}: say {WORDS[i % 10]}.",
+            "chosen": f" {WORDS[i % 10]}",
+            "rejected": f" {WORDS[(i * 7 + 3) % 10]}" * (1 + i % 3) + " no",
+        }
+        for i in range(start, start + count)
+    ]
+
+
+class Shifted(DPOTrainer):
+    """TRL's own trainer over reference columns that are there."""
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        return dataset
+
+
+@pytest.fixture
+def make(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., Any]:
+    """A trainer over 16 pairs; keywords of its config or of itself."""
+
+    def trainer(kind: type, data: Dataset | None = None, **changes: Any) -> Any:
+        config = TVKDConfig if kind is TVKDTrainer else DPOConfig
+        given = {
+            name: changes.pop(name)
+            for name in ("teacher_model", "teacher_reference", "peft_config", "eval_dataset")
+            if name in changes
+        }
+        model = AutoModelForCausalLM.from_pretrained(folders[0])
+        return kind(
+            model=model,
+            args=config(output_dir=str(tmp_path / kind.__name__), **OPTIONS | changes),
+            train_dataset=Dataset.from_list(pairs(16)) if data is None else data,
+            processing_class=AutoTokenizer.from_pretrained(folders[0]),
+            **given,
+        )
+
+    return trainer
+
+
+def history(trainer: Any) -> list[dict[str, float]]:
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def same(ours: list[dict[str, float]], theirs: list[dict[str, float]], keys: tuple[str, ...]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for got, want in zip(ours, theirs, strict=True):
+        for key in keys:
+            # TRL's log keeps that many digits.
+            assert got[key] == pytest.approx(want[key], rel=2e-4, abs=2e-4), key
+
+
+REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("head", ["tvkd", "trl"])
+def test_without_shaping_it_is_dpo(make: Callable[..., Any], folders: tuple[str, str], head: str, changes: Any) -> None:
+    ours = make(TVKDTrainer, teacher_model=folders[1], alpha=0.0, fused_head=head, **changes)
+    same(history(ours), history(make(DPOTrainer, **changes)), ("loss", "grad_norm", "logps/chosen", *REWARDS))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"label_smoothing": 0.1, "gamma": 0.9},
+        {"loss_type": ["ipo"], "terminal": "eos"},
+        {"loss_type": ["hinge", "sft"], "loss_weights": [1.0, 0.5]},
+        {"value_from": "logprobs", "kappa": 0.7, "alpha": -2.0},
+    ],
+)
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_shaping_is_a_shift_of_the_reference(
+    make: Callable[..., Any], folders: tuple[str, str], changes: dict[str, Any], precomputed: bool
+) -> None:
+    alpha = changes.get("alpha", 1.0)
+    ours = make(
+        TVKDTrainer,
+        teacher_model=folders[1],
+        value_scale=50.0,
+        precompute_ref_log_probs=True,
+        precompute_teacher=precomputed,
+        **changes,
+    )
+    data = ours.train_dataset
+    if not precomputed:
+        kept = make(TVKDTrainer, teacher_model=folders[1], value_scale=50.0, precompute_ref_log_probs=True, **changes)
+        data = kept.train_dataset
+    moved = data.map(
+        lambda row: {
+            f"ref_{which}_logps": row[f"ref_{which}_logps"] + alpha * row[f"psi_{which}"] / 0.1
+            for which in ("chosen", "rejected")
+        }
+    ).remove_columns(list(RETURNS))
+    # As large as a reward: a shift that was lost would show.
+    assert torch.tensor(data["psi_chosen"]).std() > 0.1
+    own = ("alpha", "gamma", "terminal", "kappa", "value_from")
+    theirs = make(
+        Shifted, data=moved, precompute_ref_log_probs=True, **{k: v for k, v in changes.items() if k not in own}
+    )
+    found = history(ours)
+    same(found, history(theirs), ("loss", "grad_norm", "logps/chosen"))
+    shifts = alpha * (torch.tensor(data["psi_chosen"]) - torch.tensor(data["psi_rejected"])).mean()
+    assert found[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    # Of four steps of four, every pair once.
+    assert sum(line["tvkd/shaping_margins"] for line in found[:4]) / 4 == pytest.approx(
+        float(shifts), rel=1e-3, abs=1e-5
+    )
+
+
+def test_it_is_what_this_projects_own_trainer_computes(
+    make: Callable[..., Any], folders: tuple[str, str], tmp_path: Path
+) -> None:
+    from tvkd_fast.training.build import train
+    from tvkd_fast.training.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+    from tvkd_fast.training.metrics import read_metrics
+
+    rows = pairs(8)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(
+        policy=folders[0],
+        teacher=folders[1],
+        output_dir=str(tmp_path / "own"),
+        data=DataConfig(train=str(tmp_path / "pairs.jsonl"), max_length=40),
+        loss=LossConfig(beta=0.1, gamma=0.9, value_scale=20.0),
+        optim=OptimConfig(lr=1e-3, clip_norm=1.0, final_lr_ratio=1.0),
+        model=ModelConfig(packing="shared"),
+        pairs_per_step=8,
+        max_steps=4,
+        log_every=1,
+    )
+    train(config, show_progress=False)
+    own = read_metrics(tmp_path / "own" / "metrics.jsonl")
+    # All pairs in every step, so that their order is of no account.
+    ours = make(
+        TVKDTrainer,
+        data=Dataset.from_list(rows),
+        teacher_model=folders[1],
+        gamma=0.9,
+        value_scale=20.0,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=8,
+        max_steps=4,
+    )
+    losses: list[float] = []
+    step = ours.training_step
+    ours.training_step = lambda *given, **named: losses.append(float(out := step(*given, **named))) or out
+    ours.train()
+    assert losses == pytest.approx([line["loss"] for line in own], rel=1e-5)
+
+
+def test_adapters_dict_evaluations_and_a_resumed_run(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+    changes = {
+        "teacher_model": folders[1],
+        "peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        "eval_dataset": {"a": Dataset.from_list(pairs(5, 100)), "b": Dataset.from_list(pairs(3, 200))},
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+    }
+    whole = make(TVKDTrainer, **changes)
+    found = history(whole)
+    for name in "ab":
+        (line,) = (line for line in whole.state.log_history if f"eval_{name}_loss" in line)
+        assert {"eval_rewards/margins", "eval_tvkd/shaping_margins"} <= line.keys()
+    assert "entropy" not in found[0]
+    again = make(TVKDTrainer, **changes)
+    again.train(resume_from_checkpoint=str(Path(again.args.output_dir) / "checkpoint-3"))
+    resumed = [line for line in again.state.log_history if "loss" in line]
+    same(resumed[-2:], found[-2:], ("loss", "grad_norm"))
+
+
+def test_a_sparse_head_says_what_it_kept(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+    """Of a tiny model every row is too flat for it, is computed exactly, and counted."""
+    sparse = history(make(TVKDTrainer, teacher_model=folders[1], grad_mode="sparse"))
+    assert [line["tvkd/head_dense_rows"] for line in sparse] == [1.0] * 5
+    same(sparse, history(make(TVKDTrainer, teacher_model=folders[1])), ("loss", "grad_norm"))
+
+
+def test_a_checkpoint_says_what_made_it(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+    trainer = make(TVKDTrainer, teacher_model=folders[1], max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "- tvkd" in card
+    assert "2509.16965" in card
+
+
+def test_an_implicit_reward_is_the_teachers_own_margin(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+    """At γ=1 Ψ is what the teacher gained over its reference, up to the last content state."""
+    options = {"value_from": "implicit_reward", "value_scale": 1.0, "terminal": "eos"}
+    ours = make(TVKDTrainer, teacher_model=folders[1], teacher_reference=folders[0], **options)
+    row = ours.train_dataset[0]
+    teacher, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in reversed(folders))
+    ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+    begin = len(row["prompt_ids"])
+
+    def logp(model: Any) -> torch.Tensor:
+        found = model(ids).logits.double().log_softmax(-1)[0, begin - 1 : -1]
+        return found.gather(1, ids[0, begin:, None]).sum()
+
+    with torch.no_grad():
+        assert row["psi_chosen"] == pytest.approx(float(logp(teacher) - logp(reference)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": ["apo_zero"]}, "apo_zero sees more of a pair than its margin"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type='reverse_kl'"),
+        ({"ld_alpha": 0.5}, "leave ld_alpha out"),
+        ({"use_weighting": True}, "set fused_head='trl'"),
+        ({"value_from": "implicit_reward"}, "give teacher_reference with it"),
+        ({"value_from": "logprobs"}, "set kappa to another value"),
+        ({"gamma": 2.0}, "gamma must be in"),
+        ({"fused_head": "trl", "grad_mode": "sparse"}, "set fused_head='tvkd'"),
+    ],
+)
+def test_what_it_cannot_is_refused_by_name(
+    make: Callable[..., Any], folders: tuple[str, str], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(TVKDTrainer, teacher_model=folders[1], **changes)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(
+    make: Callable[..., Any], model_folder: Callable[..., str], chatml: Any, train_tokenizer: Any
+) -> None:
+    other = model_folder(seed=2, tokenizer=train_tokenizer(["some other text, and more of it"]))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        make(TVKDTrainer, teacher_model=other)
+
+
+def test_new_data_after_the_teacher_was_let_go(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+    gone = make(TVKDTrainer, teacher_model=folders[1])
+    with pytest.raises(ValueError, match="pass teacher_model as a module"):
+        gone.evaluate(Dataset.from_list(pairs(3, 300)))
+    held = make(TVKDTrainer, teacher_model=AutoModelForCausalLM.from_pretrained(folders[1]))
+    assert "eval_tvkd/shaping_margins" in held.evaluate(Dataset.from_list(pairs(3, 300)))

@@ -1,0 +1,125 @@
+"""A teacher's shaping returns over padded rows, as other trainers batch them.
+
+Letters: P pairs (2P rows, chosen first), L row length, M response states, N response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tvkd_fast.losses import Terminal, running_sums, shaping_returns
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead
+from tvkd_fast.ops import soft_values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ShapingSettings:
+    """Which potential, and how it is summed; docs/method.md."""
+
+    gamma: float
+    kappa: float
+    value_scale: float
+    value_from: Literal["logits", "logprobs", "implicit_reward"]
+    terminal: Terminal
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows padded on the right, where a causal model cannot see the padding; a `models.ModelBatch`."""
+
+    input_ids: Tensor
+    """[2P, L]"""
+    response: Tensor
+    """[2P, L] bool: the tokens of each row's response, one run."""
+
+    @property
+    def layout(self) -> None:
+        """Of packed rows, which these are not."""
+
+    @property
+    def predicting(self) -> Tensor:
+        """(N,) flat positions of the states that predict response tokens; a row's first token is predicted by none."""
+        return F.pad(self.response[:, 1:], (0, 1)).flatten().nonzero()[:, 0]
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) those tokens."""
+        return self.input_ids.flatten()[self.predicting + 1]
+
+    @property
+    def states(self) -> Tensor:
+        """(M,) flat positions of every response state."""
+        return self._kept.flatten().nonzero()[:, 0]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(2P+1,) boundaries of the tokens."""
+        return F.pad(self.response[:, 1:].sum(1).cumsum(0), (1, 0))
+
+    @property
+    def cu_states(self) -> Tensor:
+        """(2P+1,) boundaries of the states."""
+        return F.pad(self._kept.sum(1).cumsum(0), (1, 0))
+
+    @property
+    def _kept(self) -> Tensor:
+        return self.response | F.pad(self.response[:, 1:], (0, 1))
+
+    def ended(self, eos: int) -> Tensor:
+        """(2P,) bool: whether a response's last token is the end-of-sequence token."""
+        places = torch.arange(self.response.shape[1], device=self.response.device)
+        lasts = (self.response * places).argmax(1)
+        return self.input_ids.gather(1, lasts[:, None])[:, 0] == eos
+
+
+class TeacherReturns:
+    """Ψ of every row, by a frozen teacher in the policy's tokens."""
+
+    def __init__(
+        self, teacher: PreTrainedModel, reference: PreTrainedModel | None, settings: ShapingSettings, *, eos: int
+    ) -> None:
+        self.settings, self.eos = settings, eos
+        rewards = settings.value_from == "implicit_reward"
+        if rewards != (reference is not None):
+            raise ValueError(
+                "value_from='implicit_reward' is what the teacher gained over the model that it was before DPO: give "
+                "teacher_reference with it, and with it alone"
+            )
+        self.teacher = PolicyWithHead(teacher) if rewards else TeacherWithHead(teacher, kappa=settings.kappa)
+        self.reference = None if reference is None else PolicyWithHead(reference)
+        for model in self.models:
+            model.eval().requires_grad_(False)
+
+    @property
+    def models(self) -> tuple[PolicyWithHead, ...]:
+        """The teacher, and its reference where it has one."""
+        return (self.teacher,) if self.reference is None else (self.teacher, self.reference)
+
+    @torch.no_grad()
+    def of(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """(2P,) float32 Ψ of rows [2P, L] and their masks."""
+        rows = PaddedRows(input_ids, completion_mask.bool())
+        settings = self.settings
+        if self.reference is not None:
+            rewards = self.teacher(rows) - self.reference(rows)
+            values = settings.value_scale * running_sums(rewards, rows.cu_seqlens)
+        else:
+            lse, lse_kappa = self.teacher(rows)
+            values = soft_values(
+                lse,
+                lse_kappa,
+                kappa=settings.kappa,
+                value_scale=settings.value_scale,
+                value_from=settings.value_from,  # type: ignore[arg-type]
+            )
+        return shaping_returns(
+            values, rows.cu_states, gamma=settings.gamma, terminal=settings.terminal, ended=rows.ended(self.eos)
+        )

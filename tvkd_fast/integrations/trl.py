@@ -1,0 +1,381 @@
+"""TRL's DPOTrainer with a teacher: `TVKDTrainer` and `TVKDConfig` in place of `DPOTrainer` and `DPOConfig`.
+
+Ψ does not depend on the policy, so log π_ref + (α/β)Ψ in place of log π_ref turns a loss of DPO's margin into TVKD's:
+β[(log π_w − log π_ref,w − (α/β)Ψ_w) − (… l …)] = β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l]. TRL's own code computes it, unmodified.
+
+Letters: P pairs of a batch (2P rows, chosen first), L row length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+
+from tvkd_fast.integrations.lm_head import FusedLMOutput, patch_lm_head
+from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
+from tvkd_fast.losses import Terminal, check_discount, check_preference_settings
+from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer
+from tvkd_fast.ops import HeadGradient, HeadStats, check_kappa
+
+RETURNS = ("psi_chosen", "psi_rejected")
+"""Columns of a dataset whose teacher's pass is made."""
+OF_MARGINS = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+"""TRL's losses that see the pair's margin alone, or no reference at all."""
+
+
+@dataclass
+class TVKDConfig(DPOConfig):
+    """DPOConfig and the shaping; with `alpha=0`, or without a teacher, a run is DPO's own."""
+
+    alpha: float = field(default=1.0, metadata={"help": "α: strength and sign of the teacher's shaping; 0 is DPO."})
+    gamma: float = field(default=1.0, metadata={"help": "γ in [0, 1]: discount of the shaping."})
+    kappa: float = field(default=1.0, metadata={"help": "κ > 0: inverse temperature of the teacher's soft value."})
+    value_scale: float | None = field(
+        default=None, metadata={"help": "b: scale of the soft value; `beta` where not given, as in the paper."}
+    )
+    value_from: Literal["logits", "logprobs", "implicit_reward"] = field(
+        default="logits", metadata={"help": "What the soft value is made of; docs/method.md."}
+    )
+    terminal: Terminal = field(default="last_content", metadata={"help": "Which state ends the shaping sum."})
+    precompute_teacher: bool = field(
+        default=True,
+        metadata={
+            "help": "Run the teacher once over the data before training, and keep two numbers a pair; otherwise it "
+            "runs on every batch, as it must over an IterableDataset."
+        },
+    )
+    fused_head: Literal["auto", "tvkd", "trl"] = field(
+        default="auto",
+        metadata={
+            "help": "Whose vocabulary head computes log-probabilities: `auto` takes this library's on a CPU and TRL's "
+            "elsewhere."
+        },
+    )
+    grad_mode: Literal["exact", "sparse", "auto"] = field(
+        default="exact", metadata={"help": "How this library's head is differentiated; docs/sparse.md."}
+    )
+    eps: float | None = field(default=None, metadata={"help": "ε of sparse gradients."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_preference_settings(self.beta, self.alpha, 0.0)
+        check_discount(self.gamma)
+        check_kappa(self.kappa)
+        if self.value_from == "logprobs" and self.kappa == 1.0:
+            raise ValueError(
+                "value_from='logprobs' is 0 everywhere at kappa=1: set kappa to another value, such as 0.7"
+            )
+        if (self.grad_mode, self.eps) != ("exact", None) and self.fused_head == "trl":
+            raise ValueError("grad_mode and eps are of this library's head: set fused_head='tvkd', or leave them out")
+
+
+class TVKDTrainer(DPOTrainer):
+    """DPOTrainer with a teacher: all of its arguments, and `teacher_model`.
+
+    Args:
+        model, ref_model, args, …: as DPOTrainer takes them; `args` is a TVKDConfig.
+        teacher_model: a model that was trained by DPO, in the policy's tokens: its name or folder, or a module. Without
+            it the run is DPO's own.
+        teacher_reference: for `value_from="implicit_reward"`, what the teacher was before DPO; likewise.
+
+    `rewards/*` stay unshaped, so that they compare with DPO's; `tvkd/shaping_margins` is the mean of α(Ψ_w − Ψ_l), and
+    `tvkd/flipped` the share of pairs whose margin it turns over. With this library's head `entropy`, `logits/*` and
+    `mean_token_accuracy` are left out: they are of whole rows of the vocabulary.
+
+    Raises:
+        ValueError: what TRL can do and this cannot, by name: losses of more than the margin, other divergences,
+            `ld_alpha`, images, a teacher with another tokenizer; and with this library's head WPO's weighting, router
+            losses, DeepSpeed and FSDP.
+    """
+
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+    ref_model: Any
+    precompute_ref_logps: bool
+    _tag_names: ClassVar = ["trl", "dpo", "tvkd"]
+    _name = "TVKD"
+    _paper: ClassVar = {
+        "title": "Preference Distillation via Value based Reinforcement Learning",
+        "id": "2509.16965",
+        "citation": "@inproceedings{kwon2025preference,\n"
+        "    title     = {{Preference Distillation via Value based Reinforcement Learning}},\n"
+        "    author    = {Minchan Kwon and Junwon Ko and Kangil Kim and Junmo Kim},\n"
+        "    year      = 2025,\n"
+        "    booktitle = {Advances in Neural Information Processing Systems 38},\n"
+        "    url       = {https://arxiv.org/abs/2509.16965},\n}",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: PreTrainedModel | None = None,
+        args: TVKDConfig | None = None,
+        *,
+        teacher_model: str | PreTrainedModel | None = None,
+        teacher_reference: str | PreTrainedModel | None = None,
+        **options: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = TVKDConfig(f"{name.split('/')[-1]}-TVKD")
+        if not isinstance(args, TVKDConfig):
+            raise ValueError(f"args is a {type(args).__name__}: TVKDTrainer takes a TVKDConfig, which has its fields")
+        self._shapes = teacher_model is not None and args.alpha != 0
+        if self._shapes:
+            _refuse(args)
+        self._ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
+        self._stats = HeadStats() if self._ours and args.grad_mode != "exact" else None
+        self._teacher: TeacherReturns | None = None
+        super().__init__(model, ref_model, args, **options)
+        self._take_head()
+        if not self._shapes:
+            return
+        if self._is_vision_dataset:
+            raise ValueError(
+                "a teacher's values of images are not computed here: train on text alone, or by DPOTrainer"
+            )
+        assert teacher_model is not None
+        self._teacher = self._load_teacher(teacher_model, teacher_reference)
+        self.data_collator = _WithReturns(self.data_collator)
+        if args.precompute_teacher and not isinstance(self.train_dataset, IterableDataset):
+            self._precompute(args, from_module=not isinstance(teacher_model, str))
+
+    def _take_head(self) -> None:
+        """This library's head in policy and reference, once, before either is called."""
+        policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if not self._ours or hasattr(policy, "_tvkd_fast_patch"):
+            return
+        args = self.args
+        whose = "is not for this library's head: set fused_head='trl'"
+        if self.use_weighting:
+            raise ValueError(f"use_weighting {whose}")
+        if self.aux_loss_enabled:
+            raise ValueError(f"the loss of a mixture's router {whose}, or router_aux_loss_coef=0")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(f"DeepSpeed and FSDP {whose}, or train by `tvkd train --nproc N`")
+        gradient = HeadGradient(grad_mode=args.grad_mode, eps=args.eps)
+        patch_lm_head(policy, gradient=gradient, stats=self._stats, output=_Output)
+        if self.ref_model is not None:
+            # It may be wrapped for mixed precision already, around the head that it had.
+            plain = extract_model_from_parallel(self.ref_model, keep_fp32_wrapper=False)
+            patch_lm_head(plain, output=_Output)
+            self.ref_model = self.accelerator.prepare_model(plain, evaluation_mode=True)
+
+    def _load_teacher(self, teacher: str | PreTrainedModel, reference: str | PreTrainedModel | None) -> TeacherReturns:
+        found = [None if model is None else self._loaded(model) for model in (teacher, reference)]
+        args = self.args
+        settings = ShapingSettings(
+            gamma=args.gamma,
+            kappa=args.kappa,
+            value_scale=args.beta if args.value_scale is None else args.value_scale,
+            value_from=args.value_from,
+            terminal=args.terminal,
+        )
+        return TeacherReturns(found[0], found[1], settings, eos=self._tokenizer.eos_token_id)
+
+    def _loaded(self, model: str | PreTrainedModel) -> PreTrainedModel:
+        if isinstance(model, str):
+            theirs = load_tokenizer(model, trust_remote_code=self.args.trust_remote_code)
+            _check_tokens(self._tokenizer, theirs, model)
+            model = load_model(model, dtype=self.model.dtype, trust_remote_code=self.args.trust_remote_code)
+        if model is self.model:
+            raise ValueError("the teacher is the model that is trained: give a model of its own")
+        if model.config.get_text_config().vocab_size < len(self._tokenizer):
+            raise ValueError(
+                f"the teacher has {model.config.get_text_config().vocab_size:,} tokens and the policy's tokenizer "
+                f"{len(self._tokenizer):,}: a teacher with another tokenizer is taken by `tvkd train`, not here"
+            )
+        return model.to(self.accelerator.device)
+
+    def _precompute(self, args: TVKDConfig, *, from_module: bool) -> None:
+        """Two numbers a pair, of all data that there is; a teacher that was loaded for it is let go."""
+        sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
+        self.train_dataset = self._with_returns(self.train_dataset, "train", sizes[0])
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: self._with_returns(dataset, name, sizes[1]) for name, dataset in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_returns(self.eval_dataset, "eval", sizes[1])
+        if not from_module:
+            self._teacher = None
+
+    def _with_returns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """The dataset with columns Ψ; from datasets' cache where this teacher has read it before."""
+        if isinstance(dataset, IterableDataset) or RETURNS[0] in dataset.column_names:
+            return dataset
+        assert self._teacher is not None
+        made_of = (
+            dataset._fingerprint,
+            [fingerprint_weights(model.model) for model in self._teacher.models],
+            self._teacher.settings,
+            (self.args.max_length, self.args.truncation_mode),
+        )
+        told = [Hasher.hash(made_of)]
+        broadcast_object_list(told, from_process=0)
+        file = dataset._get_cache_file_path(told[0])
+        if not os.path.exists(file):
+            returns = self._returns_of(dataset, name, batch_size)
+            if self.accelerator.is_main_process:
+                dataset.map(
+                    lambda batch, indices: {key: x[indices] for key, x in zip(RETURNS, returns, strict=True)},
+                    with_indices=True,
+                    batched=True,
+                    remove_columns=dataset.column_names,
+                    new_fingerprint=told[0],
+                    cache_file_name=file,
+                )
+            self.accelerator.wait_for_everyone()
+        return concatenate_datasets([dataset, Dataset.from_file(file)], axis=1)
+
+    def _returns_of(self, dataset: Dataset, name: str, batch_size: int) -> tuple[Tensor, Tensor]:
+        assert self._teacher is not None
+        loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
+        found: list[Tensor] = []
+        for batch in tqdm(loader, desc=f"Teacher over {name} dataset", disable=self.args.disable_tqdm):
+            chosen, rejected = self._asked(batch)
+            found.append(torch.stack(self.accelerator.gather_for_metrics((chosen, rejected))).cpu())
+        chosen, rejected = torch.cat(found, 1)
+        return chosen, rejected
+
+    def _asked(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(P,) Ψ of chosen and of rejected responses, from the teacher itself."""
+        if self._teacher is None:
+            raise ValueError(
+                "the teacher was let go once it had read the data: give this dataset as eval_dataset at the start, "
+                "pass teacher_model as a module, or set precompute_teacher=False"
+            )
+        with self.accelerator.autocast():
+            chosen, rejected = self._teacher.of(batch["input_ids"], batch["completion_mask"]).chunk(2)
+        return chosen, rejected
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self._take_head()
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in RETURNS if name not in self._signature_columns]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        mode = "train" if self.model.training else "eval"
+        if not self._shapes:
+            found = super()._compute_loss(model, inputs, return_outputs)
+        else:
+            found = self._shaped(_Heard(model), dict(inputs), return_outputs, self._metrics[mode])
+        if self._ours:
+            for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
+                self._metrics[mode].pop(name, None)
+        if self._stats is not None and mode == "train" and self.accelerator.sync_gradients:
+            for name, number in self._stats.read().items():
+                self._metrics[mode][f"tvkd/{name}"].append(number)
+            self._stats.reset()
+        return found
+
+    def _shaped(self, model: _Heard, inputs: dict[str, Any], return_outputs: bool, metrics: Any) -> Any:
+        """TRL's loss over shifted reference log-probabilities; its reward metrics over those that were not shifted."""
+        columns = [inputs.pop(name, None) for name in RETURNS]
+        psi = torch.stack(columns if columns[0] is not None else list(self._asked(inputs)))
+        if self.precompute_ref_logps:
+            ref = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            ref = torch.stack(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+        shaping = self.args.alpha * psi.to(ref)
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref + shaping / self.beta
+        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            found = super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = before
+        rewards = self.beta * (torch.stack(model.logps.detach().chunk(2)) - ref)
+        margins, shifts = rewards[0] - rewards[1], shaping[0] - shaping[1]
+        told = torch.stack(
+            [*rewards, (margins > 0).float(), margins, shifts, (margins * (margins - shifts) < 0).float()]
+        )
+        means = self.accelerator.gather(told.T.contiguous()).mean(0).tolist()
+        for name, mean in zip(("chosen", "rejected", "accuracies", "margins"), means[:4], strict=True):
+            metrics[f"rewards/{name}"][-1] = mean
+        for name, mean in zip(("shaping_margins", "flipped"), means[4:], strict=True):
+            metrics[f"tvkd/{name}"].append(mean)
+        return found
+
+
+@dataclass
+class _Output(FusedLMOutput):
+    """Stands where TRL looks for more than log-probabilities; what is made of it is left out of the metrics."""
+
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.log_probs is not None and self.label_mask is not None:
+            self.entropy = self.mean_logits = torch.zeros_like(self.log_probs)
+            self.is_top1 = torch.zeros_like(self.label_mask)
+        super().__post_init__()
+
+
+class _Heard:
+    """A model that is called, and the sums of the log-probabilities that it answered with."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.logps: Tensor
+
+    def __call__(self, **inputs: Any) -> Any:
+        out = self._model(**inputs)
+        if inputs.get("fused_lm_head"):
+            # Prompt tuning puts virtual tokens before the real ones; they have no labels.
+            self.logps = out.log_probs.sum(1)
+        return out
+
+
+@dataclass
+class _WithReturns:
+    """A collator that hands Ψ on, where the rows have it."""
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(examples)
+        if RETURNS[0] in examples[0]:
+            for name in RETURNS:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
+def _refuse(args: TVKDConfig) -> None:
+    """What is no function of the margin alone, which is all that a shifted reference shifts."""
+    odd = [loss for loss in args.loss_type if loss not in OF_MARGINS]
+    if odd:
+        raise ValueError(
+            f"loss_type {', '.join(odd)} sees more of a pair than its margin, and a teacher cannot shape that: take "
+            f"{', '.join(OF_MARGINS)}, or no teacher_model"
+        )
+    if args.f_divergence_type != "reverse_kl":
+        raise ValueError("a teacher shapes rewards of the reverse KL divergence: set f_divergence_type='reverse_kl'")
+    if args.ld_alpha is not None:
+        raise ValueError("ld_alpha weighs tokens, and Ψ is of whole responses: leave ld_alpha out, or teacher_model")
+
+
+def _check_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, name: str) -> None:
+    if ours.get_vocab() != theirs.get_vocab():
+        raise ValueError(
+            f"the teacher {name} has another tokenizer than the policy: `tvkd train` takes such a teacher, which reads "
+            "the same text in tokens of its own; this trainer does not"
+        )
