@@ -29,14 +29,26 @@ def test_links_lead_to_files(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, model_folder, tiny_model, templateless, tmp_path, monkeypatch):
+    text = page.read_text()
+    if "integrations.trl" in text:
+        pytest.importorskip("trl", reason="TRL is not installed: pip install 'tvkd_fast[trl]'")
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    ids = torch.randint(1, 262, (2, 6))
     names = {
+        "policy": model_folder(seed=0, tokenizer=templateless),
+        "teacher": model_folder(seed=1, tokenizer=templateless),
+        "dataset": Dataset.from_list([{"prompt": "say a.", "chosen": " a", "rejected": " b"}] * 4),
+        "model": tiny_model(0),
+        "batch": {"input_ids": ids, "labels": ids},
         "hidden": torch.randn(5, 8, requires_grad=True),
         "labels": torch.randint(30, (5,)),
         "lm_head": torch.nn.Linear(8, 30, bias=False),
     }
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, page.name, "exec"), names)
 
 
