@@ -71,7 +71,7 @@ def patch_lm_head(
         ValueError: it is patched already, its head is no plain linear layer, or its logits are not what the family's
             config says (a head of its own making).
     """
-    if hasattr(model, _PATCH):
+    if is_patched(model):
         raise ValueError("this model is patched already: call unpatch_lm_head(model) first to change its settings")
     head = model.get_output_embeddings()
     fused = FusedLMHead.from_linear(head, head_transforms(model.config))
@@ -96,6 +96,11 @@ def patch_lm_head(
 
     model.forward = types.MethodType(forward, model)
     return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_lm_head` has been at it."""
+    return hasattr(model, _PATCH)
 
 
 def unpatch_lm_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -6,6 +6,7 @@ Letters: P pairs (2P rows, chosen first), L row length, M response states, N res
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tvkd_fast.losses import Terminal, running_sums, shaping_returns
-from tvkd_fast.models import PolicyWithHead, TeacherWithHead
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead, fingerprint_weights
 from tvkd_fast.ops import soft_values
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class PaddedRows:
     @property
     def predicting(self) -> Tensor:
         """(N,) flat positions of the states that predict response tokens; a row's first token is predicted by none."""
-        return F.pad(self.response[:, 1:], (0, 1)).flatten().nonzero()[:, 0]
+        return self._predicts.flatten().nonzero()[:, 0]
 
     @property
     def labels(self) -> Tensor:
@@ -62,7 +63,7 @@ class PaddedRows:
     @property
     def cu_seqlens(self) -> Tensor:
         """(2P+1,) boundaries of the tokens."""
-        return F.pad(self.response[:, 1:].sum(1).cumsum(0), (1, 0))
+        return F.pad(self._predicts.sum(1).cumsum(0), (1, 0))
 
     @property
     def cu_states(self) -> Tensor:
@@ -70,8 +71,12 @@ class PaddedRows:
         return F.pad(self._kept.sum(1).cumsum(0), (1, 0))
 
     @property
+    def _predicts(self) -> Tensor:
+        return F.pad(self.response[:, 1:], (0, 1))
+
+    @property
     def _kept(self) -> Tensor:
-        return self.response | F.pad(self.response[:, 1:], (0, 1))
+        return self.response | self._predicts
 
     def ended(self, eos: int) -> Tensor:
         """(2P,) bool: whether a response's last token is the end-of-sequence token."""
@@ -87,12 +92,8 @@ class TeacherReturns:
         self, teacher: PreTrainedModel, reference: PreTrainedModel | None, settings: ShapingSettings, *, eos: int
     ) -> None:
         self.settings, self.eos = settings, eos
-        rewards = settings.value_from == "implicit_reward"
-        if rewards != (reference is not None):
-            raise ValueError(
-                "value_from='implicit_reward' is what the teacher gained over the model that it was before DPO: give "
-                "teacher_reference with it, and with it alone"
-            )
+        rewards = reference is not None
+        assert rewards == (settings.value_from == "implicit_reward")
         self.teacher = PolicyWithHead(teacher) if rewards else TeacherWithHead(teacher, kappa=settings.kappa)
         self.reference = None if reference is None else PolicyWithHead(reference)
         for model in self.models:
@@ -102,6 +103,11 @@ class TeacherReturns:
     def models(self) -> tuple[PolicyWithHead, ...]:
         """The teacher, and its reference where it has one."""
         return (self.teacher,) if self.reference is None else (self.teacher, self.reference)
+
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """Of their weights: a pass over all of them, so made once however many datasets there are."""
+        return [fingerprint_weights(model.model) for model in self.models]
 
     @torch.no_grad()
     def of(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from tvkd_fast.integrations.lm_head import FusedLMOutput, patch_lm_head
+from tvkd_fast.integrations.lm_head import FusedLMOutput, is_patched, patch_lm_head
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
 from tvkd_fast.losses import Terminal, check_discount, check_preference_settings
-from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer
+from tvkd_fast.models import load_model, load_tokenizer
 from tvkd_fast.ops import HeadGradient, HeadStats, check_kappa
 
 RETURNS = ("psi_chosen", "psi_rejected")
@@ -135,7 +135,7 @@ class TVKDTrainer(DPOTrainer):
             raise ValueError(f"args is a {type(args).__name__}: TVKDTrainer takes a TVKDConfig, which has its fields")
         self._shapes = teacher_model is not None and args.alpha != 0
         if self._shapes:
-            _refuse(args)
+            _refuse(args, has_reference=teacher_reference is not None)
         self._ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
         self._stats = HeadStats() if self._ours and args.grad_mode != "exact" else None
         self._teacher: TeacherReturns | None = None
@@ -156,7 +156,7 @@ class TVKDTrainer(DPOTrainer):
     def _take_head(self) -> None:
         """This library's head in policy and reference, once, before either is called."""
         policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        if not self._ours or hasattr(policy, "_tvkd_fast_patch"):
+        if not self._ours or is_patched(policy):
             return
         args = self.args
         whose = "is not for this library's head: set fused_head='trl'"
@@ -220,7 +220,7 @@ class TVKDTrainer(DPOTrainer):
         assert self._teacher is not None
         made_of = (
             dataset._fingerprint,
-            [fingerprint_weights(model.model) for model in self._teacher.models],
+            self._teacher.fingerprints,
             self._teacher.settings,
             (self.args.max_length, self.args.truncation_mode),
         )
@@ -359,8 +359,13 @@ class _WithReturns:
         return batch
 
 
-def _refuse(args: TVKDConfig) -> None:
-    """What is no function of the margin alone, which is all that a shifted reference shifts."""
+def _refuse(args: TVKDConfig, *, has_reference: bool) -> None:
+    """What is no function of the margin alone, which is all that a shifted reference shifts. Before a model is loaded."""
+    if has_reference != (args.value_from == "implicit_reward"):
+        raise ValueError(
+            "value_from='implicit_reward' is what the teacher gained over the model that it was before DPO: give "
+            "teacher_reference with it, and with it alone"
+        )
     odd = [loss for loss in args.loss_type if loss not in OF_MARGINS]
     if odd:
         raise ValueError(

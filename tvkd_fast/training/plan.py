@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,19 +55,23 @@ def _memory_lines(found: Footprint) -> Iterator[str]:
     whose = "the process" if found.processes == 1 else f"each of {found.processes} processes"
     moment, held = _held(found)
     yield f"memory      of {whose} at its peak, {moment}"
-    yield from (f"  {part:<24}{size / GIB:>9.2f} GiB" for part, size in held.items())
     peak = sum(held.values())
-    yield f"  {'in all':<24}{peak / GIB:>9.2f} GiB"
+    yield from _sizes(held | {"in all": peak})
     room = _room(found.config)
     if room is not None:
-        yield f"  {'there is':<24}{room / GIB:>9.2f} GiB: " + _verdict(found, peak, room)
+        (line,) = _sizes({"there is": room})
+        yield f"{line}: {_verdict(found, peak, room)}"
     elsewhere = found.host_memory()
     if elsewhere and _on_gpu(found.config):
         yield "offloaded   by each process to its host's memory"
-        yield from (f"  {part:<24}{size / GIB:>9.2f} GiB" for part, size in elsewhere.items())
+        yield from _sizes(elsewhere)
     if found.processes > 1:
         yield "sent        by each process in a step of the policy"
-        yield from (f"  {part:<24}{size / GIB:>9.2f} GiB" for part, size in found.communication().items())
+        yield from _sizes(found.communication())
+
+
+def _sizes(parts: Mapping[str, float]) -> list[str]:
+    return [f"  {part:<24}{size / GIB:>9.2f} GiB" for part, size in parts.items()]
 
 
 def _held(found: Footprint) -> tuple[str, dict[str, float]]:

@@ -212,10 +212,9 @@ def _made(
         sharing = None
     quantize = lora is not None and lora.quantize == "nf4"
     if quantize and (sharing is not None or layers is not None):
-        what = "shared among processes" if layers is None else "pruned"
-        remedy = (
-            "--nproc 1" if layers is None else "--policy to a student that is pruned already, and no student_layers"
-        )
+        what, remedy = "shared among processes", "--nproc 1"
+        if layers is not None:
+            what, remedy = "pruned", "--policy to a student that is pruned already, and no student_layers"
         raise ValueError(f"a backbone in four bits cannot be {what}: set {remedy}, or leave --lora.quantize out")
     empty = None if sharing is None else _empty(name, config, layers)
     model = _load(name, config, layers=layers, nf4=quantize) if empty is None else empty.model
