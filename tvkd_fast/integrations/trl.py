@@ -360,7 +360,7 @@ class _WithReturns:
 
 
 def _refuse(args: TVKDConfig, *, has_reference: bool) -> None:
-    """What is no function of the margin alone, which is all that a shifted reference shifts. Before a model is loaded."""
+    """What is no function of the margin alone, which a shifted reference shifts; before a model is loaded."""
     if has_reference != (args.value_from == "implicit_reward"):
         raise ValueError(
             "value_from='implicit_reward' is what the teacher gained over the model that it was before DPO: give "
