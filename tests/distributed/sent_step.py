@@ -17,7 +17,7 @@ from tvkd_fast.training.plan import tokens_of
 from tvkd_fast.training.trainer import Trainer
 
 SCALARS = 64
-"""Bytes of what is no tensor of weights: losses and norms."""
+"""Bytes of what is no tensor of weights: losses, and norms, if they have a shape at all."""
 
 
 def main() -> None:
@@ -35,14 +35,7 @@ def main() -> None:
                 trainer.scorer = _Known([made.scorer.of(batch) for batch in batches])
                 before = len(_entries())
                 trainer._step(step, batches)
-            for entry in _entries()[before:]:
-                if entry["input_dtypes"][:1] != ["Float"]:
-                    continue
-                if "gather" in entry["profiling_name"]:
-                    sent["gathered"] += _bytes(entry, "output")
-                elif _bytes(entry, "input") > SCALARS:
-                    # gloo reduces all of it, and scatters it afterwards.
-                    sent["reduced"] += _bytes(entry, "input")
+            sent = _sent(_entries()[before:])
             ring = (world.size - 1) / world.size
             found = Footprint(config, model_shape(config.policy), None, tokens_of(made.dataset), world.size)
             counted = found.communication()
@@ -57,6 +50,23 @@ class _Known:
 
     def of(self, batch: PairBatch) -> Scores:
         return next(self.scores)
+
+
+def _sent(entries: list[dict]) -> dict[str, float]:
+    """Bytes of weights gathered, gradients reduced, and states of tokens one way or the other."""
+    sent = {"gathered": 0.0, "reduced": 0.0, "states": 0.0}
+    floats = [entry for entry in entries if entry["input_dtypes"][:1] == ["Float"]]
+    # FSDP2 sends flat tensors; rows of states are a shared vocabulary's, which also sends a number for each.
+    rows = {entry["input_sizes"][0][0] for entry in floats if len(entry["input_sizes"][0]) == 2}
+    for entry in floats:
+        gathers, given = "gather" in entry["profiling_name"], entry["input_sizes"][0]
+        # gloo reduces all of it, and scatters it afterwards.
+        size = _bytes(entry, "output" if gathers else "input")
+        if len(given) == 2:
+            sent["states"] += size
+        elif len(given) == 1 and given[0] not in rows and size > SCALARS:
+            sent["gathered" if gathers else "reduced"] += size
+    return sent
 
 
 def _entries() -> list[dict]:

@@ -1,12 +1,15 @@
 """What the planner says that a step sends, held to what two and four processes send over gloo."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.distributed
+
+
+CHANGES = {"objective": "dpo", "teacher": None, "eval_every": 0}
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -20,12 +23,43 @@ def test_a_step_sends_what_is_counted(
         "several": {"tokens_per_micro_batch": 90, "parallel": whole, "pairs_per_step": 12},
         "every": {"tokens_per_micro_batch": 90, "parallel": every, "pairs_per_step": 12},
     }
-    changes = {"objective": "dpo", "teacher": None, "data": {"train": str(tmp_path / "pairs.jsonl")}, "eval_every": 0}
+    changes = CHANGES | {"data": {"train": str(tmp_path / "pairs.jsonl")}}
     recipes = [write_recipe(tmp_path, name, **({"family": "tied"} | case | changes)) for name, case in cases.items()]
-    lines = launch(processes, "sent_step.py", *map(str, recipes)).splitlines()
-    found = dict(zip(cases, (json.loads(line) for line in lines if line.startswith("{")), strict=True))
+    found = dict(zip(cases, sent(launch, processes, recipes), strict=True))
     for one in found.values():
         assert one["sent"]["reduced"] == pytest.approx(one["counted"]["gradients, reduced"], rel=0.01)
         assert one["sent"]["gathered"] == pytest.approx(one["counted"]["weights, gathered"], rel=0.01)
     assert found["several"]["micro_batches"] > 1
     assert found["every"]["sent"]["reduced"] > 1.9 * found["several"]["sent"]["reduced"]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_shared_vocabulary_sends_states_and_no_weights(
+    processes: int, tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]
+) -> None:
+    # Of one length, since the shorter rows of a micro-batch are filled up to its longest, and what is counted is means.
+    rows = [{"prompt": f"{i:02}: say it.", "chosen": f"red {i:02}", "rejected": f"no {i:02} no"} for i in range(24)]
+    pairs = tmp_path / "even.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = CHANGES | {"data": {"train": str(pairs)}, "parallel": {"vocabulary": "shared"}, "pairs_per_step": 12}
+    cases = {
+        "tied": {"family": "tied", "tokens_per_micro_batch": 2048},
+        "untied": {"family": "untied", "tokens_per_micro_batch": 2048},
+        "several": {"family": "tied", "tokens_per_micro_batch": 54},
+    }
+    recipes = [write_recipe(tmp_path, name, **case, **changes) for name, case in cases.items()]
+    found = dict(zip(cases, sent(launch, processes, recipes), strict=True))
+    for one in found.values():
+        counted = one["counted"]["states of tokens"] + one["counted"].get("embeddings of tokens", 0.0)
+        assert one["sent"]["states"] == pytest.approx(counted, rel=0.01)
+        assert one["sent"]["reduced"] == pytest.approx(one["counted"]["gradients, reduced"], rel=0.01)
+        assert one["sent"]["gathered"] == pytest.approx(one["counted"]["weights, gathered"], rel=0.01)
+    assert found["several"]["micro_batches"] > 1
+    # However many micro-batches there are, each token travels once.
+    assert found["several"]["sent"]["states"] == found["tied"]["sent"]["states"]
+
+
+def sent(launch: Callable[..., str], processes: int, recipes: list[Path]) -> Iterator[dict]:
+    """What each recipe's second step sent, and what was counted of it."""
+    lines = launch(processes, "sent_step.py", *map(str, recipes)).splitlines()
+    return (json.loads(line) for line in lines if line.startswith("{"))

@@ -85,8 +85,11 @@ def history(trainer: Any) -> list[dict[str, float]]:
 
 def same(ours: list[dict[str, float]], theirs: list[dict[str, float]], keys: tuple[str, ...]) -> None:
     assert len(ours) == len(theirs) > 0
-    for got, want in zip(ours, theirs, strict=True):
+    for step, (got, want) in enumerate(zip(ours, theirs, strict=True)):
         for key in keys:
+            # The policy still is its reference: every reward is 0, and which one is larger is rounding.
+            if step == 0 and key == "rewards/accuracies":
+                continue
             # TRL's log keeps that many digits.
             assert got[key] == pytest.approx(want[key], rel=2e-4, abs=2e-4), key
 

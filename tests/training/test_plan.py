@@ -56,10 +56,11 @@ def test_tokens_go_round_where_the_vocabulary_is_shared(make_config, model_folde
         for how in ("gathered", "shared")
     )
     head = 4 * shape.vocab * shape.hidden
-    # Of a ring of four, three quarters; the step's 400 tokens lie in four rows.
+    # Of a ring of four, three quarters; the step's 400 tokens, 320 of them answers, lie in four rows. There and back.
     assert gathered["weights, gathered"] - shared["weights, gathered"] == pytest.approx(0.75 * head)
     assert gathered["gradients, reduced"] - shared["gradients, reduced"] == pytest.approx(0.75 * head)
-    assert shared["states of tokens"] == pytest.approx(0.75 * 2 * 4 * 100 * shape.hidden * 4)
+    assert shared["states of tokens"] == pytest.approx(0.75 * 2 * 4 * 80 * shape.hidden * 4)
+    assert shared["embeddings of tokens"] == pytest.approx(0.75 * 2 * 4 * 100 * shape.hidden * 4)
 
 
 def test_what_is_offloaded_lies_in_the_hosts_memory(make_config, model_folder):

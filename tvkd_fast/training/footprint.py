@@ -72,7 +72,6 @@ class Footprint:
         """Bytes that a process sends in a step of the policy, and receives, in rings: (S−1)/S of all."""
         config, ring = self.config, (self._group - 1) / self._group
         reductions = self.micro_batches if config.parallel.reduce == "micro_batch" else 1
-        rows = min(self.row, config.pairs_per_step * self._a_pair / self.processes)
         # Blocks are gathered for the forward and again for the backward, the root once for both.
         weights = 2 * self.policy.blocks + self.policy.root - self._stays
         parts = {
@@ -80,8 +79,15 @@ class Footprint:
             "gradients, reduced": ring * reductions * 4 * self._reduced,
         }
         if self.shares_vocabulary:
-            states = self.micro_batches * self._group * rows * self.policy.hidden
-            parts["states of tokens"] = ring * 2 * states * self._compute
+            # The few numbers a token by which its parts are merged are left out. The head's gradients are float32.
+            pairs = config.pairs_per_step / self.processes
+            everyone = ring * self._group * self.policy.hidden
+            answers = pairs * self.tokens.responses(config.objective)
+            parts["states of tokens"] = everyone * answers * (self._compute + 4)
+            if self.policy.tied:
+                padded = config.model.packing == "padded"
+                looked_up = self.micro_batches * self.row if padded else pairs * self._a_pair
+                parts["embeddings of tokens"] = everyone * looked_up * 2 * _BYTES[config.model.dtype]
         replicas = config.parallel.replicas
         if replicas > 1:
             parts["gradients, replicas"] = 2 * (1 - 1 / replicas) * reductions * 4 * self._reduced / self._group
