@@ -48,7 +48,7 @@ def launch() -> Launch:
             started.append(
                 subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             )
-        said = [process.communicate(timeout=300)[0] for process in started]
+        said = [process.communicate(timeout=900)[0] for process in started]
         assert all(process.returncode == 0 for process in started), "\n".join(said)
         return said[0]
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 def tvkd(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "tvkd_fast", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_the_same_command_over_two_processes(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
