@@ -1,4 +1,4 @@
-"""`tvkd score | train | eval | demo | bench`: a config's fields are a command's options, a recipe a YAML of them."""
+"""`tvkd score | train | eval | explain | demo | bench`: a config is a command's options, and a recipe a YAML of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from tvkd_fast.data import describe
 from tvkd_fast.distributed import launch
 from tvkd_fast.training.checkpoint import CheckpointError
-from tvkd_fast.training.config import EvalConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.config import EvalConfig, ExplainConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.road import DemoConfig
 from tvkd_fast.training.stop import Stopped
 from tvkd_fast.version import __version__
@@ -27,7 +27,8 @@ from tvkd_fast.version import __version__
 COMMANDS: dict[str, tuple[type, str]] = {
     "score": (ScoreConfig, "run teacher and reference once over the data and keep one float a state"),
     "train": (TrainConfig, "train a policy by tvkd, dpo or sft"),
-    "eval": (EvalConfig, "evaluate a policy on preference pairs; prints one JSON line"),
+    "eval": (EvalConfig, "evaluate a policy, or several, on preference pairs; prints a JSON line"),
+    "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
     "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }
 BENCHMARKS = ("head", "values", "step")
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(command: str, fields: dict[str, Any]) -> None:
     """One command with its fields already typed."""
-    from tvkd_fast.training import build, plan, road
+    from tvkd_fast.training import build, explain, plan, road
 
     if command == "demo" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("tvkd demo is one process's: start it without torchrun")
@@ -109,16 +110,10 @@ def run(command: str, fields: dict[str, Any]) -> None:
                 f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): "
                 f"{config.output_dir}"
             )
+    elif command == "explain":
+        print("\n".join(map(str, explain.explain(ExplainConfig(**fields)))))
     elif command == "eval":
-        evaluation = EvalConfig(**fields)
-        found = build.evaluate_policy(evaluation)
-        if not _speaks():
-            return
-        line = json.dumps({"policy": evaluation.policy, **found.known()})
-        print(line)
-        if evaluation.output is not None:
-            with Path(evaluation.output).open("a") as file:
-                file.write(line + "\n")
+        _evaluate(EvalConfig(**fields))
     else:
         train = TrainConfig(**fields)
         if train.dry_run:
@@ -130,6 +125,26 @@ def run(command: str, fields: dict[str, Any]) -> None:
         print(f"final model: {Path(train.output_dir) / build.FINAL}")
         if figures is not None:
             print(json.dumps(figures.known()))
+
+
+def _evaluate(config: EvalConfig) -> None:
+    from tvkd_fast.training import build, judged, side_by_side
+
+    if config.tabled:
+        found = side_by_side.compare_models(config)
+        if _speaks():
+            print(judged.table(found) + "\n")
+    else:
+        found = build.evaluate_policy(config).known()
+    if not _speaks():
+        return
+    line = json.dumps({"policy": config.policy, **found})
+    print(line)
+    if config.output is not None:
+        with Path(config.output).open("a") as file:
+            file.write(line + "\n")
+    if config.generate is not None:
+        print("\n".join(map(str, side_by_side.write_answers(config))))
 
 
 def _speaks() -> bool:
@@ -245,8 +260,24 @@ def _recipe_path(name: str) -> Path:
     return Path(name)
 
 
+def _renamed(arguments: list[str]) -> list[str]:
+    """Of eval: `--model` is the policy, and each further one is compared with it; `--data FILE` the held-out pairs."""
+    renamed, models = [arguments[0]], 0
+    for argument in arguments[1:]:
+        name, equals, value = argument.partition("=")
+        if name == "--model":
+            name = "--compare+" if models else "--policy"
+            models += 1
+        elif name == "--data":
+            name = "--data.eval"
+        renamed.append(name + equals + value)
+    return renamed
+
+
 def _expand(arguments: list[str]) -> list[str]:
     """Bare switches get their value, and names of recipes their path."""
+    if arguments[:1] == ["eval"]:
+        arguments = _renamed(arguments)
     expanded: list[str] = []
     for i, argument in enumerate(arguments):
         expanded.append(argument)

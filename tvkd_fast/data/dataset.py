@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from tvkd_fast.data.formats import BadPair, LoadedPreferences, Preference, load_preferences, to_preference
+from tvkd_fast.data.formats import BadPair, LoadedPreferences, Preference, ReadRow, load_preferences, to_preference
 from tvkd_fast.data.packing import MicroBatching
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
 
@@ -102,6 +102,7 @@ def build_dataset(
     chat_template: Literal["auto", "never"] = "auto",
     batching: MicroBatching | None = None,
     progress: bool = False,
+    read: ReadRow | None = None,
 ) -> PairDataset:
     """Reads, tokenizes and truncates a preference set. Nothing is dropped without being counted in the report.
 
@@ -117,6 +118,7 @@ def build_dataset(
         chat_template: as in `PairTokenizer`.
         batching: how the pairs will be put into micro-batches, where that limits their length.
         progress: show a progress bar on stderr.
+        read: as in `load_preferences`.
 
     Raises:
         BadPair: a row cannot be used and the setting for its kind is "error".
@@ -125,7 +127,7 @@ def build_dataset(
     if overlong not in ("error", "drop"):
         raise ValueError(f"overlong is {overlong!r}: give 'error' or 'drop'")
     to_tokens = PairTokenizer(tokenizer, chat_template=chat_template)
-    loaded = _load(source, split, subset, limit, bad_pairs)
+    loaded = _load(source, split, subset, limit, bad_pairs, read)
     dropped = Counter(loaded.dropped)
     dropped_overlong = truncated = 0
     first_dropped: BadPair | None = None
@@ -208,10 +210,15 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _load(
-    source: str | Path, split: str, subset: str | None, limit: int | None, bad_pairs: Literal["error", "drop"]
+    source: str | Path,
+    split: str,
+    subset: str | None,
+    limit: int | None,
+    bad_pairs: Literal["error", "drop"],
+    read: ReadRow | None,
 ) -> LoadedPreferences:
     if not (isinstance(source, str) and source.startswith("bundled:")):
-        return load_preferences(source, split=split, subset=subset, limit=limit, bad_pairs=bad_pairs)
+        return load_preferences(source, split=split, subset=subset, limit=limit, bad_pairs=bad_pairs, read=read)
     from tvkd_fast.data.synthetic import preference_rows
 
     matched = re.fullmatch(r"bundled:(train|eval)(?::([1-9]\d*))?", source)
@@ -221,7 +228,8 @@ def _load(
         )
     count = int(matched[2]) if matched[2] else None
     rows = preference_rows("train" if matched[1] == "train" else "eval", count)[:limit]
-    return LoadedPreferences([to_preference(row, f"{source} row {i}") for i, row in enumerate(rows)], {}, source)
+    to_pair = to_preference if read is None else read
+    return LoadedPreferences([to_pair(row, f"{source} row {i}") for i, row in enumerate(rows)], {}, source)
 
 
 def _with_progress(items: list[Preference], progress: bool) -> Iterable[Preference]:

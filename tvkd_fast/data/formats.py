@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,13 +53,15 @@ class Preference:
     """One prompt, the preferred answer and the other one.
 
     Either all three are strings (plain) or all three are lists of messages (conversational), where the answers hold
-    only what follows the prompt. `row` says where the pair came from: "train.jsonl row 17", counted from 0.
+    only what follows the prompt. `row` says where the pair came from: "train.jsonl row 17", counted from 0; `subset` to
+    which part of a benchmark it belongs.
     """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
     row: str
+    subset: str = ""
 
     def __post_init__(self) -> None:
         if len({isinstance(part, str) for part in (self.prompt, self.chosen, self.rejected)}) > 1:
@@ -75,6 +77,10 @@ class LoadedPreferences:
     source: str
 
 
+ReadRow = Callable[[Mapping[str, Any], str], Preference]
+"""A row's columns and where it came from, to a preference."""
+
+
 def load_preferences(
     source: str | Path,
     *,
@@ -82,6 +88,7 @@ def load_preferences(
     subset: str | None = None,
     limit: int | None = None,
     bad_pairs: Literal["error", "drop"] = "error",
+    read: ReadRow | None = None,
 ) -> LoadedPreferences:
     """Reads preference pairs from a file, a folder or the hub.
 
@@ -94,6 +101,7 @@ def load_preferences(
         subset: the hub's configuration name, or a folder inside a local folder.
         limit: read the first `limit` rows only. Rows dropped as bad count among them.
         bad_pairs: "error" stops at the first row that is no preference, "drop" leaves it out and counts it.
+        read: what makes a preference of a row; `to_preference` where None.
 
     Raises:
         BadPair: a row is no preference and `bad_pairs` is "error".
@@ -108,10 +116,10 @@ def load_preferences(
     first_bad: BadPair | None = None
     for record, row in islice(_records(source, split, subset), limit):
         try:
-            pairs.append(to_preference(record, row))
+            pairs.append((to_preference if read is None else read)(record, row))
         except BadPair as bad:
             if bad_pairs == "error":
-                remedy = "Mend the row, or leave such rows out with --data.bad_pairs drop"
+                remedy = bad.remedy or "Mend the row, or leave such rows out with --data.bad_pairs drop"
                 raise BadPair(bad.row, bad.reason, bad.detail, remedy) from None
             first_bad = first_bad or bad
             dropped[bad.reason] += 1

@@ -3,7 +3,14 @@
 from tvkd_fast.losses.preference import TVKDOutput, check_preference_settings, dpo_loss, tvkd_loss
 from tvkd_fast.losses.segments import running_sums, segment_sums
 from tvkd_fast.losses.sft import sft_loss
-from tvkd_fast.losses.shaping import ShapingReport, Terminal, check_discount, shaping_report, shaping_returns
+from tvkd_fast.losses.shaping import (
+    ShapingReport,
+    Terminal,
+    check_discount,
+    shaping_report,
+    shaping_returns,
+    shaping_steps,
+)
 
 __all__ = [
     "ShapingReport",
@@ -17,5 +24,6 @@ __all__ = [
     "sft_loss",
     "shaping_report",
     "shaping_returns",
+    "shaping_steps",
     "tvkd_loss",
 ]

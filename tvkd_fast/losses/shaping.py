@@ -48,6 +48,23 @@ def shaping_returns(
             (boundaries and states are looked at on a CPU only, and not under `torch.compile`, where there is no number
             to look at yet).
     """
+    steps = shaping_steps(values, cu_states, gamma=gamma, terminal=terminal, ended=ended)
+    return segment_sums(steps, cu_states).to(values.dtype)
+
+
+def shaping_steps(
+    values: Tensor,
+    cu_states: Tensor,
+    *,
+    gamma: float = 1.0,
+    terminal: Terminal = "last_content",
+    ended: Tensor | None = None,
+) -> Tensor:
+    """γ V(s_{t+1}) − V(s_t) of every state, what `shaping_returns` sums, with its arguments and errors.
+
+    Returns:
+        (M,) float64; 0 at a response's last state, which no step leaves, and at the step that `terminal` leaves out.
+    """
     check_shaping(values, cu_states, gamma, terminal, ended)
     lasts = cu_states[1:].long() - 1
     v = values.double()
@@ -59,7 +76,7 @@ def shaping_returns(
         # Of a response that was cut off nothing more is dropped; naming its last state again keeps the shape static.
         to_the_end = lasts - 1 if ended is None else torch.where(ended.to(lasts.device), lasts - 1, lasts)
         steps = steps.index_fill(0, to_the_end, 0.0)
-    return segment_sums(steps, cu_states).to(values.dtype)
+    return steps
 
 
 @dataclass(frozen=True)

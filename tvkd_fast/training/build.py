@@ -22,6 +22,7 @@ from tvkd_fast.data import (
     fingerprint_tokenizer,
 )
 from tvkd_fast.data.folders import whole_folder
+from tvkd_fast.data.formats import ReadRow
 from tvkd_fast.distributed import World, joined, whole_weights
 from tvkd_fast.models import (
     PolicyWithHead,
@@ -78,7 +79,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     Under torchrun every process calls it, and they share the model. Raises `Stopped` after SIGTERM or SIGINT, once the
     steps that are done are saved.
     """
-    with _world(config) as world:
+    with world_of(config) as world:
         try:
             return _train(config, world, show_progress=show_progress)
         except Stopped as error:
@@ -87,7 +88,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     raise stopped
 
 
-def _world(config: TrainConfig | ScoreConfig | EvalConfig) -> AbstractContextManager[World]:
+def world_of(config: TrainConfig | ScoreConfig | EvalConfig) -> AbstractContextManager[World]:
     parallel = config.parallel
     return joined(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
 
@@ -208,26 +209,26 @@ def _policy(config: TrainConfig | ScoreConfig, world: World, *, frozen: bool = F
         config.policy,
         config.model,
         layers=config.student_layers,
-        sharing=_sharing(config, world),
+        sharing=sharing_of(config, world),
         frozen=frozen,
         lora=config.lora if isinstance(config, TrainConfig) else None,
     )
 
 
-def _sharing(config: TrainConfig | ScoreConfig | EvalConfig, world: World) -> Sharing:
+def sharing_of(config: TrainConfig | ScoreConfig | EvalConfig, world: World) -> Sharing:
     return Sharing(world, config.parallel, config.tokens_per_micro_batch)
 
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep what they say."""
-    with _world(config) as world:
+    with world_of(config) as world:
         return _score(config, world, say=show_progress and world.first)
 
 
 def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), say=say)
-    models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=_sharing(config, world))
+    models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=sharing_of(config, world))
     if models.reference is None:
         models.reference = _policy(config, world, frozen=True)
     assert isinstance(models.reference, PolicyWithHead)
@@ -259,14 +260,14 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
     """`tvkd eval`: a policy, with or without a reference, on data.eval."""
     if config.teacher is not None and config.reference is None:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
-    with _world(config) as world:
+    with world_of(config) as world:
         return _evaluated(config, world, say=show_progress and world.first)
 
 
 def _evaluated(config: EvalConfig, world: World, *, say: bool) -> Evaluation:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), say=say)
-    sharing = _sharing(config, world)
+    sharing = sharing_of(config, world)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
     check_token_ids(dataset, policy.vocab_size)
     models = load_frozen(config, tokenizer, kappa=config.loss.kappa, sharing=sharing)
@@ -327,11 +328,12 @@ def load_dataset(
     batching: MicroBatching | None = None,
     *,
     say: bool = False,
+    read: ReadRow | None = None,
 ) -> PairDataset:
     """The training ("train") or held-out ("eval") pairs that the config names, tokenized, truncated, and fit to be
     batched so.
 
-    `say` prints on stderr what was cut and what was dropped.
+    `say` prints on stderr what was cut and what was dropped; `read` makes a pair of a row, as in `load_preferences`.
     """
     source = config.train if which == "train" else config.eval
     if source is None:
@@ -351,6 +353,7 @@ def load_dataset(
         bad_pairs=config.bad_pairs,
         chat_template=config.chat_template,
         batching=batching,
+        read=read,
     )
     if say:
         print(f"{which}: {dataset.report}", file=sys.stderr)
@@ -367,7 +370,7 @@ def _frozen_models(
             "none"
         )
     with_teacher = config.objective == "tvkd"
-    sharing = _sharing(config, world)
+    sharing = sharing_of(config, world)
     models = load_frozen(config, tokenizer, kappa=config.loss.kappa, with_teacher=with_teacher, sharing=sharing)
     if models.reference is None and config.scores is None:
         models.reference = _policy_at_start(config, policy, world)

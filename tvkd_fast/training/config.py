@@ -314,6 +314,19 @@ class EvalConfig:
     """The teacher's own reference, for loss.value_from implicit_reward."""
     output: str | None = None
     """File to append the JSON line to, beside printing it."""
+    format: Literal["pairs", "rewardbench"] = "pairs"
+    """`rewardbench`: columns prompt, chosen, rejected and subset; a table of its subsets and sections."""
+    compare: list[str] = field(default_factory=list)
+    """More models, over the same reference: a table of all, and a paired test of each beside the policy."""
+    reference_free: Literal["mean", "sum", "norm"] = "mean"
+    """What a response scores in such a table without a reference: its tokens' mean log-probability, their sum, or the
+    negative of their norm."""
+    generate: str | None = None
+    """Folder for answers.md and answers.html: greedy answers to held-out prompts, the models side by side."""
+    generate_prompts: int = 20
+    """How many prompts are answered, evenly spaced over the held-out ones."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
     tokens_per_micro_batch: int = 2048
     """Most tokens that go through a model at once, of whole pairs."""
     pairs_per_micro_batch: int = 8
@@ -328,6 +341,37 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_processes(self.nproc)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
+        if self.tabled and self.teacher is not None:
+            raise ValueError("a table of models tells who is right, and has no shaping: leave out --teacher")
+        if self.generate_prompts < 1 or self.max_new_tokens < 1:
+            raise ValueError("generate_prompts and max_new_tokens must be at least 1")
+
+    @property
+    def tabled(self) -> bool:
+        """Whether models are told by a table of who is right, and not by one policy's figures."""
+        return self.format == "rewardbench" or bool(self.compare)
+
+
+@dataclass(kw_only=True)
+class ExplainConfig:
+    """One pair under a teacher: `tvkd explain`."""
+
+    teacher: str
+    """The teacher; its tokenizer makes the tokens."""
+    teacher_reference: str | None = None
+    """The teacher's own reference, for loss.value_from implicit_reward."""
+    output_dir: str
+    """Folder for explain.html and explain.png."""
+    pair: int = 0
+    """Which of the held-out pairs, counted from 0."""
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
+        if self.pair < 0:
+            raise ValueError(f"pair is counted from 0, got {self.pair}")
 
 
 def check_processes(nproc: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tvkd_fast.data import MicroBatching, PairDataset
+from tvkd_fast.data import MicroBatching, PairBatch, PairDataset
 from tvkd_fast.distributed import World
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
@@ -62,33 +64,25 @@ def evaluate(
 
     Over the processes of `world`, where there are several: each pair in one of them, and the figures in all.
     """
-    was_training = policy.training
-    policy.eval()
     config = LossConfig() if loss is None else loss
     scorer = OnlineScorer(None, None) if scorer is None else scorer
-    world = World(torch.device(device)) if world is None else world
-    batching = MicroBatching(policy.packing) if batching is None else batching
-    found = []
-    has_reference = has_loss = False
-    for batch in batching.share(dataset, range(len(dataset)), rank=world.rank, size=world.size):
-        batch = batch.to(world.device)
-        logps = segment_sums(policy(batch), batch.cu_seqlens)
+
+    def columns(batch: PairBatch, token_logps: Tensor) -> Tensor:
+        logps = segment_sums(token_logps, batch.cu_seqlens)
         scores = scorer.of(batch)
-        if batch.num_pairs == 0:
-            continue
         has_reference = scores.ref_logps is not None
         has_loss = has_reference and (objective == "dpo" or values_of(scores, config) is not None)
+        if batch.num_pairs == 0:
+            return logps.new_empty(7, 0)
         out = preference_output(logps, batch, scores, config, objective)
         chosen, rejected = logps.chunk(2)
-        columns = (chosen - rejected, out.losses, out.margins, out.shaping_margins, length_differences(batch))
-        found.append(torch.stack([column.double() for column in columns]).cpu())
-    policy.train(was_training)
-    mine = torch.cat(found, 1) if found else torch.zeros(5, 0, dtype=torch.float64)
-    everyone = world.everyone((mine, has_reference, has_loss))
-    difference, losses, margin, shaped, lengths = torch.cat([numbers for numbers, _, _ in everyone], 1)
-    # A process without a pair of its own does not know.
-    has_reference = any(flag for _, flag, _ in everyone)
-    has_loss = any(flag for _, _, flag in everyone)
+        flags = torch.tensor([[has_reference], [has_loss]]).expand(2, batch.num_pairs).to(logps.device)
+        numbers = (chosen - rejected, out.losses, out.margins, out.shaping_margins, length_differences(batch), *flags)
+        return torch.stack([x.double() for x in numbers])
+
+    world = World(torch.device(device)) if world is None else world
+    numbers = measure(policy, dataset, columns, batching=batching, world=world)
+    difference, losses, margin, shaped, lengths, has_reference, has_loss = numbers
     right = (difference > 0).double()
     figures: dict[str, Any] = {
         "pairs": len(dataset),
@@ -97,15 +91,47 @@ def evaluate(
         "margin": float(difference.mean()),
         "margin_ci": _half_width(difference),
     }
-    if has_reference:
+    if has_reference.all():
         figures["reward_accuracy"] = float((margin > 0).double().mean())
         figures["reward_margin"] = float(margin.mean())
-        if has_loss:
+        if has_loss.all():
             figures["loss"] = float(losses.mean())
         if torch.count_nonzero(shaped):
             figures |= shaping_metrics(margin, shaped, lengths)
     return Evaluation(**figures)
 
 
-def _half_width(x: torch.Tensor) -> float:
+@torch.no_grad()
+def measure(
+    policy: PolicyWithHead,
+    dataset: PairDataset,
+    columns: Callable[[PairBatch, Tensor], Tensor],
+    *,
+    batching: MicroBatching | None = None,
+    world: World | None = None,
+) -> Tensor:
+    """[K, P] float64 numbers of every pair, in the dataset's order.
+
+    `columns` makes [K, pairs] of a batch and the policy's (N,) log-probabilities of its response tokens.
+
+    Over the processes of `world`, where there are several: each pair in one of them, and the numbers in all. Every
+    process calls `columns` equally often, with a batch of no pairs where it has none left.
+    """
+    was_training = policy.training
+    policy.eval()
+    world = World(torch.device("cpu")) if world is None else world
+    batching = MicroBatching(policy.packing) if batching is None else batching
+    found, places = [], []
+    for batch in batching.share(dataset, range(len(dataset)), rank=world.rank, size=world.size):
+        batch = batch.to(world.device)
+        found.append(columns(batch, policy(batch)).double().cpu())
+        places.append(batch.pairs.cpu())
+    policy.train(was_training)
+    everyone = world.everyone((torch.cat(found, 1), torch.cat(places)))
+    numbers = torch.cat([numbers for numbers, _ in everyone], 1)
+    order = torch.cat([places for _, places in everyone])
+    return torch.empty_like(numbers).index_copy_(1, order, numbers)
+
+
+def _half_width(x: Tensor) -> float:
     return 1.96 * float(x.std()) / math.sqrt(x.numel()) if x.numel() > 1 else math.inf

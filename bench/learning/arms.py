@@ -1,0 +1,107 @@
+"""What is compared: DPO, kinds of shaping, a control that knows lengths alone, and the simplest rival.
+
+Letters: P pairs, N response tokens, M response states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tvkd_fast.data import PairBatch, PairDataset, Scores
+from tvkd_fast.losses import shaping_returns
+from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.training.config import LossConfig
+from tvkd_fast.training.scoring import Scorer
+from tvkd_fast.training.step import values_of
+
+KAPPA = 0.7
+"""Of what is kept of the teacher, beside its κ = 1."""
+Source = Literal["teacher", "reward", "length", "self", "kl"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A loss, and where its potential comes from.
+
+    `self` is the released recipe's: the student's own quantity at every step, with neither reference nor β.
+    `kl` is no preference loss: token by token the teacher's distribution over the chosen responses.
+    """
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    source: Source = "teacher"
+
+
+PAPER = LossConfig(alpha=1.0, gamma=1.0, terminal="last_content", value_from="logits")
+DPO, TVKD = "DPO", "TVKD, the paper's"
+ARMS: dict[str, Arm] = {
+    DPO: Arm(replace(PAPER, alpha=0.0)),
+    TVKD: Arm(PAPER),
+    "α = −1": Arm(replace(PAPER, alpha=-1.0)),
+    "α = 0.3": Arm(replace(PAPER, alpha=0.3)),
+    "α = 3": Arm(replace(PAPER, alpha=3.0)),
+    "γ = 0.95": Arm(replace(PAPER, gamma=0.95)),
+    "terminal eos": Arm(replace(PAPER, terminal="eos")),
+    "terminal zero, γ = 0.95": Arm(replace(PAPER, terminal="zero", gamma=0.95)),
+    "logprobs, κ = 0.7": Arm(replace(PAPER, value_from="logprobs", kappa=KAPPA)),
+    "implicit reward": Arm(replace(PAPER, value_from="implicit_reward"), "reward"),
+    "length alone": Arm(PAPER, "length"),
+    "the released recipe's": Arm(
+        LossConfig(beta=1.0, alpha=1.0, value_scale=1.0, value_from="logprobs", kappa=KAPPA), "self"
+    ),
+    "KL to the teacher": Arm(PAPER, "kl"),
+}
+
+
+class ArmScorer:
+    """The reference's numbers from one cache and the potential from another, or made up."""
+
+    def __init__(
+        self, arm: Arm, reference: Scorer, teacher: Scorer | None, slope: float, policy: PolicyWithHead
+    ) -> None:
+        self.arm, self.reference, self.teacher, self.slope, self.policy = arm, reference, teacher, slope, policy
+
+    def of(self, batch: PairBatch) -> Scores:
+        if self.arm.source == "self":
+            return self._own(batch)
+        reference = self.reference.of(batch)
+        if self.arm.source == "length":
+            steps = torch.cat([torch.arange(int(n)) for n in batch.cu_states.diff()]) * self.slope
+            return Scores(reference.ref_logps, lse=steps, lse_kappa=steps)
+        if self.arm.loss.alpha == 0 or self.teacher is None:
+            return Scores(reference.ref_logps)
+        scores = replace(self.teacher.of(batch), ref_logps=reference.ref_logps)
+        # The cache holds κ = 1 beside the other.
+        return replace(scores, lse_kappa=scores.lse) if self.arm.loss.kappa == 1.0 else scores
+
+    @torch.no_grad()
+    def _own(self, batch: PairBatch) -> Scores:
+        lse, lse_kappa = self.policy.head(self.policy.hidden(batch, batch.states), kappa=KAPPA)
+        return Scores(torch.zeros(2 * batch.num_pairs), lse=lse, lse_kappa=lse_kappa)
+
+
+def length_slope(dataset: PairDataset, teacher: Scorer, batches: list[PairBatch]) -> float:
+    """LSE units a token that make an offset of lengths alone as wide as the paper's over these pairs, and as signed."""
+    psi, lengths = [], []
+    for batch in batches:
+        scores = teacher.of(batch)
+        values = values_of(replace(scores, lse_kappa=scores.lse), PAPER)
+        assert values is not None
+        chosen, rejected = shaping_returns(values, batch.cu_states, ended=batch.ended).chunk(2)
+        psi.append(chosen - rejected)
+        chosen, rejected = batch.cu_seqlens.diff().chunk(2)
+        lengths.append((chosen - rejected).float())
+    shaped, longer = torch.cat(psi), torch.cat(lengths)
+    sign = torch.sign(torch.corrcoef(torch.stack([shaped, longer]))[0, 1])
+    return float(sign * shaped.std() / longer.std() / PAPER.beta)
+
+
+def kl_loss(policy: PolicyWithHead, teacher: PolicyWithHead, batch: PairBatch) -> Tensor:
+    """KL(teacher ‖ policy), mean over the response tokens of a batch; both have one vocabulary."""
+    with torch.no_grad():
+        theirs = teacher.head(teacher.hidden(batch, batch.predicting)).log_softmax(-1)
+    ours = policy.head(policy.hidden(batch, batch.predicting)).log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean()

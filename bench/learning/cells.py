@@ -1,0 +1,186 @@
+"""Where it is compared: data, a teacher and a warmed student, made once and kept."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.learning.arms import KAPPA
+from tvkd_fast.data import PairDataset, ScoreCache
+from tvkd_fast.data.synthetic import max_rows, preference_rows
+from tvkd_fast.models import load_model, load_tokenizer
+from tvkd_fast.training.build import FINAL, load_dataset, save_final, score, train
+from tvkd_fast.training.config import DataConfig, ModelConfig, OptimConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.scoring import CachedScorer
+
+MODEL = "smollm2-135m"
+MODEL_CONFIG = ModelConfig(threads=1)
+Data = Literal["human", "rule"]
+Split = Literal["train", "select", "report"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every arm of a cell is given; `quick` shows that the road can be walked, its figures mean nothing."""
+
+    train: int
+    select: int
+    report: int | None
+    teacher_steps: int
+    warm_steps: int
+    steps: int
+    pairs: int = 4
+    curve: int = 64
+    """Held-out pairs of the learning curve."""
+
+
+BUDGETS: dict[Data, Budget] = {
+    "human": Budget(train=1200, select=400, report=256, teacher_steps=60, warm_steps=150, steps=150),
+    "rule": Budget(train=400, select=209, report=None, teacher_steps=40, warm_steps=150, steps=100),
+}
+QUICK = Budget(train=12, select=6, report=8, teacher_steps=1, warm_steps=2, steps=3, curve=4)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A student of so many layers on one of the data sets."""
+
+    data: Data
+    layers: int
+    out: Path
+    quick: bool = False
+    screens: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}, {self.layers} layers"
+
+    @property
+    def budget(self) -> Budget:
+        return QUICK if self.quick else BUDGETS[self.data]
+
+    @property
+    def held_out(self) -> tuple[Split, ...]:
+        """What its runs are measured on; arms are screened, and finalists selected, in one cell alone."""
+        return ("select", "report") if self.screens else ("report",)
+
+    @property
+    def teacher(self) -> Path:
+        return self.out / self.data / "teacher" / FINAL
+
+    @property
+    def student(self) -> Path:
+        return self.out / self.data / f"student-{self.layers}" / FINAL
+
+    def data_config(self, split: Split) -> DataConfig:
+        folder = self.out / self.data
+        return DataConfig(
+            train=str(folder / "train.jsonl"),
+            eval=str(folder / f"{'select' if split == 'train' else split}.jsonl"),
+            max_length=192,
+            bad_pairs="drop",
+            overlong="drop",
+        )
+
+    def dataset(self, split: Split) -> PairDataset:
+        which = "train" if split == "train" else "eval"
+        return load_dataset(which, self.data_config(split), load_tokenizer(self.student))
+
+    def reference(self, split: Split) -> CachedScorer:
+        return self._scores(f"reference-{self.layers}-{split}", split)
+
+    def potential(self, kind: Literal["sums", "rewards"]) -> CachedScorer:
+        """Of the training pairs, from the teacher: whatever student is taught, its tokens are the same."""
+        return self._scores(kind, "train")
+
+    def _scores(self, name: str, split: Split) -> CachedScorer:
+        return CachedScorer(ScoreCache.load(str(self.out / self.data / name), self.dataset(split)))
+
+
+def write_data(out: Path, data: Data, quick: bool, train_file: Path, eval_file: Path) -> None:
+    """Human: rows 0-1199 to train on, 1200-1599 to select on, and the evaluation file. By rule: the bundled set, whose
+    questions of its training split are in none of its evaluation split, so that one is trained and selected on and the
+    other, which is larger, reported on.
+    """
+    budget = QUICK if quick else BUDGETS[data]
+    if data == "human":
+        rows = _lines(train_file)
+        found = {"train": rows[: budget.train], "select": rows[1200 : 1200 + budget.select]}
+        found["report"] = _lines(eval_file)[: budget.report]
+    else:
+        rows = preference_rows("eval", max_rows("eval"))
+        report = preference_rows("train", budget.report or max_rows("train"))
+        found = {"train": rows[: budget.train], "select": rows[400 : 400 + budget.select], "report": report}
+    (out / data).mkdir(parents=True, exist_ok=True)
+    for split, of_split in found.items():
+        (out / data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_split))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    with gzip.open(file, "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def make_base(out: Path) -> None:
+    if not (out / "base" / FINAL).exists():
+        save_final(load_model(MODEL), None, load_tokenizer(MODEL), out / "base" / FINAL)
+
+
+def make_teacher(cell: Cell) -> None:
+    """The whole model, by DPO on the training pairs."""
+    _train(cell, cell.teacher, objective="dpo", max_steps=cell.budget.teacher_steps, lr=1e-5)
+
+
+def make_student(cell: Cell) -> None:
+    """Some of its layers, warmed on the chosen responses."""
+    _train(cell, cell.student, objective="sft", max_steps=cell.budget.warm_steps, lr=1e-3, layers=cell.layers)
+
+
+def make_reference_scores(cell: Cell, split: Split) -> None:
+    """What the student says before it is trained."""
+    _score(cell, f"reference-{cell.layers}-{split}", split)
+
+
+def make_potential(cell: Cell, kind: Literal["sums", "rewards"]) -> None:
+    """What the teacher says of the training pairs, in sums or in rewards over what it was before DPO."""
+    changes: dict[str, Any] = {"teacher": str(cell.teacher), "kappa": KAPPA if kind == "sums" else 1.0}
+    if kind == "rewards":
+        changes["teacher_reference"] = str(cell.out / "base" / FINAL)
+    _score(cell, kind, "train", **changes)
+
+
+def _train(cell: Cell, folder: Path, *, objective: Any, max_steps: int, lr: float, layers: int | None = None) -> None:
+    if folder.exists():
+        return
+    config = TrainConfig(
+        policy=str(cell.out / "base" / FINAL),
+        output_dir=str(folder.parent),
+        objective=objective,
+        student_layers=layers,
+        data=replace(cell.data_config("train"), eval=None),
+        optim=OptimConfig(lr=lr, warmup_steps=max_steps // 10),
+        model=MODEL_CONFIG,
+        max_steps=max_steps,
+        pairs_per_step=cell.budget.pairs,
+        save_every=-1,
+    )
+    train(config, show_progress=False)
+
+
+def _score(cell: Cell, name: str, split: Split, **changes: Any) -> None:
+    folder = cell.out / cell.data / name
+    if (folder / "manifest.json").exists():
+        return
+    config = ScoreConfig(
+        output_dir=str(folder),
+        policy=str(cell.student),
+        which="train" if split == "train" else "eval",
+        data=cell.data_config(split),
+        model=MODEL_CONFIG,
+        pairs_per_shard=128,
+        **changes,
+    )
+    score(config, show_progress=False)

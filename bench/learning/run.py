@@ -1,0 +1,124 @@
+"""One run: an arm in a cell from one seed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from bench.learning.arms import ARMS, Arm, ArmScorer, kl_loss, length_slope
+from bench.learning.cells import MODEL_CONFIG, Cell
+from tvkd_fast.data import MicroBatching, PairBatch, PairDataset, pairs_of_step
+from tvkd_fast.losses import segment_sums
+from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.training.config import LossConfig, OptimConfig
+from tvkd_fast.training.evaluate import measure
+from tvkd_fast.training.optim import learning_rate, make_optimizer
+from tvkd_fast.training.run_models import freeze, load_policy
+from tvkd_fast.training.scoring import CachedScorer
+from tvkd_fast.training.step import train_step
+
+OPTIM = OptimConfig(lr=3e-5, warmup_steps=15)
+BATCHING = MicroBatching(tokens=1024)
+
+
+def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
+    """The record of a run: what it measured on every held-out pair, its curve, and what it cost."""
+    arm, budget = ARMS[name], cell.budget
+    train = cell.dataset("train")
+    held_out = {split: (cell.dataset(split), cell.reference(split)) for split in cell.held_out}
+    policy = load_policy(str(cell.student), MODEL_CONFIG)
+    start = time.process_time()
+    step = _stepper(cell, arm, policy, train)
+    optimizer = make_optimizer(policy, OPTIM)
+    marks = {round(budget.steps * part) for part in (1 / 3, 2 / 3, 1)}
+    curve, losses, trained = [], [], 0.0
+    for number in range(budget.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(number, budget.steps, OPTIM)
+        pairs = pairs_of_step(seed, number, num_pairs=len(train), pairs_per_step=budget.pairs)
+        losses.append(step(pairs, optimizer))
+        if number + 1 in marks:
+            trained += time.process_time() - start
+            margins = margins_of(policy, *held_out[cell.held_out[0]], most=budget.curve)
+            curve.append({"step": number + 1, "margin": float(margins[0].mean()), "loss": losses[-1]})
+            start = time.process_time()
+    return {
+        "cell": cell.name,
+        "arm": name,
+        "seed": seed,
+        "curve": curve,
+        "cpu_seconds": trained,
+        "pairs": {split: _named(margins_of(policy, *of_split)) for split, of_split in held_out.items()},
+    }
+
+
+def teachers(cell: Cell, most: int = 600) -> dict[str, Any]:
+    """What the teacher itself makes of the pairs that are reported on, of so many of them."""
+    teacher = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
+    return {
+        "cell": cell.name,
+        "pairs": _named(margins_of(teacher, cell.dataset("report"), cell.reference("report"), most)),
+    }
+
+
+def _named(columns: torch.Tensor) -> dict[str, list[float]]:
+    names = ("margin", "chosen_gain", "reward_margin", "length")
+    return {key: [round(x, 3) for x in column.tolist()] for key, column in zip(names, columns, strict=True)}
+
+
+def margins_of(
+    policy: PolicyWithHead, dataset: PairDataset, reference: CachedScorer, most: int | None = None
+) -> torch.Tensor:
+    """[4, P]: log π(y_w) − log π(y_l); what y_w gained since the start; what the margin did; the difference in length.
+
+    Of the first pairs alone where there is a `most`.
+    """
+
+    def columns(batch: PairBatch, token_logps: torch.Tensor) -> torch.Tensor:
+        logps = segment_sums(token_logps, batch.cu_seqlens)
+        known = reference.of(batch).ref_logps
+        assert known is not None
+        (chosen, rejected), (was_chosen, was_rejected) = logps.chunk(2), known.chunk(2)
+        longer = batch.cu_seqlens.diff().chunk(2)
+        margin = chosen - rejected
+        gained = margin - (was_chosen - was_rejected)
+        return torch.stack([x.double() for x in (margin, chosen - was_chosen, gained, longer[0] - longer[1])])
+
+    return measure(policy, PairDataset(dataset[:most], dataset.report), columns, batching=BATCHING)
+
+
+def _stepper(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -> Any:
+    """What one step does: pairs and optimizer to a loss."""
+    if arm.source == "kl":
+        teacher = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
+
+        def distil(pairs: list[int], optimizer: torch.optim.Optimizer) -> float:
+            (batch,) = BATCHING.batches(train, pairs, chosen_only=True)
+            policy.train()
+            loss = kl_loss(policy, teacher, batch)
+            loss.backward()
+            clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return float(loss.detach())
+
+        return distil
+    teacher = None
+    slope = 0.0
+    if arm.source in ("teacher", "reward") and arm.loss.alpha != 0:
+        teacher = cell.potential("rewards" if arm.source == "reward" else "sums")
+    if arm.source == "length":
+        slope = length_slope(train, cell.potential("sums"), list(BATCHING.batches(train, range(len(train)))))
+    scorer = ArmScorer(arm, cell.reference("train"), teacher, slope, policy)
+    config: LossConfig = arm.loss
+
+    def prefer(pairs: list[int], optimizer: torch.optim.Optimizer) -> float:
+        policy.train()
+        batches = list(BATCHING.batches(train, pairs))
+        out = train_step(policy, scorer, batches, optimizer, config, objective="tvkd", clip_norm=1.0)
+        return float(out.loss)
+
+    return prefer

@@ -1,0 +1,109 @@
+"""`tvkd eval` of several models: the table of who is right, and pages of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvkd_fast.data import PairDataset, check_token_ids
+from tvkd_fast.data.rewardbench import HUB, SPLIT, to_rewardbench
+from tvkd_fast.distributed import World
+from tvkd_fast.models import load_tokenizer
+from tvkd_fast.training.build import load_dataset, sharing_of, world_of
+from tvkd_fast.training.config import EvalConfig, micro_batching
+from tvkd_fast.training.generate import answers
+from tvkd_fast.training.judged import Judged, compared, judge_pairs
+from tvkd_fast.training.pages import html_page, markdown_page
+from tvkd_fast.training.run_models import load_frozen, load_policy
+
+if TYPE_CHECKING:
+    from tvkd_fast.data.formats import Message
+
+AT_ONCE = 8
+"""Prompts that are answered together."""
+
+
+def compare_models(config: EvalConfig, *, show_progress: bool = True) -> dict[str, Any]:
+    """The policy and `config.compare` on the held-out pairs, each in tokens of its own; see `judged.compared`."""
+    with world_of(config) as world:
+        say = show_progress and world.first
+        datasets = [_dataset(name, config, say=say and i == 0) for i, name in enumerate(_models(config))]
+        _check_same_rows(datasets, _models(config))
+        judged = [_judge(name, data, config, world) for name, data in zip(_models(config), datasets, strict=True)]
+        subsets = [text.subset or "pairs" for text in datasets[0].texts]
+        found = compared(judged, subsets, sections=config.format == "rewardbench")
+    scored = "reference" if config.reference is not None else f"reference-free, {config.reference_free}"
+    return {"format": config.format, "reference": config.reference, "scores": scored} | found
+
+
+def write_answers(config: EvalConfig) -> tuple[Path, Path]:
+    """answers.md and answers.html in `config.generate`: what policy, reference and `config.compare` answer greedily."""
+    assert config.generate is not None
+    dataset = _dataset(config.policy, config)
+    count = min(config.generate_prompts, len(dataset.texts))
+    texts = [dataset.texts[i * len(dataset.texts) // count] for i in range(count)]
+    prompts: list[list[Message]] = [
+        [{"role": "user", "content": text.prompt}] if isinstance(text.prompt, str) else text.prompt for text in texts
+    ]
+    said: dict[str, list[str]] = {}
+    for name in dict.fromkeys(([config.reference] if config.reference else []) + _models(config)):
+        tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
+        if not tokenizer.chat_template:
+            raise ValueError(f"{name} has no chat template, so it cannot be asked: leave out --generate")
+        model = load_policy(name, replace(config.model, packing="padded"), frozen=True).model
+        said[name] = []
+        for start in range(0, count, AT_ONCE):
+            asked = prompts[start : start + AT_ONCE]
+            said[name] += answers(model, tokenizer, asked, max_new_tokens=config.max_new_tokens)
+    folder = Path(config.generate)
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = folder / "answers.md", folder / "answers.html"
+    pages[0].write_text(markdown_page(prompts, said), encoding="utf-8")
+    pages[1].write_text(html_page(prompts, said), encoding="utf-8")
+    return pages
+
+
+def _models(config: EvalConfig) -> list[str]:
+    return [config.policy, *config.compare]
+
+
+def _dataset(name: str, config: EvalConfig, *, say: bool = False) -> PairDataset:
+    tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
+    data, batching = config.data, micro_batching(config)
+    if config.format == "pairs":
+        return load_dataset("eval", data, tokenizer, batching, say=say)
+    if data.eval == HUB and data.eval_split == "test":
+        # The set has no split of that name, which is the default of others.
+        data = replace(data, eval_split=SPLIT)
+    return load_dataset("eval", data, tokenizer, batching, say=say, read=to_rewardbench)
+
+
+def _check_same_rows(datasets: Sequence[PairDataset], names: Sequence[str]) -> None:
+    first = [pair.row for pair in datasets[0]]
+    for name, dataset in zip(names, datasets, strict=True):
+        if [pair.row for pair in dataset] != first:
+            raise ValueError(
+                f"{name} was left with other rows than {names[0]}, since pairs too long were dropped: raise "
+                "--data.max_length and --tokens_per_micro_batch until none is"
+            )
+
+
+def _judge(name: str, dataset: PairDataset, config: EvalConfig, world: World) -> Judged:
+    sharing = sharing_of(config, world)
+    policy = load_policy(name, config.model, sharing=sharing, frozen=True)
+    check_token_ids(dataset, policy.vocab_size)
+    tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
+    reference = None
+    if config.reference is not None:
+        reference = load_frozen(config, tokenizer, kappa=1.0, sharing=sharing).scorer(dataset, config)
+    return judge_pairs(
+        name,
+        policy,
+        dataset,
+        reference=reference,
+        reference_free=config.reference_free,
+        batching=micro_batching(config),
+        world=world,
+    )
