@@ -1,0 +1,179 @@
+"""Models beside each other: scores by hand, RewardBench's sections and ties, pages, and the command."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from tvkd_fast.cli import main
+from tvkd_fast.data import MicroBatching, build_dataset, collate_pairs
+from tvkd_fast.models import load_tokenizer
+from tvkd_fast.training.config import ModelConfig
+from tvkd_fast.training.evaluate import measure
+from tvkd_fast.training.judged import Judged, compared, judge_pairs, table
+from tvkd_fast.training.pages import html_page, markdown_page
+from tvkd_fast.training.run_models import load_policy
+from tvkd_fast.training.scoring import OnlineScorer
+
+SUBSETS = ["llmbar-natural", "mt-bench-hard", "hep-go"]
+
+
+@pytest.fixture
+def pairs(files, model_folder):
+    folder = model_folder(seed=0)
+    return build_dataset(files / "eval.jsonl", load_tokenizer(folder)), load_policy(folder, ModelConfig())
+
+
+@pytest.fixture
+def bench(tmp_path):
+    rows = [
+        {"id": i, "subset": SUBSETS[i % 3], "prompt": f"{i}: say ab.", "chosen": "ab", "rejected": "no " * (1 + i % 4)}
+        for i in range(12)
+    ]
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("how", ["mean", "sum", "norm", "reference"])
+def test_a_response_scores_what_its_tokens_do(pairs, model_folder, how):
+    dataset, policy = pairs
+    reference = load_policy(model_folder(seed=1), ModelConfig())
+    scorer = OnlineScorer(reference, None) if how == "reference" else None
+    kind = "mean" if how == "reference" else how
+    judged = judge_pairs(
+        "it", policy, dataset, reference=scorer, reference_free=kind, batching=MicroBatching(tokens=90)
+    )
+    for i, pair in enumerate(dataset):
+        batch = collate_pairs([pair], [i])
+        with torch.no_grad():
+            tokens = [x.double() for x in policy(batch).split(batch.cu_seqlens.diff().tolist())]
+            known = [x.double() for x in reference(batch).split(batch.cu_seqlens.diff().tolist())]
+        want = {
+            "mean": lambda x, r: x.mean(),
+            "sum": lambda x, r: x.sum(),
+            "norm": lambda x, r: -x.norm(),
+            "reference": lambda x, r: x.sum() - r.sum(),
+        }[how]
+        expected = [float(want(x, r)) for x, r in zip(tokens, known, strict=True)]
+        assert [float(judged.chosen[i]), float(judged.rejected[i])] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_numbers_come_in_the_datasets_order_however_it_is_packed(pairs):
+    dataset, policy = pairs
+    for tokens in (60, 2048):
+        places = measure(
+            policy, dataset, lambda batch, logps: batch.pairs[None].double(), batching=MicroBatching(tokens=tokens)
+        )
+        assert places[0].tolist() == list(range(len(dataset)))
+
+
+def judged(name, chosen, rejected):
+    return Judged(name, torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64))
+
+
+def test_a_tie_is_wrong():
+    model = judged("a", [1.0, 2.0, 2.0], [0.0, 2.0, 3.0])
+    assert model.right.tolist() == [1.0, 0.0, 0.0]
+    assert compared([model], ["x"] * 3, sections=False)["models"][0]["ties"] == 1
+
+
+def test_sections_weigh_subsets_as_the_benchmark_does():
+    subsets = ["llmbar-natural"] * 2 + ["mt-bench-hard"] * 4
+    model = judged("a", [1, 1, 1, 0, 0, 0], [0.0] * 6)
+    (row,) = compared([model], subsets, sections=True)["models"]
+    assert row["subsets"]["llmbar-natural"]["mean"] == 1.0
+    assert row["subsets"]["mt-bench-hard"]["mean"] == 0.25
+    assert row["sections"]["Chat Hard"]["mean"] == pytest.approx((100 * 1.0 + 37 * 0.25) / 137)
+    assert row["sections"]["Chat Hard"]["subsets"] == 2
+    # Three sections have no pair here: there is no score of the benchmark.
+    assert "score" not in row
+
+
+def test_the_score_is_the_mean_of_the_sections():
+    subsets = ["alpacaeval-easy", "mt-bench-hard", "donotanswer", "hep-go"]
+    (row,) = compared([judged("a", [1, 1, 1, 0], [0.0] * 4)], subsets, sections=True)["models"]
+    assert row["score"]["mean"] == 0.75
+    assert row["score"]["interval"] == [0.75, 0.75]
+
+
+def test_models_are_compared_pair_by_pair():
+    zeros = [0.0] * 40
+    first, better = judged("a", [-1, 1] * 20, zeros), judged("b", [1] * 40, zeros)
+    found = compared([first, better, first], ["x"] * 40, sections=False)
+    ahead = found["models"][1]["ahead"]
+    assert ahead["mean"] == 0.5
+    assert ahead["interval"][0] > 0.3
+    assert ahead["p"] < 0.01
+    assert found["models"][2]["ahead"] == {"mean": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+    lines = table(found).splitlines()
+    assert lines[0] == "| | pairs | a | b | a |"
+    assert {line.count("|") for line in lines} == {6}
+    assert "ahead of a" in lines[-1]
+
+
+def command(first, second, data, *more):
+    return ["eval", "--model", first, "--model", second, "--data", str(data), *more]
+
+
+def test_the_command_prints_a_table_and_a_line(bench, model_folder, tmp_path, capsys):
+    first, second = model_folder(seed=0), model_folder(seed=1)
+    output = tmp_path / "found.jsonl"
+    main(command(first, second, bench, "--format=rewardbench", f"--output={output}"))
+    *shown, line = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(line)
+    assert found == json.loads(output.read_text())
+    assert [row["model"] for row in found["models"]] == [first, second]
+    assert {row["pairs"] for row in found["models"][0]["subsets"].values()} == {4}
+    assert any(row.startswith("| **Chat Hard**, 2 of 6 subsets") for row in shown)
+    assert math.isfinite(found["models"][1]["ahead"]["p"])
+
+
+def test_models_are_compared_on_pairs_of_any_format(files, model_folder, capsys):
+    models = [model_folder(seed=seed) for seed in range(3)]
+    main(command(*models[:2], files / "eval.jsonl", f"--reference={models[2]}"))
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found["pairs"] == 10
+    assert found["scores"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "rewardbench"], "without subset.*Leave out --format rewardbench"),
+        (["--format", "rewardbench", "--reference", "{0}", "--teacher", "{0}"], "leave out --teacher"),
+        (["--generate_prompts", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_tabled_is_refused(files, model_folder, capsys, arguments, message):
+    folder = model_folder(seed=0)
+    arguments = [argument.format(folder) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", "--model", folder, "--data", str(files / "eval.jsonl"), *arguments])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err, re.DOTALL)
+
+
+def test_answers_stand_side_by_side(bench, model_folder, tmp_path, capsys):
+    first, second = model_folder(seed=0), model_folder(seed=1)
+    pages = [f"--generate={tmp_path / 'pages'}", "--generate_prompts=3", "--max_new_tokens=4"]
+    main(command(first, second, bench, "--format=rewardbench", *pages))
+    capsys.readouterr()
+    markdown = (tmp_path / "pages" / "answers.md").read_text()
+    assert markdown.count("\n## ") == 3
+    assert "> 0: say ab." in markdown
+    assert "> 8: say ab." in markdown
+    html = (tmp_path / "pages" / "answers.html").read_text()
+    assert html.count("<section>") == 3
+    assert html.count("<h2>") == 6
+
+
+def test_what_models_write_cannot_break_the_pages():
+    prompts = [[{"role": "user", "content": "<b>\n# a"}]]
+    said = {"m": ["</p><script>x</script>\n# heading"]}
+    html = html_page(prompts, said)
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+    assert not [line for line in markdown_page(prompts, said).splitlines() if line.startswith("# h")]
