@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --qui
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all bench soak gpu lint format clean
+.PHONY: help venv demo test test-all coverage bench soak gpu docs dist lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ test: $(STAMP) ## run the tests that need no GPU, no network and little time
 
 test-all: $(STAMP) ## run all tests but those that need the network
 	@$(PYTEST) -m "not network" $(PYTEST_ARGS)
+
+coverage: $(STAMP) ## the same tests as make test, and which lines they run
+	@$(PYTEST) -m "not slow and not gpu and not network" --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 # The peers, which bench and gpu install, are no part of constraints.txt: the report names their versions.
 bench: $(STAMP) ## time the head beside its peers on this CPU (ARGS="--data PAIRS.jsonl.gz --rounds 5")
@@ -47,6 +50,22 @@ gpu: ## check and time the kernels on this machine's GPU
 	@$(PIP) $(PIP_ARGS) --editable '.[bench]'
 	$(BIN)/python -m pytest -m gpu tests/kernels
 	$(BIN)/python -m bench.gpu --json docs/results/gpu.json
+
+docs: $(STAMP) ## build the site of docs/ into out/site; fails where a link leads nowhere
+	@$(PIP) $(PIP_ARGS) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# The environment is a new one, so that what is missing among the requirements is missing there too.
+dist: $(STAMP) ## build sdist and wheel into dist/, and try each in an environment of its own
+	@$(PIP) $(PIP_ARGS) build
+	rm -rf dist build out/dist
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv out/dist
+	for built in dist/*.whl dist/*.tar.gz; do \
+		out/dist/bin/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt $(PIP_ARGS) --force-reinstall --no-deps $$built && \
+		out/dist/bin/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt $(PIP_ARGS) $$built && \
+		(cd out/dist && bin/python -I ../../tests/smoke.py) || exit 1; \
+	done
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

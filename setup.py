@@ -53,6 +53,7 @@ setup(
         "trl": TRL,
         "bench": ["pytest-benchmark>=5", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", *TRL, *PLOT],
         "plot": PLOT,
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         # Halves what marking a sparse gradient's entries takes beside the product, on a CPU.
         "numba": NUMBA,
         "dev": [
@@ -61,6 +62,7 @@ setup(
             "pytest>=8.4",
             "hypothesis>=6.130",
             "pytest-xdist>=3.8",
+            "pytest-cov>=6",
             "pre-commit>=4",
             "tensorboard>=2.20",
             "types-PyYAML",

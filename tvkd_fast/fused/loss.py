@@ -120,6 +120,21 @@ def fused_linear_tvkd_loss(
         ValueError: shapes, dtypes, devices or settings that do not fit; a reference or a teacher that is missing or
             given twice; a DTensor. On CPU tensors, where looking waits for nothing, also a row of labels with a hole,
             boundaries that do not rise, a response of under 2 states, labels out of range, NaN or inf.
+
+    Examples:
+        One pair, a response of 3 tokens and one of 2, packed; their states are one more each.
+
+        >>> import torch
+        >>> hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8)
+        >>> teacher_hidden, teacher_weight = torch.randn(7, 16), torch.randn(20, 16)
+        >>> cu_seqlens, cu_states = torch.tensor([0, 3, 5]), torch.tensor([0, 4, 7])
+        >>> labels = torch.randint(20, (5,))
+        >>> out = fused_linear_tvkd_loss(
+        ...     hidden, weight, labels, cu_seqlens, teacher_hidden, teacher_weight, cu_states, ref_logps=torch.zeros(2)
+        ... )
+        >>> out.loss.backward()
+        >>> hidden.grad.shape
+        torch.Size([5, 8])
     """
     check_settings(beta, alpha, gamma, terminal, kappa, value_from, label_smoothing, impl)
     check_sources(teacher_hidden, teacher_weight, cu_states, ref_logps, ref_hidden, ref_weight, psi, ended, alpha)

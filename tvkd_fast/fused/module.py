@@ -16,7 +16,16 @@ from tvkd_fast.ops.values import ValueFrom
 
 
 class FusedLinearTVKDLoss(nn.Module):
-    """`fused_linear_tvkd_loss` with its settings in the constructor and its tensors in `forward`. No parameters."""
+    """`fused_linear_tvkd_loss` with its settings in the constructor and its tensors in `forward`. No parameters.
+
+    Examples:
+        >>> import torch
+        >>> loss = FusedLinearTVKDLoss(beta=0.1, alpha=0.0)  # DPO
+        >>> hidden, weight, labels = torch.randn(5, 8), torch.randn(20, 8), torch.randint(20, (5,))
+        >>> out = loss(hidden, weight, labels, torch.tensor([0, 3, 5]), ref_hidden=hidden, ref_weight=weight)
+        >>> out.loss
+        tensor(0.6931)
+    """
 
     def __init__(
         self,

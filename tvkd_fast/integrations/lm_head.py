@@ -70,6 +70,16 @@ def patch_lm_head(
     Raises:
         ValueError: it is patched already, its head is no plain linear layer, or its logits are not what the family's
             config says (a head of its own making).
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = patch_lm_head(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)))
+        >>> ids = torch.randint(32, (2, 6))
+        >>> out = model(ids, labels=ids, fused_lm_head=True)
+        >>> out.log_probs.shape, hasattr(out, "logits")
+        (torch.Size([2, 5]), False)
     """
     if is_patched(model):
         raise ValueError("this model is patched already: call unpatch_lm_head(model) first to change its settings")
@@ -104,7 +114,19 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def unpatch_lm_head(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as `patch_lm_head` found it. Raises ValueError where it is not patched."""
+    """The model as `patch_lm_head` found it.
+
+    Raises:
+        ValueError: it is not patched.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> head = model.lm_head
+        >>> unpatch_lm_head(patch_lm_head(model)).lm_head is head
+        True
+    """
     patch = vars(model).pop(_PATCH, None)
     if patch is None:
         raise ValueError("this model is not patched: there is nothing to undo")

@@ -47,6 +47,18 @@ def shaping_returns(
         ValueError: γ outside [0, 1], an unknown terminal, boundaries that do not fit, a response of under 2 states
             (boundaries and states are looked at on a CPU only, and not under `torch.compile`, where there is no number
             to look at yet).
+
+    Examples:
+        Two responses, of 2 tokens and of 1; the step to the end-of-sequence token adds nothing.
+
+        >>> import torch
+        >>> values, cu_states = torch.tensor([1.0, 3.0, 9.0, 1.0, 2.0]), torch.tensor([0, 3, 5])
+        >>> shaping_returns(values, cu_states)
+        tensor([2., 0.])
+        >>> shaping_returns(values, cu_states, gamma=0.5, terminal="eos")
+        tensor([2., 0.])
+        >>> shaping_returns(values, cu_states, terminal="zero")
+        tensor([-1., -1.])
     """
     steps = shaping_steps(values, cu_states, gamma=gamma, terminal=terminal, ended=ended)
     return segment_sums(steps, cu_states).to(values.dtype)

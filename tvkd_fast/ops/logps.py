@@ -93,6 +93,12 @@ def linear_logps(
             weight, by row (these two on CPU tensors; on a GPU, where looking would wait for the device, the result is
             NaN); a DTensor weight, which belongs inside `FusedLMHead`; "triton" where it cannot be had.
         RuntimeError: a second derivative, a forward-mode one, a torch.func transform.
+
+    Examples:
+        >>> import torch
+        >>> hidden, weight = torch.eye(3, 4), torch.eye(5, 4)
+        >>> linear_logps(hidden, weight, torch.tensor([0, 4, -100]))
+        tensor([-0.9048, -1.9048,  0.0000])
     """
     check_impl(impl)
     settings = HeadGradient(

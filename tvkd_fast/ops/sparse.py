@@ -36,7 +36,17 @@ LARGEST_EPS = 2.0**-4
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGradient:
-    """How the head's gradient is made: exactly, or from the softmax's few entries (docs/numerics.md, what it costs)."""
+    """How the head's gradient is made: exactly, or from the softmax's few entries (docs/numerics.md, what it costs).
+
+    Raises:
+        ValueError: a setting that does not exist or is out of its range.
+
+    Examples:
+        >>> import torch
+        >>> gradient = HeadGradient(grad_mode="sparse")
+        >>> gradient.eps_for(torch.float32) == 2.0**-16, gradient.cap_for(49152)
+        (True, 3072)
+    """
 
     grad_mode: GradMode = "exact"
     """exact; sparse; or auto, which is sparse but for calls with more entries than pay on this machine."""
@@ -88,7 +98,16 @@ class HeadGradient:
 
 
 class HeadStats:
-    """What sparse gradients were made of, summed over calls on their device: reading it waits, adding does not."""
+    """What sparse gradients were made of, summed over calls on their device: reading it waits, adding does not.
+
+    Examples:
+        >>> import torch
+        >>> from tvkd_fast import linear_logps
+        >>> stats, hidden = HeadStats(), 20 * torch.eye(4, requires_grad=True)
+        >>> logps = linear_logps(hidden, torch.eye(32, 4), torch.arange(4), grad_mode="sparse", stats=stats)
+        >>> stats.read()["head_dense_rows"]
+        0.0
+    """
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None

@@ -168,6 +168,11 @@ def linear_soft_values(
 
     Raises:
         ValueError: as `linear_logps`; κ ≤ 0; an unknown value_from; rows that are no (M,) bool on hidden's device.
+
+    Examples:
+        >>> import torch
+        >>> linear_soft_values(torch.zeros(2, 4), torch.randn(8, 4), value_scale=0.1)  # 0.1·log 8
+        tensor([0.2079, 0.2079])
     """
     check_value_from(value_from)
     lse, lse_kappa = linear_lse(

@@ -1,0 +1,63 @@
+"""The public surface: names and arguments that others build on, each with a docstring that is so."""
+
+import doctest
+import inspect
+import sys
+from typing import Any
+
+import pytest
+
+import tvkd_fast
+from tvkd_fast import integrations
+
+SURFACE = {
+    "FusedLinearTVKDLoss",
+    "HeadGradient",
+    "HeadStats",
+    "TVKDOutput",
+    "__version__",
+    "dpo_loss",
+    "fused_linear_tvkd_loss",
+    "linear_logps",
+    "linear_soft_values",
+    "sft_loss",
+    "shaping_returns",
+    "tvkd_loss",
+}
+HEAD = "hidden weight labels bias softcap logit_scale ignore_index grad_mode eps row_cap"
+ARGUMENTS = {
+    "linear_logps": f"{HEAD} tail seed max_tail workspace_mb stats impl",
+    "linear_soft_values": "hidden weight bias softcap logit_scale kappa value_scale value_from rows impl",
+    "shaping_returns": "values cu_states gamma terminal ended",
+    "tvkd_loss": "policy_logps ref_logps psi beta alpha label_smoothing",
+    "dpo_loss": "policy_logps ref_logps beta label_smoothing",
+    "sft_loss": "policy_logps num_tokens",
+}
+EXPLAINED = [(tvkd_fast, name) for name in sorted(SURFACE - {"__version__"})]
+EXPLAINED += [(integrations, name) for name in ("patch_lm_head", "unpatch_lm_head")]
+
+
+def test_names_are_those_that_were_promised() -> None:
+    assert set(tvkd_fast.__all__) == SURFACE
+    assert set(integrations.__all__) == {"FusedLMOutput", "patch_lm_head", "unpatch_lm_head"}
+    assert all(hasattr(tvkd_fast, name) for name in SURFACE)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_stay_in_their_order(name: str) -> None:
+    found = inspect.signature(getattr(tvkd_fast, name)).parameters
+    assert list(found) == ARGUMENTS[name].split()
+    # Settings are named where they are given, so that one more can stand anywhere among them.
+    optional = [p for p in found.values() if p.default is not p.empty]
+    assert all(p.kind is p.KEYWORD_ONLY for p in optional)
+
+
+@pytest.mark.parametrize(("module", "name"), EXPLAINED, ids=lambda x: x if isinstance(x, str) else "")
+def test_an_example_stands_in_the_docstring_and_is_so(module: Any, name: str) -> None:
+    thing = getattr(module, name)
+    home = vars(sys.modules[thing.__module__])
+    (test,) = [x for x in doctest.DocTestFinder(recurse=False).find(thing, name, globs=dict(home)) if x.examples]
+    said: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    assert result.attempted > 1
+    assert result.failed == 0, "".join(said)
