@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"models", "ops", "kernels"},
     "training": BELOW_TRAINING,
     "cli": BELOW_TRAINING | {"training"},
-    "integrations": {"ops", "losses", "models"},
+    "integrations": {"ops", "losses", "models", "data"},
     # The loss that other trainers call: where ops and losses meet outside training.
     "fused": {"ops", "losses", "kernels"},
     "__init__": BELOW_TRAINING | {"fused"},

@@ -195,6 +195,73 @@ def test_it_is_what_this_projects_own_trainer_computes(
     assert losses == pytest.approx([line["loss"] for line in own], rel=1e-5)
 
 
+@pytest.fixture
+def scored(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., str]:
+    """A folder of what the teacher says of rows, by `tvkd score`."""
+    from tvkd_fast.training.build import score
+    from tvkd_fast.training.config import DataConfig, ScoreConfig
+
+    def make_scores(rows: list[dict[str, str]], *, max_length: int = 40, **changes: Any) -> str:
+        folder = tmp_path / f"scores-{len(list(tmp_path.glob('scores-*.jsonl')))}"
+        folder.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = DataConfig(train=f"{folder}.jsonl", max_length=max_length)
+        options = {"teacher": folders[1]} | changes
+        score(ScoreConfig(output_dir=str(folder), policy=folders[0], data=data, **options), show_progress=False)
+        return str(folder)
+
+    return make_scores
+
+
+@pytest.mark.parametrize("changes", [{}, {"kappa": 0.7, "value_from": "logprobs"}, {"max_length": 18, "gamma": 0.9}])
+def test_scores_on_disk_are_the_teacher(
+    make: Callable[..., Any], folders: tuple[str, str], scored: Callable[..., str], changes: dict[str, Any]
+) -> None:
+    held_out = pairs(5, 100)
+    kept = {name: changes[name] for name in ("kappa", "max_length") if name in changes}
+    cached = [scored(pairs(16), **kept), scored(held_out, **kept)]
+    options = {"value_scale": 20.0, "eval_dataset": Dataset.from_list(held_out), **changes}
+    theirs = make(TVKDTrainer, teacher_model=folders[1], **options)
+    ours = make(TVKDTrainer, teacher_model=cached, **options)
+    for name in RETURNS:
+        for a, b in ((ours.train_dataset, theirs.train_dataset), (ours.eval_dataset, theirs.eval_dataset)):
+            assert a[name] == pytest.approx(b[name], abs=1e-4)
+    same(history(ours), history(theirs), ("loss", "grad_norm"))
+
+
+def test_scores_of_a_teachers_rewards(make: Callable[..., Any], folders: tuple[str, str], scored: Any) -> None:
+    kept = scored(pairs(16), teacher_reference=folders[0])
+    options = {"value_from": "implicit_reward", "value_scale": 1.0}
+    ours = make(TVKDTrainer, teacher_model=kept, **options)
+    theirs = make(TVKDTrainer, teacher_model=folders[1], teacher_reference=folders[0], **options)
+    assert ours.train_dataset["psi_chosen"] == pytest.approx(theirs.train_dataset["psi_chosen"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kappa": 0.7}, "made with kappa=1, not 0.7"),
+        ({"value_from": "implicit_reward"}, "run `tvkd score` with --teacher_reference"),
+        ({"max_length": 12}, "none of .* was made of these"),
+        ({"precompute_teacher": False}, "leave precompute_teacher True"),
+        ({"eval_dataset": Dataset.from_list(pairs(4, 50))}, "give every dataset's folder"),
+    ],
+)
+def test_scores_of_something_else_are_refused(
+    make: Callable[..., Any], scored: Callable[..., str], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(TVKDTrainer, teacher_model=scored(pairs(16)), **changes)
+
+
+def test_scores_without_a_teacher_and_folders_that_are_none(
+    make: Callable[..., Any], folders: tuple[str, str], scored: Callable[..., str]
+) -> None:
+    with pytest.raises(ValueError, match="holds no teacher's numbers"):
+        make(TVKDTrainer, teacher_model=scored(pairs(16), teacher=None))
+    with pytest.raises(ValueError, match="is no folder that `tvkd score` wrote"):
+        make(TVKDTrainer, teacher_model=[scored(pairs(16)), folders[1]])
+
+
 def test_adapters_dict_evaluations_and_a_resumed_run(make: Callable[..., Any], folders: tuple[str, str]) -> None:
     changes = {
         "teacher_model": folders[1],

@@ -9,7 +9,7 @@ Letters: P pairs of a batch (2P rows, chosen first), L row length.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from tvkd_fast.integrations.lm_head import FusedLMOutput, is_patched, patch_lm_head
+from tvkd_fast.integrations.scores import CachedReturns, as_pairs, is_score_folder
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
 from tvkd_fast.losses import Terminal, check_discount, check_preference_settings
 from tvkd_fast.models import load_model, load_tokenizer
@@ -86,8 +87,9 @@ class TVKDTrainer(DPOTrainer):
 
     Args:
         model, ref_model, args, …: as DPOTrainer takes them; `args` is a TVKDConfig.
-        teacher_model: a model that was trained by DPO, in the policy's tokens: its name or folder, or a module. Without
-            it the run is DPO's own.
+        teacher_model: a model that was trained by DPO, in the policy's tokens: its name or folder, or a module. Or what
+            it said of the data before, whatever its tokens: a folder that `tvkd score` wrote, or a list of them, one
+            for each dataset. Without it the run is DPO's own.
         teacher_reference: for `value_from="implicit_reward"`, what the teacher was before DPO; likewise.
 
     `rewards/*` stay unshaped, so that they compare with DPO's; `tvkd/shaping_margins` is the mean of α(Ψ_w − Ψ_l), and
@@ -124,7 +126,7 @@ class TVKDTrainer(DPOTrainer):
         ref_model: PreTrainedModel | None = None,
         args: TVKDConfig | None = None,
         *,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | Sequence[str] | None = None,
         teacher_reference: str | PreTrainedModel | None = None,
         **options: Any,
     ) -> None:
@@ -134,8 +136,10 @@ class TVKDTrainer(DPOTrainer):
         if not isinstance(args, TVKDConfig):
             raise ValueError(f"args is a {type(args).__name__}: TVKDTrainer takes a TVKDConfig, which has its fields")
         self._shapes = teacher_model is not None and args.alpha != 0
+        folders = _score_folders(teacher_model)
+        self._cached = CachedReturns(folders, _settings(args)) if self._shapes and folders else None
         if self._shapes:
-            _refuse(args, has_reference=teacher_reference is not None)
+            _refuse(args, has_reference=teacher_reference is not None, cached=self._cached is not None)
         self._ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
         self._stats = HeadStats() if self._ours and args.grad_mode != "exact" else None
         self._teacher: TeacherReturns | None = None
@@ -147,9 +151,15 @@ class TVKDTrainer(DPOTrainer):
             raise ValueError(
                 "a teacher's values of images are not computed here: train on text alone, or by DPOTrainer"
             )
-        assert teacher_model is not None
-        self._teacher = self._load_teacher(teacher_model, teacher_reference)
         self.data_collator = _WithReturns(self.data_collator)
+        if self._cached is not None:
+            if isinstance(self.train_dataset, IterableDataset):
+                raise ValueError("scores are looked up by row, which an IterableDataset has none of: give a Dataset")
+            self._precompute(args, from_module=False)
+            return
+        assert teacher_model is not None
+        assert isinstance(teacher_model, str | PreTrainedModel)
+        self._teacher = self._load_teacher(teacher_model, teacher_reference)
         if args.precompute_teacher and not isinstance(self.train_dataset, IterableDataset):
             self._precompute(args, from_module=not isinstance(teacher_model, str))
 
@@ -176,15 +186,7 @@ class TVKDTrainer(DPOTrainer):
 
     def _load_teacher(self, teacher: str | PreTrainedModel, reference: str | PreTrainedModel | None) -> TeacherReturns:
         found = [None if model is None else self._loaded(model) for model in (teacher, reference)]
-        args = self.args
-        settings = ShapingSettings(
-            gamma=args.gamma,
-            kappa=args.kappa,
-            value_scale=args.beta if args.value_scale is None else args.value_scale,
-            value_from=args.value_from,
-            terminal=args.terminal,
-        )
-        return TeacherReturns(found[0], found[1], settings, eos=self._tokenizer.eos_token_id)
+        return TeacherReturns(found[0], found[1], _settings(self.args), eos=self._tokenizer.eos_token_id)
 
     def _loaded(self, model: str | PreTrainedModel) -> PreTrainedModel:
         if isinstance(model, str):
@@ -217,6 +219,12 @@ class TVKDTrainer(DPOTrainer):
         """The dataset with columns Ψ; from datasets' cache where this teacher has read it before."""
         if isinstance(dataset, IterableDataset) or RETURNS[0] in dataset.column_names:
             return dataset
+        if self._cached is not None:
+            rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+            ends = frozenset({self._tokenizer.eos_token_id, *self._tokenizer.all_special_ids})
+            returns = self._cached.of(as_pairs(rows, ends, self.args.max_length))
+            columns = Dataset.from_dict({key: x.tolist() for key, x in zip(RETURNS, returns, strict=True)})
+            return concatenate_datasets([dataset, columns], axis=1)
         assert self._teacher is not None
         made_of = (
             dataset._fingerprint,
@@ -359,9 +367,33 @@ class _WithReturns:
         return batch
 
 
-def _refuse(args: TVKDConfig, *, has_reference: bool) -> None:
+def _score_folders(teacher: object) -> list[str]:
+    """Where it is one or several folders of scores."""
+    named = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    found = [name for name in named if isinstance(name, str) and is_score_folder(name)]
+    if len(named) > 1 and len(found) < len(named):
+        odd = next(name for name in named if name not in found)
+        raise ValueError(f"{odd} is no folder that `tvkd score` wrote, and of models a run has one teacher")
+    return found
+
+
+def _settings(args: TVKDConfig) -> ShapingSettings:
+    return ShapingSettings(
+        gamma=args.gamma,
+        kappa=args.kappa,
+        value_scale=args.beta if args.value_scale is None else args.value_scale,
+        value_from=args.value_from,
+        terminal=args.terminal,
+    )
+
+
+def _refuse(args: TVKDConfig, *, has_reference: bool, cached: bool) -> None:
     """What is no function of the margin alone, which a shifted reference shifts; before a model is loaded."""
-    if has_reference != (args.value_from == "implicit_reward"):
+    if cached and has_reference:
+        raise ValueError("scores were made with the teacher's reference or without it: leave out teacher_reference")
+    if cached and not args.precompute_teacher:
+        raise ValueError("scores are on disk, and no teacher is there to run on a batch: leave precompute_teacher True")
+    if not cached and has_reference != (args.value_from == "implicit_reward"):
         raise ValueError(
             "value_from='implicit_reward' is what the teacher gained over the model that it was before DPO: give "
             "teacher_reference with it, and with it alone"

@@ -1,0 +1,126 @@
+"""A teacher's shaping returns from folders that `tvkd score` wrote, for data that another trainer tokenized.
+
+Letters: P pairs, M response states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tvkd_fast.data import (
+    PairDataset,
+    ScoreCache,
+    Scores,
+    TokenizedPair,
+    TokenReport,
+    read_manifest,
+    truncate_pair,
+)
+from tvkd_fast.data.scores import MANIFEST
+from tvkd_fast.integrations.teacher import ShapingSettings
+from tvkd_fast.losses import shaping_returns
+from tvkd_fast.ops import soft_values
+
+AT_ONCE = 256
+"""Pairs that are looked up together."""
+
+
+def is_score_folder(name: object) -> bool:
+    """Whether it is a folder that `tvkd score` wrote, and no model."""
+    return isinstance(name, str) and (Path(name) / MANIFEST).is_file()
+
+
+class CachedReturns:
+    """Ψ of datasets, each from the folder that was made of its tokens."""
+
+    def __init__(self, folders: Sequence[str], settings: ShapingSettings) -> None:
+        self.settings, self.folders = settings, list(folders)
+        self.manifests = [read_manifest(folder) for folder in folders]
+        for folder, manifest in zip(folders, self.manifests, strict=True):
+            rewards = manifest.teacher_reference is not None
+            if manifest.teacher is None:
+                raise ValueError(f"{folder} holds no teacher's numbers: run `tvkd score --teacher …`")
+            if rewards != (settings.value_from == "implicit_reward"):
+                held = "rewards" if rewards else "sums"
+                raise ValueError(
+                    f"{folder} holds a teacher's {held}, which value_from={settings.value_from!r} is not made of: run "
+                    "`tvkd score` with --teacher_reference for 'implicit_reward', without it for the others"
+                )
+            if not rewards and manifest.kappa != settings.kappa:
+                raise ValueError(
+                    f"{folder} was made with kappa={manifest.kappa:g}, not {settings.kappa:g}: set kappa, or run `tvkd "
+                    f"score --kappa {settings.kappa:g}`"
+                )
+
+    def of(self, pairs: Iterable[TokenizedPair]) -> tuple[Tensor, Tensor]:
+        """(P,) each, of chosen and of rejected responses. ValueError where no folder was made of these tokens."""
+        dataset = PairDataset(pairs, TokenReport("", 0, 0, "keep_start"))
+        made = [manifest.dataset == dataset.fingerprint for manifest in self.manifests]
+        if not any(made):
+            raise ValueError(
+                f"none of {', '.join(self.folders)} was made of these {len(dataset):,} pairs in these tokens: run "
+                "`tvkd score` with the same data, tokenizer and max_length (`--which eval` for evaluation data), give "
+                "every dataset's folder, or the teacher itself"
+            )
+        cache = ScoreCache.load(self.folders[made.index(True)], dataset)
+        found = [
+            self._of(cache, dataset, range(i, min(i + AT_ONCE, len(dataset)))) for i in range(0, len(dataset), AT_ONCE)
+        ]
+        chosen, rejected = torch.cat(found, 1)
+        return chosen, rejected
+
+    def _of(self, cache: ScoreCache, dataset: PairDataset, places: range) -> Tensor:
+        """[2, P]."""
+        scores, settings = cache.of(torch.tensor(list(places))), self.settings
+        cu_states, ended = _boundaries(scores, [dataset[i] for i in places])
+        if settings.value_from == "implicit_reward":
+            assert scores.reward is not None
+            values = settings.value_scale * scores.reward
+        else:
+            assert scores.lse is not None
+            assert scores.lse_kappa is not None
+            values = soft_values(
+                scores.lse,
+                scores.lse_kappa,
+                kappa=settings.kappa,
+                value_scale=settings.value_scale,
+                value_from=settings.value_from,
+            )
+        psi = shaping_returns(values, cu_states, gamma=settings.gamma, terminal=settings.terminal, ended=ended)
+        return psi.view(2, -1)
+
+
+def _boundaries(scores: Scores, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+    """(2P+1,) of the responses' states, chosen first, and (2P,) which ended: the teacher's, where it has a tokenizer of
+    its own.
+    """
+    if scores.teacher_states is not None and scores.teacher_ended is not None:
+        return F.pad(scores.teacher_states.cumsum(0), (1, 0)), scores.teacher_ended
+    responses = [(pair.chosen_ids, pair.chosen_ended) for pair in pairs]
+    responses += [(pair.rejected_ids, pair.rejected_ended) for pair in pairs]
+    states = torch.tensor([len(ids) + 1 for ids, _ in responses])
+    return F.pad(states.cumsum(0), (1, 0)), torch.tensor([ended for _, ended in responses])
+
+
+def as_pairs(
+    rows: Iterable[dict[str, list[int]]], ends: frozenset[int], max_length: int | None
+) -> Iterable[TokenizedPair]:
+    """Rows of `prompt_ids`, `chosen_ids` and `rejected_ids` as `tvkd score` reads the same text.
+
+    What a template writes behind the end of a turn, a token of `ends`, is no response to it; and longer rows are cut.
+    """
+    for i, row in enumerate(rows):
+        chosen, rejected = (_to_the_end(row[f"{name}_ids"], ends) for name in ("chosen", "rejected"))
+        ended = (chosen[-1] in ends, rejected[-1] in ends)
+        pair = TokenizedPair(row["prompt_ids"], chosen, rejected, *ended, f"row {i}")
+        yield pair if max_length is None else truncate_pair(pair, max_length=max_length, truncation="keep_start")[0]
+
+
+def _to_the_end(ids: list[int], ends: frozenset[int]) -> list[int]:
+    last = max((i for i, x in enumerate(ids) if x in ends), default=len(ids) - 1)
+    return ids[: last + 1]
