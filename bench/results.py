@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
+from bench.learning.tables import finals_table, screen_table
 from bench.machine import without_paths
 from bench.markdown import cell, error, markdown, provenance
 
@@ -25,7 +26,7 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("benchmarks", "kernels", "numerics", "reliability", "results", "scaling", "sparse")
+        for name in ("benchmarks", "evidence", "kernels", "numerics", "reliability", "results", "scaling", "sparse")
     ),
 )
 BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -230,6 +231,8 @@ TABLES = {
     "teacher": tables.teacher_table,
     "learning": tables.learning_table,
     "training": tables.training_table,
+    "screen": screen_table,
+    "finals": finals_table,
     "scaling": tables.scaling_table,
     "soak": tables.soak_table,
     "overhead": tables.overhead_table,

@@ -4,10 +4,10 @@
     python -m bench.learning --quick …        the same road in minutes; its figures mean nothing
 
 Two processes of one thread each. Runs that are in the JSON file are passed over, so a study that was cut off goes on;
-models and scores lie under --out. At most 60 runs: 13 arms on human preferences with the larger student, then DPO, the
-paper's TVKD and the two arms with the largest margins over DPO where they were selected, in five seeds, there and on
-the set whose truth is known with the smaller student, and DPO with the best of the three on human preferences with the
-smaller one.
+models and scores lie under --out. 58 runs: 13 arms from one seed on human preferences with the larger student; DPO,
+the paper's TVKD and the two arms with the largest margins where they were selected, from five other seeds; DPO, the
+paper's and the best of those on the set whose truth is known; and DPO and the best on human preferences, with the
+smaller student. What a stage needs is made when it begins, so --stages 1 is the screen alone.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ import torch
 
 from bench.learning import cells
 from bench.learning.arms import ARMS, DPO, TVKD
-from bench.learning.cells import BUDGETS, QUICK, Cell
+from bench.learning.cells import BUDGETS, QUICK, Cell, Split
+from bench.learning.picture import picture
 from bench.learning.report import ahead
 from bench.learning.run import run, teachers
 from bench.machine import made_by, write_report
 
 LARGE, SMALL = 6, 3
-SEEDS = range(5)
-Job = tuple[Cell, str, int]
+SCREENED, SEEDS = 0, range(1, 6)
+"""Arms are selected from one seed, and compared from others."""
 
 
 class Study:
@@ -45,64 +46,76 @@ class Study:
         if found["runs"] and found["quick"] != arguments.quick:
             raise SystemExit(f"{self.file} holds a study that is {'' if found['quick'] else 'not '}quick: name another")
         self.runs: list[dict[str, Any]] = found["runs"]
+        self.rows: dict[str, Any] = found.get("rows", {})
         self.seeds = SEEDS[:2] if arguments.quick else SEEDS
-        self.large = Cell("human", LARGE, self.out, arguments.quick, screens=True)
-        self.rule = Cell("rule", SMALL, self.out, arguments.quick)
+        self.large = Cell("human", LARGE, self.out, arguments.quick)
+        self.known = Cell("rule", SMALL, self.out, arguments.quick)
         self.small = Cell("human", SMALL, self.out, arguments.quick)
         self.teachers: list[dict[str, Any]] = found.get("teachers", [])
 
-    def prepare(self, pool: ProcessPoolExecutor) -> None:
+    def prepare(self, pool: ProcessPoolExecutor, cell: Cell, splits: tuple[Split, ...]) -> None:
+        """The cell's teacher and student, and what they say; each once."""
+        arguments = self.arguments
         cells.make_base(self.out)
-        for data in ("human", "rule"):
-            cells.write_data(self.out, data, self.arguments.quick, self.arguments.data, self.arguments.eval)  # type: ignore[arg-type]
-        every = (self.large, self.rule, self.small)
-        made: list[Callable[[], None]] = [partial(cells.make_teacher, cell) for cell in (self.large, self.rule)]
-        made += [partial(cells.make_student, cell) for cell in every]
-        self._all(pool, made)
-        kinds: tuple[Any, ...] = ("sums", "rewards")
-        scored = [partial(cells.make_potential, cell, kind) for kind in kinds for cell in (self.large, self.rule)]
-        splits = {cell: ("train", *cell.held_out) for cell in every}
-        scored += [partial(cells.make_reference_scores, cell, split) for cell in every for split in splits[cell]]
-        self._all(pool, scored)
-        if not self.teachers:
-            self.teachers = list(pool.map(teachers, (self.large, self.rule)))
-            self.write()
+        cells.write_data(self.out, cell.data, arguments.quick, arguments.data, arguments.eval)
+        self._all(pool, [partial(cells.make_teacher, cell), partial(cells.make_student, cell)])
+        kinds: tuple[Any, ...] = ("rewards", "sums")
+        scored = [partial(cells.make_potential, cell, kind) for kind in kinds]
+        every: tuple[Split, ...] = ("train", *splits)
+        self._all(pool, scored + [partial(cells.make_reference_scores, cell, split) for split in every])
+        if "report" in splits and cell.data not in {one["data"] for one in self.teachers}:
+            self.teachers.append(pool.submit(teachers, cell).result())
 
     def _all(self, pool: ProcessPoolExecutor, jobs: Iterable[Callable[[], None]]) -> None:
         for done in as_completed([pool.submit(job) for job in jobs]):
             done.result()
 
-    def walk(self, pool: ProcessPoolExecutor, jobs: list[Job]) -> None:
+    def walk(self, pool: ProcessPoolExecutor, cell: Cell, arms: list[str], seeds: Iterable[int], split: Split) -> None:
         """Those of the runs that are not there yet."""
         known = {(one["cell"], one["arm"], one["seed"]) for one in self.runs}
-        left = [job for job in jobs if (job[0].name, *job[1:]) not in known]
-        for done in as_completed([pool.submit(run, *job) for job in left]):
+        left = [(arm, seed) for seed in seeds for arm in arms if (cell.name, arm, seed) not in known]
+        if left:
+            self.prepare(pool, cell, (split,))
+        for done in as_completed([pool.submit(run, cell, arm, seed, split) for arm, seed in left]):
             self.runs.append(done.result())
             self.write()
             one = self.runs[-1]
             print(f"{len(self.runs):>3} {one['cell']}: {one['arm']}, seed {one['seed']}", flush=True)
+        self.tell()
 
-    def finalists(self) -> list[str]:
+    def screen(self, pool: ProcessPoolExecutor) -> None:
+        self.walk(pool, self.large, list(ARMS), [SCREENED], "select")
+
+    def finals(self, pool: ProcessPoolExecutor) -> None:
         """DPO, the paper's, and the two with the largest margins where arms are selected."""
-        others = [row for row in ahead(self.runs, self.large.name, "select") if row["arm"] not in (DPO, TVKD)]
+        others = [row for row in self.rows["screened"] if row["arm"] not in (DPO, TVKD)]
         others.sort(key=lambda row: -row["margin"])
-        return [DPO, TVKD, *(row["arm"] for row in others[:2])]
+        self.walk(pool, self.large, [DPO, TVKD, *(row["arm"] for row in others[:2])], self.seeds, "report")
 
-    def jobs(self) -> Iterable[list[Job]]:
-        """Stage by stage, since what comes next hangs on what was found."""
-        yield [(self.large, arm, 0) for arm in ARMS]
-        finalists = self.finalists()
-        for cell in (self.large, self.rule):
-            yield [(cell, arm, seed) for seed in self.seeds for arm in finalists]
-        rows = [row for row in ahead(self.runs, self.large.name, "report") if row["arm"] != DPO]
-        best = max(rows, key=lambda row: row["margin"])["arm"]
-        yield [(self.small, arm, seed) for seed in self.seeds for arm in (DPO, best)]
+    def rule(self, pool: ProcessPoolExecutor) -> None:
+        self.walk(pool, self.known, list(dict.fromkeys((DPO, TVKD, self.best()))), self.seeds, "report")
+
+    def smaller(self, pool: ProcessPoolExecutor) -> None:
+        self.walk(pool, self.small, [DPO, self.best()], self.seeds, "report")
+
+    def best(self) -> str:
+        """Of the finalists beside DPO, by margin."""
+        rows = [row for row in self.rows[self.large.name] if row["arm"] != DPO]
+        return max(rows, key=lambda row: row["margin"])["arm"]
+
+    def tell(self) -> None:
+        """Every arm beside DPO, where it was selected and where it is reported."""
+        self.rows = {"screened": ahead(self.runs, self.large.name, "select")}
+        for cell in (self.large, self.known, self.small):
+            self.rows[cell.name] = ahead(self.runs, cell.name, "report")
+        self.write()
 
     def write(self) -> None:
         whole = {
             "quick": self.arguments.quick,
             "budgets": {data: vars(QUICK if self.arguments.quick else budget) for data, budget in BUDGETS.items()},
             "teachers": self.teachers,
+            "rows": self.rows,
             "runs": self.runs,
             "made_by": made_by(threads=2),
         }
@@ -118,13 +131,15 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     parser.add_argument("--out", default="out/learning")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--stages", type=int, default=4, help="1 to 4: screen, finals, set by rule, smaller student")
     parser.add_argument("--workers", type=int, default=2)
     study = Study(parser.parse_args())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(study.arguments.workers, context, torch.set_num_threads, (1,)) as pool:
-        study.prepare(pool)
-        for jobs in study.jobs():
-            study.walk(pool, jobs)
+        for stage in (study.screen, study.finals, study.rule, study.smaller)[: study.arguments.stages]:
+            stage(pool)
+    if study.arguments.stages > 1:
+        picture(study.file)
 
 
 if __name__ == "__main__":

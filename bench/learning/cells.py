@@ -33,13 +33,13 @@ class Budget:
     warm_steps: int
     steps: int
     pairs: int = 4
-    curve: int = 64
+    curve: int = 32
     """Held-out pairs of the learning curve."""
 
 
 BUDGETS: dict[Data, Budget] = {
-    "human": Budget(train=1200, select=400, report=256, teacher_steps=60, warm_steps=150, steps=150),
-    "rule": Budget(train=400, select=209, report=None, teacher_steps=40, warm_steps=150, steps=100),
+    "human": Budget(train=600, select=200, report=256, teacher_steps=40, warm_steps=150, steps=75),
+    "rule": Budget(train=400, select=209, report=None, teacher_steps=40, warm_steps=150, steps=75),
 }
 QUICK = Budget(train=12, select=6, report=8, teacher_steps=1, warm_steps=2, steps=3, curve=4)
 
@@ -52,7 +52,6 @@ class Cell:
     layers: int
     out: Path
     quick: bool = False
-    screens: bool = False
 
     @property
     def name(self) -> str:
@@ -61,11 +60,6 @@ class Cell:
     @property
     def budget(self) -> Budget:
         return QUICK if self.quick else BUDGETS[self.data]
-
-    @property
-    def held_out(self) -> tuple[Split, ...]:
-        """What its runs are measured on; arms are screened, and finalists selected, in one cell alone."""
-        return ("select", "report") if self.screens else ("report",)
 
     @property
     def teacher(self) -> Path:
@@ -80,7 +74,7 @@ class Cell:
         return DataConfig(
             train=str(folder / "train.jsonl"),
             eval=str(folder / f"{'select' if split == 'train' else split}.jsonl"),
-            max_length=192,
+            max_length=160,
             bad_pairs="drop",
             overlong="drop",
         )
@@ -101,9 +95,10 @@ class Cell:
 
 
 def write_data(out: Path, data: Data, quick: bool, train_file: Path, eval_file: Path) -> None:
-    """Human: rows 0-1199 to train on, 1200-1599 to select on, and the evaluation file. By rule: the bundled set, whose
-    questions of its training split are in none of its evaluation split, so that one is trained and selected on and the
-    other, which is larger, reported on.
+    """Human: the first rows to train on, those from 1200 on to select on, and the evaluation file.
+
+    By rule: the bundled set, whose questions of its training split are in none of its evaluation split, so that one is
+    trained and selected on and the other, which is larger, reported on.
     """
     budget = QUICK if quick else BUDGETS[data]
     if data == "human":

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from bench.learning.arms import ARMS, Arm, ArmScorer, kl_loss, length_slope
-from bench.learning.cells import MODEL_CONFIG, Cell
+from bench.learning.cells import MODEL_CONFIG, Cell, Split
 from tvkd_fast.data import MicroBatching, PairBatch, PairDataset, pairs_of_step
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
@@ -24,11 +24,11 @@ OPTIM = OptimConfig(lr=3e-5, warmup_steps=15)
 BATCHING = MicroBatching(tokens=1024)
 
 
-def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
-    """The record of a run: what it measured on every held-out pair, its curve, and what it cost."""
+def run(cell: Cell, name: str, seed: int, split: Split) -> dict[str, Any]:
+    """The record of a run: what it measured on every pair of a split, its curve, and what it cost."""
     arm, budget = ARMS[name], cell.budget
     train = cell.dataset("train")
-    held_out = {split: (cell.dataset(split), cell.reference(split)) for split in cell.held_out}
+    held_out = cell.dataset(split), cell.reference(split)
     policy = load_policy(str(cell.student), MODEL_CONFIG)
     start = time.process_time()
     step = _stepper(cell, arm, policy, train)
@@ -42,7 +42,7 @@ def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
         losses.append(step(pairs, optimizer))
         if number + 1 in marks:
             trained += time.process_time() - start
-            margins = margins_of(policy, *held_out[cell.held_out[0]], most=budget.curve)
+            margins = margins_of(policy, *held_out, most=budget.curve)
             curve.append({"step": number + 1, "margin": float(margins[0].mean()), "loss": losses[-1]})
             start = time.process_time()
     return {
@@ -51,17 +51,15 @@ def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "curve": curve,
         "cpu_seconds": trained,
-        "pairs": {split: _named(margins_of(policy, *of_split)) for split, of_split in held_out.items()},
+        "pairs": {split: _named(margins_of(policy, *held_out))},
     }
 
 
 def teachers(cell: Cell, most: int = 600) -> dict[str, Any]:
     """What the teacher itself makes of the pairs that are reported on, of so many of them."""
     teacher = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
-    return {
-        "cell": cell.name,
-        "pairs": _named(margins_of(teacher, cell.dataset("report"), cell.reference("report"), most)),
-    }
+    columns = margins_of(teacher, cell.dataset("report"), cell.reference("report"), most)
+    return {"data": cell.data, "pairs": _named(columns)}
 
 
 def _named(columns: torch.Tensor) -> dict[str, list[float]]:
