@@ -125,6 +125,7 @@ def draw(heats: tuple[Heat, Heat], loss: LossConfig, path: Path) -> None:
         row += 2
     for heat, colour in zip(heats, (WARM, COLD), strict=True):
         curve.plot(heat.values, label=heat.name, color=[x / 255 for x in colour], linewidth=1.5)
+    curve.xaxis.get_major_locator().set_params(integer=True)
     curve.set_xlabel("state: tokens of the response so far")
     curve.set_ylabel("V(s)")
     curve.legend(frameon=False)
