@@ -27,7 +27,7 @@ from tvkd_fast.version import __version__
 COMMANDS: dict[str, tuple[type, str]] = {
     "score": (ScoreConfig, "run teacher and reference once over the data and keep one float a state"),
     "train": (TrainConfig, "train a policy by tvkd, dpo or sft"),
-    "eval": (EvalConfig, "evaluate a policy, or several, on preference pairs; prints a JSON line"),
+    "eval": (EvalConfig, "evaluate a policy, or several (--model A --model B), on preference pairs (--data PAIRS)"),
     "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
     "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }

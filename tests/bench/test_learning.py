@@ -1,0 +1,149 @@
+"""The study of the teacher's value: what is compared with what, and the arms that are made up."""
+
+import json
+
+import pytest
+import torch
+
+from tvkd_fast.data import MicroBatching, Scores, build_dataset
+from tvkd_fast.losses import shaping_returns
+from tvkd_fast.models import load_tokenizer
+from tvkd_fast.training.config import ModelConfig
+from tvkd_fast.training.run_models import load_policy
+from tvkd_fast.training.step import values_of
+
+
+@pytest.fixture
+def pairs(model_folder, write_jsonl):
+    words = ["red", "green", "blue", "sun"]
+    rows = [
+        {"prompt": f"{i}: say.", "chosen": words[i % 4] * (1 + i % 3), "rejected": "no " * (1 + i % 5)}
+        for i in range(20)
+    ]
+    folder = model_folder(seed=0)
+    return build_dataset(write_jsonl(rows), load_tokenizer(folder)), load_policy(folder, ModelConfig())
+
+
+class Teacher:
+    """A number a state that rises along a response, and jumps about."""
+
+    def of(self, batch):
+        torch.manual_seed(int(batch.pairs.sum()))
+        lse = torch.cat([torch.arange(int(n)).float() for n in batch.cu_states.diff()]) + 0.1 * torch.randn(
+            len(batch.states)
+        )
+        return Scores(lse=lse, lse_kappa=2 * lse)
+
+
+class Reference:
+    def of(self, batch):
+        return Scores(torch.arange(2.0 * batch.num_pairs))
+
+
+def record(arm, seed, margins):
+    columns = dict.fromkeys(("margin", "chosen_gain", "reward_margin", "length"), margins)
+    curve = [{"step": 1, "margin": 0.0, "loss": 0.7}, {"step": 2, "margin": margins[0], "loss": 0.6}]
+    pairs = {"report": columns}
+    return {"cell": "human, 6 layers", "arm": arm, "seed": seed, "curve": curve, "cpu_seconds": 9.0, "pairs": pairs}
+
+
+RUNS = [
+    record("DPO", 1, [1.0, -1.0, 2.0]),
+    record("DPO", 2, [0.0, -3.0, 2.0]),
+    record("a", 2, [1.0, -2.0, 3.0]),
+    record("a", 1, [2.0, 0.5, 3.5]),
+    record("a", 7, [99.0, 99.0, 99.0]),
+]
+
+
+def test_an_arm_stands_beside_dpo_of_its_own_seed():
+    from bench.learning.report import ahead
+
+    dpo, other = ahead(RUNS, "human, 6 layers", "report")
+    assert (dpo["further"], dpo["further_p"]) == (0.0, 1.0)
+    # Seed 7 has no DPO beside it.
+    assert other["seeds"] == 2
+    assert other["further_by_seed"] == pytest.approx([4.0 / 3, 1.0])
+    assert other["further"] == pytest.approx(7.0 / 6)
+    assert other["better"] == pytest.approx(2.0 / 6)
+    low, high = other["further_interval"]
+    assert 0.9 <= low < other["further"] < high <= 1.6
+    assert ahead(RUNS, "human, 6 layers", "select") == []
+
+
+def test_a_length_alone_is_as_wide_as_the_teachers_offset(pairs):
+    from bench.learning.arms import ARMS, PAPER, ArmScorer, length_slope
+
+    dataset, policy = pairs
+    batches = list(MicroBatching(tokens=200).batches(dataset, range(len(dataset))))
+    slope = length_slope(dataset, Teacher(), batches)
+    scorer = ArmScorer(ARMS["length alone"], Reference(), None, slope, policy)
+    offsets, wanted, lengths = [], [], []
+    for batch in batches:
+        for found, source in ((offsets, scorer), (wanted, Teacher())):
+            scores = source.of(batch)
+            values = values_of(Scores(lse=scores.lse, lse_kappa=scores.lse), PAPER)
+            chosen, rejected = shaping_returns(values, batch.cu_states, ended=batch.ended).chunk(2)
+            found.append(chosen - rejected)
+        chosen, rejected = batch.cu_seqlens.diff().chunk(2)
+        lengths.append((chosen - rejected).float())
+    offset, longer = torch.cat(offsets), torch.cat(lengths)
+    assert float(offset.std()) == pytest.approx(float(torch.cat(wanted).std()), rel=1e-4)
+    assert float(torch.corrcoef(torch.stack([offset, longer]))[0, 1]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_arm_is_given_its_own_potential(pairs):
+    from bench.learning.arms import ARMS, ArmScorer
+
+    dataset, policy = pairs
+    (batch,) = MicroBatching(tokens=200).batches(dataset, range(3))
+
+    def of(name):
+        return ArmScorer(ARMS[name], Reference(), Teacher(), 0.0, policy).of(batch)
+
+    assert of("DPO").lse is None
+    assert torch.equal(of("α = 3").lse_kappa, Teacher().of(batch).lse)
+    assert torch.equal(of("logprobs, κ = 0.7").lse_kappa, Teacher().of(batch).lse_kappa)
+    own = of("the released recipe's")
+    assert not own.ref_logps.any()
+    assert own.lse.shape == batch.states.shape
+    assert not own.lse.requires_grad
+
+
+def test_kl_is_nothing_between_a_model_and_itself(pairs, model_folder):
+    from bench.learning.arms import kl_loss
+
+    dataset, policy = pairs
+    (batch,) = MicroBatching(tokens=200).batches(dataset, range(3), chosen_only=True)
+    assert float(kl_loss(policy, policy, batch).detach()) == pytest.approx(0.0, abs=1e-6)
+    other = load_policy(model_folder(seed=1), ModelConfig())
+    loss = kl_loss(policy, other, batch)
+    loss.backward()
+    assert float(loss.detach()) > 0
+    assert all(parameter.grad is None for parameter in other.parameters())
+
+
+def test_tables_and_picture_are_made_of_the_runs(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'tvkd_fast[plot]'")
+    from bench.learning.picture import picture
+    from bench.learning.report import ahead
+    from bench.learning.tables import finals_table, screen_table
+
+    rows = ahead(RUNS, "human, 6 layers", "report")
+    budget = {"steps": 75, "pairs": 4, "train": 600}
+    made = dict.fromkeys(("torch", "transformers", "python", "commit", "machine", "command"), "x")
+    report = {
+        "rows": {"screened": rows, "human, 6 layers": rows, "rule, 3 layers": []},
+        "runs": RUNS,
+        "teachers": [{"data": "human", "pairs": {"margin": [1.0, -1.0]}}],
+        "budgets": {"human": budget, "rule": budget},
+        "made_by": made,
+    }
+    assert "| a | +1.33 | +1.17 [" in screen_table(report)
+    finals = finals_table(report)
+    assert "the teacher, 2 pairs | +0.00" in finals
+    assert "rule, 3 layers" not in finals
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(report))
+    picture(file)
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
