@@ -20,7 +20,7 @@ def made_by(threads: int | None = None) -> dict[str, Any]:
 
     `threads` are those of the processes that were timed, where they are not this one.
     """
-    module = getattr(sys.modules["__main__"].__spec__, "name", Path(sys.argv[0]).name)
+    module = getattr(sys.modules["__main__"].__spec__, "name", Path(sys.argv[0]).name).removesuffix(".__main__")
     return provenance(threads) | {"command": without_paths(" ".join(["python -m", module, *sys.argv[1:]]))}
 
 

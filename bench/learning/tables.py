@@ -24,7 +24,8 @@ def screen_table(report: dict[str, Any]) -> str:
         for row in report["rows"]["screened"]
     ]
     count = report["rows"]["screened"][0]["pairs"]
-    what = f"{count} pairs of rows 1200-1599 of the training file, {_budget(report, 'human')}; 95% bootstrap over pairs"
+    rows_of = f"rows 1200-{1199 + report['budgets']['human']['select']} of the training file"
+    what = f"{count} pairs of {rows_of}, {_budget(report, 'human')}; 95% bootstrap over pairs"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 

@@ -1,6 +1,7 @@
 """The study of the teacher's value: what is compared with what, and the arms that are made up."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from tvkd_fast.models import load_tokenizer
 from tvkd_fast.training.config import ModelConfig
 from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.step import values_of
+
+
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
 
 
 @pytest.fixture
