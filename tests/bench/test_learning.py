@@ -136,7 +136,7 @@ def test_tables_and_picture_are_made_of_the_runs(tmp_path):
     from bench.learning.tables import finals_table, screen_table
 
     rows = ahead(RUNS, "human, 6 layers", "report")
-    budget = {"steps": 75, "pairs": 4, "train": 600}
+    budget = {"steps": 75, "pairs": 4, "train": 600, "select": 200}
     made = dict.fromkeys(("torch", "transformers", "python", "commit", "machine", "command"), "x")
     report = {
         "rows": {"screened": rows, "human, 6 layers": rows, "rule, 3 layers": []},
