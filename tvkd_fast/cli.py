@@ -262,7 +262,7 @@ def _recipe_path(name: str) -> Path:
 
 def _renamed(arguments: list[str]) -> list[str]:
     """Of eval: `--model` is the policy, and each further one is compared with it; `--data FILE` the held-out pairs."""
-    renamed, models = [arguments[0]], 0
+    renamed, models = [arguments[0]], sum(a.partition("=")[0] == "--policy" for a in arguments)
     for argument in arguments[1:]:
         name, equals, value = argument.partition("=")
         if name == "--model":

@@ -243,6 +243,7 @@ def test_scores_of_a_teachers_rewards(make: Callable[..., Any], folders: tuple[s
         ({"value_from": "implicit_reward"}, "run `tvkd score` with --teacher_reference"),
         ({"max_length": 12}, "none of .* was made of these"),
         ({"precompute_teacher": False}, "leave precompute_teacher True"),
+        ({"truncation_mode": "keep_end"}, "set truncation_mode='keep_start'"),
         ({"eval_dataset": Dataset.from_list(pairs(4, 50))}, "give every dataset's folder"),
     ],
 )

@@ -114,6 +114,25 @@ def test_models_are_compared_pair_by_pair():
     assert "ahead of a" in lines[-1]
 
 
+def test_a_difference_and_its_p_weigh_pairs_alike():
+    """Of many pairs of a light subset and few of a heavy one, the few decide, and they disagree with the many."""
+    subsets = ["mt-bench-hard"] * 60 + ["llmbar-adver-neighbor"] * 12
+    zeros = [0.0] * 72
+    first = judged("a", [-1] * 60 + [1] * 12, zeros)
+    second = judged("b", [1] * 6 + [-1] * 54 + [-1] * 12, zeros)
+    ahead = compared([first, second], subsets, sections=True)["models"][1]["ahead"]
+    assert ahead["mean"] == pytest.approx((37 * 0.1 - 134) / 171)
+    assert ahead["p"] < 0.01
+
+
+def test_subsets_that_are_not_the_benchmarks_are_all_there_is():
+    models = [judged("a", [1, 1, -1], [0.0] * 3), judged("b", [1, 1, 1], [0.0] * 3)]
+    found = compared(models, ["mine", "mine", "yours"], sections=True)
+    assert found["models"][1]["score"]["mean"] == 1.0
+    assert found["models"][1]["ahead"]["mean"] == pytest.approx(1 / 3)
+    assert "| **all** | 3 |" in table(found)
+
+
 def command(first, second, data, *more):
     return ["eval", "--model", first, "--model", second, "--data", str(data), *more]
 
@@ -177,3 +196,10 @@ def test_what_models_write_cannot_break_the_pages():
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     assert not [line for line in markdown_page(prompts, said).splitlines() if line.startswith("# h")]
+
+
+def test_a_policy_that_was_named_stays_the_first(files, model_folder, capsys):
+    first, second = model_folder(seed=0), model_folder(seed=1)
+    main(["eval", "--policy", first, "--model", second, "--data", str(files / "eval.jsonl")])
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [row["model"] for row in found["models"]] == [first, second]

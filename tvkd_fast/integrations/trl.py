@@ -393,6 +393,8 @@ def _refuse(args: TVKDConfig, *, has_reference: bool, cached: bool) -> None:
         raise ValueError("scores were made with the teacher's reference or without it: leave out teacher_reference")
     if cached and not args.precompute_teacher:
         raise ValueError("scores are on disk, and no teacher is there to run on a batch: leave precompute_teacher True")
+    if cached and args.truncation_mode != "keep_start":
+        raise ValueError("scores are of responses cut at their ends: set truncation_mode='keep_start', TRL's default")
     if not cached and has_reference != (args.value_from == "implicit_reward"):
         raise ValueError(
             "value_from='implicit_reward' is what the teacher gained over the model that it was before DPO: give "

@@ -79,13 +79,16 @@ def compared(models: Sequence[Judged], subsets: Sequence[str], *, sections: bool
     is none unless every section has a pair; else it is the accuracy over all pairs.
     """
     places = {name: torch.tensor([i for i, x in enumerate(subsets) if x == name]) for name in dict.fromkeys(subsets)}
-    kinds: dict[str, dict[str, float]] = {}
-    if sections:
-        kinds = section_weights(set(places))
+    # Where no subset is the benchmark's, there is nothing but all pairs.
+    kinds = section_weights(set(places)) if sections else {}
+    if kinds:
         every = {name: share / len(kinds) for of_section in kinds.values() for name, share in of_section.items()}
     else:
         every = {name: len(own) / len(subsets) for name, own in places.items()}
-    whole = not sections or len(kinds) == len(SECTIONS)
+    whole = not kinds or len(kinds) == len(SECTIONS)
+    weight = torch.zeros(len(subsets), dtype=torch.float64)
+    for name, share in every.items():
+        weight[places[name]] = share / len(places[name])
     found: dict[str, Any] = {"pairs": len(subsets), "models": []}
     for model in models:
         right = model.right
@@ -101,7 +104,7 @@ def compared(models: Sequence[Judged], subsets: Sequence[str], *, sections: bool
     first = models[0].right
     for row, model in zip(found["models"][1:], models[1:], strict=True):
         ahead = model.right - first
-        row["ahead"] = _mean(ahead, every, places) | {"p": paired_p(ahead)}
+        row["ahead"] = _mean(ahead, every, places) | {"p": paired_p(weight * ahead)}
     return found
 
 
