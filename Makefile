@@ -9,7 +9,8 @@ THREADS ?= 1
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
+INSTALL := -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
+PIP := $(BIN)/python $(INSTALL)
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
@@ -62,8 +63,8 @@ dist: $(STAMP) ## build sdist and wheel into dist/, and try each in an environme
 	$(BIN)/python -m build --outdir dist
 	$(PYTHON) -m venv out/dist
 	for built in dist/*.whl dist/*.tar.gz; do \
-		out/dist/bin/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt $(PIP_ARGS) --force-reinstall --no-deps $$built && \
-		out/dist/bin/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt $(PIP_ARGS) $$built && \
+		out/dist/bin/python $(INSTALL) $(PIP_ARGS) --force-reinstall --no-deps $$built && \
+		out/dist/bin/python $(INSTALL) $(PIP_ARGS) $$built && \
 		(cd out/dist && bin/python -I ../../tests/smoke.py) || exit 1; \
 	done
 

@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         on_site = place.startswith("docs/") and (ROOT / place).is_file()
         inside = named.get(place, posixpath.relpath(place, "docs") if on_site else None)
         if inside is None:
-            return text if "`" in text or text == place else f"{text} (`{place}`)"
+            return text if text == place else f"{text} (`{place}`)"
         return f"{picture}[{text}]({inside}{hash_}{anchor})"
 
     # Not in code: a block or a span shows what it says.

@@ -1,6 +1,6 @@
 """Does the teacher's value help a small student? Arms screened from one seed, finalists from five, beside DPO.
 
-    python -m bench.learning --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json docs/results/learning.json
+    python -m bench.learning --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json docs/results/learning_value.json
     python -m bench.learning --quick …        the same road in minutes; its figures mean nothing
 
 Two processes of one thread each. Runs that are in the JSON file are passed over, so a study that was cut off goes on;
@@ -46,14 +46,14 @@ class Study:
         if found["runs"] and found["quick"] != arguments.quick:
             raise SystemExit(f"{self.file} holds a study that is {'' if found['quick'] else 'not '}quick: name another")
         self.runs: list[dict[str, Any]] = found["runs"]
-        self.rows: dict[str, Any] = found.get("rows", {})
+        self.rows: dict[str, Any] = {}
         self.seeds = SEEDS[:2] if arguments.quick else SEEDS
         self.large = Cell("human", LARGE, self.out, arguments.quick)
         self.known = Cell("rule", SMALL, self.out, arguments.quick)
         self.small = Cell("human", SMALL, self.out, arguments.quick)
         self.teachers: list[dict[str, Any]] = found.get("teachers", [])
 
-    def prepare(self, pool: ProcessPoolExecutor, cell: Cell, splits: tuple[Split, ...]) -> None:
+    def prepare(self, pool: ProcessPoolExecutor, cell: Cell, split: Split) -> None:
         """The cell's teacher and student, and what they say; each once."""
         arguments = self.arguments
         cells.make_base(self.out)
@@ -61,9 +61,9 @@ class Study:
         self._all(pool, [partial(cells.make_teacher, cell), partial(cells.make_student, cell)])
         kinds: tuple[Any, ...] = ("rewards", "sums")
         scored = [partial(cells.make_potential, cell, kind) for kind in kinds]
-        every: tuple[Split, ...] = ("train", *splits)
-        self._all(pool, scored + [partial(cells.make_reference_scores, cell, split) for split in every])
-        if "report" in splits and cell.data not in {one["data"] for one in self.teachers}:
+        every: tuple[Split, ...] = ("train", split)
+        self._all(pool, scored + [partial(cells.make_reference_scores, cell, which) for which in every])
+        if split == "report" and cell.data not in {one["data"] for one in self.teachers}:
             self.teachers.append(pool.submit(teachers, cell).result())
 
     def _all(self, pool: ProcessPoolExecutor, jobs: Iterable[Callable[[], None]]) -> None:
@@ -75,7 +75,7 @@ class Study:
         known = {(one["cell"], one["arm"], one["seed"]) for one in self.runs}
         left = [(arm, seed) for seed in seeds for arm in arms if (cell.name, arm, seed) not in known]
         if left:
-            self.prepare(pool, cell, (split,))
+            self.prepare(pool, cell, split)
         for done in as_completed([pool.submit(run, cell, arm, seed, split) for arm, seed in left]):
             self.runs.append(done.result())
             self.write()

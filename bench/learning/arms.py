@@ -16,7 +16,7 @@ from tvkd_fast.losses import shaping_returns
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.config import LossConfig
 from tvkd_fast.training.scoring import Scorer
-from tvkd_fast.training.step import values_of
+from tvkd_fast.training.step import length_differences, values_of
 
 KAPPA = 0.7
 """Of what is kept of the teacher, beside its κ = 1."""
@@ -92,8 +92,7 @@ def length_slope(dataset: PairDataset, teacher: Scorer, batches: list[PairBatch]
         assert values is not None
         chosen, rejected = shaping_returns(values, batch.cu_states, ended=batch.ended).chunk(2)
         psi.append(chosen - rejected)
-        chosen, rejected = batch.cu_seqlens.diff().chunk(2)
-        lengths.append((chosen - rejected).float())
+        lengths.append(length_differences(batch).float())
     shaped, longer = torch.cat(psi), torch.cat(lengths)
     sign = torch.sign(torch.corrcoef(torch.stack([shaped, longer]))[0, 1])
     return float(sign * shaped.std() / longer.std() / PAPER.beta)

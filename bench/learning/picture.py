@@ -7,8 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from tvkd_fast.training.plot import new_figure
 
 COLOURS = ("#a9a9a9", "#c1440e", "#30638e", "#6a994e")
 
@@ -17,8 +16,7 @@ def picture(file: Path) -> None:
     """NAME.json of a study to NAME.png beside it."""
     report = json.loads(file.read_text())
     cells = [cell for cell in report["rows"] if cell != "screened" and report["rows"][cell]]
-    figure = Figure(figsize=(4.3 * len(cells), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.3 * len(cells), 3.8, layout="constrained")
     for axes, cell in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
         _curves(axes, report, cell)
     figure.savefig(file.with_suffix(".png"), dpi=130)

@@ -18,7 +18,7 @@ from tvkd_fast.training.evaluate import measure
 from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.run_models import freeze, load_policy
 from tvkd_fast.training.scoring import CachedScorer
-from tvkd_fast.training.step import train_step
+from tvkd_fast.training.step import length_differences, train_step
 
 OPTIM = OptimConfig(lr=3e-5, warmup_steps=15)
 BATCHING = MicroBatching(tokens=1024)
@@ -34,16 +34,16 @@ def run(cell: Cell, name: str, seed: int, split: Split) -> dict[str, Any]:
     step = _stepper(cell, arm, policy, train)
     optimizer = make_optimizer(policy, OPTIM)
     marks = {round(budget.steps * part) for part in (1 / 3, 2 / 3, 1)}
-    curve, losses, trained = [], [], 0.0
+    curve, trained = [], 0.0
     for number in range(budget.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, budget.steps, OPTIM)
         pairs = pairs_of_step(seed, number, num_pairs=len(train), pairs_per_step=budget.pairs)
-        losses.append(step(pairs, optimizer))
+        loss = step(pairs, optimizer)
         if number + 1 in marks:
             trained += time.process_time() - start
             margins = margins_of(policy, *held_out, most=budget.curve)
-            curve.append({"step": number + 1, "margin": float(margins[0].mean()), "loss": losses[-1]})
+            curve.append({"step": number + 1, "margin": float(margins[0].mean()), "loss": loss})
             start = time.process_time()
     return {
         "cell": cell.name,
@@ -80,10 +80,9 @@ def margins_of(
         known = reference.of(batch).ref_logps
         assert known is not None
         (chosen, rejected), (was_chosen, was_rejected) = logps.chunk(2), known.chunk(2)
-        longer = batch.cu_seqlens.diff().chunk(2)
         margin = chosen - rejected
         gained = margin - (was_chosen - was_rejected)
-        return torch.stack([x.double() for x in (margin, chosen - was_chosen, gained, longer[0] - longer[1])])
+        return torch.stack([x.double() for x in (margin, chosen - was_chosen, gained, length_differences(batch))])
 
     return measure(policy, PairDataset(dataset[:most], dataset.report), columns, batching=BATCHING)
 

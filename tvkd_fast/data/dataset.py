@@ -102,7 +102,7 @@ def build_dataset(
     chat_template: Literal["auto", "never"] = "auto",
     batching: MicroBatching | None = None,
     progress: bool = False,
-    read: ReadRow | None = None,
+    read: ReadRow = to_preference,
 ) -> PairDataset:
     """Reads, tokenizes and truncates a preference set. Nothing is dropped without being counted in the report.
 
@@ -215,7 +215,7 @@ def _load(
     subset: str | None,
     limit: int | None,
     bad_pairs: Literal["error", "drop"],
-    read: ReadRow | None,
+    read: ReadRow,
 ) -> LoadedPreferences:
     if not (isinstance(source, str) and source.startswith("bundled:")):
         return load_preferences(source, split=split, subset=subset, limit=limit, bad_pairs=bad_pairs, read=read)
@@ -228,8 +228,7 @@ def _load(
         )
     count = int(matched[2]) if matched[2] else None
     rows = preference_rows("train" if matched[1] == "train" else "eval", count)[:limit]
-    to_pair = to_preference if read is None else read
-    return LoadedPreferences([to_pair(row, f"{source} row {i}") for i, row in enumerate(rows)], {}, source)
+    return LoadedPreferences([read(row, f"{source} row {i}") for i, row in enumerate(rows)], {}, source)
 
 
 def _with_progress(items: list[Preference], progress: bool) -> Iterable[Preference]:

@@ -81,55 +81,6 @@ ReadRow = Callable[[Mapping[str, Any], str], Preference]
 """A row's columns and where it came from, to a preference."""
 
 
-def load_preferences(
-    source: str | Path,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    limit: int | None = None,
-    bad_pairs: Literal["error", "drop"] = "error",
-    read: ReadRow | None = None,
-) -> LoadedPreferences:
-    """Reads preference pairs from a file, a folder or the hub.
-
-    Args:
-        source: a `.jsonl`, `.json` (either also `.gz`) or `.parquet` file; a folder of them, of which the files
-            named after `split` are read where any file is named after a split; a folder that
-            `datasets.save_to_disk` wrote; or a dataset's name on the hub, with a data folder after a colon if it has
-            several (`"Anthropic/hh-rlhf:harmless-base"`). A name that ends like a file is never asked of the hub.
-        split: which split, where the source has several. A single file is one split, whatever it is called.
-        subset: the hub's configuration name, or a folder inside a local folder.
-        limit: read the first `limit` rows only. Rows dropped as bad count among them.
-        bad_pairs: "error" stops at the first row that is no preference, "drop" leaves it out and counts it.
-        read: what makes a preference of a row; `to_preference` where None.
-
-    Raises:
-        BadPair: a row is no preference and `bad_pairs` is "error".
-        ValueError: the source cannot be read, is broken, or holds no pair.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}: give a positive number of rows, or None to read them all")
-    if bad_pairs not in ("error", "drop"):
-        raise ValueError(f"bad_pairs is {bad_pairs!r}: give 'error' or 'drop'")
-    pairs: list[Preference] = []
-    dropped: Counter[str] = Counter()
-    first_bad: BadPair | None = None
-    for record, row in islice(_records(source, split, subset), limit):
-        try:
-            pairs.append((to_preference if read is None else read)(record, row))
-        except BadPair as bad:
-            if bad_pairs == "error":
-                remedy = bad.remedy or "Mend the row, or leave such rows out with --data.bad_pairs drop"
-                raise BadPair(bad.row, bad.reason, bad.detail, remedy) from None
-            first_bad = first_bad or bad
-            dropped[bad.reason] += 1
-    if not pairs and first_bad is not None:
-        raise ValueError(f"{source}: all {dropped.total()} rows were dropped; the first was {first_bad}")
-    if not pairs:
-        raise ValueError(f"{source} holds no rows: give a source with at least one preference pair")
-    return LoadedPreferences(pairs, dict(dropped), str(source))
-
-
 def to_preference(record: Mapping[str, Any], row: str) -> Preference:
     """Recognises one row in any of the formats that preference sets come in.
 
@@ -164,6 +115,55 @@ def to_preference(record: Mapping[str, Any], row: str) -> Preference:
         raise BadPair(row, "wrong type", f"{kinds}; both must be strings or both lists of messages")
     _check(pair)
     return pair
+
+
+def load_preferences(
+    source: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+    bad_pairs: Literal["error", "drop"] = "error",
+    read: ReadRow = to_preference,
+) -> LoadedPreferences:
+    """Reads preference pairs from a file, a folder or the hub.
+
+    Args:
+        source: a `.jsonl`, `.json` (either also `.gz`) or `.parquet` file; a folder of them, of which the files
+            named after `split` are read where any file is named after a split; a folder that
+            `datasets.save_to_disk` wrote; or a dataset's name on the hub, with a data folder after a colon if it has
+            several (`"Anthropic/hh-rlhf:harmless-base"`). A name that ends like a file is never asked of the hub.
+        split: which split, where the source has several. A single file is one split, whatever it is called.
+        subset: the hub's configuration name, or a folder inside a local folder.
+        limit: read the first `limit` rows only. Rows dropped as bad count among them.
+        bad_pairs: "error" stops at the first row that is no preference, "drop" leaves it out and counts it.
+        read: what makes a preference of a row.
+
+    Raises:
+        BadPair: a row is no preference and `bad_pairs` is "error".
+        ValueError: the source cannot be read, is broken, or holds no pair.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: give a positive number of rows, or None to read them all")
+    if bad_pairs not in ("error", "drop"):
+        raise ValueError(f"bad_pairs is {bad_pairs!r}: give 'error' or 'drop'")
+    pairs: list[Preference] = []
+    dropped: Counter[str] = Counter()
+    first_bad: BadPair | None = None
+    for record, row in islice(_records(source, split, subset), limit):
+        try:
+            pairs.append(read(record, row))
+        except BadPair as bad:
+            if bad_pairs == "error":
+                remedy = bad.remedy or "Mend the row, or leave such rows out with --data.bad_pairs drop"
+                raise BadPair(bad.row, bad.reason, bad.detail, remedy) from None
+            first_bad = first_bad or bad
+            dropped[bad.reason] += 1
+    if not pairs and first_bad is not None:
+        raise ValueError(f"{source}: all {dropped.total()} rows were dropped; the first was {first_bad}")
+    if not pairs:
+        raise ValueError(f"{source} holds no rows: give a source with at least one preference pair")
+    return LoadedPreferences(pairs, dict(dropped), str(source))
 
 
 def _plain(prompt: object, chosen: str, rejected: str, row: str) -> Preference:

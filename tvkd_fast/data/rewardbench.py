@@ -7,9 +7,10 @@ constants in its code (github.com/allenai/reward-bench).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from tvkd_fast.data.formats import BadPair, Message, Preference
+from tvkd_fast.data.formats import BadPair, Preference, to_preference
 
 HUB, SPLIT = "allenai/reward-bench", "filtered"
 """The set on the hub, and which of its splits the benchmark is."""
@@ -55,17 +56,15 @@ def to_rewardbench(record: Mapping[str, Any], row: str) -> Preference:
     """One row of columns `prompt, chosen, rejected, subset` as a conversation: the prompt is the user's turn.
 
     Raises:
-        BadPair: a column is missing or empty, or both responses are the same.
+        BadPair: a column is missing or empty, or `to_preference` refuses what is in it.
     """
     missing = [name for name in ("prompt", "chosen", "rejected", "subset") if not record.get(name)]
     if missing:
         raise BadPair(row, "no row of RewardBench", f"without {', '.join(missing)}", "Leave out --format rewardbench")
-    if record["chosen"] == record["rejected"]:
-        raise BadPair(row, "chosen equals rejected")
     prompt = record["prompt"]
-    asked: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    chosen, rejected = ([{"role": "assistant", "content": str(record[name])}] for name in ("chosen", "rejected"))
-    return Preference(asked, chosen, rejected, row, str(record["subset"]))
+    turns = {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+    turns |= {name: [{"role": "assistant", "content": record[name]}] for name in ("chosen", "rejected")}
+    return replace(to_preference(turns, row), subset=str(record["subset"]))
 
 
 def section_weights(subsets: set[str]) -> dict[str, dict[str, float]]:

@@ -10,21 +10,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tvkd_fast.data import (
     PairDataset,
     ScoreCache,
-    Scores,
     TokenizedPair,
     TokenReport,
+    collate_pairs,
     read_manifest,
     truncate_pair,
 )
 from tvkd_fast.data.scores import MANIFEST
 from tvkd_fast.integrations.teacher import ShapingSettings
-from tvkd_fast.losses import shaping_returns
-from tvkd_fast.ops import soft_values
 
 AT_ONCE = 256
 """Pairs that are looked up together."""
@@ -76,35 +73,16 @@ class CachedReturns:
 
     def _of(self, cache: ScoreCache, dataset: PairDataset, places: range) -> Tensor:
         """[2, P]."""
-        scores, settings = cache.of(torch.tensor(list(places))), self.settings
-        cu_states, ended = _boundaries(scores, [dataset[i] for i in places])
+        batch = collate_pairs(dataset[places.start : places.stop], places)
+        scores, settings = cache.of(batch.pairs), self.settings
         if settings.value_from == "implicit_reward":
             assert scores.reward is not None
             values = settings.value_scale * scores.reward
         else:
             assert scores.lse is not None
             assert scores.lse_kappa is not None
-            values = soft_values(
-                scores.lse,
-                scores.lse_kappa,
-                kappa=settings.kappa,
-                value_scale=settings.value_scale,
-                value_from=settings.value_from,
-            )
-        psi = shaping_returns(values, cu_states, gamma=settings.gamma, terminal=settings.terminal, ended=ended)
-        return psi.view(2, -1)
-
-
-def _boundaries(scores: Scores, pairs: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
-    """(2P+1,) of the responses' states, chosen first, and (2P,) which ended: the teacher's, where it has a tokenizer of
-    its own.
-    """
-    if scores.teacher_states is not None and scores.teacher_ended is not None:
-        return F.pad(scores.teacher_states.cumsum(0), (1, 0)), scores.teacher_ended
-    responses = [(pair.chosen_ids, pair.chosen_ended) for pair in pairs]
-    responses += [(pair.rejected_ids, pair.rejected_ended) for pair in pairs]
-    states = torch.tensor([len(ids) + 1 for ids, _ in responses])
-    return F.pad(states.cumsum(0), (1, 0)), torch.tensor([ended for _, ended in responses])
+            values = settings.values(scores.lse, scores.lse_kappa)
+        return settings.returns(values, *scores.boundaries(batch)).view(2, -1)
 
 
 def as_pairs(

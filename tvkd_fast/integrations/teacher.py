@@ -31,6 +31,15 @@ class ShapingSettings:
     value_from: Literal["logits", "logprobs", "implicit_reward"]
     terminal: Terminal
 
+    def values(self, lse: Tensor, lse_kappa: Tensor) -> Tensor:
+        """(M,) soft values from a teacher's two sums."""
+        assert self.value_from != "implicit_reward"
+        return soft_values(lse, lse_kappa, kappa=self.kappa, value_scale=self.value_scale, value_from=self.value_from)
+
+    def returns(self, values: Tensor, cu_states: Tensor, ended: Tensor) -> Tensor:
+        """(2P,) Ψ."""
+        return shaping_returns(values, cu_states, gamma=self.gamma, terminal=self.terminal, ended=ended)
+
 
 @dataclass(frozen=True)
 class PaddedRows:
@@ -118,14 +127,5 @@ class TeacherReturns:
             rewards = self.teacher(rows) - self.reference(rows)
             values = settings.value_scale * running_sums(rewards, rows.cu_seqlens)
         else:
-            lse, lse_kappa = self.teacher(rows)
-            values = soft_values(
-                lse,
-                lse_kappa,
-                kappa=settings.kappa,
-                value_scale=settings.value_scale,
-                value_from=settings.value_from,  # type: ignore[arg-type]
-            )
-        return shaping_returns(
-            values, rows.cu_states, gamma=settings.gamma, terminal=settings.terminal, ended=rows.ended(self.eos)
-        )
+            values = settings.values(*self.teacher(rows))
+        return settings.returns(values, rows.cu_states, rows.ended(self.eos))

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
+from tvkd_fast.data.tokenization import PairTokenizer
 from tvkd_fast.integrations.lm_head import FusedLMOutput, is_patched, patch_lm_head
 from tvkd_fast.integrations.scores import CachedReturns, as_pairs, is_score_folder
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
@@ -221,7 +222,7 @@ class TVKDTrainer(DPOTrainer):
             return dataset
         if self._cached is not None:
             rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-            ends = frozenset({self._tokenizer.eos_token_id, *self._tokenizer.all_special_ids})
+            ends = PairTokenizer(self._tokenizer).special_ids
             returns = self._cached.of(as_pairs(rows, ends, self.args.max_length))
             columns = Dataset.from_dict({key: x.tolist() for key, x in zip(RETURNS, returns, strict=True)})
             return concatenate_datasets([dataset, columns], axis=1)

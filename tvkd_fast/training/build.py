@@ -22,7 +22,7 @@ from tvkd_fast.data import (
     fingerprint_tokenizer,
 )
 from tvkd_fast.data.folders import whole_folder
-from tvkd_fast.data.formats import ReadRow
+from tvkd_fast.data.formats import ReadRow, to_preference
 from tvkd_fast.distributed import World, joined, whole_weights
 from tvkd_fast.models import (
     PolicyWithHead,
@@ -328,7 +328,7 @@ def load_dataset(
     batching: MicroBatching | None = None,
     *,
     say: bool = False,
-    read: ReadRow | None = None,
+    read: ReadRow = to_preference,
 ) -> PairDataset:
     """The training ("train") or held-out ("eval") pairs that the config names, tokenized, truncated, and fit to be
     batched so.

@@ -18,6 +18,7 @@ from tvkd_fast.models import load_tokenizer
 from tvkd_fast.training.build import load_dataset
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, LossConfig
 from tvkd_fast.training.pages import page
+from tvkd_fast.training.plot import new_figure
 from tvkd_fast.training.run_models import load_frozen
 from tvkd_fast.training.step import values_of
 
@@ -98,16 +99,10 @@ def heats_of(dataset: PairDataset, config: ExplainConfig, tokenizer: PreTrainedT
 
 def draw(heats: tuple[Heat, Heat], loss: LossConfig, path: Path) -> None:
     """Coloured text of both responses over the potential along them, as PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("drawing the picture needs matplotlib: pip install 'tvkd_fast[plot]'") from error
     width, height = 96, 0.26
     lines = {heat.name: _lines(heat, width) for heat in heats}
     rows = sum(map(len, lines.values())) + 5
-    figure = Figure(figsize=(10, height * rows + 3.2))
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, height * rows + 3.2)
     text, curve = figure.subplots(2, 1, height_ratios=[height * rows, 2.6])
     text.set_xlim(0, width)
     text.set_ylim(rows, 0)

@@ -24,10 +24,11 @@ def bootstrap_interval(
     """
     generator = torch.Generator().manual_seed(0)
     numbers = numbers.double().view(-1, numbers.shape[-1])
-    groups = [torch.arange(numbers.shape[1])] if groups is None else groups
+    if groups is None:
+        groups, weights = [torch.arange(numbers.shape[1])], [1.0]
     total = torch.zeros(draws, dtype=torch.float64)
     repetitions = torch.randint(numbers.shape[0], (draws, numbers.shape[0]), generator=generator)
-    for places, weight in zip(groups, weights or [1.0], strict=True):
+    for places, weight in zip(groups, weights, strict=True):
         own = numbers[:, places]
         for start in range(0, draws, max(1, _BLOCK // own.numel())):
             block = repetitions[start : start + max(1, _BLOCK // own.numel())]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvkd_fast.training.metrics import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLES: dict[str, dict[str, Any]] = {
     # The first line lies under the second where they meet, so it is the broader one.
@@ -28,6 +31,18 @@ MORE_PANELS = (
 )
 
 
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """A picture to save, in inches; no window and no global state. ValueError where there is no matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("drawing needs matplotlib: pip install 'tvkd_fast[plot]'") from error
+    figure = Figure(figsize=(width, height), **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def plot_curves(
     runs: dict[str, list[dict[str, Any]]], path: Path, *, title: str, panels: Sequence[tuple[str, str]] = PANELS
 ) -> None:
@@ -35,14 +50,8 @@ def plot_curves(
 
     `runs` maps a run's name to the lines of its metrics.jsonl, `panels` a metric to its title. Needs matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("drawing curves needs matplotlib: pip install 'tvkd_fast[plot]'") from error
     rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(12, 3.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 3.8 * rows, layout="constrained")
     axes = figure.subplots(rows, 3, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.set_visible(False)

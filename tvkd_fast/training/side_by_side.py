@@ -94,9 +94,9 @@ def _judge(name: str, dataset: PairDataset, config: EvalConfig, world: World) ->
     sharing = sharing_of(config, world)
     policy = load_policy(name, config.model, sharing=sharing, frozen=True)
     check_token_ids(dataset, policy.vocab_size)
-    tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
     reference = None
     if config.reference is not None:
+        tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
         reference = load_frozen(config, tokenizer, kappa=1.0, sharing=sharing).scorer(dataset, config)
     return judge_pairs(
         name,
