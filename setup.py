@@ -51,7 +51,7 @@ setup(
         "qlora": QLORA,
         "gpu": ["flash-attn>=2.8"],
         "trl": TRL,
-        "bench": ["pytest-benchmark>=5", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", *TRL, *PLOT],
+        "bench": ["pytest-benchmark>=5", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", "scipy>=1.14", *TRL, *PLOT],
         "plot": PLOT,
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         # Halves what marking a sparse gradient's entries takes beside the product, on a CPU.

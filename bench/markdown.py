@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -10,10 +11,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def provenance(made: dict[str, Any], what: str) -> str:
+def provenance(made: dict[str, Any], what: str, commits: Sequence[str] = ()) -> str:
+    """`commits` are those of what was measured, where it was not measured all at once."""
     versions = f"torch {made['torch']}, transformers {made['transformers']}, Python {made['python']}"
-    commit = (made["commit"] or "no checkout")[:12]
-    return f"\n{what}; `{made['command']}`; {made['machine']}; {versions}; commit {commit}."
+    known = ", ".join((commit or "no checkout")[:12] for commit in commits or [made["commit"]])
+    return f"\n{what}; `{made['command']}`; {made['machine']}; {versions}; commit {known}."
 
 
 def cell(text: str) -> str:

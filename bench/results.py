@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
-from bench.learning.tables import finals_table, screen_table
+from bench.learning.tables import data_table, finals_table, screen_table
 from bench.machine import without_paths
 from bench.markdown import cell, error, markdown, provenance
 
@@ -232,6 +232,7 @@ TABLES = {
     "learning": tables.learning_table,
     "training": tables.training_table,
     "screen": screen_table,
+    "pairs": data_table,
     "finals": finals_table,
     "scaling": tables.scaling_table,
     "soak": tables.soak_table,

@@ -4,15 +4,16 @@
     python -m bench.learning --quick …        the same road in minutes; its figures mean nothing
 
 Two processes of one thread each. Runs that are in the JSON file are passed over, so a study that was cut off goes on;
-models and scores lie under --out. 58 runs: 13 arms from one seed on human preferences with the larger student; DPO,
-the paper's TVKD and the two arms with the largest margins where they were selected, from five other seeds; DPO, the
-paper's and the best of those on the set whose truth is known; and DPO and the best on human preferences, with the
-smaller student. What a stage needs is made when it begins, so --stages 1 is the screen alone.
+models and scores lie under --out. 58 runs: 13 arms from one seed on half of the human preferences; DPO, the paper's
+TVKD and two finalists, from five other seeds on all of them and other pairs; DPO, the paper's and the first of the
+finalists on the set whose truth is known; and DPO and the paper's on human preferences, with a smaller student. What a
+stage needs is made when it begins, so --stages 1 is the screen alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.learning import cells
-from bench.learning.arms import ARMS, DPO, TVKD
+from bench.learning.arms import ARMS, DPO, TVKD, finalists
 from bench.learning.cells import BUDGETS, QUICK, Cell, Split
 from bench.learning.picture import picture
 from bench.learning.report import ahead
@@ -34,6 +35,7 @@ from bench.machine import made_by, write_report
 LARGE, SMALL = 6, 3
 SCREENED, SEEDS = 0, range(1, 6)
 """Arms are selected from one seed, and compared from others."""
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
 class Study:
@@ -42,84 +44,84 @@ class Study:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.file = arguments, Path(arguments.json)
         self.out = Path(arguments.out) / ("quick" if arguments.quick else "whole")
-        found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"runs": []}
-        if found["runs"] and found["quick"] != arguments.quick:
-            raise SystemExit(f"{self.file} holds a study that is {'' if found['quick'] else 'not '}quick: name another")
-        self.runs: list[dict[str, Any]] = found["runs"]
-        self.rows: dict[str, Any] = {}
+        self.given = {
+            "quick": arguments.quick,
+            "budgets": {data: vars(QUICK if arguments.quick else budget) for data, budget in BUDGETS.items()},
+            "sha256": {
+                name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
+                for name, file in (("data", arguments.data), ("eval", arguments.eval))
+            },
+        }
+        found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else self.given
+        for name, value in self.given.items():
+            if found[name] != value:
+                raise SystemExit(f"{self.file} holds a study of another {name}: give another --json, or what it had")
+        self.runs: list[dict[str, Any]] = found.get("runs", [])
+        self.teachers: list[dict[str, Any]] = found.get("teachers", [])
+        self.data: dict[str, Any] = found.get("data", {})
+        self.rows: dict[str, list[dict[str, Any]]] = {}
         self.seeds = SEEDS[:2] if arguments.quick else SEEDS
+        self.screened = Cell("screen", LARGE, self.out, arguments.quick)
         self.large = Cell("human", LARGE, self.out, arguments.quick)
         self.known = Cell("rule", SMALL, self.out, arguments.quick)
         self.small = Cell("human", SMALL, self.out, arguments.quick)
-        self.teachers: list[dict[str, Any]] = found.get("teachers", [])
+        self.commit = made_by()["commit"]
 
-    def prepare(self, pool: ProcessPoolExecutor, cell: Cell, split: Split) -> None:
-        """The cell's teacher and student, and what they say; each once."""
+    def prepare(self, pool: ProcessPoolExecutor, cell: Cell, arms: Iterable[str]) -> None:
+        """The cell's teacher and student, and what they say that the arms ask for; each once."""
         arguments = self.arguments
         cells.make_base(self.out)
         cells.write_data(self.out, cell.data, arguments.quick, arguments.data, arguments.eval)
         self._all(pool, [partial(cells.make_teacher, cell), partial(cells.make_student, cell)])
-        kinds: tuple[Any, ...] = ("rewards", "sums")
+        kinds = sorted({kind for arm in arms if (kind := ARMS[arm].potential)})
         scored = [partial(cells.make_potential, cell, kind) for kind in kinds]
-        every: tuple[Split, ...] = ("train", split)
-        self._all(pool, scored + [partial(cells.make_reference_scores, cell, which) for which in every])
-        if split == "report" and cell.data not in {one["data"] for one in self.teachers}:
+        self._all(pool, scored + [partial(cells.make_reference_scores, cell, split) for split in SPLITS])
+        self.data[cell.data] = {split: vars(cell.dataset(split).report) | {"source": split} for split in SPLITS}
+        if cell.data not in {one["data"] for one in self.teachers}:
             self.teachers.append(pool.submit(teachers, cell).result())
 
     def _all(self, pool: ProcessPoolExecutor, jobs: Iterable[Callable[[], None]]) -> None:
         for done in as_completed([pool.submit(job) for job in jobs]):
             done.result()
 
-    def walk(self, pool: ProcessPoolExecutor, cell: Cell, arms: list[str], seeds: Iterable[int], split: Split) -> None:
+    def walk(self, pool: ProcessPoolExecutor, cell: Cell, arms: Iterable[str], seeds: Iterable[int]) -> None:
         """Those of the runs that are not there yet."""
         known = {(one["cell"], one["arm"], one["seed"]) for one in self.runs}
         left = [(arm, seed) for seed in seeds for arm in arms if (cell.name, arm, seed) not in known]
         if left:
-            self.prepare(pool, cell, split)
-        for done in as_completed([pool.submit(run, cell, arm, seed, split) for arm, seed in left]):
-            self.runs.append(done.result())
+            self.prepare(pool, cell, arms)
+        for done in as_completed([pool.submit(run, cell, arm, seed) for arm, seed in left]):
+            self.runs.append(done.result() | {"commit": self.commit})
             self.write()
             one = self.runs[-1]
             print(f"{len(self.runs):>3} {one['cell']}: {one['arm']}, seed {one['seed']}", flush=True)
         self.tell()
 
     def screen(self, pool: ProcessPoolExecutor) -> None:
-        self.walk(pool, self.large, list(ARMS), [SCREENED], "select")
+        self.walk(pool, self.screened, ARMS, [SCREENED])
 
     def finals(self, pool: ProcessPoolExecutor) -> None:
-        """DPO, the paper's, and the two with the largest margins where arms are selected."""
-        others = [row for row in self.rows["screened"] if row["arm"] not in (DPO, TVKD)]
-        others.sort(key=lambda row: -row["margin"])
-        self.walk(pool, self.large, [DPO, TVKD, *(row["arm"] for row in others[:2])], self.seeds, "report")
+        self.walk(pool, self.large, (DPO, TVKD, *self.finalists()), self.seeds)
 
     def rule(self, pool: ProcessPoolExecutor) -> None:
-        self.walk(pool, self.known, list(dict.fromkeys((DPO, TVKD, self.best()))), self.seeds, "report")
+        self.walk(pool, self.known, (DPO, TVKD, self.finalists()[0]), self.seeds)
 
     def smaller(self, pool: ProcessPoolExecutor) -> None:
-        self.walk(pool, self.small, [DPO, self.best()], self.seeds, "report")
+        self.walk(pool, self.small, (DPO, TVKD), self.seeds)
 
-    def best(self) -> str:
-        """Of the finalists beside DPO, by margin."""
-        rows = [row for row in self.rows[self.large.name] if row["arm"] != DPO]
-        return max(rows, key=lambda row: row["margin"])["arm"]
+    def finalists(self) -> list[str]:
+        """By what was screened, which no table of finalists reports on."""
+        return finalists(self.rows[self.screened.name])
 
     def tell(self) -> None:
-        """Every arm beside DPO, where it was selected and where it is reported."""
-        self.rows = {"screened": ahead(self.runs, self.large.name, "select")}
-        for cell in (self.large, self.known, self.small):
-            self.rows[cell.name] = ahead(self.runs, cell.name, "report")
+        """Every arm beside DPO, cell by cell."""
+        cells = (self.screened, self.large, self.known, self.small)
+        self.rows = {cell.name: ahead(self.runs, cell.name) for cell in cells}
         self.write()
 
     def write(self) -> None:
-        whole = {
-            "quick": self.arguments.quick,
-            "budgets": {data: vars(QUICK if self.arguments.quick else budget) for data, budget in BUDGETS.items()},
-            "teachers": self.teachers,
-            "rows": self.rows,
-            "runs": self.runs,
-            "made_by": made_by(threads=2),
-        }
-        write_report(whole, self.file)
+        found = {"data": self.data, "teachers": self.teachers, "rows": self.rows, "runs": self.runs}
+        write_report(self.given | found | {"made_by": made_by(threads=2)}, self.file)
 
 
 def main() -> None:

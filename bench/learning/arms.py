@@ -6,7 +6,7 @@ Letters: P pairs, N response tokens, M response states.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,18 +21,26 @@ from tvkd_fast.training.step import length_differences, values_of
 KAPPA = 0.7
 """Of what is kept of the teacher, beside its κ = 1."""
 Source = Literal["teacher", "reward", "length", "self", "kl"]
+Potential = Literal["rewards", "sums"]
 
 
 @dataclass(frozen=True)
 class Arm:
     """A loss, and where its potential comes from.
 
-    `self` is the released recipe's: the student's own quantity at every step, with neither reference nor β.
+    `self` is of the released recipe: the student's own value at every step, with neither reference nor β.
     `kl` is no preference loss: token by token the teacher's distribution over the chosen responses.
     """
 
     loss: LossConfig = field(default_factory=LossConfig)
     source: Source = "teacher"
+
+    @property
+    def potential(self) -> Potential | None:
+        """What must be kept of the teacher."""
+        if self.source == "reward":
+            return "rewards"
+        return "sums" if self.source == "length" or (self.source == "teacher" and self.loss.alpha != 0) else None
 
 
 PAPER = LossConfig(alpha=1.0, gamma=1.0, terminal="last_content", value_from="logits")
@@ -49,11 +57,29 @@ ARMS: dict[str, Arm] = {
     "logprobs, κ = 0.7": Arm(replace(PAPER, value_from="logprobs", kappa=KAPPA)),
     "implicit reward": Arm(replace(PAPER, value_from="implicit_reward"), "reward"),
     "length alone": Arm(PAPER, "length"),
-    "the released recipe's": Arm(
+    "the student's own value": Arm(
         LossConfig(beta=1.0, alpha=1.0, value_scale=1.0, value_from="logprobs", kappa=KAPPA), "self"
     ),
     "KL to the teacher": Arm(PAPER, "kl"),
 }
+FAMILIES = (
+    ("γ = 0.95", "terminal eos", "terminal zero, γ = 0.95"),
+    ("logprobs, κ = 0.7", "implicit reward"),
+)
+"""How the potential is discounted and ended, and what it is made of: each sends one arm to the finals."""
+
+
+def finalists(screened: list[dict[str, Any]]) -> list[str]:
+    """Of each family the arm that was right most often, then by margin; the best first.
+
+    By accuracy, since pushing both responses down widens a margin and makes none of them right.
+    """
+
+    def rank(row: dict[str, Any]) -> tuple[float, float]:
+        return row["accuracy"], row["margin"]
+
+    best = [max((row for row in screened if row["arm"] in family), key=rank) for family in FAMILIES]
+    return [row["arm"] for row in sorted(best, key=rank, reverse=True)]
 
 
 class ArmScorer:

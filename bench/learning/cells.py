@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.learning.arms import KAPPA
+from bench.learning.arms import KAPPA, Potential
 from tvkd_fast.data import PairDataset, ScoreCache
 from tvkd_fast.data.synthetic import max_rows, preference_rows
 from tvkd_fast.models import load_model, load_tokenizer
@@ -18,8 +18,10 @@ from tvkd_fast.training.scoring import CachedScorer
 
 MODEL = "smollm2-135m"
 MODEL_CONFIG = ModelConfig(threads=1)
-Data = Literal["human", "rule"]
-Split = Literal["train", "select", "report"]
+SELECTED_FROM = 1200
+"""The row of the training file from which on arms are selected; none of them is trained on."""
+Data = Literal["screen", "human", "rule"]
+Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,25 @@ class Budget:
     """What every arm of a cell is given; `quick` shows that the road can be walked, its figures mean nothing."""
 
     train: int
-    select: int
-    report: int | None
-    teacher_steps: int
-    warm_steps: int
-    steps: int
+    held_out: int | None
+    """Rows; None for all there are."""
+    teacher_steps: int = 40
+    warm_steps: int = 150
+    steps: int = 75
     pairs: int = 4
+    max_length: int = 160
+    """Of training pairs, tokens; a longer prompt is dropped, a longer answer cut."""
+    held_out_length: int = 1024
     curve: int = 32
     """Held-out pairs of the learning curve."""
 
 
 BUDGETS: dict[Data, Budget] = {
-    "human": Budget(train=600, select=200, report=256, teacher_steps=40, warm_steps=150, steps=75),
-    "rule": Budget(train=400, select=209, report=None, teacher_steps=40, warm_steps=150, steps=75),
+    "screen": Budget(train=600, held_out=200, held_out_length=160),
+    "human": Budget(train=1200, held_out=256),
+    "rule": Budget(train=400, held_out=None),
 }
-QUICK = Budget(train=12, select=6, report=8, teacher_steps=1, warm_steps=2, steps=3, curve=4)
+QUICK = Budget(train=12, held_out=8, teacher_steps=1, warm_steps=2, steps=3, curve=4)
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,8 @@ class Cell:
         folder = self.out / self.data
         return DataConfig(
             train=str(folder / "train.jsonl"),
-            eval=str(folder / f"{'select' if split == 'train' else split}.jsonl"),
-            max_length=160,
+            eval=str(folder / "held_out.jsonl"),
+            max_length=self.budget.max_length if split == "train" else self.budget.held_out_length,
             bad_pairs="drop",
             overlong="drop",
         )
@@ -86,7 +92,7 @@ class Cell:
     def reference(self, split: Split) -> CachedScorer:
         return self._scores(f"reference-{self.layers}-{split}", split)
 
-    def potential(self, kind: Literal["sums", "rewards"]) -> CachedScorer:
+    def potential(self, kind: Potential) -> CachedScorer:
         """Of the training pairs, from the teacher: whatever student is taught, its tokens are the same."""
         return self._scores(kind, "train")
 
@@ -95,20 +101,19 @@ class Cell:
 
 
 def write_data(out: Path, data: Data, quick: bool, train_file: Path, eval_file: Path) -> None:
-    """Human: the first rows to train on, those from 1200 on to select on, and the evaluation file.
+    """Human preferences: the first rows to train on; to screen, rows from 1200 on are held out, then the other file.
 
     By rule: the bundled set, whose questions of its training split are in none of its evaluation split, so that one is
-    trained and selected on and the other, which is larger, reported on.
+    trained on and the other, which is larger, held out.
     """
     budget = QUICK if quick else BUDGETS[data]
-    if data == "human":
-        rows = _lines(train_file)
-        found = {"train": rows[: budget.train], "select": rows[1200 : 1200 + budget.select]}
-        found["report"] = _lines(eval_file)[: budget.report]
-    else:
+    if data == "rule":
         rows = preference_rows("eval", max_rows("eval"))
-        report = preference_rows("train", budget.report or max_rows("train"))
-        found = {"train": rows[: budget.train], "select": rows[400 : 400 + budget.select], "report": report}
+        held_out = preference_rows("train", budget.held_out or max_rows("train"))
+    else:
+        rows = _lines(train_file)
+        held_out = rows[SELECTED_FROM:] if data == "screen" else _lines(eval_file)
+    found = {"train": rows[: budget.train], "held_out": held_out[: budget.held_out]}
     (out / data).mkdir(parents=True, exist_ok=True)
     for split, of_split in found.items():
         (out / data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_split))
@@ -139,7 +144,7 @@ def make_reference_scores(cell: Cell, split: Split) -> None:
     _score(cell, f"reference-{cell.layers}-{split}", split)
 
 
-def make_potential(cell: Cell, kind: Literal["sums", "rewards"]) -> None:
+def make_potential(cell: Cell, kind: Potential) -> None:
     """What the teacher says of the training pairs, in sums or in rewards over what it was before DPO."""
     changes: dict[str, Any] = {"teacher": str(cell.teacher), "kappa": KAPPA if kind == "sums" else 1.0}
     if kind == "rewards":

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bench.learning.tables import SCREEN
 from tvkd_fast.training.plot import new_figure
 
 COLOURS = ("#a9a9a9", "#c1440e", "#30638e", "#6a994e")
@@ -15,7 +16,7 @@ COLOURS = ("#a9a9a9", "#c1440e", "#30638e", "#6a994e")
 def picture(file: Path) -> None:
     """NAME.json of a study to NAME.png beside it."""
     report = json.loads(file.read_text())
-    cells = [cell for cell in report["rows"] if cell != "screened" and report["rows"][cell]]
+    cells = [cell for cell in report["rows"] if cell != SCREEN and report["rows"][cell]]
     figure = new_figure(4.3 * len(cells), 3.8, layout="constrained")
     for axes, cell in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
         _curves(axes, report, cell)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from bench.learning.arms import ARMS, Arm, ArmScorer, kl_loss, length_slope
-from bench.learning.cells import MODEL_CONFIG, Cell, Split
+from bench.learning.cells import MODEL_CONFIG, Cell
 from tvkd_fast.data import MicroBatching, PairBatch, PairDataset, pairs_of_step
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
@@ -22,13 +22,15 @@ from tvkd_fast.training.step import length_differences, train_step
 
 OPTIM = OptimConfig(lr=3e-5, warmup_steps=15)
 BATCHING = MicroBatching(tokens=1024)
+WIDE = MicroBatching(tokens=2048)
+"""Held-out pairs are not cut to what a step has room for."""
 
 
-def run(cell: Cell, name: str, seed: int, split: Split) -> dict[str, Any]:
-    """The record of a run: what it measured on every pair of a split, its curve, and what it cost."""
+def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
+    """The record of a run: what it measured on every pair that is held out, its curve, and what it cost."""
     arm, budget = ARMS[name], cell.budget
     train = cell.dataset("train")
-    held_out = cell.dataset(split), cell.reference(split)
+    held_out = cell.dataset("held_out"), cell.reference("held_out")
     policy = load_policy(str(cell.student), MODEL_CONFIG)
     start = time.process_time()
     step = _stepper(cell, arm, policy, train)
@@ -51,14 +53,14 @@ def run(cell: Cell, name: str, seed: int, split: Split) -> dict[str, Any]:
         "seed": seed,
         "curve": curve,
         "cpu_seconds": trained,
-        "pairs": {split: _named(margins_of(policy, *held_out))},
+        "pairs": _named(margins_of(policy, *held_out)),
     }
 
 
 def teachers(cell: Cell, most: int = 600) -> dict[str, Any]:
-    """What the teacher itself makes of the pairs that are reported on, of so many of them."""
+    """What the teacher itself makes of the pairs that are held out, of so many of them."""
     teacher = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
-    columns = margins_of(teacher, cell.dataset("report"), cell.reference("report"), most)
+    columns = margins_of(teacher, cell.dataset("held_out"), cell.reference("held_out"), most)
     return {"data": cell.data, "pairs": _named(columns)}
 
 
@@ -84,7 +86,7 @@ def margins_of(
         gained = margin - (was_chosen - was_rejected)
         return torch.stack([x.double() for x in (margin, chosen - was_chosen, gained, length_differences(batch))])
 
-    return measure(policy, PairDataset(dataset[:most], dataset.report), columns, batching=BATCHING)
+    return measure(policy, PairDataset(dataset[:most], dataset.report), columns, batching=WIDE)
 
 
 def _stepper(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -> Any:
@@ -103,12 +105,11 @@ def _stepper(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -
             return float(loss.detach())
 
         return distil
-    teacher = None
+    teacher = cell.potential(arm.potential) if arm.potential else None
     slope = 0.0
-    if arm.source in ("teacher", "reward") and arm.loss.alpha != 0:
-        teacher = cell.potential("rewards" if arm.source == "reward" else "sums")
     if arm.source == "length":
-        slope = length_slope(train, cell.potential("sums"), list(BATCHING.batches(train, range(len(train)))))
+        assert teacher is not None
+        slope = length_slope(train, teacher, list(BATCHING.batches(train, range(len(train)))))
     scorer = ArmScorer(arm, cell.reference("train"), teacher, slope, policy)
     config: LossConfig = arm.loss
 

@@ -49,8 +49,8 @@ class Reference:
 def record(arm, seed, margins):
     columns = dict.fromkeys(("margin", "chosen_gain", "reward_margin", "length"), margins)
     curve = [{"step": 1, "margin": 0.0, "loss": 0.7}, {"step": 2, "margin": margins[0], "loss": 0.6}]
-    pairs = {"report": columns}
-    return {"cell": "human, 6 layers", "arm": arm, "seed": seed, "curve": curve, "cpu_seconds": 9.0, "pairs": pairs}
+    one = {"cell": "human, 6 layers", "arm": arm, "seed": seed, "curve": curve, "cpu_seconds": 9.0, "commit": "abc"}
+    return one | {"pairs": columns}
 
 
 RUNS = [
@@ -63,9 +63,10 @@ RUNS = [
 
 
 def test_an_arm_stands_beside_dpo_of_its_own_seed():
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
     from bench.learning.report import ahead
 
-    dpo, other = ahead(RUNS, "human, 6 layers", "report")
+    dpo, other = ahead(RUNS, "human, 6 layers")
     assert (dpo["further"], dpo["further_p"]) == (0.0, 1.0)
     # Seed 7 has no DPO beside it.
     assert other["seeds"] == 2
@@ -73,8 +74,47 @@ def test_an_arm_stands_beside_dpo_of_its_own_seed():
     assert other["further"] == pytest.approx(7.0 / 6)
     assert other["better"] == pytest.approx(2.0 / 6)
     low, high = other["further_interval"]
-    assert 0.9 <= low < other["further"] < high <= 1.6
-    assert ahead(RUNS, "human, 6 layers", "select") == []
+    assert low < other["further"] < high
+    assert ahead(RUNS, "rule, 3 layers") == []
+
+
+def test_an_interval_covers_the_truth_over_other_seeds_and_pairs():
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
+    from bench.learning.report import crossed
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    covered = small = 0
+    for _ in range(400):
+        differences = 0.3 + 0.5 * normal(5, 1) + 2.0 * normal(1, 60) + 1.0 * normal(5, 60)
+        (low, high), _ = crossed(differences)
+        covered += low <= 0.3 <= high
+        small += crossed(differences - 0.3)[1] < 0.05
+    # Of 400 draws at 95%, three standard errors are 13; the interval is wide where it errs.
+    assert 367 <= covered <= 398
+    assert small == 400 - covered
+
+
+def test_no_difference_is_no_evidence():
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
+    from bench.learning.report import crossed
+
+    assert crossed(torch.zeros(5, 9, dtype=torch.float64)) == ((0.0, 0.0), 1.0)
+
+
+def test_finalists_are_right_most_often_then_widest_one_of_a_family():
+    from bench.learning.arms import finalists
+
+    def row(arm, accuracy, margin):
+        return {"arm": arm, "accuracy": accuracy, "margin": margin}
+
+    rows = [row("DPO", 0.9, 99.0), row("TVKD, the paper's", 0.9, 99.0), row("γ = 0.95", 0.5, 40.0)]
+    rows += [row("terminal eos", 0.6, 30.0), row("terminal zero, γ = 0.95", 0.6, 31.0)]
+    rows += [row("logprobs, κ = 0.7", 0.7, 30.0), row("implicit reward", 0.6, 45.0)]
+    assert finalists(rows) == ["logprobs, κ = 0.7", "terminal zero, γ = 0.95"]
 
 
 def test_a_length_alone_is_as_wide_as_the_teachers_offset(pairs):
@@ -110,7 +150,7 @@ def test_an_arm_is_given_its_own_potential(pairs):
     assert of("DPO").lse is None
     assert torch.equal(of("α = 3").lse_kappa, Teacher().of(batch).lse)
     assert torch.equal(of("logprobs, κ = 0.7").lse_kappa, Teacher().of(batch).lse_kappa)
-    own = of("the released recipe's")
+    own = of("the student's own value")
     assert not own.ref_logps.any()
     assert own.lse.shape == batch.states.shape
     assert not own.lse.requires_grad
@@ -131,24 +171,29 @@ def test_kl_is_nothing_between_a_model_and_itself(pairs, model_folder):
 
 def test_tables_and_picture_are_made_of_the_runs(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'tvkd_fast[plot]'")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
     from bench.learning.picture import picture
     from bench.learning.report import ahead
-    from bench.learning.tables import finals_table, screen_table
+    from bench.learning.tables import data_table, finals_table, screen_table
 
-    rows = ahead(RUNS, "human, 6 layers", "report")
-    budget = {"steps": 75, "pairs": 4, "train": 600, "select": 200}
+    rows = ahead(RUNS, "human, 6 layers")
+    budget = {"steps": 75, "pairs": 4, "train": 600}
+    kept = {"pairs": 40, "truncated": 3, "dropped_overlong": 9, "dropped_bad": {"empty response": 1}, "max_length": 160}
     made = dict.fromkeys(("torch", "transformers", "python", "commit", "machine", "command"), "x")
     report = {
-        "rows": {"screened": rows, "human, 6 layers": rows, "rule, 3 layers": []},
+        "rows": {"screen, 6 layers": rows, "human, 6 layers": rows, "rule, 3 layers": []},
         "runs": RUNS,
         "teachers": [{"data": "human", "pairs": {"margin": [1.0, -1.0]}}],
-        "budgets": {"human": budget, "rule": budget},
+        "budgets": {"screen": budget, "human": budget, "rule": budget},
+        "data": {data: {"train": kept, "held_out": kept} for data in ("screen", "human")},
         "made_by": made,
     }
     assert "| a | +1.33 | +1.17 [" in screen_table(report)
     finals = finals_table(report)
     assert "the teacher, 2 pairs | +0.00" in finals
     assert "rule, 3 layers" not in finals
+    assert "commit abc." in finals
+    assert "| human, held out | 50 | 40 | 3 | 9 | 1 | 160 |" in data_table(report)
     file = tmp_path / "study.json"
     file.write_text(json.dumps(report))
     picture(file)
