@@ -9,7 +9,7 @@ import torch._C._distributed_c10d as c10d
 
 from tvkd_fast.cli import load_recipe
 from tvkd_fast.data import PairBatch, Scores
-from tvkd_fast.distributed import joined
+from tvkd_fast.distributed import World, joined
 from tvkd_fast.models import model_shape
 from tvkd_fast.training import build
 from tvkd_fast.training.footprint import Footprint
@@ -22,12 +22,13 @@ SCALARS = 64
 
 def main() -> None:
     torch.set_num_threads(1)
-    with joined(torch.device("cpu"), timeout_s=120) as world:
-        for recipe in sys.argv[1:]:
-            config = load_recipe(recipe)
+    configs = [load_recipe(recipe) for recipe in sys.argv[1:]]
+    (replicas,) = {config.parallel.replicas for config in configs}
+    with joined(torch.device("cpu"), replicas=replicas, timeout_s=120) as world:
+        for config in configs:
             made = build._prepared(config, world, say=False)
             trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
-            sent = {"gathered": 0.0, "reduced": 0.0}
+            sent: dict[str, float] = {}
             # A first step learns what goes where.
             for step in range(2):
                 batches = trainer._batches(step)
@@ -35,13 +36,11 @@ def main() -> None:
                 trainer.scorer = _Known([made.scorer.of(batch) for batch in batches])
                 before = len(_entries())
                 trainer._step(step, batches)
-            sent = _sent(_entries()[before:])
-            ring = (world.size - 1) / world.size
+            sent = _sent(_entries()[before:], world, replicas)
             found = Footprint(config, model_shape(config.policy), None, tokens_of(made.dataset), world.size)
             counted = found.communication()
             if world.first:
-                said = {name: ring * size for name, size in sent.items()}
-                print(json.dumps({"sent": said, "counted": counted, "micro_batches": len(trainer._batches(1))}))
+                print(json.dumps({"sent": sent, "counted": counted, "micro_batches": len(trainer._batches(1))}))
 
 
 class _Known:
@@ -52,16 +51,22 @@ class _Known:
         return next(self.scores)
 
 
-def _sent(entries: list[dict]) -> dict[str, float]:
-    """Bytes of weights gathered, gradients reduced, and states of tokens one way or the other."""
-    sent = {"gathered": 0.0, "reduced": 0.0, "states": 0.0}
+def _sent(entries: list[dict], world: World, replicas: int) -> dict[str, float]:
+    """Bytes of weights gathered, gradients reduced, states of tokens either way, and gradients of replicas."""
+    sent = {"gathered": 0.0, "reduced": 0.0, "states": 0.0, "replicas": 0.0}
+    assert world.mesh is not None
+    ring, among = 1 - replicas / world.size, 1 - 1 / replicas
+    over_replicas = world.mesh.get_group(0).group_name if replicas > 1 else None
     floats = [entry for entry in entries if entry["input_dtypes"][:1] == ["Float"]]
     # FSDP2 sends flat tensors; rows of states are a shared vocabulary's, which also sends a number for each.
+    apart = [entry for entry in floats if entry["process_group"][0] == over_replicas]
+    sent["replicas"] = 2 * among * sum(size for entry in apart if (size := _bytes(entry, "input")) > SCALARS)
+    floats = [entry for entry in floats if entry not in apart]
     rows = {entry["input_sizes"][0][0] for entry in floats if len(entry["input_sizes"][0]) == 2}
     for entry in floats:
         gathers, given = "gather" in entry["profiling_name"], entry["input_sizes"][0]
         # gloo reduces all of it, and scatters it afterwards.
-        size = _bytes(entry, "output" if gathers else "input")
+        size = ring * _bytes(entry, "output" if gathers else "input")
         if len(given) == 2:
             sent["states"] += size
         elif len(given) == 1 and given[0] not in rows and size > SCALARS:

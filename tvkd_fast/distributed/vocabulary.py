@@ -25,6 +25,8 @@ from torch.nn.functional import embedding, pad
 from tvkd_fast.models import FusedLMHead, PolicyWithHead
 from tvkd_fast.ops import linear_logps, linear_lse
 
+_AT_ONCE = 1024
+"""Tokens whose rows of the head are read together."""
 IGNORED = -100
 """The label of a token that does not count, as everywhere."""
 
@@ -53,6 +55,14 @@ def can_share_vocabulary(policy: PolicyWithHead) -> bool:
     """Whether nothing but a table of rows is tied to the head."""
     looked_up = policy.model.get_input_embeddings()
     return looked_up.weight is not policy.head.weight or isinstance(looked_up, nn.Embedding)
+
+
+def states_held(processes: int, tokens: float, hidden: int, itemsize: int) -> float:
+    """Bytes that a `SharedHead` holds most of tokens' states, N of them a process: S·N·D three times, and N·D sums.
+
+    That is in its backward: all states, their gradients by targets and by softmaxes; then the sum over processes.
+    """
+    return (3 * itemsize * processes + 4) * tokens * hidden
 
 
 class Rows:
@@ -98,14 +108,13 @@ class Rows:
         return whole
 
     def scatter(self, x: Tensor) -> Tensor:
-        """[S·n, …] parts to [n, …] own sums."""
+        """[S·n, …] parts, which are used up, to [n, …] own sums."""
         if x.device.type == "cpu":
-            # gloo has no reduce_scatter of one tensor.
-            whole = x.clone()
-            distributed.all_reduce(whole, group=self.group)
-            return whole.chunk(self.size)[self.rank]
+            # gloo has no reduce_scatter of one tensor. A view of the sums would keep all of them.
+            distributed.all_reduce(x, group=self.group)
+            return x.chunk(self.size)[self.rank].clone()
         own = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        distributed.reduce_scatter_tensor(own, x.contiguous(), group=self.group)
+        distributed.reduce_scatter_tensor(own, x, group=self.group)
         return own
 
     def sum(self, x: Tensor) -> Tensor:
@@ -178,10 +187,9 @@ class SharedHead(FusedLMHead):
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
         """(M,) of one row each, as the head makes them."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logits = (hidden.to(wide) * embedding(places, weight).to(wide)).sum(1)
+        logits = _RowProducts.apply(hidden, weight, places)
         if bias is not None:
-            logits = logits + bias[places].to(wide)
+            logits = logits + bias[places].to(logits.dtype)
         logits = logits * self.transforms.logit_scale
         cap = self.transforms.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -202,7 +210,7 @@ class SharedEmbedding(nn.Embedding):
         if self.padding_idx is not None:
             # Its row has no gradient, as in nn.Embedding.
             found = torch.where((everyone == self.padding_idx)[:, None], found.detach(), found)
-        return _Scattered.apply(found * here[:, None], rows)[: flat.shape[0]].view(*ids.shape, -1)
+        return _Scattered.apply(found, here, rows)[: flat.shape[0]].view(*ids.shape, -1)
 
 
 def share_table(table: nn.Embedding, shard: nn.Parameter, rows: Rows) -> None:
@@ -249,20 +257,47 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Parts of a sum over processes: added in float32, whatever they were multiplied in.
-        return ctx.rows.scatter(gradient.float()).to(gradient.dtype), None
+        return ctx.rows.scatter(gradient.to(torch.float32, copy=True)).to(gradient.dtype), None
 
 
 class _Scattered(torch.autograd.Function):
-    """[S·n, D] parts to [n, D] own sums; back, every part has everyone's upstream."""
+    """[S·n, D] parts, of which those that are here count, to [n, D] own sums; back, those have everyone's upstream."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: Any, x: Tensor, here: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(here)
         ctx.rows = rows
-        return rows.scatter(x)
+        return rows.scatter(x * here[:, None])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.rows.gather(gradient), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (here,) = ctx.saved_tensors
+        return ctx.rows.gather(gradient).mul_(here[:, None]), None, None
+
+
+class _RowProducts(torch.autograd.Function):
+    """hidden [M, D] times one row each of weight [count, D], (M,): a few tokens at a time, and no rows are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, places)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        parts = zip(hidden.split(_AT_ONCE), places.split(_AT_ONCE), strict=True)
+        return torch.cat([(x.to(wide) * weight[at].to(wide)).sum(1) for x, at in parts])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight, places = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=gradient.dtype) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(places), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            at, upstream = places[some], gradient[some, None]
+            if d_hidden is not None:
+                d_hidden[some] = upstream * weight[at]
+            if d_weight is not None:
+                d_weight.index_put_((at,), upstream * hidden[some], accumulate=True)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
 
 
 class _Merged(torch.autograd.Function):

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from tvkd_fast.distributed.vocabulary import states_held
 from tvkd_fast.models import BITS_A_WEIGHT, ModelShape
 from tvkd_fast.models.shared_prompt import HANDLED, Layout
 from tvkd_fast.training.activations import count_activations
@@ -87,10 +88,17 @@ class Footprint:
             if self.policy.tied:
                 padded = config.model.packing == "padded"
                 looked_up = self.micro_batches * self.row if padded else pairs * self._a_pair
-                parts["embeddings of tokens"] = everyone * looked_up * 2 * _BYTES[config.model.dtype]
+                # A frozen table has no way back.
+                ways = 2 if config.lora.rank == 0 else 1
+                parts["embeddings of tokens"] = everyone * looked_up * ways * _BYTES[config.model.dtype]
         replicas = config.parallel.replicas
         if replicas > 1:
-            parts["gradients, replicas"] = 2 * (1 - 1 / replicas) * reductions * 4 * self._reduced / self._group
+            own = reductions * 4 * self._reduced
+            if self.shares_vocabulary and config.lora.rank == 0:
+                # Its rows' gradients are summed in each micro-batch, the head's and the embedding's apart.
+                uses = 2 if self.policy.tied else 1
+                own += self.micro_batches * uses * _BYTES[config.model.dtype] * self.policy.head
+            parts["gradients, replicas"] = 2 * (1 - 1 / replicas) * own / self._group
         return parts
 
     def arithmetic(self) -> float:
@@ -163,8 +171,12 @@ class Footprint:
         if autocast is not None and self._group > 1:
             # Sharded weights are gathered in that dtype, and no cast of them is kept.
             size -= 2 * policy.blocks
-        answers = tokens * self.tokens.responses(config.objective) / self._a_pair
-        return size + answers * policy.hidden * self._compute
+        return size + self._answers * policy.hidden * self._compute
+
+    @property
+    def _answers(self) -> float:
+        """Response tokens among those of a row."""
+        return max(1, round(self.row)) * self.tokens.responses(self.config.objective) / self._a_pair
 
     def _layout(self, tokens: int) -> Layout | None:
         """As many pairs of the data's mean lengths as fill a row."""
@@ -205,11 +217,7 @@ class Footprint:
             return {}
         # The block that runs, and the one that is fetched meanwhile.
         blocks = 2 * self.policy.blocks / self.policy.layers
-        parts = {"gathered weights": self._compute * (self.policy.root - self._stays + blocks)}
-        if self.shares_vocabulary:
-            # And their gradient.
-            parts["states of all tokens"] = 2 * self._group * self.row * self.policy.hidden * self._compute
-        return parts
+        return {"gathered weights": self._compute * (self.policy.root - self._stays + blocks)}
 
     @property
     def _forward(self) -> dict[str, float]:
@@ -217,6 +225,8 @@ class Footprint:
             "activations": self.activations,
             "head's workspace": float(_HEAD_WORKSPACE + self.config.head.workspace_mb * 2**20),
         }
+        if self.shares_vocabulary:
+            parts["states of all tokens"] = states_held(self._group, self._answers, self.policy.hidden, self._compute)
         if self.config.lora.rank == 0:
             parts["head's gradient"] = self._head_gradient
         if self.micro_batches > 1:
@@ -232,6 +242,9 @@ class Footprint:
             # Of a tied weight the embedding's and the head's are summed; both are there before, and the sum so far.
             beside = (1 if self.policy.tied else 0) + (1 if self.micro_batches > 1 else 0)
             parts["embedding's gradient"] = beside * self._head_gradient
+            if self.shares_vocabulary and self.policy.tied:
+                size = self.row * self.policy.hidden * _BYTES[self.config.model.dtype]
+                parts["embeddings of all tokens"] = (self._group + 1) * size
         return parts
 
     @property
