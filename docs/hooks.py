@@ -9,7 +9,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+LINK = re.compile(r"```.*?```|(!?)\[((?:`[^`\n]*`|[^\]`])*)\]\(([^)\s]+)\)|`[^`\n]+`", re.DOTALL)
+"""Or code, a block or a span of it, which shows what it says; within a link's text it is the link's."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -25,16 +26,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     def fitting(link: re.Match[str]) -> str:
         picture, text, target = link.groups()
-        if re.match(r"[a-z]+:|#", target):
+        if target is None or re.match(r"[a-z]+:|#", target):
             return link[0]
         path, hash_, anchor = target.partition("#")
         place = posixpath.normpath(posixpath.join(folder, path))
         on_site = place.startswith("docs/") and (ROOT / place).is_file()
         inside = named.get(place, posixpath.relpath(place, "docs") if on_site else None)
         if inside is None:
-            return text if text == place else f"{text} (`{place}`)"
+            return text if text.strip("`") == place else f"{text} (`{place}`)"
         return f"{picture}[{text}]({inside}{hash_}{anchor})"
 
-    # Not in code: a block or a span shows what it says.
-    parts = re.split(r"(```.*?```|`[^`\n]+`)", markdown, flags=re.DOTALL)
-    return "".join(part if part.startswith("`") else LINK.sub(fitting, part) for part in parts)
+    return LINK.sub(fitting, markdown)

@@ -52,6 +52,30 @@ def test_two_processes_evaluate_as_one_does(tmp_path: Path, write_recipe: Callab
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+def test_two_processes_compare_models_as_one_does(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+    recipe = yaml.safe_load(write_recipe(tmp_path, "run", family="tied").read_text())
+    rows = [json.loads(line) for line in Path(recipe["data"]["train"]).read_text().splitlines()]
+    bench = tmp_path / "bench.jsonl"
+    # Subsets in turns: a pair that changed places would count for another one.
+    named = [{"id": i, "subset": f"own-{i % 3}", **row} for i, row in enumerate(rows[:11])]
+    bench.write_text("".join(json.dumps(row) + "\n" for row in named))
+    options = ["--model", recipe["policy"], "--model", recipe["teacher"], "--data", str(bench)]
+    options += ["--format", "rewardbench", "--tokens_per_micro_batch", "90"]
+    found = []
+    for processes in ("1", "2"):
+        done = tvkd("eval", *options, "--nproc", processes)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.splitlines())
+    assert found[1][:-1] == found[0][:-1]
+    one, two = (json.loads(lines[-1]) for lines in found)
+    assert {name: row["pairs"] for name, row in one["models"][0]["subsets"].items()} == {
+        "own-0": 4,
+        "own-1": 4,
+        "own-2": 3,
+    }
+    assert two == one
+
+
 def test_an_error_of_the_user_is_a_line_from_each_and_status_2(
     tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:

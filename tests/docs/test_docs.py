@@ -3,6 +3,8 @@
 import re
 import sys
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,21 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_sites_links_lead_to_its_pages():
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: make docs installs it")
+    hooks = run_path(str(ROOT / "docs" / "hooks.py"))
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+
+    def shown(text):
+        return hooks["on_page_markdown"](text, page, None, None)
+
+    assert shown("[a](docs/method.md#b) [`code`](docs/packing.md)") == "[a](method.md#b) [`code`](packing.md)"
+    assert shown("![p](docs/pictures/explain.png)") == "![p](pictures/explain.png)"
+    assert shown("[`setup.py`](setup.py) [it](setup.py)") == "`setup.py` it (`setup.py`)"
+    code = "`[a](docs/method.md)`\n```\n[a](docs/method.md)\n```\n[a](https://x.org/`y`)"
+    assert shown(code) == code
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -263,6 +263,39 @@ def test_scores_without_a_teacher_and_folders_that_are_none(
         make(TVKDTrainer, teacher_model=[scored(pairs(16)), folders[1]])
 
 
+@pytest.mark.parametrize("teacher", [[], 7, ["a", None]])
+def test_what_is_no_teacher_is_refused(make: Callable[..., Any], teacher: Any) -> None:
+    with pytest.raises(ValueError, match="give a model, its name, a folder"):
+        make(TVKDTrainer, teacher_model=teacher)
+
+
+def test_a_list_of_models_is_refused(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="a model is given by itself"):
+        make(TVKDTrainer, teacher_model=[folders[1]])
+
+
+def test_a_teacher_and_its_scores_may_be_paths(
+    make: Callable[..., Any], folders: tuple[str, str], scored: Callable[..., str]
+) -> None:
+    ours = make(TVKDTrainer, teacher_model=Path(scored(pairs(16))))
+    theirs = make(TVKDTrainer, teacher_model=Path(folders[1]))
+    assert ours.train_dataset["psi_chosen"] == pytest.approx(theirs.train_dataset["psi_chosen"], abs=1e-4)
+
+
+def test_scores_of_two_teachers_are_told_apart(
+    make: Callable[..., Any], folders: tuple[str, str], scored: Callable[..., str]
+) -> None:
+    ours, held_out = scored(pairs(16)), pairs(5, 100)
+    with pytest.raises(ValueError, match="were made of the same pairs: give one of them"):
+        make(TVKDTrainer, teacher_model=[ours, scored(pairs(16), teacher=folders[0])])
+    with pytest.raises(ValueError, match="are of two teachers"):
+        make(
+            TVKDTrainer,
+            teacher_model=[ours, scored(held_out, teacher=folders[0])],
+            eval_dataset=Dataset.from_list(held_out),
+        )
+
+
 def test_adapters_dict_evaluations_and_a_resumed_run(make: Callable[..., Any], folders: tuple[str, str]) -> None:
     changes = {
         "teacher_model": folders[1],

@@ -47,5 +47,9 @@ def test_p_of_models_that_agree_is_one():
     assert paired_p(torch.zeros(20)) == 1.0
 
 
+def test_p_of_what_is_no_number_is_none():
+    assert math.isnan(paired_p(torch.tensor([1.0, math.nan, 2.0])))
+
+
 def test_p_is_small_where_all_pairs_agree_and_never_zero():
     assert 0 < paired_p(torch.ones(200)) < 1e-3

@@ -189,13 +189,27 @@ def test_answers_stand_side_by_side(bench, model_folder, tmp_path, capsys):
     assert html.count("<h2>") == 6
 
 
+def test_a_model_that_cannot_be_asked_is_named_before_it_is_evaluated(
+    files, model_folder, templateless, tmp_path, capsys
+):
+    folder = model_folder(seed=0, tokenizer=templateless)
+    with pytest.raises(SystemExit):
+        main(command(folder, model_folder(seed=1), files / "eval.jsonl", f"--generate={tmp_path}"))
+    said = capsys.readouterr()
+    assert f"{folder} has no chat template" in said.err
+    assert not said.out
+
+
 def test_what_models_write_cannot_break_the_pages():
     prompts = [[{"role": "user", "content": "<b>\n# a"}]]
-    said = {"m": ["</p><script>x</script>\n# heading"]}
+    said = {"m": ["</p><script>x</script>\n# heading\r# another\u2028# third"]}
     html = html_page(prompts, said)
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
-    assert not [line for line in markdown_page(prompts, said).splitlines() if line.startswith("# h")]
+    markdown = markdown_page(prompts, said)
+    assert [line for line in markdown.splitlines() if line.startswith("# ")] == ["# Answers side by side"]
+    assert "<script>" not in markdown
+    assert "> &lt;b>" in markdown
 
 
 def test_a_policy_that_was_named_stays_the_first(files, model_folder, capsys):

@@ -6,6 +6,7 @@ Letters: P pairs, M response states.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -27,9 +28,9 @@ AT_ONCE = 256
 """Pairs that are looked up together."""
 
 
-def is_score_folder(name: object) -> bool:
+def is_score_folder(name: str | PathLike[str]) -> bool:
     """Whether it is a folder that `tvkd score` wrote, and no model."""
-    return isinstance(name, str) and (Path(name) / MANIFEST).is_file()
+    return (Path(name) / MANIFEST).is_file()
 
 
 class CachedReturns:
@@ -53,6 +54,13 @@ class CachedReturns:
                     f"{folder} was made with kappa={manifest.kappa:g}, not {settings.kappa:g}: set kappa, or run `tvkd "
                     f"score --kappa {settings.kappa:g}`"
                 )
+
+        for place, (folder, manifest) in enumerate(zip(folders, self.manifests, strict=True)):
+            for other, before in zip(folders[:place], self.manifests, strict=False):
+                if manifest.dataset == before.dataset:
+                    raise ValueError(f"{other} and {folder} were made of the same pairs: give one of them")
+                if (manifest.teacher, manifest.teacher_reference) != (before.teacher, before.teacher_reference):
+                    raise ValueError(f"{other} and {folder} are of two teachers: run `tvkd score` with one of them")
 
     def of(self, pairs: Iterable[TokenizedPair]) -> tuple[Tensor, Tensor]:
         """(P,) each, of chosen and of rejected responses. ValueError where no folder was made of these tokens."""

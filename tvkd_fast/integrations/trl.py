@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -127,7 +128,7 @@ class TVKDTrainer(DPOTrainer):
         ref_model: PreTrainedModel | None = None,
         args: TVKDConfig | None = None,
         *,
-        teacher_model: str | PreTrainedModel | Sequence[str] | None = None,
+        teacher_model: str | PathLike[str] | PreTrainedModel | Sequence[str | PathLike[str]] | None = None,
         teacher_reference: str | PreTrainedModel | None = None,
         **options: Any,
     ) -> None:
@@ -137,7 +138,7 @@ class TVKDTrainer(DPOTrainer):
         if not isinstance(args, TVKDConfig):
             raise ValueError(f"args is a {type(args).__name__}: TVKDTrainer takes a TVKDConfig, which has its fields")
         self._shapes = teacher_model is not None and args.alpha != 0
-        folders = _score_folders(teacher_model)
+        teacher, folders = _teacher_or_folders(teacher_model)
         self._cached = CachedReturns(folders, _settings(args)) if self._shapes and folders else None
         if self._shapes:
             _refuse(args, has_reference=teacher_reference is not None, cached=self._cached is not None)
@@ -158,11 +159,10 @@ class TVKDTrainer(DPOTrainer):
                 raise ValueError("scores are looked up by row, which an IterableDataset has none of: give a Dataset")
             self._precompute(args, from_module=False)
             return
-        assert teacher_model is not None
-        assert isinstance(teacher_model, str | PreTrainedModel)
-        self._teacher = self._load_teacher(teacher_model, teacher_reference)
+        assert teacher is not None
+        self._teacher = self._load_teacher(teacher, teacher_reference)
         if args.precompute_teacher and not isinstance(self.train_dataset, IterableDataset):
-            self._precompute(args, from_module=not isinstance(teacher_model, str))
+            self._precompute(args, from_module=not isinstance(teacher, str))
 
     def _take_head(self) -> None:
         """This library's head in policy and reference, once, before either is called."""
@@ -368,14 +368,24 @@ class _WithReturns:
         return batch
 
 
-def _score_folders(teacher: object) -> list[str]:
-    """Where it is one or several folders of scores."""
+def _teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, list[str]]:
+    """A model, its name, or folders of scores, whichever it is."""
+    if teacher is None or isinstance(teacher, PreTrainedModel):
+        return teacher, []
     named = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-    found = [name for name in named if isinstance(name, str) and is_score_folder(name)]
-    if len(named) > 1 and len(found) < len(named):
-        odd = next(name for name in named if name not in found)
-        raise ValueError(f"{odd} is no folder that `tvkd score` wrote, and of models a run has one teacher")
-    return found
+    names = [fspath(name) for name in named if isinstance(name, str | PathLike)]
+    if not named or len(names) < len(named):
+        raise ValueError(
+            f"teacher_model is {teacher!r}: give a model, its name, a folder that `tvkd score` wrote, or a list of "
+            "such folders"
+        )
+    found = [name for name in names if is_score_folder(name)]
+    if isinstance(teacher, list | tuple) and len(found) < len(names):
+        odd = next(name for name in names if name not in found)
+        raise ValueError(
+            f"{odd} is no folder that `tvkd score` wrote: a list is of such folders, and a model is given by itself"
+        )
+    return (None, found) if found else (names[0], [])
 
 
 def _settings(args: TVKDConfig) -> ShapingSettings:

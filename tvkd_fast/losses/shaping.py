@@ -79,9 +79,7 @@ def shaping_steps(
     """
     check_shaping(values, cu_states, gamma, terminal, ended)
     lasts = cu_states[1:].long() - 1
-    v = values.double()
-    if terminal == "zero":
-        v = v.index_fill(0, lasts, 0.0)
+    v = potential(values.double(), cu_states, terminal)
     # steps[i] leads from state i to i+1; the one that leads out of a response's last state belongs to nobody.
     steps = (gamma * v.roll(-1) - v).index_fill(0, lasts, 0.0)
     if terminal == "last_content":
@@ -89,6 +87,11 @@ def shaping_steps(
         to_the_end = lasts - 1 if ended is None else torch.where(ended.to(lasts.device), lasts - 1, lasts)
         steps = steps.index_fill(0, to_the_end, 0.0)
     return steps
+
+
+def potential(values: Tensor, cu_states: Tensor, terminal: Terminal) -> Tensor:
+    """(M,) values as a sum under `terminal` takes them: "zero" has 0 at a response's last state."""
+    return values.index_fill(0, cu_states[1:].long() - 1, 0.0) if terminal == "zero" else values
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,6 @@ def evaluate(
     loss: LossConfig | None = None,
     objective: str = "dpo",
     batching: MicroBatching | None = None,
-    device: torch.device | str = "cpu",
     world: World | None = None,
 ) -> Evaluation:
     """Accuracy and margins of the policy alone, and of its rewards where the scorer has a reference.
@@ -80,7 +79,6 @@ def evaluate(
         numbers = (chosen - rejected, out.losses, out.margins, out.shaping_margins, length_differences(batch), *flags)
         return torch.stack([x.double() for x in numbers])
 
-    world = World(torch.device(device)) if world is None else world
     numbers = measure(policy, dataset, columns, batching=batching, world=world)
     difference, losses, margin, shaped, lengths, has_reference, has_loss = numbers
     right = (difference > 0).double()
@@ -119,7 +117,7 @@ def measure(
     """
     was_training = policy.training
     policy.eval()
-    world = World(torch.device("cpu")) if world is None else world
+    world = World(policy.model.device) if world is None else world
     batching = MicroBatching(policy.packing) if batching is None else batching
     found, places = [], []
     for batch in batching.share(dataset, range(len(dataset)), rank=world.rank, size=world.size):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tvkd_fast.data import PairDataset, collate_pairs
-from tvkd_fast.losses import shaping_steps
+from tvkd_fast.losses.shaping import potential, shaping_steps
 from tvkd_fast.models import load_tokenizer
 from tvkd_fast.training.build import load_dataset
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, LossConfig
@@ -42,7 +42,7 @@ class Heat:
     name: str
     tokens: list[str]
     values: list[float]
-    """V(s_0) .. V(s_T), T+1 of them."""
+    """V(s_0) .. V(s_T), T+1 of them, the last 0 where `terminal` has it so."""
     steps: list[float]
     """γ V(s_{t+1}) − V(s_t) of token t+1; what `terminal` leaves out of the sum is 0."""
 
@@ -86,6 +86,7 @@ def heats_of(dataset: PairDataset, config: ExplainConfig, tokenizer: PreTrainedT
     values = values_of(models.scorer(dataset, asked).of(batch), loss)
     assert values is not None
     steps = shaping_steps(values, batch.cu_states, gamma=loss.gamma, terminal=loss.terminal, ended=batch.ended)
+    values = potential(values, batch.cu_states, loss.terminal)
     middle, end = batch.cu_states[1:].tolist()
     chosen, rejected = (
         Heat(name, _texts(ids, tokenizer), values[where].tolist(), steps[where].tolist()[:-1])

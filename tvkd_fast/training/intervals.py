@@ -5,6 +5,7 @@ Letters: P pairs, R repetitions (seeds), K draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,8 +44,10 @@ def paired_p(differences: Tensor, *, draws: int = DRAWS) -> float:
     """Two-sided p of (P,) differences of two models, pair by pair, if their mean were 0: signs are flipped at random.
 
     The randomisation test of Fisher, 1935; of differences that are ±1 and 0, as of right and wrong, it is McNemar's.
-    With K draws no p is below 1/(K+1). 1 where no pair differs.
+    With K draws no p is below 1/(K+1). 1 where no pair differs, and NaN where a difference is.
     """
+    if differences.isnan().any():
+        return math.nan
     found = differences.double()[differences != 0]
     if found.numel() == 0:
         return 1.0

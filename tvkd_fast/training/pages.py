@@ -55,4 +55,6 @@ def _conversation(prompt: list[Message]) -> str:
 
 
 def _quoted(text: str) -> str:
-    return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
+    """Every line, whatever ends it; an HTML tag in it is text, as in the other page."""
+    lines = text.replace("&", "&amp;").replace("<", "&lt;").splitlines() or [""]
+    return "\n".join(f"> {line}".rstrip() for line in lines)

@@ -271,7 +271,6 @@ def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any
             scorer=scorer,
             loss=recipe.loss,
             objective="tvkd" if name == "tvkd" else "dpo",
-            device=policy.model.device,
         )
         report[name] = {key: value for key, value in evaluation.known().items() if key != "pairs"}
         if config.judged or name in ("start", "tvkd"):

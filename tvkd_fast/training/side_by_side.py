@@ -26,7 +26,11 @@ AT_ONCE = 8
 
 
 def compare_models(config: EvalConfig, *, show_progress: bool = True) -> dict[str, Any]:
-    """The policy and `config.compare` on the held-out pairs, each in tokens of its own; see `judged.compared`."""
+    """The policy and `config.compare` on the held-out pairs, each in tokens of its own; see `judged.compared`.
+
+    ValueError before anything is loaded where a model cannot be asked and `config.generate` wants it to be.
+    """
+    check_can_answer(config)
     with world_of(config) as world:
         say = show_progress and world.first
         datasets = [_dataset(name, config, say=say and i == 0) for i, name in enumerate(_models(config))]
@@ -41,6 +45,7 @@ def compare_models(config: EvalConfig, *, show_progress: bool = True) -> dict[st
 def write_answers(config: EvalConfig) -> tuple[Path, Path]:
     """answers.md and answers.html in `config.generate`: what policy, reference and `config.compare` answer greedily."""
     assert config.generate is not None
+    check_can_answer(config)
     dataset = _dataset(config.policy, config)
     count = min(config.generate_prompts, len(dataset.texts))
     texts = [dataset.texts[i * len(dataset.texts) // count] for i in range(count)]
@@ -48,10 +53,8 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
         [{"role": "user", "content": text.prompt}] if isinstance(text.prompt, str) else text.prompt for text in texts
     ]
     said: dict[str, list[str]] = {}
-    for name in dict.fromkeys(([config.reference] if config.reference else []) + _models(config)):
+    for name in _asked(config):
         tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
-        if not tokenizer.chat_template:
-            raise ValueError(f"{name} has no chat template, so it cannot be asked: leave out --generate")
         model = load_policy(name, replace(config.model, packing="padded"), frozen=True).model
         said[name] = []
         for start in range(0, count, AT_ONCE):
@@ -63,6 +66,17 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
     pages[0].write_text(markdown_page(prompts, said), encoding="utf-8")
     pages[1].write_text(html_page(prompts, said), encoding="utf-8")
     return pages
+
+
+def check_can_answer(config: EvalConfig) -> None:
+    """ValueError where `config.generate` is set and a model has no chat template to be asked by."""
+    for name in _asked(config) if config.generate is not None else ():
+        if not load_tokenizer(name, trust_remote_code=config.model.trust_remote_code).chat_template:
+            raise ValueError(f"{name} has no chat template, so it cannot be asked: leave out --generate")
+
+
+def _asked(config: EvalConfig) -> list[str]:
+    return list(dict.fromkeys(([config.reference] if config.reference else []) + _models(config)))
 
 
 def _models(config: EvalConfig) -> list[str]:
