@@ -14,8 +14,13 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def provenance(made: dict[str, Any], what: str, commits: Sequence[str] = ()) -> str:
     """`commits` are those of what was measured, where it was not measured all at once."""
     versions = f"torch {made['torch']}, transformers {made['transformers']}, Python {made['python']}"
-    known = ", ".join((commit or "no checkout")[:12] for commit in commits or [made["commit"]])
+    known = ", ".join(dict.fromkeys(_short(commit) for commit in commits or [made["commit"]]))
     return f"\n{what}; `{made['command']}`; {made['machine']}; {versions}; commit {known}."
+
+
+def _short(commit: str | None) -> str:
+    """With the + of a tree that was changed since."""
+    return "no checkout" if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 
 def cell(text: str) -> str:

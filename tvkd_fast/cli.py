@@ -130,6 +130,7 @@ def run(command: str, fields: dict[str, Any]) -> None:
 def _evaluate(config: EvalConfig) -> None:
     from tvkd_fast.training import build, judged, side_by_side
 
+    side_by_side.check_can_answer(config)
     if config.tabled:
         found = side_by_side.compare_models(config)
         if _speaks():

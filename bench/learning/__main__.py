@@ -29,7 +29,7 @@ from bench.learning.arms import ARMS, DPO, TVKD, finalists
 from bench.learning.cells import BUDGETS, QUICK, Cell, Split
 from bench.learning.picture import picture
 from bench.learning.report import ahead
-from bench.learning.run import run, teachers
+from bench.learning.run import run, settings, teachers
 from bench.machine import made_by, write_report
 
 LARGE, SMALL = 6, 3
@@ -44,7 +44,7 @@ class Study:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.file = arguments, Path(arguments.json)
         self.out = Path(arguments.out) / ("quick" if arguments.quick else "whole")
-        self.given = {
+        self.given: dict[str, Any] = {
             "quick": arguments.quick,
             "budgets": {data: vars(QUICK if arguments.quick else budget) for data, budget in BUDGETS.items()},
             "sha256": {
@@ -56,6 +56,7 @@ class Study:
         for name, value in self.given.items():
             if found[name] != value:
                 raise SystemExit(f"{self.file} holds a study of another {name}: give another --json, or what it had")
+        self._check_models()
         self.runs: list[dict[str, Any]] = found.get("runs", [])
         self.teachers: list[dict[str, Any]] = found.get("teachers", [])
         self.data: dict[str, Any] = found.get("data", {})
@@ -66,6 +67,14 @@ class Study:
         self.known = Cell("rule", SMALL, self.out, arguments.quick)
         self.small = Cell("human", SMALL, self.out, arguments.quick)
         self.commit = made_by()["commit"]
+
+    def _check_models(self) -> None:
+        """Models and scores that lie there are of this study, with all that they were made by."""
+        file, made = self.out / "given.json", json.loads(json.dumps(self.given | {"settings": settings()}))
+        if not file.exists() and not self.out.exists():
+            write_report(made, file)
+        elif not file.exists() or json.loads(file.read_text()) != made:
+            raise SystemExit(f"{self.out} holds models of another study: give another --out, or delete it")
 
     def prepare(self, pool: ProcessPoolExecutor, cell: Cell, arms: Iterable[str]) -> None:
         """The cell's teacher and student, and what they say that the arms ask for; each once."""
@@ -90,11 +99,18 @@ class Study:
         left = [(arm, seed) for seed in seeds for arm in arms if (cell.name, arm, seed) not in known]
         if left:
             self.prepare(pool, cell, arms)
-        for done in as_completed([pool.submit(run, cell, arm, seed) for arm, seed in left]):
-            self.runs.append(done.result() | {"commit": self.commit})
-            self.write()
-            one = self.runs[-1]
-            print(f"{len(self.runs):>3} {one['cell']}: {one['arm']}, seed {one['seed']}", flush=True)
+        jobs = [pool.submit(run, cell, arm, seed) for arm, seed in left]
+        try:
+            for done in as_completed(jobs):
+                self.runs.append(done.result() | {"commit": self.commit})
+                self.write()
+                one = self.runs[-1]
+                print(f"{len(self.runs):>3} {one['cell']}: {one['arm']}, seed {one['seed']}", flush=True)
+        except BaseException:
+            # Nobody would keep what those that wait come to.
+            for job in jobs:
+                job.cancel()
+            raise
         self.tell()
 
     def screen(self, pool: ProcessPoolExecutor) -> None:

@@ -43,7 +43,7 @@ def ahead(runs: list[dict[str, Any]], cell: str) -> list[dict[str, Any]]:
                 "chosen_gain": float(_of(mine, "chosen_gain").mean()),
                 "further_by_seed": further.mean(1).tolist(),
                 "cpu_seconds": mean(one["cpu_seconds"] for one in mine),
-                "commits": sorted({one["commit"] for one in mine}),
+                "commits": list(dict.fromkeys(one["commit"] for one in mine)),
                 **_sure("further", further),
                 **_sure("better", better),
             }

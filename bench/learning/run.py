@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from bench.learning.arms import ARMS, Arm, ArmScorer, kl_loss, length_slope
-from bench.learning.cells import MODEL_CONFIG, Cell
+from bench.learning.cells import MODEL_CONFIG, SELECTED_FROM, Cell
 from tvkd_fast.data import MicroBatching, PairBatch, PairDataset, pairs_of_step
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
@@ -24,6 +24,11 @@ OPTIM = OptimConfig(lr=3e-5, warmup_steps=15)
 BATCHING = MicroBatching(tokens=1024)
 WIDE = MicroBatching(tokens=2048)
 """Held-out pairs are not cut to what a step has room for."""
+
+
+def settings() -> str:
+    """What every run is made by, beside a cell's budget."""
+    return repr((OPTIM, BATCHING, WIDE, ARMS, SELECTED_FROM, MODEL_CONFIG))
 
 
 def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:

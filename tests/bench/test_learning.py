@@ -1,7 +1,10 @@
 """The study of the teacher's value: what is compared with what, and the arms that are made up."""
 
 import json
+from argparse import Namespace
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -167,6 +170,82 @@ def test_kl_is_nothing_between_a_model_and_itself(pairs, model_folder):
     loss.backward()
     assert float(loss.detach()) > 0
     assert all(parameter.grad is None for parameter in other.parameters())
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study whose runs are made up: each is asked for once, and those of an arm in `fails` end badly."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
+    from bench.learning import __main__ as command
+
+    asked, fails = [], set()
+
+    def run(cell, arm, seed):
+        asked.append((cell.name, arm, seed))
+        if arm in fails:
+            raise RuntimeError(arm)
+        return record(arm, seed, [float(seed), -1.0, 2.0]) | {"cell": cell.name}
+
+    class Pool:
+        def submit(self, function, *arguments):
+            job = Future()
+            try:
+                job.set_result(function(*arguments))
+            except RuntimeError as error:
+                # After those that are done already, whichever is asked for first.
+                Timer(0.3, job.set_exception, [error]).start()
+            return job
+
+    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(command.Study, "prepare", lambda *_: None)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}")
+
+    def make(**changes):
+        given = {"data": data, "eval": data, "json": tmp_path / "study.json", "out": tmp_path / "out", "quick": False}
+        return command.Study(Namespace(**given | changes))
+
+    return Namespace(make=make, pool=Pool(), asked=asked, fails=fails, data=data)
+
+
+def test_a_study_goes_on_where_it_was(study):
+    first = study.make()
+    first.screen(study.pool)
+    first.finals(study.pool)
+    # Thirteen arms, then four from five seeds.
+    assert len(study.asked) == 13 + 4 * 5 == len(first.runs)
+    again = study.make()
+    for stage in (again.screen, again.finals, again.rule, again.smaller):
+        stage(study.pool)
+    assert len(study.asked) == len(set(study.asked)) == 58
+    assert {arm for cell, arm, _ in study.asked if cell == "human, 3 layers"} == {"DPO", "TVKD, the paper's"}
+
+
+def test_what_was_done_stays_where_a_run_fails(study):
+    study.fails.add("α = 3")
+    with pytest.raises(RuntimeError):
+        study.make().screen(study.pool)
+    assert len(study.make().runs) == 12
+    study.fails.clear()
+    study.make().screen(study.pool)
+    assert study.asked[13:] == [("screen, 6 layers", "α = 3", 0)]
+
+
+def test_another_study_is_refused(study, tmp_path, monkeypatch):
+    study.make().screen(study.pool)
+    with pytest.raises(SystemExit, match="of another quick"):
+        study.make(quick=True)
+    study.data.write_text("{} ")
+    with pytest.raises(SystemExit, match="of another sha256"):
+        study.make()
+    with pytest.raises(SystemExit, match="holds models of another study"):
+        study.make(json=tmp_path / "other.json")
+    study.data.write_text("{}")
+    from bench.learning import run
+
+    monkeypatch.setattr(run, "BATCHING", None)
+    with pytest.raises(SystemExit, match="holds models of another study"):
+        study.make()
 
 
 def test_tables_and_picture_are_made_of_the_runs(tmp_path):

@@ -13,7 +13,7 @@ from tvkd_fast.distributed import joined
 from tvkd_fast.distributed.vocabulary import Rows, SharedHead, states_held
 from tvkd_fast.models.head import FusedLMHead, HeadTransforms
 
-TOKENS, HIDDEN, VOCAB = 8192, 64, 32
+TOKENS, HIDDEN, VOCAB = 4096, 512, 32
 
 
 class Live(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """A sharded policy against one that is whole: the same losses, gradients and update, in two and four processes."""
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,17 @@ def test_a_step_over_processes_is_the_step_of_one(processes: int, replicas: int,
     said = launch(processes, "sharded_step.py", str(replicas)).splitlines()
     families = ("llama, tied", "llama, untied", "gemma2")
     assert said == [f"done: {family} {head}" for family in families for head in ("gathered", "shared")]
+
+
+def test_a_shared_head_in_bfloat16_rounds_as_a_whole_one_does(launch: Launch) -> None:
+    """Where nearly all targets are another process's: what they are measured by must leave nothing behind."""
+    found = [json.loads(line) for line in launch(2, "rounded_head.py").splitlines()]
+    assert len(found) == 5
+    for one in found:
+        assert one["logps"] < 2e-5, one
+        # Its parts are rounded apart, and then summed.
+        assert one["dH"] < 2.5 * one["dH whole"], one
+        assert one.get("dW", 0.0) < 2 * one.get("dW whole", 1.0), one
 
 
 def test_a_world_of_one_is_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,11 @@ def test_what_is_no_teacher_is_refused(make: Callable[..., Any], teacher: Any) -
         make(TVKDTrainer, teacher_model=teacher)
 
 
+def test_a_module_that_is_no_model_is_named_and_not_printed(make: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"teacher_model is a Linear, .* merge_and_unload"):
+        make(TVKDTrainer, teacher_model=torch.nn.Linear(2, 2))
+
+
 def test_a_list_of_models_is_refused(make: Callable[..., Any], folders: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="a model is given by itself"):
         make(TVKDTrainer, teacher_model=[folders[1]])
@@ -280,6 +285,8 @@ def test_a_teacher_and_its_scores_may_be_paths(
     ours = make(TVKDTrainer, teacher_model=Path(scored(pairs(16))))
     theirs = make(TVKDTrainer, teacher_model=Path(folders[1]))
     assert ours.train_dataset["psi_chosen"] == pytest.approx(theirs.train_dataset["psi_chosen"], abs=1e-4)
+    rewards = {"value_from": "implicit_reward", "teacher_reference": Path(folders[0])}
+    assert make(TVKDTrainer, teacher_model=Path(folders[1]), **rewards).train_dataset["psi_chosen"]
 
 
 def test_scores_of_two_teachers_are_told_apart(

@@ -189,12 +189,15 @@ def test_answers_stand_side_by_side(bench, model_folder, tmp_path, capsys):
     assert html.count("<h2>") == 6
 
 
+@pytest.mark.parametrize("table", [True, False])
 def test_a_model_that_cannot_be_asked_is_named_before_it_is_evaluated(
-    files, model_folder, templateless, tmp_path, capsys
+    table, files, model_folder, templateless, tmp_path, capsys
 ):
     folder = model_folder(seed=0, tokenizer=templateless)
+    several = command(folder, model_folder(seed=1), files / "eval.jsonl")
+    arguments = several if table else ["eval", "--policy", folder, "--data.eval", str(files / "eval.jsonl")]
     with pytest.raises(SystemExit):
-        main(command(folder, model_folder(seed=1), files / "eval.jsonl", f"--generate={tmp_path}"))
+        main([*arguments, f"--generate={tmp_path}"])
     said = capsys.readouterr()
     assert f"{folder} has no chat template" in said.err
     assert not said.out
@@ -208,8 +211,8 @@ def test_what_models_write_cannot_break_the_pages():
     assert "&lt;script&gt;" in html
     markdown = markdown_page(prompts, said)
     assert [line for line in markdown.splitlines() if line.startswith("# ")] == ["# Answers side by side"]
-    assert "<script>" not in markdown
-    assert "> &lt;b>" in markdown
+    said = {"m": ["```c\nx = a < b && c;\n````"]}
+    assert "> `````\n> ```c\n> x = a < b && c;\n> ````\n> `````\n" in markdown_page(prompts, said)
 
 
 def test_a_policy_that_was_named_stays_the_first(files, model_folder, capsys):

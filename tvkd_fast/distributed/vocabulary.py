@@ -20,13 +20,15 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import pad
 
 from tvkd_fast.models import FusedLMHead, PolicyWithHead
 from tvkd_fast.ops import linear_logps, linear_lse
 
-_AT_ONCE = 1024
+_OUT_OF_THE_WAY = 64.0
+_AT_ONCE = 256
 """Tokens whose rows of the head are read together."""
+embedding_dense_backward = torch.ops.aten.embedding_dense_backward
 IGNORED = -100
 """The label of a token that does not count, as everywhere."""
 
@@ -58,11 +60,12 @@ def can_share_vocabulary(policy: PolicyWithHead) -> bool:
 
 
 def states_held(processes: int, tokens: float, hidden: int, itemsize: int) -> float:
-    """Bytes that a `SharedHead` holds most of tokens' states, N of them a process: S·N·D three times, and N·D sums.
+    """Bytes that a `SharedHead` holds most of tokens' states, N of them a process, in its backward.
 
-    That is in its backward: all states, their gradients by targets and by softmaxes; then the sum over processes.
+    All states, their gradients by targets and by softmaxes, S·N·D each; or one gradient, its float32 sum over
+    processes, and the own part of that.
     """
-    return (3 * itemsize * processes + 4) * tokens * hidden
+    return max(3 * itemsize * processes, (itemsize + 4) * processes + 4) * tokens * hidden
 
 
 class Rows:
@@ -153,7 +156,10 @@ class SharedHead(FusedLMHead):
         dtype = hidden.dtype if self.dtype is None else self.dtype
         everyone = _Gathered.apply(pad(hidden.to(dtype), (0, 0, 0, most - count)), rows)
         weight = rows.own(self.weight).to(dtype)
-        bias = None if self.bias is None else self.bias[rows.first : rows.first + rows.count]
+        bias = None if self.bias is None else self.bias[rows.first : rows.first + rows.count].to(dtype)
+        nobodys = labels is not None and dtype.itemsize == 2
+        if nobodys:
+            weight, bias = self._with_nobodys_row(weight, bias)
         options: dict[str, Any] = {
             "bias": bias,
             "softcap": self.transforms.softcap,
@@ -175,22 +181,41 @@ class SharedHead(FusedLMHead):
             logit = everyone.sum(1).float() * 0 + weight.sum() * 0
             lse = logit - torch.inf
         else:
-            if bias is not None:
+            if nobodys:
+                places = places.where(here, rows.count)
+            elif bias is not None:
                 # A token that a bias of -inf takes out of the vocabulary has no logit to measure by.
                 places = places.where(here, bias.argmax())
             logit = self._logits(everyone, weight, bias, places)
             known = places.masked_fill(~tokens, IGNORED)
             logps = linear_logps(everyone, weight, known, ignore_index=IGNORED, **options, **self.gradient_options())
             lse = logit - logps
+            if nobodys:
+                assert bias is not None
+                # A softcap lets that row have a share, which is taken out again.
+                lse = lse + torch.log1p(-(self._transformed(bias[-1].to(lse.dtype)) - lse).exp())
         found = _Merged.apply(logit.where(here, 0.0), lse, rows, mine)
         return found.where(labels != IGNORED, 0.0)
+
+    def _with_nobodys_row(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The own rows and one of zeros, for targets that lie elsewhere: lse is measured by a logit, and its δ cancels.
+
+        In 16 bits it would cancel to the rounding of a whole row. This row's multiplies nothing, its gradient is
+        nobody's, and its bias keeps it out of every softmax that another row is in.
+        """
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        low = bias.new_full((1,), -_OUT_OF_THE_WAY / self.transforms.logit_scale)
+        return torch.cat([weight, weight.new_zeros(1, weight.shape[1])]), torch.cat([bias, low])
 
     def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor) -> Tensor:
         """(M,) of one row each, as the head makes them."""
         logits = _RowProducts.apply(hidden, weight, places)
         if bias is not None:
             logits = logits + bias[places].to(logits.dtype)
-        logits = logits * self.transforms.logit_scale
+        return self._transformed(logits)
+
+    def _transformed(self, products: Tensor) -> Tensor:
+        logits = products * self.transforms.logit_scale
         cap = self.transforms.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -206,11 +231,10 @@ class SharedEmbedding(nn.Embedding):
         most = rows.longest(flat.shape[0], flat.device)
         everyone = rows.gather(pad(flat, (0, most - flat.shape[0]), value=-1))
         places, here = rows.among(everyone)
-        found = _rows_of(rows.own(self.weight), places)
-        if self.padding_idx is not None:
-            # Its row has no gradient, as in nn.Embedding.
-            found = torch.where((everyone == self.padding_idx)[:, None], found.detach(), found)
-        return _Scattered.apply(found, here, rows)[: flat.shape[0]].view(*ids.shape, -1)
+        # A padding row has no gradient, as in nn.Embedding.
+        learns = here if self.padding_idx is None else here & (everyone != self.padding_idx)
+        found = _LookedUp.apply(rows.own(self.weight), places, here, learns, rows)
+        return found[: flat.shape[0]].view(*ids.shape, -1)
 
 
 def share_table(table: nn.Embedding, shard: nn.Parameter, rows: Rows) -> None:
@@ -222,12 +246,6 @@ def share_table(table: nn.Embedding, shard: nn.Parameter, rows: Rows) -> None:
         table.__class__ = type(f"Shared{kind.__name__}", (kind, SharedEmbedding), {})
     table.weight = shard
     table.rows = rows  # type: ignore[assignment]
-
-
-def _rows_of(weight: Tensor, places: Tensor) -> Tensor:
-    if weight.shape[0] == 0:
-        return weight.new_zeros(places.shape[0], weight.shape[1]) + weight.sum() * 0
-    return embedding(places, weight)
 
 
 class _OwnRows(torch.autograd.Function):
@@ -260,19 +278,26 @@ class _Gathered(torch.autograd.Function):
         return ctx.rows.scatter(gradient.to(torch.float32, copy=True)).to(gradient.dtype), None
 
 
-class _Scattered(torch.autograd.Function):
-    """[S·n, D] parts, of which those that are here count, to [n, D] own sums; back, those have everyone's upstream."""
+class _LookedUp(torch.autograd.Function):
+    """Rows of weight [count, D] at places (S·n,) of those that are `here`, to [n, D] own; back, of those that learn.
+
+    One tensor of S·n rows at a time, either way.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, here: Tensor, rows: Rows) -> Tensor:
-        ctx.save_for_backward(here)
-        ctx.rows = rows
-        return rows.scatter(x * here[:, None])
+    def forward(ctx: Any, weight: Tensor, places: Tensor, here: Tensor, learns: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(places, learns)
+        ctx.rows, ctx.count = rows, len(weight)
+        found = weight[places] if ctx.count else weight.new_zeros(len(places), weight.shape[1])
+        return rows.scatter(found.mul_(here[:, None]))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (here,) = ctx.saved_tensors
-        return ctx.rows.gather(gradient).mul_(here[:, None]), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        places, learns = ctx.saved_tensors
+        everyone = ctx.rows.gather(gradient).mul_(learns[:, None])
+        if ctx.count == 0:
+            return everyone[:0], None, None, None, None
+        return embedding_dense_backward(everyone, places, ctx.count, -1, False), None, None, None, None
 
 
 class _RowProducts(torch.autograd.Function):
@@ -296,7 +321,7 @@ class _RowProducts(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[some] = upstream * weight[at]
             if d_weight is not None:
-                d_weight.index_put_((at,), upstream * hidden[some], accumulate=True)
+                d_weight += embedding_dense_backward(upstream * hidden[some], at, len(weight), -1, False)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
 
 

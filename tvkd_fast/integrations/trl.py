@@ -129,7 +129,7 @@ class TVKDTrainer(DPOTrainer):
         args: TVKDConfig | None = None,
         *,
         teacher_model: str | PathLike[str] | PreTrainedModel | Sequence[str | PathLike[str]] | None = None,
-        teacher_reference: str | PreTrainedModel | None = None,
+        teacher_reference: str | PathLike[str] | PreTrainedModel | None = None,
         **options: Any,
     ) -> None:
         if args is None:
@@ -185,12 +185,15 @@ class TVKDTrainer(DPOTrainer):
             patch_lm_head(plain, output=_Output)
             self.ref_model = self.accelerator.prepare_model(plain, evaluation_mode=True)
 
-    def _load_teacher(self, teacher: str | PreTrainedModel, reference: str | PreTrainedModel | None) -> TeacherReturns:
+    def _load_teacher(
+        self, teacher: str | PreTrainedModel, reference: str | PathLike[str] | PreTrainedModel | None
+    ) -> TeacherReturns:
         found = [None if model is None else self._loaded(model) for model in (teacher, reference)]
         return TeacherReturns(found[0], found[1], _settings(self.args), eos=self._tokenizer.eos_token_id)
 
-    def _loaded(self, model: str | PreTrainedModel) -> PreTrainedModel:
-        if isinstance(model, str):
+    def _loaded(self, model: str | PathLike[str] | PreTrainedModel) -> PreTrainedModel:
+        if isinstance(model, str | PathLike):
+            model = fspath(model)
             theirs = load_tokenizer(model, trust_remote_code=self.args.trust_remote_code)
             _check_tokens(self._tokenizer, theirs, model)
             model = load_model(model, dtype=self.model.dtype, trust_remote_code=self.args.trust_remote_code)
@@ -372,6 +375,11 @@ def _teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, 
     """A model, its name, or folders of scores, whichever it is."""
     if teacher is None or isinstance(teacher, PreTrainedModel):
         return teacher, []
+    if isinstance(teacher, torch.nn.Module):
+        raise ValueError(
+            f"teacher_model is a {type(teacher).__name__}, which is no transformers model: of a PEFT model give what "
+            "its merge_and_unload() returns"
+        )
     named = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     names = [fspath(name) for name in named if isinstance(name, str | PathLike)]
     if not named or len(names) < len(named):

@@ -58,12 +58,16 @@ class Footprint:
         """When a step holds most, and what the device holds then, by part; Python and its libraries apart.
 
         Activations are most as a backward begins, gradients as it ends: a head's dW is then whole, and a tied weight
-        has its embedding's beside it.
+        has its embedding's beside it. A shared embedding looks up all processes' tokens as a forward begins.
         """
         kept = {} if self._offloads else self._kept
-        ends = "as a backward ends", kept | self._gathered | self._gradients
-        begins = "as a backward begins", kept | self._gathered | self._forward
-        return max(begins, ends, key=lambda moment: sum(moment[1].values()))
+        kept = kept | self._gathered
+        moments = {
+            "as a forward begins": kept | self._looked_up | self._so_far,
+            "as a backward begins": kept | self._forward | self._so_far,
+            "as a backward ends": kept | self._gradients | ({} if self.config.lora.rank else self._looked_up),
+        }
+        return max(moments.items(), key=lambda moment: sum(moment[1].values()))
 
     def host_memory(self) -> dict[str, float]:
         """What lies in the host's memory, by part, where shards are offloaded; nothing otherwise."""
@@ -229,23 +233,30 @@ class Footprint:
             parts["states of all tokens"] = states_held(self._group, self._answers, self.policy.hidden, self._compute)
         if self.config.lora.rank == 0:
             parts["head's gradient"] = self._head_gradient
-        if self.micro_batches > 1:
-            parts["gradients so far"] = self._gradients_so_far
         return parts
+
+    @property
+    def _so_far(self) -> dict[str, float]:
+        return {"gradients so far": self._gradients_so_far} if self.micro_batches > 1 else {}
 
     @property
     def _gradients(self) -> dict[str, float]:
         parts = {} if self._offloads else {"gradients": self._own_gradients}
-        if self.micro_batches > 1 and self._group > 1:
-            parts["gradients so far"] = self._gradients_so_far
+        if self._group > 1:
+            parts |= self._so_far
         if self.config.lora.rank == 0:
             # Of a tied weight the embedding's and the head's are summed; both are there before, and the sum so far.
             beside = (1 if self.policy.tied else 0) + (1 if self.micro_batches > 1 else 0)
             parts["embedding's gradient"] = beside * self._head_gradient
-            if self.shares_vocabulary and self.policy.tied:
-                size = self.row * self.policy.hidden * _BYTES[self.config.model.dtype]
-                parts["embeddings of all tokens"] = (self._group + 1) * size
         return parts
+
+    @property
+    def _looked_up(self) -> dict[str, float]:
+        """What a shared table found of all tokens, or what comes back to it, and this process's own."""
+        if not self.shares_vocabulary or not self.policy.tied:
+            return {}
+        size = self.row * self.policy.hidden * _BYTES[self.config.model.dtype]
+        return {"embeddings of all tokens": (self._group + 1) * size}
 
     @property
     def _own_gradients(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ h2 { font-size: .85rem; margin: 0 0 .3rem; color: #c1440e; overflow-wrap: anywhe
 
 
 def markdown_page(prompts: Sequence[list[Message]], said: Mapping[str, Sequence[str]]) -> str:
-    """A section a prompt; what models wrote is quoted, so that none of it becomes a heading of the page."""
+    """A section a prompt; what models wrote is quoted as it is, in fences that none of it can close."""
     parts = ["# Answers side by side\n"]
     for i, prompt in enumerate(prompts):
         parts.append(f"## {i + 1}\n\n{_quoted(_conversation(prompt))}\n")
@@ -55,6 +56,6 @@ def _conversation(prompt: list[Message]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Every line, whatever ends it; an HTML tag in it is text, as in the other page."""
-    lines = text.replace("&", "&amp;").replace("<", "&lt;").splitlines() or [""]
-    return "\n".join(f"> {line}".rstrip() for line in lines)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join(f"> {line}".rstrip() for line in (fence, *text.splitlines(), fence))
