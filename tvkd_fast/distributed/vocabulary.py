@@ -26,6 +26,7 @@ from tvkd_fast.models import FusedLMHead, PolicyWithHead
 from tvkd_fast.ops import linear_logps, linear_lse
 
 _OUT_OF_THE_WAY = 64.0
+"""e^−64 of a softmax is nothing in float32, and 64 takes none of a logit's digits that it has."""
 _AT_ONCE = 256
 """Tokens whose rows of the head are read together."""
 embedding_dense_backward = torch.ops.aten.embedding_dense_backward
@@ -315,13 +316,18 @@ class _RowProducts(torch.autograd.Function):
         hidden, weight, places = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=gradient.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(places), _AT_ONCE):
-            some = slice(start, start + _AT_ONCE)
+        order = places.argsort(stable=True)
+        # Of sorted tokens each few touch rows of their own, and all of them together touch each row about once.
+        firsts, lasts = (places[order[i::_AT_ONCE]].tolist() for i in (0, _AT_ONCE - 1))
+        lasts += [int(places[order[-1]])] * (len(firsts) - len(lasts))
+        for some, first, last in zip(order.split(_AT_ONCE), firsts, lasts, strict=True):
             at, upstream = places[some], gradient[some, None]
             if d_hidden is not None:
-                d_hidden[some] = upstream * weight[at]
+                d_hidden[some] = (upstream * weight[at]).to(hidden.dtype)
             if d_weight is not None:
-                d_weight += embedding_dense_backward(upstream * hidden[some], at, len(weight), -1, False)
+                d_weight[first : last + 1] += embedding_dense_backward(
+                    upstream * hidden[some], at - first, last + 1 - first, -1, False
+                )
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
 
 

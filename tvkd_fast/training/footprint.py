@@ -232,7 +232,8 @@ class Footprint:
         if self.shares_vocabulary:
             parts["states of all tokens"] = states_held(self._group, self._answers, self.policy.hidden, self._compute)
         if self.config.lora.rank == 0:
-            parts["head's gradient"] = self._head_gradient
+            # Of a shared one by targets and by softmaxes, until they are summed.
+            parts["head's gradient"] = self._head_gradient * (2 if self.shares_vocabulary else 1)
         return parts
 
     @property
