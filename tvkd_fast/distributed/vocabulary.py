@@ -319,7 +319,8 @@ class _RowProducts(torch.autograd.Function):
         order = places.argsort(stable=True)
         # Of sorted tokens each few touch rows of their own, and all of them together touch each row about once.
         firsts, lasts = (places[order[i::_AT_ONCE]].tolist() for i in (0, _AT_ONCE - 1))
-        lasts += [int(places[order[-1]])] * (len(firsts) - len(lasts))
+        if len(lasts) < len(firsts):
+            lasts.append(int(places[order[-1]]))
         for some, first, last in zip(order.split(_AT_ONCE), firsts, lasts, strict=True):
             at, upstream = places[some], gradient[some, None]
             if d_hidden is not None:
