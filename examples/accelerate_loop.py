@@ -5,7 +5,7 @@ accelerate launch examples/accelerate_loop.py --policy POLICY --teacher TEACHER 
 
 import torch
 from accelerate import Accelerator
-from pairs import arguments, collate, load, read_pairs, score
+from pairs import arguments, collate, load, read_pairs, save, score
 from torch.utils.data import DataLoader
 
 from tvkd_fast import tvkd_loss
@@ -29,9 +29,9 @@ def main() -> None:
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        accelerator.print(f"loss {float(out.loss):.6f}", flush=True)
+        accelerator.print(f"loss {out.loss.item():.6f}", flush=True)
     if accelerator.is_main_process:
-        unpatch_lm_head(accelerator.unwrap_model(model)).save_pretrained(given.out)
+        save(unpatch_lm_head(accelerator.unwrap_model(model)), given)
 
 
 if __name__ == "__main__":

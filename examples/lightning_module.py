@@ -5,7 +5,7 @@ python examples/lightning_module.py --policy POLICY --teacher TEACHER --data PAI
 
 import lightning
 import torch
-from pairs import arguments, collate, load, read_pairs, score
+from pairs import arguments, collate, load, read_pairs, save, score
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,7 +23,7 @@ class Distilled(lightning.LightningModule):
         logps = self.policy(**batch, fused_lm_head=True).log_probs.sum(1)
         out = tvkd_loss(logps, ref_logps, psi, beta=0.1, alpha=1.0)
         self.log("margin", out.margins.mean(), prog_bar=True)
-        print(f"loss {float(out.loss):.6f}", flush=True)
+        print(f"loss {out.loss.item():.6f}", flush=True)
         return out.loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -45,7 +45,7 @@ def main() -> None:
         accelerator="auto",
     )
     trainer.fit(module, DataLoader(pairs, batch_size=given.batch_size, collate_fn=collate))
-    unpatch_lm_head(module.policy).save_pretrained(given.out)
+    save(unpatch_lm_head(module.policy), given)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,12 @@ def load(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 
 
+def save(model: PreTrainedModel, given: argparse.Namespace) -> None:
+    """With the tokenizer, so that the folder is all that a model's user needs."""
+    model.save_pretrained(given.out)
+    AutoTokenizer.from_pretrained(given.policy).save_pretrained(given.out)
+
+
 def read_pairs(file: str, policy: str) -> list[dict]:
     """By pair and response: input_ids, and labels that are IGNORED in the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(policy)

@@ -4,7 +4,7 @@ python examples/plain_loop.py --policy POLICY --teacher TEACHER --data PAIRS.jso
 """
 
 import torch
-from pairs import arguments, collate, load, read_pairs
+from pairs import arguments, collate, load, read_pairs, save
 
 from tvkd_fast import FusedLinearTVKDLoss
 
@@ -36,8 +36,8 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"loss {float(out.loss):.6f}", flush=True)
-    policy.save_pretrained(given.out)
+        print(f"loss {out.loss.item():.6f}", flush=True)
+    save(policy, given)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python examples/transformers_trainer.py --policy POLICY --teacher TEACHER --data
 from typing import Any
 
 import torch
-from pairs import arguments, collate, load, read_pairs, score
+from pairs import arguments, collate, load, read_pairs, save, score
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
@@ -46,7 +46,7 @@ def main() -> None:
         train_dataset=pairs,
     )
     trainer.train()
-    trainer.save_model(given.out)
+    save(trainer.model, given)
     for line in trainer.state.log_history:
         if "loss" in line:
             print(f"loss {line['loss']:.6f}", flush=True)

@@ -90,8 +90,11 @@ def test_yaml_gives_options_and_the_command_line_overrides_them(files, tmp_path,
         (["--output_di", "o"], "Did you mean --output_dir?"),
         (["--data.trian", "o"], "Did you mean --data.train?"),
         (["--polcy", "o"], "Did you mean --policy?"),
-        (["--loss.beta", "much"], "float"),
-        (["--objective", "ppo"], "ppo"),
+        (["--loss.beta", "much"], "--loss.beta wants a number, and got 'much'"),
+        (["--max_steps", "two"], "--max_steps wants a whole number, and got 'two'"),
+        (["--objective", "ppo"], "--objective wants one of 'tvkd', 'dpo', 'sft', and got 'ppo'"),
+        (["--learning_rate", "1e-5"], "Did you mean --optim.lr?"),
+        (["--per_device_train_batch_size=2"], "Did you mean --pairs_per_micro_batch?"),
     ],
 )
 def test_a_mistyped_option_is_refused_with_the_nearest_name(arguments, wanted, capsys):
@@ -124,7 +127,21 @@ def test_yaml_cannot_run_code(tmp_path, capsys):
 
 
 def test_a_missing_option_is_named(capsys):
-    assert "policy" in error_of(capsys, "train", "--output_dir", "o")
+    error = error_of(capsys, "train", "--output_dir", "o")
+    assert error.startswith("tvkd train: error: required, and not given: --policy\n")
+    assert "--policy, or --model\n" in error_of(capsys, "eval", "--data.eval", "o")
+
+
+def test_a_command_that_is_none_is_told_from_those_there_are(capsys):
+    assert "Did you mean train?" in error_of(capsys, "trian")
+    assert "There are score, train, eval, explain, demo, scores, replay, plot, bench" in error_of(capsys, "help")
+    assert "usage: tvkd" in error_of(capsys)
+
+
+def test_scores_without_a_teacher_say_so(files, tmp_path, capsys):
+    options = ["--policy", files["policy"], "--data.train", files["data"]]
+    main(["score", *options, "--output_dir", str(tmp_path / "scores")])
+    assert "this is the reference alone, for --objective dpo" in capsys.readouterr().out
 
 
 def test_an_unknown_recipe_lists_the_known(capsys):

@@ -33,7 +33,20 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 BENCHMARKS = ("head", "values", "step")
 """Of the checkout's bench/: those that `tvkd bench` runs."""
+FOLDERS = ("scores", "replay", "plot")
+"""Commands that are given a folder or a file and have no options."""
 _SWITCHES = ("--dry_run", "--quick")
+_ELSEWHERE = {
+    "batch_size": "pairs_per_step",
+    "learning_rate": "optim.lr",
+    "lr": "optim.lr",
+    "max_seq_length": "data.max_length",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "pairs_per_micro_batch",
+    "train_batch_size": "pairs_per_step",
+    "weight_decay": "optim.weight_decay",
+}
+"""What other trainers call an option."""
 
 
 class Parser(ArgumentParser):
@@ -42,10 +55,11 @@ class Parser(ArgumentParser):
     known: tuple[str, ...] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        nearest = self._nearest(message)
-        hint = f" Did you mean {nearest}?" if nearest else ""
         # An error in a YAML file reaches the outer parser, which names the command in the message.
         command = re.search(rf"\b({'|'.join(COMMANDS)})\b", f"{self.prog} {message}")
+        message = _in_options(message)
+        nearest = self._nearest(message)
+        hint = f" Did you mean {nearest}?" if nearest else ""
         name = f"tvkd {command[1]}" if command else "tvkd"
         print(f"{name}: error: {message}{hint}\nAll options: {name} --help", file=sys.stderr)
         raise SystemExit(2)
@@ -55,6 +69,8 @@ class Parser(ArgumentParser):
         if unknown is None:
             return None
         word = next(w for w in unknown.groups() if w).lstrip("-").split("=")[0]
+        if _ELSEWHERE.get(word) in self.known:
+            return f"--{_ELSEWHERE[word]}"
         close = difflib.get_close_matches(word, self.known, n=1, cutoff=0.5)
         return f"--{close[0]}" if close else None
 
@@ -62,10 +78,12 @@ class Parser(ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Errors that a user can mend are one line and exit status 2."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if not given or not (given[0].startswith("-") or given[0] in (*COMMANDS, *FOLDERS, "bench")):
+        _which_command(given)
     if given[:1] == ["bench"]:
         bench(given[1:])
         return
-    if given[:1] in (["scores"], ["replay"], ["plot"]):
+    if given[0] in FOLDERS:
         _be_quiet()
         try:
             {"scores": scores, "replay": replay, "plot": plot}[given[0]](given[1:])
@@ -110,6 +128,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
                 f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): "
                 f"{config.output_dir}"
             )
+            if config.teacher is None:
+                print("no --teacher was given: this is the reference alone, for --objective dpo")
     elif command == "explain":
         print("\n".join(map(str, explain.explain(ExplainConfig(**fields)))))
     elif command == "eval":
@@ -146,6 +166,42 @@ def _evaluate(config: EvalConfig) -> None:
             file.write(line + "\n")
     if config.generate is not None:
         print("\n".join(map(str, side_by_side.write_answers(config))))
+
+
+def _which_command(given: list[str]) -> NoReturn:
+    """No command, or none that there is."""
+    names = (*COMMANDS, *FOLDERS, "bench")
+    if not given:
+        make_parser().print_help(sys.stderr)
+        raise SystemExit(2)
+    close = difflib.get_close_matches(given[0], names, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    print(
+        f"tvkd: error: there is no command {given[0]!r}.{hint} There are {', '.join(names)}: tvkd --help",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+
+def _in_options(message: str) -> str:
+    """The parser's message with options as they are typed, and values of a wrong kind in a line."""
+    missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+    if missing:
+        names = (name.strip().partition(".")[2] or name.strip() for name in missing[1].split(","))
+        options = ", ".join(f"--{name}" for name in names)
+        model = ", or --model" if missing[1] == "eval.policy" else ""
+        return f"required, and not given: {options}{model}"
+    wrong = re.match(r'Parser key "([^"]+)":', message)
+    given = re.search(r"(?:Given value|Got value): (.*)", message)
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    wanted = [
+        kinds[kind] for kind in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)) if kind in kinds
+    ]
+    choice = re.search(r"Literal\[([^\]]*)\]", message)
+    if wrong is None or given is None or not (wanted or choice):
+        return message
+    wants = f"one of {choice[1]}" if choice else " or ".join(wanted)
+    return f"--{wrong[1]} wants {wants}, and got {given[1]!r}"
 
 
 def _speaks() -> bool:

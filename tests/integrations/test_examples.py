@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {"accelerate_loop": "accelerate", "lightning_module": "lightning", "trl_trainer": "trl"}
@@ -53,6 +53,7 @@ def run(folders: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> o
 def test_an_example_runs_and_leaves_a_model(name: str, run) -> None:  # type: ignore[no-untyped-def]
     _, folder = run(name)
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
 
 

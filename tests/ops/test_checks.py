@@ -51,6 +51,12 @@ def test_a_transposed_weight(op: Callable[..., Any], hidden: Tensor, weight: Ten
 
 
 @every_op
+def test_a_layer_in_place_of_its_weight(op: Callable[..., Any], hidden: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"weight is a Linear, and a tensor is wanted: of a head give lm_head\.weight"):
+        op(hidden, torch.nn.Linear(6, 30))
+
+
+@every_op
 def test_padded_hidden_states(op: Callable[..., Any], hidden: Tensor, weight: Tensor) -> None:
     with pytest.raises(ValueError, match=r"got \(3, 4, 6\) and \(30, 6\): flatten batch and time first"):
         op(hidden.view(3, 4, D), weight)

@@ -138,7 +138,11 @@ def build_dataset(
             whole = to_tokens(pair)
         except BadPair as bad:
             if bad_pairs == "error":
-                remedy = "Mend the row, or leave such rows out with --data.bad_pairs drop"
+                remedy = (
+                    "Rename the file's columns"
+                    if bad.reason == "missing column"
+                    else "Mend the row, or leave such rows out with --data.bad_pairs drop"
+                )
                 raise BadPair(bad.row, bad.reason, bad.detail, remedy) from bad
             first_dropped = first_dropped or bad
             dropped[bad.reason] += 1

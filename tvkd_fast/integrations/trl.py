@@ -84,6 +84,9 @@ class TVKDConfig(DPOConfig):
             raise ValueError("grad_mode and eps are of this library's head: set fused_head='tvkd', or leave them out")
 
 
+ANOTHER_TOKENIZER = "give teacher_model the folder that `tvkd score` writes with it, which reads any teacher's tokens"
+
+
 class TVKDTrainer(DPOTrainer):
     """DPOTrainer with a teacher: all of its arguments, and `teacher_model`.
 
@@ -136,7 +139,10 @@ class TVKDTrainer(DPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = TVKDConfig(f"{name.split('/')[-1]}-TVKD")
         if not isinstance(args, TVKDConfig):
-            raise ValueError(f"args is a {type(args).__name__}: TVKDTrainer takes a TVKDConfig, which has its fields")
+            raise ValueError(
+                f"args is a {type(args).__name__}: TVKDTrainer takes a TVKDConfig, which has its fields: "
+                "from tvkd_fast.integrations.trl import TVKDConfig"
+            )
         self._shapes = teacher_model is not None and args.alpha != 0
         teacher, folders = _teacher_or_folders(teacher_model)
         self._cached = CachedReturns(folders, _settings(args)) if self._shapes and folders else None
@@ -202,7 +208,7 @@ class TVKDTrainer(DPOTrainer):
         if model.config.get_text_config().vocab_size < len(self._tokenizer):
             raise ValueError(
                 f"the teacher has {model.config.get_text_config().vocab_size:,} tokens and the policy's tokenizer "
-                f"{len(self._tokenizer):,}: a teacher with another tokenizer is taken by `tvkd train`, not here"
+                f"{len(self._tokenizer):,}: {ANOTHER_TOKENIZER}"
             )
         return model.to(self.accelerator.device)
 
@@ -383,9 +389,10 @@ def _teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, 
     named = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     names = [fspath(name) for name in named if isinstance(name, str | PathLike)]
     if not named or len(names) < len(named):
+        kinds = ", ".join(type(name).__name__ for name in named) or "an empty list"
         raise ValueError(
-            f"teacher_model is {teacher!r}: give a model, its name, a folder that `tvkd score` wrote, or a list of "
-            "such folders"
+            f"teacher_model is or holds {kinds}: give a model, its name, a folder that `tvkd score` wrote, or a list "
+            "of such folders"
         )
     found = [name for name in names if is_score_folder(name)]
     if isinstance(teacher, list | tuple) and len(found) < len(names):
@@ -433,7 +440,4 @@ def _refuse(args: TVKDConfig, *, has_reference: bool, cached: bool) -> None:
 
 def _check_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, name: str) -> None:
     if ours.get_vocab() != theirs.get_vocab():
-        raise ValueError(
-            f"the teacher {name} has another tokenizer than the policy: `tvkd train` takes such a teacher, which reads "
-            "the same text in tokens of its own; this trainer does not"
-        )
+        raise ValueError(f"the teacher {name} has another tokenizer than the policy: {ANOTHER_TOKENIZER}")

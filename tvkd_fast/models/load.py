@@ -172,6 +172,11 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
         return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
     except (OSError, ImportError) as error:
         raise ValueError(unreadable("tokenizer", name, error)) from error
+    except ValueError as error:
+        raise ValueError(
+            f"there is no tokenizer in {str(name)!r}: save the policy's there, "
+            "AutoTokenizer.from_pretrained(POLICY).save_pretrained(FOLDER)"
+        ) from error
 
 
 def save_model(
@@ -241,7 +246,7 @@ def _rebuild_unquantized(model: PreTrainedModel) -> PreTrainedModel:
 
 def unreadable(what: str, name: str | Path, error: Exception) -> str:
     """The message of an error for a user: what could not be read, why, and what to give instead."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).splitlines()[0].rstrip(".: ") if str(error) else type(error).__name__
     return (
         f"could not read a {what} from {str(name)!r}: {reason}. Give a hub name that can be reached (log in for gated "
         "ones), a folder with config.json and *.safetensors, a .gguf "

@@ -18,6 +18,13 @@ _NAMED_ROWS = 8
 FLATTEN = "flatten it into the rows of [N, D], hidden.flatten(0, -2)"
 
 
+def check_tensors(**inputs: Any) -> None:
+    """Where a layer is given in place of its weight, before anything is asked of it."""
+    for name, x in inputs.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}, and a tensor is wanted: of a head give lm_head.weight")
+
+
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> None:
     """hidden [N, D] and weight [V, D] (bias (V,)) of one dtype on one device, with transforms that mean something."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -65,7 +72,7 @@ def check_transforms(op: str, *tensors: Tensor | None) -> None:
             f"{op} takes no torch.func transform (grad, vjp, jvp, vmap): take torch.autograd.grad or backward() for a "
             f"gradient; for a batch {FLATTEN}"
         )
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None):
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if isinstance(x, Tensor)):
         raise RuntimeError(f"{op} has no forward-mode derivative: take torch.autograd.grad or backward()")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
 from tvkd_fast.ops import tiles
-from tvkd_fast.ops.checks import check_head
+from tvkd_fast.ops.checks import check_head, check_tensors
 from tvkd_fast.ops.dispatch import autocast_input, takes_triton, without_autocast
 
 _SCALED_FLOATS = 2**20
@@ -21,6 +21,7 @@ _SCALED_FLOATS = 2**20
 
 def head_input(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """States and head as the ops take them: in autocast's dtype, checked to fit each other."""
+    check_tensors(hidden=hidden, weight=head.weight, bias=head.bias)
     hidden, weight = autocast_input(hidden), autocast_input(head.weight)
     bias = None if head.bias is None else autocast_input(head.bias)
     check_head(hidden, weight, bias, head.softcap, head.logit_scale)

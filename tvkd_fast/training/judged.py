@@ -130,6 +130,8 @@ def table(found: dict[str, Any]) -> str:
     if len(models) > 1:
         cells = " | ".join(f"{_cell(row['ahead'], signed=True)}, p = {row['ahead']['p']:.2g}" for row in models[1:])
         lines.append(f"| ahead of {models[0]['model']} | {found['pairs']:,} | | {cells} |")
+    if "scores" in found:
+        lines.append(f"\nA response's score: {found['scores']}.")
     return "\n".join(lines)
 
 

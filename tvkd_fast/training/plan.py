@@ -61,6 +61,10 @@ def _memory_lines(found: Footprint) -> Iterator[str]:
     if room is not None:
         (line,) = _sizes({"there is": room})
         yield f"{line}: {_verdict(found, peak, room)}"
+    else:
+        yield "            --device_memory_gib N says whether that fits, and what would"
+    if found.config.model.device == "auto" and not _on_gpu(found.config):
+        yield "            counted for a CPU, since there is no GPU here: --model.device cuda counts for one"
     elsewhere = found.host_memory()
     if elsewhere and _on_gpu(found.config):
         yield "offloaded   by each process to its host's memory"

@@ -34,7 +34,7 @@ def compare_models(config: EvalConfig, *, show_progress: bool = True) -> dict[st
         judged = [_judge(name, data, config, world) for name, data in zip(_models(config), datasets, strict=True)]
         subsets = [text.subset or "pairs" for text in datasets[0].texts]
         found = compared(judged, subsets, sections=config.format == "rewardbench")
-    scored = "reference" if config.reference is not None else f"reference-free, {config.reference_free}"
+    scored = "reference" if config.reference is not None else f"reference-free, {config.reference_free} of log π"
     return {"format": config.format, "reference": config.reference, "scores": scored} | found
 
 

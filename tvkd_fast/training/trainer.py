@@ -189,7 +189,7 @@ class Trainer:
         for name, value in self.identity.items():
             if state["identity"].get(name) != value:
                 raise CheckpointError(
-                    f"{path} was made with another {name} ({state['identity'].get(name)}, now {value}): give "
+                    f"{path} was made with another {name} ({_changed(state['identity'].get(name), value)}): give "
                     "--output_dir a folder of its own, or --resume false to start again there"
                 )
         self.checkpoints.load(path, self.policy, self.optimizer)
@@ -245,6 +245,14 @@ class Trainer:
             batching=self.batching,
             world=self.world,
         )
+
+
+def _changed(before: Any, now: Any) -> str:
+    """What differs, and nothing else of it."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{before}, now {now}"
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in names)
 
 
 def _trajectory(config: TrainConfig) -> dict[str, Any]:
