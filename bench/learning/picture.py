@@ -10,22 +10,25 @@ from typing import Any
 from bench.learning.tables import SCREEN
 from tvkd_fast.training.plot import new_figure
 
-COLOURS = ("#a9a9a9", "#c1440e", "#30638e", "#6a994e")
+COLOURS = ("#8d8d8d", "#c1440e", "#30638e", "#6a994e")
 
 
 def picture(file: Path) -> None:
     """NAME.json of a study to NAME.png beside it."""
     report = json.loads(file.read_text())
+    arms = dict.fromkeys(row["arm"] for cell, rows in report["rows"].items() if cell != SCREEN for row in rows)
+    colours = dict(zip(arms, COLOURS, strict=False))
     cells = [cell for cell in report["rows"] if cell != SCREEN and report["rows"][cell]]
     figure = new_figure(4.3 * len(cells), 3.8, layout="constrained")
     for axes, cell in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
-        _curves(axes, report, cell)
+        _curves(axes, report, cell, colours)
     figure.savefig(file.with_suffix(".png"), dpi=130)
 
 
-def _curves(axes: Any, report: dict[str, Any], cell: str) -> None:
+def _curves(axes: Any, report: dict[str, Any], cell: str, colours: dict[str, str]) -> None:
     """Means over seeds, and each seed beside them."""
-    for row, colour in zip(report["rows"][cell], COLOURS, strict=False):
+    for row in report["rows"][cell]:
+        colour = colours[row["arm"]]
         runs = [one for one in report["runs"] if (one["cell"], one["arm"]) == (cell, row["arm"])]
         steps = [point["step"] for point in runs[0]["curve"]]
         for one in runs:
@@ -36,7 +39,7 @@ def _curves(axes: Any, report: dict[str, Any], cell: str) -> None:
         f"{cell} ({len({one['seed'] for one in report['runs'] if one['cell'] == cell})} seeds)", fontsize=10, loc="left"
     )
     axes.set_xlabel("step")
-    axes.set_ylabel("held-out margin, nats")
+    axes.set_ylabel(f"margin of {report['budgets'][cell.partition(',')[0]]['curve']} held-out pairs, nats")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

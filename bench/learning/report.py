@@ -12,19 +12,19 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from bench.learning.arms import DPO
+from bench.learning.arms import ARMS, DPO
 from tvkd_fast.training.intervals import bootstrap_interval, paired_p
 
 
 def ahead(runs: list[dict[str, Any]], cell: str) -> list[dict[str, Any]]:
-    """A row an arm: means over seeds and pairs, and how far margin and accuracy are ahead of DPO's.
+    """A row an arm, DPO's first: means over seeds and pairs, and how far margin and accuracy are ahead of DPO's.
 
     That is pair by pair and seed by seed, with 95% intervals over both.
     """
     here = [one for one in runs if one["cell"] == cell]
     beside = {one["seed"]: one for one in here if one["arm"] == DPO}
     rows = []
-    for arm in dict.fromkeys(one["arm"] for one in here):
+    for arm in sorted({one["arm"] for one in here}, key=_place):
         mine = sorted((one for one in here if one["arm"] == arm and one["seed"] in beside), key=lambda one: one["seed"])
         if not mine:
             continue
@@ -49,6 +49,11 @@ def ahead(runs: list[dict[str, Any]], cell: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _place(arm: str) -> tuple[int, str]:
+    """As arms are listed, whichever was done first."""
+    return (list(ARMS).index(arm) if arm in ARMS else len(ARMS)), arm
 
 
 def _sure(name: str, differences: Tensor) -> dict[str, Any]:

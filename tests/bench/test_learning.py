@@ -256,7 +256,7 @@ def test_tables_and_picture_are_made_of_the_runs(tmp_path):
     from bench.learning.tables import data_table, finals_table, screen_table
 
     rows = ahead(RUNS, "human, 6 layers")
-    budget = {"steps": 75, "pairs": 4, "train": 600}
+    budget = {"steps": 75, "pairs": 4, "train": 600, "curve": 32}
     kept = {"pairs": 40, "truncated": 3, "dropped_overlong": 9, "dropped_bad": {"empty response": 1}, "max_length": 160}
     made = dict.fromkeys(("torch", "transformers", "python", "commit", "machine", "command"), "x")
     report = {
