@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer, save_model
 
@@ -65,6 +65,21 @@ def test_trust_remote_code_is_off_unless_asked_for(monkeypatch):
         load_model("org/name")
     assert seen["trust_remote_code"] is False
     assert seen["use_safetensors"] is True
+
+
+def test_a_folder_without_a_tokenizer_is_named(tiny_model, tmp_path):
+    save_model(tiny_model(0), None, tmp_path)
+    with pytest.raises(ValueError, match=rf"there is no tokenizer in '{tmp_path}': save the policy's there"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_else_is_wrong_with_a_tokenizer_says_so_itself(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("it has code of its own: pass trust_remote_code=True")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=r"^it has code of its own"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_packaged_model_loads_saves_and_comes_back(tmp_path):
