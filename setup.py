@@ -12,6 +12,7 @@ NUMBA = ["numba>=0.62"]
 LORA = ["peft>=0.18"]
 QLORA = [*LORA, "bitsandbytes>=0.50", "accelerate>=1.10"]
 TRL = ["trl==1.16.*"]
+STATISTICS = ["scipy>=1.14"]
 
 setup(
     name="tvkd_fast",
@@ -51,7 +52,7 @@ setup(
         "qlora": QLORA,
         "gpu": ["flash-attn>=2.8"],
         "trl": TRL,
-        "bench": ["pytest-benchmark>=5", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", "scipy>=1.14", *TRL, *PLOT],
+        "bench": ["pytest-benchmark>=5", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", *STATISTICS, *TRL, *PLOT],
         "plot": PLOT,
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         # Halves what marking a sparse gradient's entries takes beside the product, on a CPU.
@@ -69,6 +70,7 @@ setup(
             "lightning>=2.5",
             *QLORA,
             *NUMBA,
+            *STATISTICS,
             *TRL,
         ],
     },

@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from concurrent.futures import Future
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Timer
 
@@ -15,6 +16,10 @@ from tvkd_fast.models import load_tokenizer
 from tvkd_fast.training.config import ModelConfig
 from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.step import values_of
+
+needs_scipy = pytest.mark.skipif(
+    find_spec("scipy") is None, reason="scipy is not installed: pip install 'tvkd_fast[bench]'"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +70,10 @@ RUNS = [
 ]
 
 
+@needs_scipy
 def test_an_arm_stands_beside_dpo_of_its_own_seed():
-    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
+    from scipy import stats
+
     from bench.learning.report import ahead
 
     dpo, other = ahead(RUNS, "human, 6 layers")
@@ -76,13 +83,15 @@ def test_an_arm_stands_beside_dpo_of_its_own_seed():
     assert other["further_by_seed"] == pytest.approx([4.0 / 3, 1.0])
     assert other["further"] == pytest.approx(7.0 / 6)
     assert other["better"] == pytest.approx(2.0 / 6)
-    low, high = other["further_interval"]
-    assert low < other["further"] < high
+    # Means of seeds are 4/3 and 1, of pairs 1, 5/4 and 5/4: s² 1/18 and 1/48, over two and over three.
+    seeds, pairs = 1 / 36, 1 / 144
+    reach = stats.t.ppf(0.975, (seeds + pairs) ** 2 / (seeds**2 / 1 + pairs**2 / 2)) * (seeds + pairs) ** 0.5
+    assert other["further_interval"] == pytest.approx((7 / 6 - reach, 7 / 6 + reach))
     assert ahead(RUNS, "rule, 3 layers") == []
 
 
+@needs_scipy
 def test_an_interval_covers_the_truth_over_other_seeds_and_pairs():
-    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
     from bench.learning.report import crossed
 
     generator = torch.Generator().manual_seed(0)
@@ -101,8 +110,8 @@ def test_an_interval_covers_the_truth_over_other_seeds_and_pairs():
     assert small == 400 - covered
 
 
+@needs_scipy
 def test_no_difference_is_no_evidence():
-    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
     from bench.learning.report import crossed
 
     assert crossed(torch.zeros(5, 9, dtype=torch.float64)) == ((0.0, 0.0), 1.0)
@@ -248,9 +257,9 @@ def test_another_study_is_refused(study, tmp_path, monkeypatch):
         study.make()
 
 
+@needs_scipy
 def test_tables_and_picture_are_made_of_the_runs(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'tvkd_fast[plot]'")
-    pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
     from bench.learning.picture import picture
     from bench.learning.report import ahead
     from bench.learning.tables import data_table, finals_table, screen_table

@@ -37,11 +37,7 @@ def test_a_step_sends_what_is_counted(
 def test_a_shared_vocabulary_sends_states_and_no_weights(
     processes: int, tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]
 ) -> None:
-    # Of one length, since the shorter rows of a micro-batch are filled up to its longest, and what is counted is means.
-    rows = [{"prompt": f"{i:02}: say it.", "chosen": f"red {i:02}", "rejected": f"no {i:02} no"} for i in range(24)]
-    pairs = tmp_path / "even.jsonl"
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = CHANGES | {"data": {"train": str(pairs)}, "parallel": {"vocabulary": "shared"}, "pairs_per_step": 12}
+    changes = even(tmp_path) | {"parallel": {"vocabulary": "shared"}}
     cases = {
         "tied": {"family": "tied", "tokens_per_micro_batch": 2048},
         "untied": {"family": "untied", "tokens_per_micro_batch": 2048},
@@ -50,8 +46,7 @@ def test_a_shared_vocabulary_sends_states_and_no_weights(
     recipes = [write_recipe(tmp_path, name, **case, **changes) for name, case in cases.items()]
     found = dict(zip(cases, sent(launch, processes, recipes), strict=True))
     for one in found.values():
-        counted = one["counted"]["states of tokens"] + one["counted"].get("embeddings of tokens", 0.0)
-        assert one["sent"]["states"] == pytest.approx(counted, rel=0.01)
+        assert one["sent"]["states"] == pytest.approx(states(one), rel=0.01)
         assert one["sent"]["reduced"] == pytest.approx(one["counted"]["gradients, reduced"], rel=0.01)
         assert one["sent"]["gathered"] == pytest.approx(one["counted"]["weights, gathered"], rel=0.01)
     assert found["several"]["micro_batches"] > 1
@@ -60,10 +55,6 @@ def test_a_shared_vocabulary_sends_states_and_no_weights(
 
 
 def test_replicas_send_gradients(tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]) -> None:
-    rows = [{"prompt": f"{i:02}: say it.", "chosen": f"red {i:02}", "rejected": f"no {i:02} no"} for i in range(24)]
-    pairs = tmp_path / "even.jsonl"
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = CHANGES | {"data": {"train": str(pairs)}, "pairs_per_step": 12}
     two = {"replicas": 2, "vocabulary": "gathered"}
     cases = {
         "gathered": {"family": "tied", "tokens_per_micro_batch": 2048, "parallel": two},
@@ -77,14 +68,12 @@ def test_replicas_send_gradients(tmp_path: Path, launch: Callable[..., str], wri
             "lora": {"rank": 4},
         },
     }
-    recipes = [write_recipe(tmp_path, name, **case, **changes) for name, case in cases.items()]
+    recipes = [write_recipe(tmp_path, name, **case, **even(tmp_path)) for name, case in cases.items()]
     found = dict(zip(cases, sent(launch, 4, recipes), strict=True))
     for one in found.values():
         assert one["sent"]["replicas"] == pytest.approx(one["counted"]["gradients, replicas"], rel=0.01)
     for name in ("tied", "untied", "lora"):
-        counted = found[name]["counted"]
-        states = counted["states of tokens"] + counted.get("embeddings of tokens", 0.0)
-        assert found[name]["sent"]["states"] == pytest.approx(states, rel=0.01)
+        assert found[name]["sent"]["states"] == pytest.approx(states(found[name]), rel=0.01)
     assert found["tied"]["micro_batches"] > 1
 
 
@@ -93,6 +82,19 @@ def test_a_shared_head_holds_what_is_counted(autocast: str, launch: Callable[...
     held, counted = map(float, launch(2, "held_head.py", autocast).splitlines()[-1].split())
     # Its tiles are small beside so many states, and not counted among them.
     assert 0.9 * counted < held < 1.1 * counted
+
+
+def even(folder: Path) -> dict:
+    """A run over pairs of one length: what is counted is means, and rows of a micro-batch are filled to its longest."""
+    rows = [{"prompt": f"{i:02}: say it.", "chosen": f"red {i:02}", "rejected": f"no {i:02} no"} for i in range(24)]
+    pairs = folder / "even.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return CHANGES | {"data": {"train": str(pairs)}, "pairs_per_step": 12}
+
+
+def states(one: dict) -> float:
+    """What is counted of a shared vocabulary's, the head's and the embedding's."""
+    return one["counted"]["states of tokens"] + one["counted"].get("embeddings of tokens", 0.0)
 
 
 def sent(launch: Callable[..., str], processes: int, recipes: list[Path]) -> Iterator[dict]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tvkd_fast.models import model_shape
 from tvkd_fast.training.config import LoraConfig, ModelConfig, ParallelConfig
@@ -91,6 +92,16 @@ def test_memory_that_is_returned_is_no_part_of_the_plan(make_config):
     kept, returned = (plan(make_config(model=ModelConfig(return_memory=how))) for how in (False, True))
     assert "freed, kept by malloc" in kept
     assert "freed, kept by malloc" not in returned
+
+
+def test_a_plan_says_what_it_was_counted_for_and_how_to_ask_whether_it_fits(make_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asks, said = "--device_memory_gib N says whether that fits", "--model.device cuda counts for one"
+    found = plan(make_config())
+    assert asks in found
+    assert said in found
+    assert said not in plan(make_config(model=ModelConfig(device="cuda")))
+    assert asks not in plan(make_config(device_memory_gib=8.0))
 
 
 HOLES = """

@@ -213,7 +213,7 @@ def test_a_run_can_start_again_in_its_folder(make_config, run):
     ("changes", "name"),
     [
         ({"seed": 3}, "seed"),
-        ({"loss_beta": 0.3}, r"loss \(beta 0.1, now 0.3\)"),
+        ({"loss_beta": 0.3}, r"loss \(beta 0.1, now 0.3\): give"),
         ({"optim_lr": 1e-3}, "optim"),
         ({"data_max_length": 8}, "dataset"),
     ],
@@ -222,7 +222,7 @@ def test_resuming_with_other_settings_is_refused_by_name(changes, name, make_con
     run(make_config())
     if name == "dataset":
         changes = {"data_max_length": 20}
-    with pytest.raises(CheckpointError, match=rf"was made with another {name}.*--output_dir"):
+    with pytest.raises(CheckpointError, match=rf"was made with another {name} .*--output_dir"):
         run(make_config(max_steps=6, **changes))
 
 
