@@ -35,6 +35,7 @@ BENCHMARKS = ("head", "values", "step")
 """Of the checkout's bench/: those that `tvkd bench` runs."""
 FOLDERS = ("scores", "replay", "plot")
 """Commands that are given a folder or a file and have no options."""
+_NAMES = (*COMMANDS, *FOLDERS, "bench")
 _SWITCHES = ("--dry_run", "--quick")
 _ELSEWHERE = {
     "batch_size": "pairs_per_step",
@@ -78,7 +79,7 @@ class Parser(ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Errors that a user can mend are one line and exit status 2."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if not given or not (given[0].startswith("-") or given[0] in (*COMMANDS, *FOLDERS, "bench")):
+    if not given or not (given[0].startswith("-") or given[0] in _NAMES):
         _which_command(given)
     if given[:1] == ["bench"]:
         bench(given[1:])
@@ -170,14 +171,13 @@ def _evaluate(config: EvalConfig) -> None:
 
 def _which_command(given: list[str]) -> NoReturn:
     """No command, or none that there is."""
-    names = (*COMMANDS, *FOLDERS, "bench")
     if not given:
         make_parser().print_help(sys.stderr)
         raise SystemExit(2)
-    close = difflib.get_close_matches(given[0], names, n=1)
+    close = difflib.get_close_matches(given[0], _NAMES, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     print(
-        f"tvkd: error: there is no command {given[0]!r}.{hint} There are {', '.join(names)}: tvkd --help",
+        f"tvkd: error: there is no command {given[0]!r}.{hint} There are {', '.join(_NAMES)}: tvkd --help",
         file=sys.stderr,
     )
     raise SystemExit(2)

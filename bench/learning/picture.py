@@ -16,9 +16,9 @@ COLOURS = ("#8d8d8d", "#c1440e", "#30638e", "#6a994e")
 def picture(file: Path) -> None:
     """NAME.json of a study to NAME.png beside it."""
     report = json.loads(file.read_text())
-    arms = dict.fromkeys(row["arm"] for cell, rows in report["rows"].items() if cell != SCREEN for row in rows)
-    colours = dict(zip(arms, COLOURS, strict=False))
     cells = [cell for cell in report["rows"] if cell != SCREEN and report["rows"][cell]]
+    arms = dict.fromkeys(row["arm"] for cell in cells for row in report["rows"][cell])
+    colours = dict(zip(arms, COLOURS, strict=False))
     figure = new_figure(4.3 * len(cells), 3.8, layout="constrained")
     for axes, cell in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells, strict=True):
         _curves(axes, report, cell, colours)

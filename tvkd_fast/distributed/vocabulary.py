@@ -315,21 +315,29 @@ class _RowProducts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight, places = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=gradient.dtype) if ctx.needs_input_grad[1] else None
-        order = places.argsort(stable=True)
-        # Of sorted tokens each few touch rows of their own, and all of them together touch each row about once.
-        firsts, lasts = (places[order[i::_AT_ONCE]].tolist() for i in (0, _AT_ONCE - 1))
-        if len(lasts) < len(firsts):
-            lasts.append(int(places[order[-1]]))
-        for some, first, last in zip(order.split(_AT_ONCE), firsts, lasts, strict=True):
-            at, upstream = places[some], gradient[some, None]
-            if d_hidden is not None:
-                d_hidden[some] = (upstream * weight[at]).to(hidden.dtype)
-            if d_weight is not None:
-                d_weight[first : last + 1] += embedding_dense_backward(
-                    upstream * hidden[some], at - first, last + 1 - first, -1, False
-                )
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+        if d_hidden is not None:
+            for start in range(0, len(places), _AT_ONCE):
+                some = slice(start, start + _AT_ONCE)
+                d_hidden[some] = (gradient[some, None] * weight[places[some]]).to(hidden.dtype)
+        d_weight = _summed_by_row(hidden, gradient, places, weight) if ctx.needs_input_grad[1] else None
+        return d_hidden, d_weight, None
+
+
+def _summed_by_row(hidden: Tensor, gradient: Tensor, places: Tensor, weight: Tensor) -> Tensor:
+    """Σ_t gradient_t·hidden_t [count, D] over the tokens of each place, in weight's dtype."""
+    total = torch.zeros_like(weight, dtype=gradient.dtype)
+    if len(places) == 0:
+        return total.to(weight.dtype)
+    order = places.argsort(stable=True)
+    # Of sorted tokens each few touch rows of their own, and all of them together touch each row about once.
+    firsts, lasts = (places[order[i::_AT_ONCE]].tolist() for i in (0, _AT_ONCE - 1))
+    if len(lasts) < len(firsts):
+        lasts.append(int(places[order[-1]]))
+    for some, first, last in zip(order.split(_AT_ONCE), firsts, lasts, strict=True):
+        total[first : last + 1] += embedding_dense_backward(
+            gradient[some, None] * hidden[some], places[some] - first, last + 1 - first, -1, False
+        )
+    return total.to(weight.dtype)
 
 
 class _Merged(torch.autograd.Function):

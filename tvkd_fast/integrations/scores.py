@@ -6,6 +6,7 @@ Letters: P pairs, M response states.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from os import PathLike
 from pathlib import Path
 
@@ -55,12 +56,11 @@ class CachedReturns:
                     f"score --kappa {settings.kappa:g}`"
                 )
 
-        for place, (folder, manifest) in enumerate(zip(folders, self.manifests, strict=True)):
-            for other, before in zip(folders[:place], self.manifests, strict=False):
-                if manifest.dataset == before.dataset:
-                    raise ValueError(f"{other} and {folder} were made of the same pairs: give one of them")
-                if (manifest.teacher, manifest.teacher_reference) != (before.teacher, before.teacher_reference):
-                    raise ValueError(f"{other} and {folder} are of two teachers: run `tvkd score` with one of them")
+        for (one, first), (other, second) in combinations(zip(folders, self.manifests, strict=True), 2):
+            if first.dataset == second.dataset:
+                raise ValueError(f"{one} and {other} were made of the same pairs: give one of them")
+            if (first.teacher, first.teacher_reference) != (second.teacher, second.teacher_reference):
+                raise ValueError(f"{one} and {other} are of two teachers: run `tvkd score` with one of them")
 
     def of(self, pairs: Iterable[TokenizedPair]) -> tuple[Tensor, Tensor]:
         """(P,) each, of chosen and of rejected responses. ValueError where no folder was made of these tokens."""

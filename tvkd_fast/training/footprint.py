@@ -60,8 +60,7 @@ class Footprint:
         Activations are most as a backward begins, gradients as it ends: a head's dW is then whole, and a tied weight
         has its embedding's beside it. A shared embedding looks up all processes' tokens as a forward begins.
         """
-        kept = {} if self._offloads else self._kept
-        kept = kept | self._gathered
+        kept = self._gathered if self._offloads else self._kept | self._gathered
         moments = {
             "as a forward begins": kept | self._looked_up | self._so_far,
             "as a backward begins": kept | self._forward | self._so_far,
@@ -165,7 +164,7 @@ class Footprint:
     def activations(self) -> float:
         """Of the policy's blocks and of what lies around them, and the states that the head is given."""
         config, policy = self.config, self.policy
-        tokens = max(1, round(self.row))
+        tokens = self._tokens
         autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
         trust = config.model.trust_remote_code
         counted = count_activations(
@@ -178,9 +177,14 @@ class Footprint:
         return size + self._answers * policy.hidden * self._compute
 
     @property
+    def _tokens(self) -> int:
+        """Of a row, in whole ones."""
+        return max(1, round(self.row))
+
+    @property
     def _answers(self) -> float:
         """Response tokens among those of a row."""
-        return max(1, round(self.row)) * self.tokens.responses(self.config.objective) / self._a_pair
+        return self._tokens * self.tokens.responses(self.config.objective) / self._a_pair
 
     def _layout(self, tokens: int) -> Layout | None:
         """As many pairs of the data's mean lengths as fill a row."""

@@ -39,9 +39,11 @@ def compare_models(config: EvalConfig, *, show_progress: bool = True) -> dict[st
 
 
 def write_answers(config: EvalConfig) -> tuple[Path, Path]:
-    """answers.md and answers.html in `config.generate`: what policy, reference and `config.compare` answer greedily."""
+    """answers.md and answers.html in `config.generate`: what policy, reference and `config.compare` answer greedily.
+
+    `check_can_answer` has been asked before anything was evaluated.
+    """
     assert config.generate is not None
-    check_can_answer(config)
     dataset = _dataset(config.policy, config)
     count = min(config.generate_prompts, len(dataset.texts))
     texts = [dataset.texts[i * len(dataset.texts) // count] for i in range(count)]
