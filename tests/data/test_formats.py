@@ -154,7 +154,7 @@ HH = "\n\nHuman: Why?\n\nAssistant:"
     [
         pytest.param(
             {"question": "Why?", "chosen": "a"},
-            r"row 7: missing column \(found: chosen, question; wanted: chosen, rejected and.* prompt\)",
+            r"row 7: missing column .*question; wanted: chosen, rejected and.* prompt\)\. Rename the file's columns",
             id="missing column",
         ),
         pytest.param({}, r"missing column \(found: none", id="no columns"),

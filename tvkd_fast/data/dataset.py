@@ -138,12 +138,7 @@ def build_dataset(
             whole = to_tokens(pair)
         except BadPair as bad:
             if bad_pairs == "error":
-                remedy = (
-                    "Rename the file's columns"
-                    if bad.reason == "missing column"
-                    else "Mend the row, or leave such rows out with --data.bad_pairs drop"
-                )
-                raise BadPair(bad.row, bad.reason, bad.detail, remedy) from bad
+                raise bad.that_stops() from None
             first_dropped = first_dropped or bad
             dropped[bad.reason] += 1
             continue

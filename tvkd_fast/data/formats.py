@@ -35,11 +35,18 @@ class BadPair(ValueError):  # noqa: N818  the row is what is bad
     Attributes:
         row: where the row came from.
         reason: the kind of fault, the same words for every row that has it, so that faults can be counted.
+        detail: what is particular to this row, or "".
+        remedy: what helps, where dropping the row is not all that does, or "".
     """
 
     def __init__(self, row: str, reason: str, detail: str = "", remedy: str = "") -> None:
         super().__init__(row, reason, detail, remedy)
         self.row, self.reason, self.detail, self.remedy = row, reason, detail, remedy
+
+    def that_stops(self) -> BadPair:
+        """The same, with the remedy that every bad row has where it has none of its own."""
+        remedy = self.remedy or "Mend the row, or leave such rows out with --data.bad_pairs drop"
+        return BadPair(self.row, self.reason, self.detail, remedy)
 
     def __str__(self) -> str:
         text = f"{self.row}: {self.reason}"
@@ -102,9 +109,8 @@ def to_preference(record: Mapping[str, Any], row: str) -> Preference:
     """
     if "chosen" not in record or "rejected" not in record:
         found = ", ".join(sorted(map(str, record))) or "none"
-        raise BadPair(
-            row, "missing column", f"found: {found}; wanted: chosen, rejected and, unless they hold it, prompt"
-        )
+        wanted = "chosen, rejected and, unless they hold it, prompt"
+        raise BadPair(row, "missing column", f"found: {found}; wanted: {wanted}", "Rename the file's columns")
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         pair = _plain(prompt, chosen, rejected, row)
@@ -155,8 +161,7 @@ def load_preferences(
             pairs.append(read(record, row))
         except BadPair as bad:
             if bad_pairs == "error":
-                remedy = bad.remedy or "Mend the row, or leave such rows out with --data.bad_pairs drop"
-                raise BadPair(bad.row, bad.reason, bad.detail, remedy) from None
+                raise bad.that_stops() from None
             first_bad = first_bad or bad
             dropped[bad.reason] += 1
     if not pairs and first_bad is not None:
