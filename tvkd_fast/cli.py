@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            fields = _fields(parser.instantiate(parsed))
+            fields = _fields(parser.instantiate(parsed)[parsed.command])
             if fields.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ and not fields.get("dry_run"):
                 raise SystemExit(launch([sys.executable, "-m", "tvkd_fast", *given], fields["nproc"]))
             run(parsed.command, fields)
@@ -268,21 +268,28 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subcommands(dest="command")
-    for name, (config, summary) in COMMANDS.items():
-        sub = Parser(
-            prog=f"tvkd {name}",
-            usage=f"tvkd {name} [--config FILE_OR_RECIPE] [options]",
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            allow_abbrev=False,
-        )
-        if name != "demo":
-            sub.add_argument(
-                "--config", action="config", help=f"YAML of the options below, or a recipe: {', '.join(recipes())}"
-            )
-        sub.add_class_arguments(config)
-        sub.known = tuple(action.dest for action in sub._actions)
+    for name, (_, summary) in COMMANDS.items():
+        sub = _parser_of(name)
         parser.known += sub.known
         commands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def _parser_of(name: str) -> Parser:
+    """The parser of one command's options."""
+    config, summary = COMMANDS[name]
+    parser = Parser(
+        prog=f"tvkd {name}",
+        usage=f"tvkd {name} [--config FILE_OR_RECIPE] [options]",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        allow_abbrev=False,
+    )
+    if name != "demo":
+        parser.add_argument(
+            "--config", action="config", help=f"YAML of the options below, or a recipe: {', '.join(recipes())}"
+        )
+    parser.add_class_arguments(config)
+    parser.known = tuple(action.dest for action in parser._actions)
     return parser
 
 
@@ -297,14 +304,14 @@ def recipes() -> list[str]:
 
 def load_recipe(name: str) -> TrainConfig:
     """A training recipe by the name of one that comes with the package, or by file."""
-    parser = make_parser()
-    parsed = parser.parse_args(["train", "--config", str(_recipe_path(name))])
-    return TrainConfig(**_fields(parser.instantiate(parsed)))
+    parser = _parser_of("train")
+    parsed = parser.instantiate(parser.parse_args(["--config", str(_recipe_path(name))]))
+    return TrainConfig(**_fields(parsed))
 
 
 def _fields(parsed: Any) -> dict[str, Any]:
-    """The chosen command's fields, typed, without the file that they may have come from."""
-    return {name: value for name, value in vars(parsed[parsed.command]).items() if name != "config"}
+    """A command's fields, typed, without the file that they may have come from."""
+    return {name: value for name, value in vars(parsed).items() if name != "config"}
 
 
 def _recipe_path(name: str) -> Path:
