@@ -10,22 +10,35 @@ pytestmark = pytest.mark.distributed
 
 
 CHANGES = {"objective": "dpo", "teacher": None, "eval_every": 0}
+WHOLE, EVERY = {"vocabulary": "gathered"}, {"vocabulary": "gathered", "reduce": "micro_batch"}
+GATHERED = {
+    "one": {"family": "tied", "tokens_per_micro_batch": 2048, "parallel": WHOLE},
+    "untied": {"family": "untied", "tokens_per_micro_batch": 2048, "parallel": WHOLE},
+    "several": {"family": "tied", "tokens_per_micro_batch": 90, "parallel": WHOLE, "pairs_per_step": 12},
+    "every": {"family": "tied", "tokens_per_micro_batch": 90, "parallel": EVERY, "pairs_per_step": 12},
+}
+SHARED = {
+    "tied": {"family": "tied", "tokens_per_micro_batch": 2048},
+    "untied": {"family": "untied", "tokens_per_micro_batch": 2048},
+    "several": {"family": "tied", "tokens_per_micro_batch": 54},
+}
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_step_sends_what_is_counted(
     processes: int, tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]
 ) -> None:
-    whole, every = {"vocabulary": "gathered"}, {"vocabulary": "gathered", "reduce": "micro_batch"}
-    cases = {
-        "one": {"tokens_per_micro_batch": 2048, "parallel": whole},
-        "untied": {"family": "untied", "tokens_per_micro_batch": 2048, "parallel": whole},
-        "several": {"tokens_per_micro_batch": 90, "parallel": whole, "pairs_per_step": 12},
-        "every": {"tokens_per_micro_batch": 90, "parallel": every, "pairs_per_step": 12},
-    }
-    changes = CHANGES | {"data": {"train": str(tmp_path / "pairs.jsonl")}}
-    recipes = [write_recipe(tmp_path, name, **({"family": "tied"} | case | changes)) for name, case in cases.items()]
-    found = dict(zip(cases, sent(launch, processes, recipes), strict=True))
+    """Processes start once for both ways to have a vocabulary."""
+    uneven = CHANGES | {"data": {"train": str(tmp_path / "pairs.jsonl")}}
+    shared = even(tmp_path) | {"parallel": {"vocabulary": "shared"}}
+    recipes = [write_recipe(tmp_path, f"gathered-{name}", **case, **uneven) for name, case in GATHERED.items()]
+    recipes += [write_recipe(tmp_path, f"shared-{name}", **case, **shared) for name, case in SHARED.items()]
+    found = list(sent(launch, processes, recipes))
+    gathers_weights(dict(zip(GATHERED, found[: len(GATHERED)], strict=True)))
+    sends_states(dict(zip(SHARED, found[len(GATHERED) :], strict=True)))
+
+
+def gathers_weights(found: dict[str, dict]) -> None:
     for one in found.values():
         assert one["sent"]["reduced"] == pytest.approx(one["counted"]["gradients, reduced"], rel=0.01)
         assert one["sent"]["gathered"] == pytest.approx(one["counted"]["weights, gathered"], rel=0.01)
@@ -33,18 +46,7 @@ def test_a_step_sends_what_is_counted(
     assert found["every"]["sent"]["reduced"] > 1.9 * found["several"]["sent"]["reduced"]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_shared_vocabulary_sends_states_and_no_weights(
-    processes: int, tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]
-) -> None:
-    changes = even(tmp_path) | {"parallel": {"vocabulary": "shared"}}
-    cases = {
-        "tied": {"family": "tied", "tokens_per_micro_batch": 2048},
-        "untied": {"family": "untied", "tokens_per_micro_batch": 2048},
-        "several": {"family": "tied", "tokens_per_micro_batch": 54},
-    }
-    recipes = [write_recipe(tmp_path, name, **case, **changes) for name, case in cases.items()]
-    found = dict(zip(cases, sent(launch, processes, recipes), strict=True))
+def sends_states(found: dict[str, dict]) -> None:
     for one in found.values():
         assert one["sent"]["states"] == pytest.approx(states(one), rel=0.01)
         assert one["sent"]["reduced"] == pytest.approx(one["counted"]["gradients, reduced"], rel=0.01)

@@ -1,4 +1,4 @@
-"""What a process of `test_train` runs: every recipe of a folder, one after the other, in one world."""
+"""What a process of `test_train` runs: recipes, one after the other, in one world. Arguments: their files."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from tvkd_fast.training.config import ScoreConfig
 def main() -> None:
     torch.set_num_threads(1)
     with joined(torch.device("cpu"), timeout_s=120) as world:
-        for recipe in sorted(Path(sys.argv[1]).glob("*.yaml")):
+        for recipe in map(Path, sys.argv[1:]):
             config = load_recipe(str(recipe))
             config.output_dir = str(recipe.with_suffix("") / str(world.size))
             if "replicas" in recipe.stem and world.size == 4:

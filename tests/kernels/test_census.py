@@ -27,6 +27,8 @@ from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse
 pytest.importorskip("triton", reason="the census compiles with Triton, which is not installed")
 
 ROOT = Path(__file__).parents[2]
+TOGETHER = pytest.mark.xdist_group("launches")
+"""In one process: recording all launches takes most of a minute."""
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 MUTANTS = {
@@ -361,11 +363,13 @@ def families(census: ModuleType) -> dict[str, str]:
     return {target: family for target, (family, _) in census.TARGETS.items()}
 
 
+@TOGETHER
 def test_every_launch_is_built(launches: tuple[Launch, ...], census: ModuleType) -> None:
     assert {x.kernel for x in launches} == set(census.KERNELS)
     assert unbuilt(launches, list(census.builds()), families(census)) == []
 
 
+@TOGETHER
 @pytest.mark.parametrize(
     ("kernel", "variant"),
     [
@@ -416,6 +420,7 @@ def test_switches_that_a_binary_does_not_depend_on() -> None:
     assert same == [True] * 6 + [False]
 
 
+@TOGETHER
 def test_every_launch_says_whether_products_are_fused(launches: tuple[Launch, ...], census: ModuleType) -> None:
     for launch in launches:
         assert FP_FUSION.items() <= launch.options.items(), launch
