@@ -132,6 +132,14 @@ def test_a_sparse_head_holds_its_entries_and_64_mb(
     assert used <= 64
 
 
+def test_entries_are_held_once(record_property: Any) -> None:
+    """360 a token, as a trained model has: four times the tokens add 40 MiB of them."""
+    few, many = (beyond("sparse", n, 96, 16_384, eps=2.0**-12, row_cap=16_384) for n in (4096, 16_384))
+    record_property("mebibytes", (few, many))
+    assert many <= 64
+    assert many - few <= 25
+
+
 def test_soft_values_stay_within_64_mb(record_property: Any) -> None:
     used = beyond("soft_values", 2048, 128, 8192, softcap=30.0)
     record_property("mebibytes", used)

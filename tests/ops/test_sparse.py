@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.dice import Dice
 from tvkd_fast.ops import HeadStats, linear_logps, reference
+from tvkd_fast.ops.marked_blocks import Collected, Entries
 
 WIDE = {"max_tail": 1.0, "row_cap": 10**6}
 """Whatever the tail, and however many entries: nothing is computed exactly."""
@@ -303,3 +304,22 @@ def test_stats_add_up_over_calls(kit: SimpleNamespace) -> None:
     assert 1 <= once.read()["head_marked"] < 2
     stats.reset()
     assert stats.read() == {}
+
+
+def test_entries_are_collected_however_many_more_follow() -> None:
+    """The first rows foretell fewer than there are, and the second more."""
+    made = [
+        [Entries(torch.full((n,), n).int(), torch.arange(n).int(), torch.rand(n), torch.rand(n)) for n in sizes]
+        for sizes in ((1, 0), (90, 3), (4, 7))
+    ]
+    found = Collected(torch.empty(0), torch.float32, chained=True, row_blocks=len(made))
+    for tiles in made:
+        found.add(tiles)
+    every = [tile for tiles in made for tile in tiles]
+    assert found.count == 105
+    assert found.bounds.tolist() == [0, 1, 1, 91, 94, 98, 105]
+    for name in ("rows", "columns", "p", "chain"):
+        assert torch.equal(getattr(found.entries(), name), torch.cat([getattr(x, name) for x in every]))
+    found.forget()
+    assert found.bounds.tolist() == [0] * 7
+    assert found.entries().rows.numel() == 0

@@ -66,7 +66,7 @@ def linear_logps(
             "sparse": the log-probabilities are the same, the gradient is made of the softmax's entries from `eps` up
             and the label's, which the forward marks; what remains is spread evenly, so that the gradient sums to what
             the exact one sums to. One product and what is gathered; docs/numerics.md says what it costs in learning.
-            "auto": sparse, and exact for a call with more entries than pay, as timed once a shape and machine.
+            "auto": sparse, and exact for a call with more entries than pay, as timed once a shape and process.
         eps: ε in [0, 2⁻⁴]; None is 2⁻¹⁶ for float32 and float64 inputs, 2⁻¹⁴ for 16-bit ones. 0 keeps everything.
         row_cap: a row with more entries gets the exact gradient, recomputed; None is V/16.
         tail: "even", or "unbiased": an entry p < ε is kept with probability p/ε as ε, by a hash of `seed`, row and

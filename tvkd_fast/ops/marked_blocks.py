@@ -46,9 +46,6 @@ class Entries:
         rows, columns, p = (x.index_select(0, chosen) for x in (self.rows, self.columns, self.p))
         return Entries(rows, columns, p, None if self.chain is None else self.chain.index_select(0, chosen))
 
-    def none(self) -> Entries:
-        return self.where(torch.zeros_like(self.rows, dtype=torch.bool))
-
 
 class Block:
     """A block of rows on its way through the vocabulary: running sums, and what was marked."""
@@ -93,7 +90,8 @@ class Block:
         group = e.view(r, fan, lanes)[row, :, lane]
         which, k = (group > limit[row, None]).nonzero().unbind(1)
         row, column = row[which], k * lanes + lane[which]
-        entries = Entries(row, column + columns.start, group[which, k], None if chain is None else chain[row, column])
+        there = None if chain is None else chain[row, column]
+        entries = Entries(row.int(), (column + columns.start).int(), group[which, k], there)
         self.counts += torch.bincount(row, minlength=r)
         self.marked += row.shape[0]
         self.found.append((entries, shift))
@@ -107,7 +105,8 @@ class Block:
         if softcap is not None:
             tail = self.total_chain / self.total - logp.exp() * (1.0 - (target / softcap) ** 2)
         kept, below = [], tail.clone()
-        for entries, shift in self.found:
+        while self.found:
+            entries, shift = self.found.pop(0)
             scale = (shift - top).exp_().div_(self.total)
             final = self._final(entries, scale, dense)
             weighted = final.p if final.chain is None else final.p * final.chain
@@ -116,8 +115,8 @@ class Block:
             if self.dice is not None:
                 weighted = weighted.masked_fill(final.p <= self.rule.eps, 0.0)
                 below -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
-            rows = self.place[final.rows]
-            kept.append(Entries(rows.int(), final.columns.int(), final.p, final.chain))
+            rows = self.place[final.rows].int()
+            kept.append(Entries(rows, final.columns, final.p, final.chain))
         return kept, tail, tail if self.dice is None else below, dense
 
     def _final(self, entries: Entries, scale: Tensor, dense: Tensor) -> Entries:
@@ -164,7 +163,8 @@ class CompiledBlock:
         top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
         tail = torch.expm1(target - top - self.total.log()).neg_()
         kept = []
-        for found, column, e, maximum, start in self.found:
+        while self.found:
+            found, column, e, maximum, start = self.found.pop(0)
             # A row without a finite maximum yet had nothing marked.
             scale = (maximum - top).exp_().div_(self.total)
             kept.append(
@@ -175,19 +175,56 @@ class CompiledBlock:
         return kept, tail, tail, dense
 
 
-def joined(found: list[Entries], hidden: Tensor, acc: torch.dtype, *, chained: bool) -> Entries:
-    """All tiles' entries in one; `found` is emptied, so that no more than one column of them is held twice."""
-    integers, floats = (hidden.new_empty(0, dtype=dtype) for dtype in (torch.int32, acc))
-    rows, columns, p, chain = ([empty] for empty in (integers, integers, floats, floats))
-    while found:
-        tile = found.pop(0)
-        rows.append(tile.rows)
-        columns.append(tile.columns)
-        p.append(tile.p)
-        chain += [] if tile.chain is None else [tile.chain]
-        del tile
-    flat = []
-    for column in (rows, columns, p, chain):
-        flat.append(torch.cat(column))
-        column.clear()
-    return Entries(flat[0], flat[1], flat[2], flat[3] if chained else None)
+class Collected:
+    """The entries of all tiles, one after the other.
+
+    A tile's own tensors are small, and what is freed of such the C library keeps: held to the end, all would be held
+    twice. So they go into long ones as soon as their rows are through, and their memory serves the next rows. The long
+    ones are made for as many entries as the rows so far foretell; what stays empty of them is never touched, and takes
+    no memory on a CPU.
+    """
+
+    def __init__(self, like: Tensor, acc: torch.dtype, *, chained: bool, row_blocks: int) -> None:
+        """`like` is on the entries' device."""
+        dtypes = [torch.int32, torch.int32, acc, acc][: 4 if chained else 3]
+        self._parts = [like.new_empty(0, dtype=dtype) for dtype in dtypes]
+        self._row_blocks, self._done = row_blocks, 0
+        self._bounds = [0]
+
+    @property
+    def count(self) -> int:
+        return self._bounds[-1]
+
+    @property
+    def bounds(self) -> Tensor:
+        """(tiles + 1,) int64, on the host: where each tile's entries begin and end."""
+        return torch.tensor(self._bounds)
+
+    def add(self, tiles: list[Entries]) -> None:
+        """Those of a block of rows, a tile of columns after the other."""
+        start, self._done = self.count, self._done + 1
+        for tile in tiles:
+            self._bounds.append(self.count + tile.rows.shape[0])
+        self._make_room(start)
+        found = zip(*((x.rows, x.columns, x.p, x.chain)[: len(self._parts)] for x in tiles), strict=True)
+        for part, theirs in zip(self._parts, found, strict=True):
+            torch.cat(theirs, out=part[start : self.count])
+
+    def forget(self) -> None:
+        """There are as many tiles as before, and nothing in them."""
+        self._parts = [x[:0].clone() for x in self._parts]
+        self._bounds = [0] * len(self._bounds)
+
+    def entries(self) -> Entries:
+        rows, columns, p, *chain = (x[: self.count] for x in self._parts)
+        return Entries(rows, columns, p, chain[0] if chain else None)
+
+    def _make_room(self, filled: int) -> None:
+        if self.count <= self._parts[0].shape[0]:
+            return
+        room = self.count
+        if self._done < self._row_blocks:
+            room = int(1.1 * room * self._row_blocks / self._done)
+        for i, part in enumerate(self._parts):
+            self._parts[i] = part.new_empty(room)
+            self._parts[i][:filled] = part[:filled]

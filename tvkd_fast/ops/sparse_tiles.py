@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
 from tvkd_fast.ops import compiled
 from tvkd_fast.ops import tiles as exact
-from tvkd_fast.ops.marked_blocks import Entries, block_of, joined
+from tvkd_fast.ops.marked_blocks import Collected, block_of
 from tvkd_fast.ops.tiles import Tiles, blocks, pick_targets
 
 
@@ -30,9 +30,10 @@ def mark(
     log_total, target = torch.empty_like(maximum), torch.full_like(maximum, torch.nan)
     tail, below = torch.zeros_like(maximum), torch.zeros_like(maximum)
     dense = torch.zeros_like(maximum, dtype=torch.bool)
-    found: list[Entries] = []
+    row_blocks = list(tiles.row_blocks())
+    found = Collected(hidden, tiles.acc, chained=head.softcap is not None, row_blocks=len(row_blocks))
     marked = 0
-    for rows in tiles.row_blocks():
+    for rows in row_blocks:
         h = tiles.states(rows)
         block = block_of(tiles, rule, h, rows)
         for columns in tiles.column_blocks():
@@ -45,18 +46,18 @@ def mark(
         maximum[rows], log_total[rows] = block.maximum, block.total.log()
         entries, tail[rows], below[rows], dense[rows] = block.finish(target[rows])
         marked += block.marked
-        found += entries
-    if _too_flat(found, below.masked_fill(dense, 0.0), dense, rule):
-        dense, found = torch.ones_like(dense), [x.none() for x in found]
-    bounds = torch.tensor([0, *(x.rows.shape[0] for x in found)]).cumsum(0)
-    flat = joined(found, hidden, tiles.acc, chained=head.softcap is not None)
+        found.add(entries)
+    if _too_flat(found.count, below.masked_fill(dense, 0.0), dense, rule):
+        dense = torch.ones_like(dense)
+        found.forget()
+    flat = found.entries()
     everywhere = hidden.new_zeros(hidden.shape[0], dtype=tiles.acc)
     marks = Marks(
         rows=flat.rows,
         columns=flat.columns,
         p=flat.p,
         chain=flat.chain,
-        bounds=bounds,
+        bounds=found.bounds,
         tail=_placed(tail, kept, everywhere),
         dense=_placed(dense, kept, everywhere.bool()),
         below=_placed(below, kept, everywhere),
@@ -261,10 +262,9 @@ def bag(index: Tensor, rows: Tensor, edges: Tensor, factors: Tensor) -> Tensor:
     return embedding_bag(index, rows, edges, per_sample_weights=factors, mode="sum", include_last_offset=True)
 
 
-def _too_flat(found: list[Entries], below: Tensor, dense: Tensor, rule: MarkRule) -> bool:
+def _too_flat(entries: int, below: Tensor, dense: Tensor, rule: MarkRule) -> bool:
     """Whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
     sparse = int(dense.logical_not().sum())
-    entries = sum(x.rows.shape[0] for x in found)
     return sparse > 0 and (float(below.sum()) > rule.max_tail * sparse or entries > rule.max_entries * sparse)
 
 
