@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tvkd_fast
-from tvkd_fast import integrations
+from tvkd_fast import integrations, losses
 
 SURFACE = {
     "FusedLinearTVKDLoss",
@@ -35,6 +35,7 @@ ARGUMENTS = {
 }
 EXPLAINED = [(tvkd_fast, name) for name in sorted(SURFACE - {"__version__"})]
 EXPLAINED += [(integrations, name) for name in ("patch_lm_head", "unpatch_lm_head")]
+EXPLAINED += [(losses, "segment_sums")]
 
 
 def test_names_are_those_that_were_promised() -> None:

@@ -14,6 +14,18 @@ def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Summed in float64 whatever the dtype: added up one by one in float32, 100,000 log-probabilities are off by a nat.
     Traces under `torch.compile`, where a CPU refuses boundaries that do not end at N with torch's own RuntimeError.
+
+    Args:
+        per_token: (N,) floats, as log-probabilities of packed responses.
+        cu_seqlens: (S+1,) int64 or int32 boundaries from 0 to N, rising.
+
+    Raises:
+        ValueError: boundaries that do not start at 0, do not end at N, or fall.
+
+    Examples:
+        >>> import torch
+        >>> segment_sums(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 2, 3]))
+        tensor([-3., -4.])
     """
     check_boundaries("cu_seqlens", cu_seqlens, per_token.shape[0])
     # In a compiled graph on a CPU torch still compares the lengths' sum with N; it cannot where there are no lengths.
