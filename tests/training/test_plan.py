@@ -3,10 +3,12 @@
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tvkd_fast.cli import load_recipe
 from tvkd_fast.models import model_shape
 from tvkd_fast.training.config import LoraConfig, ModelConfig, ParallelConfig
 from tvkd_fast.training.footprint import Footprint, PairTokens
@@ -102,6 +104,36 @@ def test_a_plan_says_what_it_was_counted_for_and_how_to_ask_whether_it_fits(make
     assert said in found
     assert said not in plan(make_config(model=ModelConfig(device="cuda")))
     assert asks not in plan(make_config(device_memory_gib=8.0))
+
+
+REMEDIES = {
+    "--model.activation_checkpointing full": {"model": ModelConfig(device="cuda", activation_checkpointing="full")},
+    "--tokens_per_micro_batch 8192": {"tokens_per_micro_batch": 8192},
+    "scores on disk (tvkd score, --scores)": {"scores": "there"},
+    "--lora.rank 16": {"lora": LoraConfig(rank=16)},
+    "--nproc 2": {"nproc": 2},
+}
+
+
+def test_what_does_not_fit_comes_with_what_would(monkeypatch):
+    """The paper's pair, counted for a GPU: shapes come with the package, and no data is read."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    recipe = load_recipe("llama3.2-1b-dpomix")
+
+    def sizes(room, **changes):
+        settings = {"model": ModelConfig(device="cuda"), "tokens_per_micro_batch": 16_384, "device_memory_gib": room}
+        lines = plan(replace(recipe, **(settings | changes))).splitlines()
+        return [next(line for line in lines if line.startswith(name)) for name in ("  in all", "  there is")]
+
+    peak = float(sizes(1000.0)[0].split()[-2])
+    assert "it fits, 1" in sizes(1.15 * peak)[1]
+    for share in (0.95, 0.6):
+        verdict = sizes(share * peak)[1]
+        would = verdict.split("it does not fit; what would: ")[1].split(", or ")
+        assert set(would) <= set(REMEDIES)
+        for name, change in REMEDIES.items():
+            assert ("it fits, " in sizes(share * peak, **change)[1]) == (name in would), (share, name)
+    assert sizes(0.01 * peak)[1].endswith("it does not fit; nor would what is cheap to try")
 
 
 HOLES = """
