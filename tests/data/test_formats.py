@@ -154,7 +154,8 @@ HH = "\n\nHuman: Why?\n\nAssistant:"
     [
         pytest.param(
             {"question": "Why?", "chosen": "a"},
-            r"row 7: missing column .*question; wanted: chosen, rejected and.* prompt\)\. Rename the file's columns",
+            r"row 7: missing column \(found: chosen, question; wanted: chosen, rejected and.* prompt\)"
+            r"\. Rename the file's columns",
             id="missing column",
         ),
         pytest.param({}, r"missing column \(found: none", id="no columns"),
