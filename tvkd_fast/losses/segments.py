@@ -20,7 +20,7 @@ def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
         cu_seqlens: (S+1,) int64 or int32 boundaries from 0 to N, rising.
 
     Raises:
-        ValueError: boundaries that do not start at 0, do not end at N, or fall.
+        ValueError: boundaries of another shape or dtype; on a CPU also those that do not run from 0 to N, or fall.
 
     Examples:
         >>> import torch

@@ -105,6 +105,7 @@ class Block:
         if softcap is not None:
             tail = self.total_chain / self.total - logp.exp() * (1.0 - (target / softcap) ** 2)
         kept, below = [], tail.clone()
+        # Popped, so that what is pruned makes room for what is kept.
         while self.found:
             entries, shift = self.found.pop(0)
             scale = (shift - top).exp_().div_(self.total)
@@ -163,6 +164,7 @@ class CompiledBlock:
         top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
         tail = torch.expm1(target - top - self.total.log()).neg_()
         kept = []
+        # Popped, as there.
         while self.found:
             found, column, e, maximum, start = self.found.pop(0)
             # A row without a finite maximum yet had nothing marked.
