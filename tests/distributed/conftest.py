@@ -1,10 +1,8 @@
 """Processes of gloo on this machine, as torchrun would start them."""
 
 import json
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import begin
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
 
 Launch = Callable[..., str]
@@ -29,27 +28,41 @@ FAMILIES = {
     "untied": LlamaConfig(vocab_size=262, **SIZES, tie_word_embeddings=False),
     "gemma2": Gemma2Config(vocab_size=262, **SIZES, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
 }
+IMPORTED = [
+    "tvkd_fast.cli",
+    "tvkd_fast.training.build",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.gemma2.modeling_gemma2",
+]
 ROLES = ("policy", "teacher", "teacher_reference")
 
 
 @pytest.fixture(scope="session")
-def launch() -> Launch:
-    """Runs a script of this folder in so many processes; what the first one prints."""
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Runs a script of this folder in so many processes; what the first one prints.
+
+    They are forked from one that has imported what all of them need, which takes seconds a process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
 
     def run(processes: int, script: str, *arguments: str) -> str:
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
+        folder = tmp_path_factory.mktemp("said")
         started = []
         for rank in range(processes):
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
-            environment |= {name: str(value) for name, value in places.items()}
-            command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), *arguments]
-            started.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
-        said = [process.communicate(timeout=900)[0] for process in started]
-        assert all(process.returncode == 0 for process in started), "\n".join(said)
+            places |= {"MASTER_PORT": port}
+            environment = {name: str(value) for name, value in places.items()}
+            command = [str(Path(__file__).with_name(script)), *arguments]
+            started.append(context.Process(target=begin, args=(environment, command, str(folder / str(rank)))))
+            started[-1].start()
+        for process in started:
+            process.join(900)
+            process.kill()
+        said = [(folder / str(rank)).read_text() for rank in range(processes)]
+        assert all(process.exitcode == 0 for process in started), "\n".join(said)
         return said[0]
 
     return run

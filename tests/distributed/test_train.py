@@ -57,15 +57,18 @@ IN_TWO = [
 ]
 """What four processes do no otherwise than two: their runs take a minute and a half more."""
 IN_FOUR = [case for case in CASES if case not in IN_TWO]
+REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
+"""In four processes there are two of each; one and two have none, and make the run that is named."""
+UP_TO_TWO = [case for case in CASES if case not in REPLICAS]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, launch: Launch, write_recipe: Callable[..., Path]) -> Path:
-    """A folder with a run of every case in one and two processes, and of most in four."""
+    """A folder with a run of every case in one and two processes that differs there, and of most in four."""
     folder = tmp_path_factory.mktemp("runs")
     for name, case in CASES.items():
         write_recipe(folder, name, **case)
-    for processes, cases in ((1, CASES), (2, CASES), (4, IN_FOUR)):
+    for processes, cases in ((1, UP_TO_TWO), (2, UP_TO_TWO), (4, IN_FOUR)):
         make(folder, launch, processes, cases)
     return folder
 
@@ -82,7 +85,7 @@ def make(folder: Path, launch: Launch, processes: int, cases: Iterable[str]) -> 
     assert [line.removeprefix("done: ") for line in said if line.startswith("done: ")] == list(cases)
 
 
-@pytest.mark.parametrize(("processes", "case"), [(2, case) for case in CASES] + [(4, case) for case in IN_FOUR])
+@pytest.mark.parametrize(("processes", "case"), [(2, case) for case in UP_TO_TWO] + [(4, case) for case in IN_FOUR])
 def test_a_run_over_processes_is_the_run_of_one(case: str, processes: int, runs: Path) -> None:
     """Five pairs a step: of four processes one has two pairs, and of two one has an empty micro-batch more."""
     hold_to_one(case, processes, runs)
@@ -97,7 +100,8 @@ def test_and_so_are_all_others_in_four(case: str, more_runs: Path) -> None:
 def hold_to_one(case: str, processes: int, runs: Path) -> None:
     # Sharded weights are gathered in bfloat16, those of the embedding too.
     tolerance = 2e-2 if case == "bf16" else 1e-5
-    alone, shared = (read_metrics(runs / case / str(n) / "metrics.jsonl") for n in (1, processes))
+    folders = runs / REPLICAS.get(case, case) / "1", runs / case / str(processes)
+    alone, shared = (read_metrics(folder / "metrics.jsonl") for folder in folders)
     assert [line["step"] for line in shared] == [line["step"] for line in alone]
     for one, many in zip(alone, shared, strict=True):
         for name, value in one.items():
@@ -113,7 +117,7 @@ def hold_to_one(case: str, processes: int, runs: Path) -> None:
                 assert many[name] == pytest.approx(value, rel=tolerance), (one["step"], name)
             elif case != "bf16" and value is not None:
                 assert many[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (one["step"], name)
-    weights, theirs = (load_file(runs / case / str(n) / "final" / "model.safetensors") for n in (1, processes))
+    weights, theirs = (load_file(folder / "final" / "model.safetensors") for folder in folders)
     assert weights.keys() == theirs.keys()
     if case != "bf16":
         assert all(torch.allclose(theirs[name], x, rtol=0, atol=1e-4) for name, x in weights.items())
