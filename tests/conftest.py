@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,43 @@ CHATML = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<s>"]
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
+COLLECTED = pytest.StashKey[dict[str, frozenset[str]]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Notes all that was found, before what is not asked for is left out."""
+    config.stash[COLLECTED] = {item.nodeid: frozenset(mark.name for mark in item.iter_markers()) for item in items}
+
+
+@pytest.fixture(scope="session")
+def collected(pytestconfig: pytest.Config) -> dict[str, frozenset[str]]:
+    """The marks of every test that was found, whether it runs or not."""
+    return pytestconfig.stash[COLLECTED]
+
+
+ELSEWHERE = """
+import hashlib, json, sys
+import torch
+before = set(sys.modules)
+import tvkd_fast
+loaded = sorted(name for name in set(sys.modules) - before)
+from tvkd_fast.data import pairs_of_step
+from tvkd_fast.data.synthetic import preference_rows
+rows = hashlib.sha256(json.dumps(preference_rows("train", 48)).encode()).hexdigest()
+order = pairs_of_step(3, 5, num_pairs=1000, pairs_per_step=8)
+print(json.dumps({"loaded": loaded, "rows": rows, "order": list(order)}))
+"""
+
+
+@pytest.fixture(scope="session")
+def another_process() -> dict[str, Any]:
+    """What a process of its own, with a hash seed of its own, makes of the package; started once for all who ask."""
+    environment = {**os.environ, "PYTHONHASHSEED": "4321"}
+    command = [sys.executable, "-c", ELSEWHERE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 @pytest.fixture(scope="session")

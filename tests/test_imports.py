@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": BELOW_TRAINING | {"fused"},
     "__main__": {"cli"},
     "version": set(),
+    "_compat": set(),
 }
-FOR_EVERYBODY = {"version"}
+FOR_EVERYBODY = {"version", "_compat"}
 NEVER_IMPORTED = {"kernels", "bench", "tests"}
 """Folders of the project that are no packages of their own, though a working directory makes them look so."""
 

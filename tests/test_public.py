@@ -44,6 +44,12 @@ def test_names_are_those_that_were_promised() -> None:
     assert all(hasattr(tvkd_fast, name) for name in SURFACE)
 
 
+def test_importing_the_package_costs_torch_and_little_more(another_process: dict[str, Any]) -> None:
+    """Dynamo, DTensor and transformers take seconds together, and no op asks for them."""
+    foreign = {name for name in another_process["loaded"] if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert {name.partition(".")[0] for name in foreign} == {"tvkd_fast"}
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments_stay_in_their_order(name: str) -> None:
     found = inspect.signature(getattr(tvkd_fast, name)).parameters

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.distributed.tensor import DTensor
+
+from tvkd_fast._compat import is_dtensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED_ROWS = 8
@@ -28,7 +29,7 @@ def check_tensors(**inputs: Any) -> None:
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> None:
     """hidden [N, D] and weight [V, D] (bias (V,)) of one dtype on one device, with transforms that mean something."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             raise ValueError(
                 f"{name} is a DTensor: reading a sharded head from outside its module gives wrong gradients. Call "
                 "FusedLMHead(hidden, labels) (tvkd_fast.models.FusedLMHead) so that FSDP2's hooks gather the weight."

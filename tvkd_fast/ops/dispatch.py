@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tvkd_fast._compat import constant_in_graphs
+
 Impl = Literal["auto", "torch", "triton"]
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 
@@ -35,7 +37,7 @@ def takes_triton(impl: str, hidden: Tensor) -> bool:
     return _settled(hidden.device, hidden.dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _settled(device: torch.device, dtype: torch.dtype) -> bool:
     """Found out while a graph is traced, and not in it: a graph can neither look for Triton nor say what it took."""
     return _auto(device, dtype)

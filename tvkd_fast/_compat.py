@@ -1,0 +1,26 @@
+"""What torch offers under a private name alone, or at a price that every start would pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.nn import Parameter
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, which imports all of dynamo (over a second) to set this attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether `x` is a DTensor; its module, over a second's import, is asked for only where `x` may be one."""
+    if type(x) in (Tensor, Parameter) or not isinstance(x, Tensor):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
