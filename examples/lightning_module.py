@@ -3,6 +3,8 @@
 python examples/lightning_module.py --policy POLICY --teacher TEACHER --data PAIRS.jsonl
 """
 
+import os
+
 import lightning
 import torch
 from pairs import arguments, collate, load, read_pairs, save, score
@@ -37,15 +39,19 @@ def main() -> None:
     module = Distilled(given.policy, given.lr)
     trainer = lightning.Trainer(
         max_epochs=1,
+        accumulate_grad_batches=given.accumulate,
         gradient_clip_val=1.0,
         default_root_dir=given.out,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         accelerator="auto",
+        # As many processes as torchrun started; Lightning finds them out by itself where it starts them.
+        devices=os.environ.get("WORLD_SIZE", "auto"),
     )
     trainer.fit(module, DataLoader(pairs, batch_size=given.batch_size, collate_fn=collate))
-    save(unpatch_lm_head(module.policy), given)
+    if trainer.is_global_zero:
+        save(unpatch_lm_head(module.policy), given)
 
 
 if __name__ == "__main__":

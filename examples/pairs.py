@@ -25,7 +25,8 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="DPO-trained model in the policy's tokens")
     parser.add_argument("--data", required=True, help='lines {"prompt": …, "chosen": …, "rejected": …}')
     parser.add_argument("--out", default="out/example", help="folder")
-    parser.add_argument("--batch_size", type=int, default=4, help="pairs")
+    parser.add_argument("--batch_size", type=int, default=4, help="pairs of a micro-batch, in each process")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of an update")
     parser.add_argument("--lr", type=float, default=1e-5)
     return parser.parse_args()
 

@@ -15,6 +15,9 @@ from tvkd_fast.integrations import patch_lm_head
 
 
 class PreferenceTrainer(Trainer):
+    # A mean over the micro-batch's pairs: without this the Trainer takes a model with `labels` to have divided already.
+    loss_is_scaled_for_ga = False
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **given: Any) -> Any:
         ref_logps, psi = inputs.pop("ref_logps"), inputs.pop("psi")
         outputs = model(**inputs, fused_lm_head=True)
@@ -34,6 +37,7 @@ def main() -> None:
         args=TrainingArguments(
             given.out,
             per_device_train_batch_size=given.batch_size,
+            gradient_accumulation_steps=given.accumulate,
             learning_rate=given.lr,
             lr_scheduler_type="constant",
             weight_decay=0.01,
@@ -46,6 +50,8 @@ def main() -> None:
         train_dataset=pairs,
     )
     trainer.train()
+    if not trainer.is_world_process_zero():
+        return
     save(trainer.model, given)
     for line in trainer.state.log_history:
         if "loss" in line:

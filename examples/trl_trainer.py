@@ -17,6 +17,7 @@ def main() -> None:
         args=TVKDConfig(
             given.out,
             per_device_train_batch_size=given.batch_size,
+            gradient_accumulation_steps=given.accumulate,
             learning_rate=given.lr,
             lr_scheduler_type="constant",
             num_train_epochs=1,
