@@ -4,8 +4,9 @@
     python -m bench.census --check             and exit 1 where a gate does not hold
     python -m bench.census --json FILE         and keep it (docs/kernels.md shows docs/results/census.json)
 
-No GPU is needed, and nothing here is a timing. A row is a binary: registers, stack, spills, shared memory and
-instructions are read from it with the tools that Triton's wheel carries.
+What was compiled from the same source before is kept in out/census. No GPU is needed, and nothing here is a timing.
+A row is a binary: registers, stack, spills, shared memory and instructions are read from it with the tools that
+Triton's wheel carries.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.census_kept import kept
 from bench.machine import made_by, write_report
 from bench.roofline import ASSUMPTIONS, estimates, report_estimates
 from tvkd_fast.kernels.configs import FP_FUSION, SHARED_KIB, UNTILED, Demand, Kernel, TileConfig, choose, precision
@@ -486,7 +488,7 @@ class Row:
 
 
 def row(build: Build) -> Row:
-    facts = compiled(build)
+    facts = kept(build, KERNELS[build.kernel], compiled, Facts)
     return Row(build, facts, broken_gates(build, facts))
 
 

@@ -36,8 +36,27 @@ COLLECTED = pytest.StashKey[dict[str, frozenset[str]]]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Notes all that was found, before what is not asked for is left out."""
+    """Marks what `each_once` leaves to later tiers, and notes all that was found before any of it is left out."""
+    of_a_function: dict[Any, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("each_once"):
+            of_a_function.setdefault((item.parent, item.originalname), []).append(item)
+    for cases in of_a_function.values():
+        mark_all_but_each_once(cases)
     config.stash[COLLECTED] = {item.nodeid: frozenset(mark.name for mark in item.iter_markers()) for item in items}
+
+
+def mark_all_but_each_once(cases: list[pytest.Function]) -> None:
+    """Gives `each_once`'s mark to all but the cases on the diagonal, where every parameter's values come by in turn."""
+    shown = [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases]
+    values = {name: list(dict.fromkeys(one[name] for one in shown)) for name in shown[0]}
+    longest = max(len(own) for own in values.values())
+    diagonal = [{name: own[i % len(own)] for name, own in values.items()} for i in range(longest)]
+    for case, one in zip(cases, shown, strict=True):
+        marker = case.get_closest_marker("each_once")
+        assert marker is not None
+        if one not in diagonal:
+            case.add_marker(marker.args[0])
 
 
 @pytest.fixture(scope="session")

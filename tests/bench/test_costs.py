@@ -17,6 +17,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     return teacher_cost, step_profile
 
 
+@pytest.mark.e2e
 def test_teaching_is_set_against_its_floors(bench: Any) -> None:
     report = bench("teacher_cost", "--steps", "6", "--rounds", "1", "--pairs", "8")
     trained, scored = report["training"], report["scoring"]
@@ -33,6 +34,7 @@ def test_the_interval_of_a_median_holds_it_nineteen_times_of_twenty(modules: Any
     assert 0.93 < sum(held) / 1000 < 0.98
 
 
+@pytest.mark.e2e
 def test_a_profile_is_of_the_whole_step(bench: Any) -> None:
     report = bench("step_profile", "--threads", "1")
     assert sum(report["shares"].values()) == pytest.approx(1)
@@ -54,6 +56,7 @@ def test_an_event_belongs_to_the_outermost_part(modules: Any) -> None:
     assert part_of(Event("aten::add", step)) == modules[1].REST
 
 
+@pytest.mark.e2e
 def test_lengths_share_a_number_of_tokens(bench: Any) -> None:
     report = bench("step_lengths", "16", "64", "--steps", "2")
     short, long = report["points"]

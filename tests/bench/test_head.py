@@ -28,6 +28,7 @@ def run(folder: Path, name: str, *arguments: str) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.e2e
 def test_every_row_is_judged_and_timed(tmp_path: Path) -> None:
     made = ("--shape", "64x32x2000", "--entries", "40", "--rounds", "2", "--threads", "2")
     report = run(tmp_path, "head", *made, "--only", "tvkd_fast", "--only", "eager")
@@ -61,6 +62,7 @@ def test_values_are_judged_and_timed(tmp_path: Path) -> None:
         assert "rel_err_dh" not in row
 
 
+@pytest.mark.e2e
 def test_a_sweep_is_the_benchmark_point_by_point(tmp_path: Path) -> None:
     made = ("--shape", "64x32x2000", "--entries", "40", "--rounds", "1")
     report = run(tmp_path, "sweep", "tokens", "32", "64", "96", *made)

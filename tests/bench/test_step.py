@@ -8,6 +8,7 @@ import pytest
 EIGHT_PAIRS = ("--pairs", "8", "--threads", "1")
 
 
+@pytest.mark.e2e
 def test_every_way_to_the_head_comes_to_the_same_losses(bench: Any) -> None:
     report = bench("step", *EIGHT_PAIRS, "--ways")
     rows = {row["name"]: row for row in report["results"]}
@@ -23,6 +24,7 @@ def test_every_way_to_the_head_comes_to_the_same_losses(bench: Any) -> None:
     assert report["tokens"] < report["padded_tokens"]
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install 'tvkd_fast[trl]'"
 )

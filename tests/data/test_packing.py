@@ -91,6 +91,7 @@ def packaged_tokenizer():
         pytest.skip(str(missing))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pairs_per_step", "tokens", "goal"), [(32, 2048, 0.85), (64, 1024, 0.95)])
 def test_rows_are_full_on_real_dialogues(pairs_per_step, tokens, goal, data_file):
     tokenizer = packaged_tokenizer()

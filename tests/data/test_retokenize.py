@@ -2,7 +2,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
@@ -68,6 +69,7 @@ def test_bundled_pairs_keep_order_text_and_ends(chatml, bundled):
     assert sum(len(p.chosen_ids) for p in own) < 0.7 * sum(len(p.chosen_ids) for p in dataset)
 
 
+@pytest.mark.slow
 def test_the_packaged_tokenizer_reads_what_the_trained_one_wrote(bundled):
     try:
         packaged = load_tokenizer("smollm2-135m")
@@ -88,7 +90,7 @@ def test_the_packaged_tokenizer_reads_what_the_trained_one_wrote(bundled):
                 assert a.strip() == b.strip()
 
 
-@settings(max_examples=60, deadline=None)
+@draws(60, fresh=True)
 @given(
     st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40).filter(lambda s: s.strip()),
     st.integers(2, 60),

@@ -7,7 +7,6 @@ import pytest
 
 from tvkd_fast.training.metrics import read_metrics
 
-pytestmark = pytest.mark.distributed
 Launch = Callable[..., str]
 
 
@@ -20,6 +19,7 @@ def test_saved_damaged_and_refused(tmp_path: Path, launch: Launch) -> None:
     assert "step-000001 is kept and will be resumed from" in refused
 
 
+@pytest.mark.distributed
 def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, launch: Launch, write_recipe: Callable[..., Path]
 ) -> None:

@@ -1,27 +1,46 @@
 """`tvkd train --nproc 2` beside `tvkd train`, as a user starts them."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tvkd_fast.cli import main
 from tvkd_fast.training.metrics import read_metrics
 
-pytestmark = pytest.mark.distributed
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def tvkd(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "tvkd_fast", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+@pytest.fixture
+def tvkd(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """A command and how it ended. The command itself is called here; the processes that it starts are real ones."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+
+    def run(*arguments: str) -> Done:
+        capfd.readouterr()
+        status = 0
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else 1
+        return Done(status, *capfd.readouterr())
+
+    return run
 
 
-def test_the_same_command_over_two_processes(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+Tvkd = Callable[..., Done]
+
+
+def test_the_same_command_over_two_processes(tmp_path: Path, write_recipe: Callable[..., Path], tvkd: Tvkd) -> None:
     recipe = str(write_recipe(tmp_path, "run", family="tied"))
     losses = []
     for processes in ("1", "2"):
@@ -34,12 +53,18 @@ def test_the_same_command_over_two_processes(tmp_path: Path, write_recipe: Calla
         assert "peak_memory_gb" in done.stdout
         losses.append([line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    again = tvkd("train", "--config", recipe, *options)
-    assert again.returncode == 0
+
+
+@pytest.mark.e2e
+def test_a_finished_run_says_so_in_two_processes(tmp_path: Path, write_recipe: Callable[..., Path], tvkd: Tvkd) -> None:
+    recipe = str(write_recipe(tmp_path, "run", family="tied"))
+    first, again = (tvkd("train", "--config", recipe, "--max_steps", "4", "--nproc", "2") for _ in range(2))
+    assert (first.returncode, again.returncode) == (0, 0)
     assert "all 4 steps are finished already; nothing was done" in again.stdout
 
 
-def test_two_processes_evaluate_as_one_does(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+@pytest.mark.e2e
+def test_two_processes_evaluate_as_one_does(tmp_path: Path, write_recipe: Callable[..., Path], tvkd: Tvkd) -> None:
     recipe = yaml.safe_load(write_recipe(tmp_path, "run", family="tied").read_text())
     options = ["--policy", recipe["policy"], "--reference", recipe["teacher"], "--data.eval", recipe["data"]["train"]]
     found = []
@@ -52,7 +77,10 @@ def test_two_processes_evaluate_as_one_does(tmp_path: Path, write_recipe: Callab
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-def test_two_processes_compare_models_as_one_does(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+@pytest.mark.e2e
+def test_two_processes_compare_models_as_one_does(
+    tmp_path: Path, write_recipe: Callable[..., Path], tvkd: Tvkd
+) -> None:
     recipe = yaml.safe_load(write_recipe(tmp_path, "run", family="tied").read_text())
     rows = [json.loads(line) for line in Path(recipe["data"]["train"]).read_text().splitlines()]
     bench = tmp_path / "bench.jsonl"
@@ -76,8 +104,9 @@ def test_two_processes_compare_models_as_one_does(tmp_path: Path, write_recipe: 
     assert two == one
 
 
+@pytest.mark.e2e
 def test_an_error_of_the_user_is_a_line_from_each_and_status_2(
-    tmp_path: Path, write_recipe: Callable[..., Path]
+    tmp_path: Path, write_recipe: Callable[..., Path], tvkd: Tvkd
 ) -> None:
     recipe = str(write_recipe(tmp_path, "run", family="tied"))
     done = tvkd("train", "--config", recipe, "--nproc", "2", "--parallel.replicas", "3")

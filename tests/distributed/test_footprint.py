@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.distributed
-
-
 CHANGES = {"objective": "dpo", "teacher": None, "eval_every": 0}
 WHOLE, EVERY = {"vocabulary": "gathered"}, {"vocabulary": "gathered", "reduce": "micro_batch"}
 GATHERED = {
@@ -24,7 +21,7 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.distributed)])
 def test_a_step_sends_what_is_counted(
     processes: int, tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]
 ) -> None:
@@ -56,6 +53,7 @@ def sends_states(found: dict[str, dict]) -> None:
     assert found["several"]["sent"]["states"] == found["tied"]["sent"]["states"]
 
 
+@pytest.mark.distributed
 def test_replicas_send_gradients(tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]) -> None:
     two = {"replicas": 2, "vocabulary": "gathered"}
     cases = {
@@ -79,6 +77,7 @@ def test_replicas_send_gradients(tmp_path: Path, launch: Callable[..., str], wri
     assert found["tied"]["micro_batches"] > 1
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("autocast", ["off", "bfloat16"])
 def test_a_shared_head_holds_what_is_counted(autocast: str, launch: Callable[..., str]) -> None:
     held, counted = map(float, launch(2, "held_head.py", autocast).splitlines()[-1].split())

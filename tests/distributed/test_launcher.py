@@ -11,8 +11,6 @@ import pytest
 
 from tvkd_fast.distributed import launch
 
-pytestmark = pytest.mark.distributed
-
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
@@ -56,6 +54,7 @@ def program(tmp_path: Path) -> list[str]:
     return [sys.executable, "-W", "ignore", str(file), str(tmp_path)]
 
 
+@pytest.mark.distributed
 def test_processes_meet_on_the_loopback_interface_alone(program: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert launch([*program, "meet"], 3) == 0
     said = capfd.readouterr().out.splitlines()
@@ -65,10 +64,17 @@ def test_processes_meet_on_the_loopback_interface_alone(program: list[str], capf
     assert all("'0100007F:" in line and line.count(":") == 1 for line in places), places
 
 
+@pytest.fixture
+def _little_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left over sleep through their time to end."""
+    monkeypatch.setattr("tvkd_fast.distributed.launcher.GRACE_S", 0.5)
+
+
 def test_all_that_pass_pass(program: list[str]) -> None:
     assert launch([*program, "pass"], 2) == 0
 
 
+@pytest.mark.usefixtures("_little_grace")
 def test_one_that_raises_takes_the_others_down(program: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
     assert launch([*program, "fail"], 3) == 1
@@ -76,6 +82,7 @@ def test_one_that_raises_takes_the_others_down(program: list[str], capfd: pytest
     assert "RuntimeError: the second one fails" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("_little_grace")
 def test_one_that_is_killed_is_named(program: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert launch([*program, "die"], 2) == 128 + signal.SIGKILL
     assert "process 1 of 2 was killed by SIGKILL" in capfd.readouterr().err

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tvkd_fast.training.metrics import read_metrics
 
 # The runs are made once, by the worker that holds them all to each other.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.xdist_group("runs")
 Launch = Callable[..., str]
 
 ONE, FOUR = 2048, 90
@@ -42,41 +42,45 @@ CASES: dict[str, dict[str, Any]] = {
     "offloaded": {"family": "tied", "parallel": {"cpu_offload": True}, "tokens_per_micro_batch": FOUR},
     "rewards": {"family": "tied", "loss": {"value_from": "implicit_reward"}},
 }
-IN_TWO = [
-    "cached",
-    "pruned",
-    "reduced",
-    "bf16",
-    "padded",
-    "recomputed",
-    "selective",
-    "sft",
-    "sparse",
-    "offloaded",
-    "rewards",
-]
+OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
+"""What one and two processes run in the first tier."""
+AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
+AS_IN_TWO += ["rewards"]
 """What four processes do no otherwise than two: their runs take a minute and a half more."""
-IN_FOUR = [case for case in CASES if case not in IN_TWO]
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
 """In four processes there are two of each; one and two have none, and make the run that is named."""
-UP_TO_TWO = [case for case in CASES if case not in REPLICAS]
+OTHERS = [case for case in CASES if case not in {*OF_EACH_KIND, *REPLICAS}]
+IN_FOUR = [case for case in CASES if case not in AS_IN_TWO]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, launch: Launch, write_recipe: Callable[..., Path]) -> Path:
-    """A folder with a run of every case in one and two processes that differs there, and of most in four."""
+def folder(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[..., Path]) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, case in CASES.items():
         write_recipe(folder, name, **case)
-    for processes, cases in ((1, UP_TO_TWO), (2, UP_TO_TWO), (4, IN_FOUR)):
-        make(folder, launch, processes, cases)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, launch: Launch) -> Path:
+    """A folder with a run of each kind in one and two processes."""
+    for processes in (1, 2):
+        make(folder, launch, processes, OF_EACH_KIND)
     return folder
 
 
 @pytest.fixture(scope="module")
 def more_runs(runs: Path, launch: Launch) -> Path:
-    make(runs, launch, 4, IN_TWO)
+    """The same with a run of every case, and of most of them in four processes."""
+    for processes, cases in ((1, OTHERS), (2, OTHERS), (4, IN_FOUR)):
+        make(runs, launch, processes, cases)
     return runs
+
+
+@pytest.fixture(scope="module")
+def all_runs(more_runs: Path, launch: Launch) -> Path:
+    make(more_runs, launch, 4, AS_IN_TWO)
+    return more_runs
 
 
 def make(folder: Path, launch: Launch, processes: int, cases: Iterable[str]) -> None:
@@ -85,16 +89,24 @@ def make(folder: Path, launch: Launch, processes: int, cases: Iterable[str]) -> 
     assert [line.removeprefix("done: ") for line in said if line.startswith("done: ")] == list(cases)
 
 
-@pytest.mark.parametrize(("processes", "case"), [(2, case) for case in UP_TO_TWO] + [(4, case) for case in IN_FOUR])
-def test_a_run_over_processes_is_the_run_of_one(case: str, processes: int, runs: Path) -> None:
-    """Five pairs a step: of four processes one has two pairs, and of two one has an empty micro-batch more."""
-    hold_to_one(case, processes, runs)
+@pytest.mark.parametrize("case", OF_EACH_KIND)
+def test_a_run_over_two_processes_is_the_run_of_one(case: str, runs: Path) -> None:
+    """Five pairs a step: one of them has an empty micro-batch more."""
+    hold_to_one(case, 2, runs)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("processes", "case"), [(2, case) for case in OTHERS] + [(4, case) for case in IN_FOUR])
+def test_and_so_are_all_others(case: str, processes: int, more_runs: Path) -> None:
+    """Of four processes one has two pairs."""
+    hold_to_one(case, processes, more_runs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", IN_TWO)
-def test_and_so_are_all_others_in_four(case: str, more_runs: Path) -> None:
-    hold_to_one(case, 4, more_runs)
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", AS_IN_TWO)
+def test_and_so_are_all_others_in_four(case: str, all_runs: Path) -> None:
+    hold_to_one(case, 4, all_runs)
 
 
 def hold_to_one(case: str, processes: int, runs: Path) -> None:

@@ -9,8 +9,6 @@ import pytest
 from tvkd_fast.distributed import launch
 from tvkd_fast.distributed.watch import BEATS, who_is_waited_for
 
-pytestmark = pytest.mark.distributed
-
 PROGRAM = """
 import os, signal, sys, time
 import torch
@@ -35,6 +33,7 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str, who: int) -
     return capfd.readouterr().err
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("who", [0, 1])
 def test_one_that_sleeps_is_named_and_says_where(who: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = run(tmp_path, capfd, "sleep", who)
@@ -44,6 +43,7 @@ def test_one_that_sleeps_is_named_and_says_where(who: int, tmp_path: Path, capfd
     assert "in sleeping" in said
 
 
+@pytest.mark.distributed
 def test_one_that_is_stopped_is_named_by_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = run(tmp_path, capfd, "stop", 1)
     assert re.search(r"waiting for \d+ s in collective \d+ for process 1, silent\n", said)

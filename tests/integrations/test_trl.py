@@ -97,6 +97,7 @@ def same(ours: list[dict[str, float]], theirs: list[dict[str, float]], keys: tup
 REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins"))
 
 
+@pytest.mark.each_once("e2e")
 @pytest.mark.parametrize("changes", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}])
 @pytest.mark.parametrize("head", ["tvkd", "trl"])
 def test_without_shaping_it_is_dpo(make: Callable[..., Any], folders: tuple[str, str], head: str, changes: Any) -> None:
@@ -104,6 +105,7 @@ def test_without_shaping_it_is_dpo(make: Callable[..., Any], folders: tuple[str,
     same(history(ours), history(make(DPOTrainer, **changes)), ("loss", "grad_norm", "logps/chosen", *REWARDS))
 
 
+@pytest.mark.each_once("e2e")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -212,6 +214,7 @@ def scored(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., str]:
     return make_scores
 
 
+@pytest.mark.each_once("e2e")
 @pytest.mark.parametrize("changes", [{}, {"kappa": 0.7, "value_from": "logprobs"}, {"max_length": 18, "gamma": 0.9}])
 def test_scores_on_disk_are_the_teacher(
     make: Callable[..., Any], folders: tuple[str, str], scored: Callable[..., str], changes: dict[str, Any]

@@ -84,6 +84,29 @@ def compiling(*command: str, **variables: str) -> str:
     return done.stdout
 
 
+HEAVIEST = """
+import json
+from dataclasses import asdict
+from bench import census
+
+def switched_on(build):
+    return sum(value is True for value in build.switches.values())
+
+heaviest = {}
+for build in census.builds(("sm_90",), ("bf16",)):
+    if build.kernel not in heaviest or switched_on(build) >= switched_on(heaviest[build.kernel]):
+        heaviest[build.kernel] = build
+rows = [census.row(build) for build in heaviest.values()]
+print(json.dumps({"kernels": sorted(census.KERNELS), "rows": [asdict(row) for row in rows]}, default=str))
+"""
+
+
+def test_the_heaviest_binary_of_each_kernel_holds_every_gate() -> None:
+    found = json.loads(compiling("-c", HEAVIEST).splitlines()[-1])
+    assert sorted(row["build"]["kernel"] for row in found["rows"]) == found["kernels"]
+    holds_every_gate(found["rows"])
+
+
 def shipped() -> Iterator[Any]:
     """A target and dtype each. Uncached they compile for a quarter of an hour on two cores, half of it by default."""
     for target, dtype in product(TARGETS, ("bf16", "fp32", "fp16")):
@@ -93,12 +116,17 @@ def shipped() -> Iterator[Any]:
         yield pytest.param(target, dtype, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("target", "dtype"), shipped())
+@pytest.mark.census
+@pytest.mark.parametrize(("target", "dtype"), list(shipped()))
 def test_every_shipped_binary_holds_every_gate(target: str, dtype: str, tmp_path: Path) -> None:
     file = tmp_path / "census.json"
     compiling("-m", "bench.census", "--check", "--target", target, "--dtype", dtype, "--json", str(file))
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) > 50
+    holds_every_gate(rows)
+
+
+def holds_every_gate(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         facts = row["facts"]
         assert row["broken"] == []
@@ -110,15 +138,21 @@ def test_every_shipped_binary_holds_every_gate(target: str, dtype: str, tmp_path
 
 
 @cache
-def broken_by(expression: str) -> list[str]:
-    found: list[str] = json.loads(compiling("-c", PROGRAM.replace("EXPRESSION", expression)).splitlines()[-1])
+def broken_by_mutants() -> dict[str, list[str]]:
+    """All in one process, which takes seconds to start."""
+    expressions = ", ".join(f"{name!r}: {expression}" for name, (expression, _) in MUTANTS.items())
+    found: dict[str, list[str]] = json.loads(
+        compiling("-c", PROGRAM.replace("EXPRESSION", f"{{{expressions}}}")).splitlines()[-1]
+    )
     return found
 
 
+@pytest.mark.census
+@pytest.mark.xdist_group("mutants")
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_stopped(mutant: str) -> None:
-    expression, gates = MUTANTS[mutant]
-    broken = broken_by(expression)
+    _, gates = MUTANTS[mutant]
+    broken = broken_by_mutants()[mutant]
     for gate in gates:
         assert any(gate in problem for problem in broken), broken
 
@@ -158,6 +192,7 @@ def test_the_precision_of_float32() -> None:
         assert precision(torch.bfloat16, family) == "ieee"
 
 
+@pytest.mark.census
 def test_what_was_rejected_breaks_a_gate() -> None:
     program = "from bench import census; print([census.row(x).broken for x in census.rejected()])"
     broken = ast.literal_eval(compiling("-c", program).splitlines()[-1])
@@ -363,12 +398,14 @@ def families(census: ModuleType) -> dict[str, str]:
     return {target: family for target, (family, _) in census.TARGETS.items()}
 
 
+@pytest.mark.census
 @TOGETHER
 def test_every_launch_is_built(launches: tuple[Launch, ...], census: ModuleType) -> None:
     assert {x.kernel for x in launches} == set(census.KERNELS)
     assert unbuilt(launches, list(census.builds()), families(census)) == []
 
 
+@pytest.mark.census
 @TOGETHER
 @pytest.mark.parametrize(
     ("kernel", "variant"),
@@ -405,6 +442,7 @@ print([code(builds[name, variant]) == code(builds[name, variant], **switches) fo
 """
 
 
+@pytest.mark.census
 def test_switches_that_a_binary_does_not_depend_on() -> None:
     """What `live` leaves out; and, so that it can fail, a switch that it does not."""
     cases = [
@@ -420,6 +458,7 @@ def test_switches_that_a_binary_does_not_depend_on() -> None:
     assert same == [True] * 6 + [False]
 
 
+@pytest.mark.census
 @TOGETHER
 def test_every_launch_says_whether_products_are_fused(launches: tuple[Launch, ...], census: ModuleType) -> None:
     for launch in launches:
@@ -428,6 +467,7 @@ def test_every_launch_says_whether_products_are_fused(launches: tuple[Launch, ..
     assert all(FP_FUSION.items() <= build.options.items() for build in census.builds())
 
 
+@pytest.mark.census
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_compiler_hears_it_whatever_its_default_is(target: str) -> None:
     program = f"from bench import census; print(census.binary(next(census.builds(({target!r},)))).metadata)"

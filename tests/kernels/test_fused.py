@@ -131,6 +131,7 @@ def agree(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float 
         assert (x - y).abs().max() <= tolerance * y.abs().max(), name
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_the_separate_ops_put_together(kit: SimpleNamespace, form: str, name: str) -> None:
@@ -173,6 +174,7 @@ def test_what_is_frozen_is_not_computed(kit: SimpleNamespace, frozen: str) -> No
             assert torch.equal(leaf.grad, everything[f"gradient by {name}"])
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_frozen_head(kit: SimpleNamespace, form: str, dtype: torch.dtype) -> None:

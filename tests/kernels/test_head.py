@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from draws import draws
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -77,6 +78,7 @@ def logps_of_rounded_dlogits(
     return z.log_softmax(-1).gather(1, labels.where(kept, 0)[:, None])[:, 0].masked_fill(~kept, 0.0)
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("transforms", TRANSFORMS, ids=str)
@@ -84,6 +86,7 @@ def test_values_and_gradients(kit: SimpleNamespace, dtype: torch.dtype, bias: bo
     right(kit, kit.case(37, 64, 131, dtype, bias=bias, **transforms))
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, ROWS - 1, ROWS, ROWS + 1])
 @pytest.mark.parametrize("v", [1, COLUMNS - 1, 2 * COLUMNS, 2 * COLUMNS + 1])
@@ -94,23 +97,27 @@ def test_at_the_edges_of_tiles(kit: SimpleNamespace, dtype: torch.dtype, n: int,
     right(kit, case)
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [8, 40, 64, 96, 576])
 def test_hidden_sizes(kit: SimpleNamespace, dtype: torch.dtype, d: int) -> None:
     right(kit, kit.case(17, d, 140, dtype))
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [1, 7, 33])
 def test_rows_that_no_bulk_copy_takes(kit: SimpleNamespace, dtype: torch.dtype, d: int) -> None:
     right(kit, kit.case(17, d, 70, dtype))
 
 
+@pytest.mark.interpreter
 def test_a_vocabulary_of_3001(kit: SimpleNamespace) -> None:
     right(kit, kit.case(33, 64, 3001, torch.float16, softcap=20.0))
 
 
-@settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.interpreter
+@draws(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 80),
     d=st.sampled_from([1, 16, 24, 64, 80]),
@@ -139,8 +146,11 @@ def test_any_shape_in_any_blocks(
     right(kit, kit.case(n, d, v, dtype, bias=bias, ignored=ignored, seed=seed, **transforms))
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden_sum_bytes", [0, 2**30], ids=["apart", "together"])
+@pytest.mark.parametrize(
+    "hidden_sum_bytes", [0, pytest.param(2**30, marks=pytest.mark.interpreter)], ids=["apart", "together"]
+)
 def test_many_blocks_of_rows_and_columns(
     kit: SimpleNamespace,
     blocks: SimpleNamespace,
@@ -182,6 +192,7 @@ def test_no_rows_at_all(kit: SimpleNamespace) -> None:
     assert (results.bias == 0).all()
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [100.0, 2500.0])
 def test_huge_logits(kit: SimpleNamespace, dtype: torch.dtype, spread: float) -> None:
@@ -190,6 +201,7 @@ def test_huge_logits(kit: SimpleNamespace, dtype: torch.dtype, spread: float) ->
     right(kit, case)
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("level", [-1e4, 1e4])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_logits_far_from_zero(kit: SimpleNamespace, level: float, softcap: float | None) -> None:
@@ -197,6 +209,7 @@ def test_logits_far_from_zero(kit: SimpleNamespace, level: float, softcap: float
     right(kit, replace(case, bias=case.bias + level))
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sharpness", [3.0, 30.0])
 def test_a_peaked_softmax(kit: SimpleNamespace, dtype: torch.dtype, sharpness: float) -> None:
@@ -237,6 +250,7 @@ def test_a_head_tied_to_the_embeddings(kit: SimpleNamespace, dtype: torch.dtype)
     kit.no_worse(got, exact, eager.to(dtype) + torch.finfo(dtype).eps * exact.abs().max() * (dtype != torch.float32))
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wants", list(product([False, True], repeat=3)), ids=str)
 def test_only_what_is_asked_for(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple[bool, ...]) -> None:
@@ -297,6 +311,7 @@ def test_a_frozen_half_costs_no_product(
     assert [name for name in launched if name not in without] == products
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rise", [-1.0, 1.0], ids=["falling", "rising"])
 @pytest.mark.parametrize("step", [1.0, 30.0, 300.0])
@@ -345,6 +360,7 @@ def test_small_coefficients_beside_large_ones(kit: SimpleNamespace, dtype: torch
     assert error <= 2 * torch.finfo(dtype).eps + 1e-5
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["transposed", "strided", "rows"])
 def test_inputs_that_are_not_contiguous(kit: SimpleNamespace, dtype: torch.dtype, layout: str) -> None:
@@ -372,6 +388,7 @@ def test_labels_that_are_not_contiguous(kit: SimpleNamespace, layout: str) -> No
     right(kit, replace(case, labels=labels))
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("upstream", [torch.nan, torch.inf])
 def test_a_broken_coefficient_stays_in_its_row(kit: SimpleNamespace, dtype: torch.dtype, upstream: float) -> None:
@@ -385,6 +402,7 @@ def test_a_broken_coefficient_stays_in_its_row(kit: SimpleNamespace, dtype: torc
     assert not got.weight.isfinite().any()
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kappa", [0.3, 0.7, 1.0, 2.5])
 @pytest.mark.parametrize("transforms", TRANSFORMS[:2], ids=str)
@@ -398,6 +416,7 @@ def test_both_sums(kit: SimpleNamespace, dtype: torch.dtype, kappa: float, trans
     kit.no_worse(lse_kappa.cpu(), (kappa * exact).logsumexp(1), (kappa * eager).logsumexp(1))
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [0.1, 3.0, 300.0])
 def test_entropy(kit: SimpleNamespace, dtype: torch.dtype, spread: float) -> None:
@@ -474,6 +493,7 @@ def test_a_broken_state_shows(kit: SimpleNamespace, softcap: float | None) -> No
     assert sums.lse.isfinite().tolist() == [True, False, False, True, True]
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_a_broken_state_shows_in_its_slopes_alone(
@@ -503,6 +523,7 @@ def test_operands_through_descriptors(
     right(kit, kit.case(67, 48, 150, dtype, bias=True, softcap=7.0))
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("split_tiles", [1, 3])
 def test_the_order_of_tiles_changes_nothing(kit: SimpleNamespace, group: int, split_tiles: int) -> None:

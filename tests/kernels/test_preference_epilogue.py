@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from tvkd_fast.losses import segment_sums, shaping_returns, tvkd_loss
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-draws = settings(deadline=None, max_examples=40, derandomize=True)
 AROUND_A_BLOCK = [1023, 1024, 1025, 2048] if GPU else [63, 64, 65, 128, 150]
 lengths_of_responses = st.integers(0, 5) | st.sampled_from(AROUND_A_BLOCK)
 TINY = torch.finfo(torch.float32).tiny
@@ -155,7 +155,7 @@ def margins_of(m: Tensor, **settings: Any) -> Pairs:
     )
 
 
-@settings(draws, max_examples=120)
+@draws(120)
 @given(case=pairs())
 def test_no_worse_than_torch(case: Pairs) -> None:
     no_worse(case)
@@ -191,6 +191,7 @@ def test_psi_without_discount_is_a_difference_of_two_states() -> None:
     assert torch.equal(epilogue(case).psi, by_hand.float())
 
 
+@pytest.mark.interpreter
 def test_100_000_tokens_beside_one() -> None:
     long, draw = 100_000, torch.Generator().manual_seed(0)
     case = Pairs(
@@ -234,7 +235,7 @@ def test_infinite_margins_are_torchs() -> None:
         torch.testing.assert_close(got, exact.float(), equal_nan=True)
 
 
-@draws
+@draws(40)
 @given(case=pairs())
 def test_alpha_0_is_dpo_bit_by_bit(case: Pairs) -> None:
     bare = replace(case, values=None, cu_states=None, ended=None, psi=None)
@@ -243,7 +244,7 @@ def test_alpha_0_is_dpo_bit_by_bit(case: Pairs) -> None:
     same_bits(dpo, replace(shaped, psi=None))
 
 
-@settings(draws, max_examples=15)
+@draws(15)
 @given(case=pairs())
 def test_the_same_bits_every_time_and_in_every_batch(case: Pairs) -> None:
     whole = epilogue(case)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from draws import draws
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,13 +73,15 @@ def right(kit: SimpleNamespace, case: Any, eps: float, *, u: Tensor | None = Non
     return got
 
 
+@pytest.mark.each_once("interpreter")
 @heads
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradient_is_the_twins(kit: SimpleNamespace, dtype: torch.dtype, head: dict[str, Any]) -> None:
     right(kit, kit.case(37, 16, 130, dtype, **head), 2.0**-5)
 
 
-@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.interpreter
+@draws(8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 70), st.sampled_from([1, 8, 24, 33]), st.integers(1, 150)),
     log_eps=st.integers(4, 10),
@@ -116,6 +119,7 @@ def test_keeping_everything_is_exact(kit: SimpleNamespace) -> None:
     assert stats.read()["head_entries"] == pytest.approx(70 - 70 // 6 - labels_that_are_cold)
 
 
+@pytest.mark.interpreter
 def test_many_blocks_of_rows(kit: SimpleNamespace, blocks: SimpleNamespace) -> None:
     """Bits that are written down 32 rows at a time, and then no more."""
     blocks.shrink(workspace_bytes=32 * 4 * 6)
@@ -141,6 +145,7 @@ def test_rows_over_the_cap_get_the_exact_gradient(kit: SimpleNamespace, head: di
     assert stats.read()["head_dense_rows"] > 0.2
 
 
+@pytest.mark.interpreter
 def test_a_softmax_too_flat_is_computed_exactly(kit: SimpleNamespace) -> None:
     case, stats = kit.case(20, 12, 130), HeadStats()
     got = kit.run(sparse(eps=2.0**-4, max_tail=0.05, stats=stats), case)
@@ -174,6 +179,7 @@ def test_a_padded_column_gets_nothing(kit: SimpleNamespace) -> None:
     assert (got.bias[-20:] == 0).all()
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize(("n", "v"), [(0, 50), (1, 50), (5, 1), (3, 2), (15, 64)])
 @pytest.mark.parametrize("d", [6, 16])
 def test_small_things(kit: SimpleNamespace, n: int, d: int, v: int) -> None:
@@ -205,6 +211,7 @@ def test_all_labels_ignored(kit: SimpleNamespace) -> None:
     assert stats.read()["head_entries"] == 0
 
 
+@pytest.mark.interpreter
 def test_the_same_bits_each_time(kit: SimpleNamespace) -> None:
     case = kit.case(40, 16, 150, bias=True, softcap=8.0)
     first, second = (kit.run(sparse(eps=2.0**-8, tail="unbiased", seed=5), case) for _ in range(2))

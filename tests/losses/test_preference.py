@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tvkd_fast.losses import TVKDOutput, dpo_loss, segment_sums, shaping_returns, tvkd_loss
 
-draws = settings(deadline=None, max_examples=40, derandomize=True)
 betas = st.sampled_from([0.01, 0.1, 1.0])
 alphas = st.sampled_from([-1.5, 0.3, 1.0])
 smoothings = st.sampled_from([0.0, 0.1, 0.4])
@@ -21,7 +21,7 @@ def gradient(out: TVKDOutput, logps: Tensor) -> Tensor:
     return torch.autograd.grad(out.loss, logps, retain_graph=True)[0]
 
 
-@draws
+@draws(40)
 @given(data=st.data(), beta=betas, alpha=alphas, smoothing=smoothings)
 def test_the_loss_pair_by_pair(
     make: SimpleNamespace, data: st.DataObject, beta: float, alpha: float, smoothing: float
@@ -43,7 +43,7 @@ def test_the_loss_pair_by_pair(
     assert out.accuracy.item() == pytest.approx((out.margins > 0).double().mean().item())
 
 
-@draws
+@draws(40)
 @given(data=st.data(), beta=betas, alpha=alphas, smoothing=smoothings)
 def test_fact_5_the_gradient_is_one_number_a_pair(
     make: SimpleNamespace, data: st.DataObject, beta: float, alpha: float, smoothing: float
@@ -62,7 +62,7 @@ def test_fact_5_the_gradient_is_one_number_a_pair(
     torch.testing.assert_close(gradient(out, per_token), by_formula)
 
 
-@draws
+@draws(40)
 @given(data=st.data(), beta=betas, alpha=alphas, smoothing=smoothings)
 def test_fact_1_zero_terminal_without_discount_is_dpo(
     make: SimpleNamespace, data: st.DataObject, beta: float, alpha: float, smoothing: float
@@ -76,7 +76,7 @@ def test_fact_1_zero_terminal_without_discount_is_dpo(
     torch.testing.assert_close(gradient(tvkd, policy), gradient(dpo, policy), rtol=1e-10, atol=1e-12)
 
 
-@draws
+@draws(40)
 @given(data=st.data(), beta=betas, alpha=alphas, smoothing=smoothings)
 def test_fact_3_shaping_is_an_offset_of_the_reference(
     make: SimpleNamespace, data: st.DataObject, beta: float, alpha: float, smoothing: float
@@ -90,7 +90,7 @@ def test_fact_3_shaping_is_an_offset_of_the_reference(
     torch.testing.assert_close(gradient(tvkd, policy), gradient(dpo, policy))
 
 
-@draws
+@draws(40)
 @given(data=st.data())
 def test_a_number_added_to_both_of_a_pair_changes_nothing(make: SimpleNamespace, data: st.DataObject) -> None:
     policy, ref = data.draw(make.sequence_logps())
@@ -99,7 +99,7 @@ def test_a_number_added_to_both_of_a_pair_changes_nothing(make: SimpleNamespace,
     torch.testing.assert_close(out.losses, shifted.losses)
 
 
-@draws
+@draws(40)
 @given(data=st.data(), alpha=alphas)
 def test_a_negative_alpha_flips_the_shaping(make: SimpleNamespace, data: st.DataObject, alpha: float) -> None:
     policy, ref = data.draw(make.sequence_logps())
@@ -109,7 +109,7 @@ def test_a_negative_alpha_flips_the_shaping(make: SimpleNamespace, data: st.Data
     assert torch.equal(flipped.shaping_margins, -tvkd_loss(policy, ref, psi, alpha=alpha).shaping_margins)
 
 
-@draws
+@draws(40)
 @given(data=st.data(), beta=betas, smoothing=smoothings, dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_alpha_0_is_dpo_bit_by_bit(
     make: SimpleNamespace, data: st.DataObject, beta: float, smoothing: float, dtype: torch.dtype

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tvkd_fast.losses import running_sums, segment_sums
@@ -8,7 +9,7 @@ from tvkd_fast.losses import running_sums, segment_sums
 lengths_of_sequences = st.lists(st.integers(0, 9), max_size=8)
 
 
-@settings(deadline=None, derandomize=True)
+@draws()
 @given(lengths=lengths_of_sequences, index_dtype=st.sampled_from([torch.int32, torch.int64]))
 def test_sums_and_their_gradient_against_a_loop(lengths: list[int], index_dtype: torch.dtype) -> None:
     per_token = torch.randn(sum(lengths), dtype=torch.float64).requires_grad_()
@@ -22,7 +23,7 @@ def test_sums_and_their_gradient_against_a_loop(lengths: list[int], index_dtype:
     torch.testing.assert_close(grad, weights.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)))
 
 
-@settings(deadline=None, derandomize=True)
+@draws()
 @given(lengths=lengths_of_sequences, index_dtype=st.sampled_from([torch.int32, torch.int64]))
 def test_running_sums_against_a_loop(lengths: list[int], index_dtype: torch.dtype) -> None:
     per_token = torch.randn(sum(lengths))

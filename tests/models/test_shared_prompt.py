@@ -270,6 +270,7 @@ def test_no_mask_is_as_large_as_the_row(tiny_model, kit):
     assert found.largest < batch.num_tokens**2 // 4
 
 
+@pytest.mark.slow
 def test_a_trained_model_of_thirty_layers_is_let_through():
     try:
         model = load_model("smollm2-135m")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tvkd_fast.ops import HeadStats, compiled, linear_logps
@@ -39,7 +40,7 @@ def sparse(stats: HeadStats, **options: Any) -> Any:
     return op
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40, fresh=True)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(2, 300)),
     log_eps=st.integers(4, 20),

@@ -62,6 +62,7 @@ def _said_anew() -> Iterator[None]:
     dispatch._auto.cache_clear()
 
 
+@pytest.mark.each_once("slow")
 @every_dtype
 @pytest.mark.parametrize("wants", list(product([False, True], repeat=3)), ids=str)
 def test_opcheck_of_logps(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple[bool, bool, bool]) -> None:
@@ -84,6 +85,7 @@ def test_opcheck_of_scaled_slopes(kit: SimpleNamespace, dtype: torch.dtype) -> N
     torch.library.opcheck(ops.scaled_slopes.default, arguments)
 
 
+@pytest.mark.each_once("slow")
 @every_dtype
 @pytest.mark.parametrize("wants", list(product([False, True], repeat=3)), ids=str)
 def test_opcheck_of_the_gradients(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple[bool, bool, bool]) -> None:
@@ -95,6 +97,7 @@ def test_opcheck_of_the_gradients(kit: SimpleNamespace, dtype: torch.dtype, want
     torch.library.opcheck(ops.linear_logps_gradients.default, (*tensors, 4.0, 0.5, -100, "torch", *wants))
 
 
+@pytest.mark.each_once("slow")
 @every_dtype
 @pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, 4.0)])
 def test_opcheck_of_the_values(kit: SimpleNamespace, dtype: torch.dtype, bias: bool, softcap: float | None) -> None:
@@ -121,6 +124,7 @@ def test_opcheck_of_sparse_logps(
     torch.library.opcheck(ops.sparse_logps.default, plain)
 
 
+@pytest.mark.each_once("slow")
 @every_dtype
 @pytest.mark.parametrize("wants", list(product([False, True], repeat=3)), ids=str)
 def test_opcheck_of_the_sparse_gradients(
@@ -225,6 +229,7 @@ def test_kept_logits_in_one_graph(backend: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.each_once("slow")
 @compilers
 @pytest.mark.parametrize("terminal", TERMINALS)
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "all-ended"])

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tvkd_fast.ops import linear_logps, reference
@@ -29,7 +30,7 @@ def test_values_and_gradients(kit: SimpleNamespace, dtype: torch.dtype, bias: bo
     kit.logps_no_worse(kit.case(37, 19, 131, dtype, bias=bias, **transforms))
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@draws(60)
 @given(
     shape=shapes,
     dtype=st.sampled_from(DTYPES),

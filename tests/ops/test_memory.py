@@ -77,6 +77,7 @@ def beyond(op: str, n: int, d: int, v: int, dtype: str = "float32", **options: A
     return float(done.stdout) / MEBI
 
 
+@pytest.mark.each_once("slow")
 @pytest.mark.parametrize("transforms", [{}, {"softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tensor_of_logits_is_ever_made(kit: SimpleNamespace, dtype: torch.dtype, transforms: dict[str, Any]) -> None:
@@ -92,12 +93,14 @@ def test_no_tensor_of_logits_is_ever_made(kit: SimpleNamespace, dtype: torch.dty
     assert 0 < watch.largest <= largest_by_right
 
 
+@pytest.mark.slow
 def test_a_float32_head_stays_within_64_mb(record_property: Any) -> None:
     used = beyond("logps", 4096, 256, 128_256)
     record_property("mebibytes", used)
     assert used <= 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "options"), [("float32", {}), ("bfloat16", {"softcap": 30.0})], ids=str)
 def test_four_times_the_tokens_take_no_more(dtype: str, options: dict[str, Any], record_property: Any) -> None:
     few, many = (beyond("logps", n, 256, 1024, dtype, **options) for n in (4096, 16_384))
@@ -107,6 +110,7 @@ def test_four_times_the_tokens_take_no_more(dtype: str, options: dict[str, Any],
     assert many - few <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "options"), [("float32", {}), ("bfloat16", {"softcap": 30.0})], ids=str)
 def test_a_frozen_head_keeps_its_gradient_in_float32(dtype: str, options: dict[str, Any], record_property: Any) -> None:
     """dlogp/dh lives from the forward to the backward, where it is multiplied into hidden's gradient."""
@@ -115,6 +119,7 @@ def test_a_frozen_head_keeps_its_gradient_in_float32(dtype: str, options: dict[s
     assert used <= 64 + 4096 * 1024 * 4 / MEBI
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "d", "v", "dtype", "options"),
     [
@@ -132,6 +137,7 @@ def test_a_sparse_head_holds_its_entries_and_64_mb(
     assert used <= 64
 
 
+@pytest.mark.slow
 def test_entries_are_held_once(record_property: Any) -> None:
     """360 a token, as a trained model has: four times the tokens add 40 MiB of them."""
     few, many = (beyond("sparse", n, 96, 16_384, eps=2.0**-12, row_cap=16_384) for n in (4096, 16_384))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def test_the_gradient_is_the_twins(kit: SimpleNamespace, head: dict[str, Any], e
     same(got, kit.run(twin(eps=eps), case), 1e-11)
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40, fresh=True)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(2, 150)),
     log_eps=st.integers(4, 14),

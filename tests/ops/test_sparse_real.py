@@ -29,6 +29,7 @@ def real() -> SimpleNamespace:
     return SimpleNamespace(hidden=hidden[:256], labels=labels[:256], weight=policy.head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("log_eps", "dh", "dw"), [(14, 5e-2, 1e-2), (16, 2e-2, 5e-3)])
 def test_few_entries_make_nearly_the_gradient(real: SimpleNamespace, log_eps: int, dh: float, dw: float) -> None:
     upstream = torch.randn(len(real.labels), generator=torch.Generator().manual_seed(0))

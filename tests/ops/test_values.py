@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def values_no_worse(kit: SimpleNamespace, case: Any, **options: Any) -> Tensor:
     return ours
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@draws(80)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 33), st.integers(1, 150)),
     dtype=st.sampled_from(DTYPES),

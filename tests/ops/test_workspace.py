@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def keeping(megabytes: int) -> Any:
     return op
 
 
-@settings(max_examples=40, deadline=None)
+@draws(40, fresh=True)
 @given(
     shape=st.tuples(st.integers(0, 60), st.integers(1, 24), st.integers(2, 300)),
     share=st.floats(0, 1.2),

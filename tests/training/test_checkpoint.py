@@ -176,6 +176,7 @@ print(checkpoints.newest().name, len(list(folder.iterdir())))
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX's")
 def test_a_disk_that_really_refuses(tmp_path):
     """The kernel stops the write midway: a limit on file sizes stands in for a full disk."""

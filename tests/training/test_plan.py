@@ -150,6 +150,7 @@ print(before - process_bytes("VmRSS"))
 """Frees 39 blocks of 8 MiB, not the last, after a larger one has told glibc that such sizes belong on its heap."""
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_returned():
     kept, returned = (
