@@ -305,8 +305,9 @@ def test_folder_of_files_picks_the_split(write_jsonl: WriteJsonl) -> None:
 
 def test_folder_without_split_names_is_read_whole_and_data_is_looked_into(write_jsonl: WriteJsonl) -> None:
     folder = write_jsonl([PLAIN], "clone/data/a.jsonl").parents[1]
+    assert len(load_preferences(folder, split="validation").pairs) == 1
     write_jsonl([PLAIN], "clone/data/b.jsonl")
-    assert len(load_preferences(folder, split="validation").pairs) == 2
+    assert len(load_preferences(folder).pairs) == 2
 
 
 def test_subset_of_a_folder_is_a_folder_in_it(write_jsonl: WriteJsonl) -> None:

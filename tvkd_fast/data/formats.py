@@ -6,27 +6,21 @@ A `Preference` is one prompt and two answers to it. `load_preferences` finds the
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from tvkd_fast.data.sources import records
+
 Message = dict[str, str]
 """One turn of a conversation: `role` and `content`."""
 
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
-
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w./-]+)?")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-_SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "eval", "dev"}
 
 
 class BadPair(ValueError):  # noqa: N818  the row is what is bad
@@ -135,12 +129,12 @@ def load_preferences(
     """Reads preference pairs from a file, a folder or the hub.
 
     Args:
-        source: a `.jsonl`, `.json` (either also `.gz`) or `.parquet` file; a folder of them, of which the files
-            named after `split` are read where any file is named after a split; a folder that
+        source: a `.jsonl`, `.json` (either also `.gz`) or `.parquet` file; a folder of them, such as a copy of a
+            dataset of the hub, with the splits that it has there (`data/splits.py`); a folder that
             `datasets.save_to_disk` wrote; or a dataset's name on the hub, with a data folder after a colon if it has
             several (`"Anthropic/hh-rlhf:harmless-base"`). A name that ends like a file is never asked of the hub.
         split: which split, where the source has several. A single file is one split, whatever it is called.
-        subset: the hub's configuration name, or a folder inside a local folder.
+        subset: the hub's configuration name, of a local copy too, or a folder inside a local folder.
         limit: read the first `limit` rows only. Rows dropped as bad count among them.
         bad_pairs: "error" stops at the first row that is no preference, "drop" leaves it out and counts it.
         read: what makes a preference of a row.
@@ -156,7 +150,7 @@ def load_preferences(
     pairs: list[Preference] = []
     dropped: Counter[str] = Counter()
     first_bad: BadPair | None = None
-    for record, row in islice(_records(source, split, subset), limit):
+    for record, row in islice(records(source, split, subset), limit):
         try:
             pairs.append(read(record, row))
         except BadPair as bad:
@@ -279,150 +273,3 @@ def _word_border(chosen: str, rejected: str) -> int:
     while border and not chosen[border - 1].isspace() and not (chosen[border].isspace() and rejected[border].isspace()):
         border -= 1
     return border - 1 if border and chosen[border - 1] == " " else border
-
-
-def _records(source: str | Path, split: str, subset: str | None) -> Iterator[tuple[Mapping[str, Any], str]]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        if subset is not None:
-            raise ValueError(f"{path} is a single file and has no subset {subset!r}: leave the subset out")
-        return _file_records(path)
-    if path.is_dir():
-        return _folder_records(path, split, subset)
-    if isinstance(source, Path) or source.endswith(FILE_SUFFIXES) or not _HUB_NAME.fullmatch(source):
-        raise ValueError(f"{source} does not exist: check the path (relative paths start at {Path.cwd()})")
-    return _hub_records(source, split, subset)
-
-
-def _file_records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    if path.name.endswith(".parquet"):
-        return _parquet_records(path)
-    if path.name.endswith(JSON_SUFFIXES):
-        return _json_records(path)
-    raise ValueError(f"{path} is no preference file that can be read: use one of {', '.join(FILE_SUFFIXES)}")
-
-
-def _json_records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    lines: Iterable[str] = _lines(path)
-    if path.name.endswith((".json", ".json.gz")):
-        lines = list(lines)
-        text = "\n".join(lines)
-        if text.lstrip().startswith("["):
-            for i, value in enumerate(_parse_json(text, path, first_line=1)):
-                yield _object(value, f"{path.name} row {i}"), f"{path.name} row {i}"
-            return
-    filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    for i, (number, line) in enumerate(filled):
-        value = _parse_json(line, path, first_line=number)
-        yield _object(value, f"{path.name} line {number}"), f"{path.name} row {i}"
-
-
-def _lines(path: Path) -> Iterator[str]:
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path.name} line {number} is not UTF-8: save the file as UTF-8") from None
-        except (EOFError, OSError, zlib.error) as error:
-            remedy = "copy or download the file again"
-            raise ValueError(f"{path.name} is truncated or damaged after line {number} ({error}): {remedy}") from error
-
-
-def _parse_json(text: str, path: Path, *, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        remedy = "write one JSON object a line"
-        raise ValueError(
-            f"{path.name} line {line} is broken JSON ({error.msg} at column {error.colno}): {remedy}"
-        ) from None
-
-
-def _object(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        kind = type(value).__name__
-        raise ValueError(f"{where} is not a JSON object but {kind}: write one object with chosen and rejected a row")
-    return value
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows = (record for batch in file.iter_batches() for record in batch.to_pylist())
-            yield from _numbered(rows, path.name)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path.name} is no sound parquet file ({error}): copy or download it again") from error
-
-
-def _numbered(records: Iterable[Any], name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    for i, record in enumerate(records):
-        yield record, f"{name} row {i}"
-
-
-def _folder_records(folder: Path, split: str, subset: str | None) -> Iterator[tuple[Mapping[str, Any], str]]:
-    if subset is not None:
-        if not (folder / subset).is_dir():
-            raise ValueError(f"{folder} has no folder {subset!r} for that subset: {_listing(folder)}")
-        folder = folder / subset
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved_records(folder, split)
-    files = _data_files(folder) or _data_files(folder / "data")
-    if not files:
-        raise ValueError(f"{folder} holds no {', '.join(FILE_SUFFIXES)} file: {_listing(folder)}")
-    words = {file: set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
-    if any(words[file] & _SPLIT_WORDS for file in files):
-        named = [file for file in files if split.lower() in words[file]]
-        if not named:
-            names = ", ".join(file.name for file in files)
-            raise ValueError(
-                f"{folder} has no file of the split {split!r}: set --data.train_split or --data.eval_split to one that "
-                f"it has ({names})"
-            )
-        files = named
-    return (record for file in files for record in _file_records(file))
-
-
-def _data_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(FILE_SUFFIXES))
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return f"it holds {', '.join(names[:12]) or 'nothing'}{', …' if len(names) > 12 else ''}"
-
-
-def _saved_records(folder: Path, split: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import datasets
-
-    saved = datasets.load_from_disk(str(folder))
-    if not isinstance(saved, datasets.DatasetDict):
-        return _numbered(saved, folder.name)
-    if split not in saved:
-        raise ValueError(
-            f"{folder} has no split {split!r}: set --data.train_split or --data.eval_split to one of {', '.join(saved)}"
-        )
-    return _numbered(saved[split], f"{folder.name} {split}")
-
-
-def _hub_records(source: str, split: str, subset: str | None) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import datasets
-
-    name, _, data_dir = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, subset, data_dir=data_dir or None, split=split)
-    except Exception as error:  # the hub's client raises its own, datasets', httpx's and the builtin kinds
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{source}: neither a local file or folder of that name nor the hub (split {split!r}) could be read "
-            f"({type(error).__name__}: {first_line}). Check the name, the split and the subset; on a machine without "
-            "network give a .jsonl or .parquet file, or a folder that datasets.save_to_disk wrote"
-        ) from error
-    return _numbered(rows, f"{source} {split}")
