@@ -195,11 +195,6 @@ HH = "\n\nHuman: Why?\n\nAssistant:"
             "role or content is no string",
             id="image content",
         ),
-        pytest.param(
-            {"prompt": [USER], "chosen": [{**GOOD, "tool_calls": [{"name": "f"}]}], "rejected": [POOR]},
-            r"tool calls are not supported \(in chosen\)",
-            id="tool calls",
-        ),
         pytest.param({"chosen": "Yes", "rejected": "No"}, r"prompts differ \(no prompt column", id="nothing shared"),
         pytest.param(
             {"chosen": f"{HH} Because.", "rejected": "\n\nHuman: How?\n\nAssistant: No."},

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from tvkd_fast.data.formats import BadPair, LoadedPreferences, Preference, ReadRow, load_preferences, to_preference
+from tvkd_fast.data.formats import (
+    BadPair,
+    LoadedPreferences,
+    Preference,
+    ReadRow,
+    load_preferences,
+    read_row,
+    to_preference,
+)
 from tvkd_fast.data.packing import MicroBatching
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
 
@@ -227,7 +235,8 @@ def _load(
         )
     count = int(matched[2]) if matched[2] else None
     rows = preference_rows("train" if matched[1] == "train" else "eval", count)[:limit]
-    return LoadedPreferences([read(row, f"{source} row {i}") for i, row in enumerate(rows)], {}, source)
+    pairs = [pair for i, row in enumerate(rows) for pair in read_row(read, row, f"{source} row {i}")]
+    return LoadedPreferences(pairs, {}, source)
 
 
 def _with_progress(items: list[Preference], progress: bool) -> Iterable[Preference]:

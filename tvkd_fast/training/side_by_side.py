@@ -56,8 +56,8 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
         model = load_policy(name, replace(config.model, packing="padded"), frozen=True).model
         said[name] = []
         for start in range(0, count, AT_ONCE):
-            asked = prompts[start : start + AT_ONCE]
-            said[name] += answers(model, tokenizer, asked, max_new_tokens=config.max_new_tokens)
+            here = slice(start, start + AT_ONCE)
+            said[name] += answers(model, tokenizer, prompts[here], max_new_tokens=config.max_new_tokens, of=texts[here])
     folder = Path(config.generate)
     folder.mkdir(parents=True, exist_ok=True)
     pages = folder / "answers.md", folder / "answers.html"
