@@ -104,6 +104,7 @@ def test_a_split_is_what_datasets_reads(make_folder: MakeFolder, tmp_path: Path,
         ),
         pytest.param(["train.jsonl", "train.parquet"], "train", "in several formats .*keep one of them", id="twice"),
         pytest.param(["train.csv"], "train", "split 'train' has train.csv: save it as one of .jsonl", id="csv"),
+        pytest.param(["data/a-b-00000-of-00001.jsonl"], "a-b", r"but got '{'a-b'}'\.: rename the split", id="a dash"),
         pytest.param(["notes.txt"], "train", "holds no .jsonl, .*: it holds notes.txt", id="no data"),
     ],
 )
@@ -149,6 +150,13 @@ def test_cards_that_leave_it_open(make_folder: MakeFolder) -> None:
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: gone.jsonl\n---\n")
     with pytest.raises(ValueError, match=r"no file of the split 'train': .*it holds README.md, base, online"):
         read(folder, "train")
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a [v2]*?" / "data"
+    folder.mkdir(parents=True)
+    (folder / "filtered-00000-of-00001.jsonl").write_text(json.dumps(pair("x")))
+    assert read(folder.parent, "filtered") == ["x"]
 
 
 def test_rows_of_files_of_one_name_are_told_apart(make_folder: MakeFolder) -> None:

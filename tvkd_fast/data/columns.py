@@ -159,7 +159,10 @@ def _answers(record: Record, row: str) -> tuple[tuple[str, ...], Any, Any]:
     if not fitting:
         found = ", ".join(sorted(map(str, record))) or "none"
         wanted = "chosen, rejected and, unless they hold it, prompt"
-        raise BadPair(row, "missing column", f"found: {found}; wanted: {wanted}", "Rename the file's columns")
+        remedy = (
+            "Rename the file's columns, or make chosen and rejected of them; docs/data.md has the names that are read"
+        )
+        raise BadPair(row, "missing column", f"found: {found}; wanted: {wanted}", remedy)
     if len(fitting) > 1:
         ways = "; ".join(", ".join(columns) for columns, _ in fitting)
         remedy = "Remove the columns of all but one, or make columns chosen and rejected"

@@ -7,6 +7,7 @@ together only if their names differ by numbers at most; others are splits of the
 
 from __future__ import annotations
 
+import glob
 import re
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def files_of_split(folder: Path, split: str, config: str | None = None) -> list[
         found, splits = _resolved(folder, declared)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {', '.join(FILE_SUFFIXES)} file: {_listing(folder)}") from None
+    except ValueError as error:  # names that datasets takes for no split's
+        raise ValueError(f"{folder}: {error}: rename the split, in its README.md or of its files") from error
     files = splits.get(split) or splits.get(_ANY, [])
     if not files and found.get(split):
         names = ", ".join(sorted({file.name for file in found[split]})[:12])
@@ -88,11 +91,11 @@ def _resolved(folder: Path, declared: dict[str, Any]) -> tuple[Splits, Splits]:
     """Returns the splits as `datasets` finds them, and those of them and of single names that can be asked for."""
     from datasets.data_files import DEFAULT_PATTERNS_ALL, SPLIT_PATTERN_SHARDED, get_data_patterns, sanitize_patterns
 
-    base = (folder / declared.get("data_dir", "")).resolve()
+    base = (folder / str(declared.get("data_dir") or "")).resolve()
     if declared.get("data_files") is not None:
         found = _matching(sanitize_patterns(declared["data_files"]), base)
         return found, found
-    patterns = {str(split): of_split for split, of_split in get_data_patterns(str(base)).items()}
+    patterns = {str(split): of_split for split, of_split in get_data_patterns(glob.escape(str(base))).items()}
     found = _matching(patterns, base)
     if patterns == {split: [SPLIT_PATTERN_SHARDED.format(split=split)] for split in patterns}:
         return found, found
@@ -123,7 +126,7 @@ def _matching(patterns: dict[str, Any], base: Path) -> Splits:
         files: dict[Path, None] = {}
         for pattern in of_split:
             try:
-                files |= {Path(file): None for file in resolve_pattern(pattern, str(base))}
+                files |= {Path(file): None for file in resolve_pattern(pattern, glob.escape(str(base)))}
             except FileNotFoundError:
                 continue
         found[split] = [file for file in files if file.name.endswith(_TABLES)]
@@ -162,7 +165,7 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
         if alone.is_file():
             said |= yaml.safe_load(alone.read_text(encoding="utf-8")) or {}
         return dict(MetadataConfigs.from_dataset_card_data(said))
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{folder}: the YAML of its README.md cannot be read ({message}): mend it") from error
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tvkd_fast.data.messages import unwritten
@@ -38,7 +39,7 @@ def write_messages(
     """
     from jinja2 import TemplateError
 
-    taken = _arguments(tokenizer) & given.keys()
+    taken = _arguments(type(tokenizer).apply_chat_template) & given.keys()
     if taken:
         remedy = "Remove it from chat_template_kwargs, which are the template's own variables"
         raise BadPair(row, "an argument that is no variable of the template", ", ".join(sorted(taken)), remedy)
@@ -92,7 +93,8 @@ def check_without_template(pair: Preference) -> None:
         raise BadPair(pair.row, "only a chat template can write what the row carries", ", ".join(names), remedy)
 
 
-def _arguments(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+@cache
+def _arguments(apply: Callable[..., Any]) -> frozenset[str]:
     """Arguments of `apply_chat_template` that say how it is applied."""
-    named = inspect.signature(tokenizer.apply_chat_template).parameters.values()
-    return {x.name for x in named if x.kind is not x.VAR_KEYWORD} - {"tools", "documents"}
+    named = inspect.signature(apply).parameters.values()
+    return frozenset(x.name for x in named if x.kind is not x.VAR_KEYWORD) - {"tools", "documents"}
