@@ -195,11 +195,6 @@ HH = "\n\nHuman: Why?\n\nAssistant:"
             "role or content is no string",
             id="image content",
         ),
-        pytest.param(
-            {"prompt": [USER], "chosen": [{**GOOD, "tool_calls": [{"name": "f"}]}], "rejected": [POOR]},
-            r"tool calls are not supported \(in chosen\)",
-            id="tool calls",
-        ),
         pytest.param({"chosen": "Yes", "rejected": "No"}, r"prompts differ \(no prompt column", id="nothing shared"),
         pytest.param(
             {"chosen": f"{HH} Because.", "rejected": "\n\nHuman: How?\n\nAssistant: No."},
@@ -305,8 +300,9 @@ def test_folder_of_files_picks_the_split(write_jsonl: WriteJsonl) -> None:
 
 def test_folder_without_split_names_is_read_whole_and_data_is_looked_into(write_jsonl: WriteJsonl) -> None:
     folder = write_jsonl([PLAIN], "clone/data/a.jsonl").parents[1]
+    assert len(load_preferences(folder, split="validation").pairs) == 1
     write_jsonl([PLAIN], "clone/data/b.jsonl")
-    assert len(load_preferences(folder, split="validation").pairs) == 2
+    assert len(load_preferences(folder).pairs) == 2
 
 
 def test_subset_of_a_folder_is_a_folder_in_it(write_jsonl: WriteJsonl) -> None:

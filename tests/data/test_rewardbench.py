@@ -2,7 +2,7 @@
 
 import pytest
 
-from tvkd_fast.data import BadPair
+from tvkd_fast.data import BadPair, build_dataset
 from tvkd_fast.data.rewardbench import SECTIONS, section_weights, to_rewardbench
 
 ROW = {"id": 3, "subset": "llmbar-natural", "prompt": "Say a.", "chosen": "a", "rejected": "b"}
@@ -46,3 +46,54 @@ def test_weights_are_shares_of_what_is_there():
         "Chat Hard": {"mt-bench-hard": pytest.approx(37 / 137), "llmbar-natural": pytest.approx(100 / 137)},
         "Reasoning": {"hep-go": 1.0},
     }
+
+
+LISTS = ROW | {
+    "subset": "Factuality",
+    "chosen": ["a"],
+    "rejected": ["b", "c", "d"],
+    "num_correct": 1,
+    "num_incorrect": 3,
+}
+
+
+def answers(record):
+    return [(pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in to_rewardbench(record, "row 7")]
+
+
+def test_lists_of_answers_are_pairs_of_one_row():
+    pairs = to_rewardbench(LISTS, "row 7")
+    assert answers(LISTS) == [("a", "b"), ("a", "c"), ("a", "d")]
+    assert {pair.row for pair in pairs} == {"row 7"}
+    assert {pair.subset for pair in pairs} == {"Factuality"}
+    assert pairs[2].prompt == [{"role": "user", "content": "Say a."}]
+
+
+def test_ties_hold_every_answer():
+    ties = LISTS | {"chosen": ["a", "A", "aa"], "rejected": ["b", "c"], "num_correct": 3, "num_incorrect": 2}
+    assert answers(ties) == [("a", "b"), ("A", "c"), ("aa", "b")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_correct": 2}, "another number of answers .num_correct is 2, and there are 1"),
+        ({"rejected": ["b", "a", "c"]}, "chosen equals rejected"),
+        ({"rejected": ["b", "", "c"]}, "empty response .rejected"),
+        ({"rejected": []}, "without rejected"),
+        ({"rejected": [{"role": "assistant", "content": "b"}]}, "rejected must be a string or a list of strings"),
+        ({"chosen": {"a": 1}}, "chosen must be a string or a list of strings"),
+    ],
+)
+def test_lists_that_are_none_of_answers_are_refused(change, message):
+    with pytest.raises(BadPair, match=f"row 7: .*{message}"):
+        to_rewardbench(LISTS | change, "row 7")
+
+
+def test_a_row_without_one_of_its_answers_is_no_row(write_jsonl, chatml):
+    long = LISTS | {"rejected": ["b", "c", "d" * 60]}
+    path = write_jsonl([LISTS, long])
+    dataset = build_dataset(path, chatml, max_length=60, truncation="keep_end", overlong="drop", read=to_rewardbench)
+    assert [pair.row for pair in dataset] == ["train.jsonl row 0"] * 3
+    assert dataset.report.dropped_overlong == 1
+    assert dataset.report.dropped_bad == {"another pair of the row was dropped": 2}

@@ -12,7 +12,7 @@ from tvkd_fast.data import MicroBatching, build_dataset, collate_pairs
 from tvkd_fast.models import load_tokenizer
 from tvkd_fast.training.config import ModelConfig
 from tvkd_fast.training.evaluate import measure
-from tvkd_fast.training.judged import Judged, compared, judge_pairs, table
+from tvkd_fast.training.judged import Judged, by_row, compared, judge_pairs, table
 from tvkd_fast.training.pages import html_page, markdown_page
 from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.scoring import OnlineScorer
@@ -72,6 +72,12 @@ def test_numbers_come_in_the_datasets_order_however_it_is_packed(pairs):
 
 def judged(name, chosen, rejected):
     return Judged(name, torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64))
+
+
+def test_a_row_is_right_where_all_of_its_pairs_are():
+    model = by_row(judged("a", [2.0, 3.0, 1.0, 5.0, 4.0], [1.0, 0.0, 1.5, 4.0, 4.0]), ["x", "x", "y", "z", "z"])
+    assert (model.chosen.tolist(), model.rejected.tolist()) == ([2.0, 1.0, 4.0], [1.0, 1.5, 4.0])
+    assert model.right.tolist() == [1.0, 0.0, 0.0]
 
 
 def test_a_tie_is_wrong():
@@ -220,3 +226,31 @@ def test_a_policy_that_was_named_stays_the_first(files, model_folder, capsys):
     main(["eval", "--policy", first, "--model", second, "--data", str(files / "eval.jsonl")])
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [row["model"] for row in found["models"]] == [first, second]
+
+
+def test_prompts_with_several_answers_count_once(model_folder, tmp_path, capsys):
+    """As of RewardBench 2: every answer scored by itself, and chosen ones against the best of the others."""
+    rows = [
+        {"id": "1", "subset": "Math", "prompt": "1: say ab.", "chosen": ["ab"], "rejected": ["no", "ba", "b"]},
+        {"id": "2", "subset": "Math", "prompt": "2: say ab.", "chosen": ["b"], "rejected": ["ab", "no no", "aa"]},
+        {"id": "ref:1", "subset": "Ties", "prompt": "3: say a.", "chosen": ["ab", "a", "aa"], "rejected": ["no", "bb"]},
+    ]
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = model_folder(seed=0)
+    main(["eval", "--model", str(folder), "--data", str(tmp_path / "bench.jsonl"), "--format", "rewardbench"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    singles = [
+        {"prompt": row["prompt"], "chosen": a, "rejected": b, "subset": f"{i} {j}"}
+        for i, row in enumerate(rows)
+        for j, (a, b) in enumerate((a, b) for a in row["chosen"] for b in row["rejected"])
+    ]
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in singles))
+    main(["eval", "--model", str(folder), "--data", str(tmp_path / "bench.jsonl"), "--format", "rewardbench"])
+    of_pairs = json.loads(capsys.readouterr().out.splitlines()[-1])["models"][0]["subsets"]
+    right = [min(x["mean"] for name, x in of_pairs.items() if name.startswith(f"{i} ")) for i in range(3)]
+    assert found["pairs"] == 3
+    subsets = found["models"][0]["subsets"]
+    assert {name: (x["pairs"], x["mean"]) for name, x in subsets.items()} == {
+        "Math": (2, sum(right[:2]) / 2),
+        "Ties": (1, right[2]),
+    }

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from tvkd_fast.data.formats import BadPair, LoadedPreferences, Preference, ReadRow, load_preferences, to_preference
+from tvkd_fast.data.formats import (
+    BadPair,
+    LoadedPreferences,
+    Preference,
+    ReadRow,
+    load_preferences,
+    read_row,
+    to_preference,
+)
 from tvkd_fast.data.packing import MicroBatching
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
 
@@ -129,10 +137,10 @@ def build_dataset(
     to_tokens = PairTokenizer(tokenizer, chat_template=chat_template)
     loaded = _load(source, split, subset, limit, bad_pairs, read)
     dropped = Counter(loaded.dropped)
-    dropped_overlong = truncated = 0
+    dropped_overlong = 0
+    lost: set[str] = set()
     first_dropped: BadPair | None = None
-    pairs: list[TokenizedPair] = []
-    texts: list[Preference] = []
+    made: list[tuple[TokenizedPair, bool, Preference]] = []
     for pair in _with_progress(loaded.pairs, progress):
         try:
             whole = to_tokens(pair)
@@ -141,6 +149,7 @@ def build_dataset(
                 raise bad.that_stops() from None
             first_dropped = first_dropped or bad
             dropped[bad.reason] += 1
+            lost.add(pair.row)
             continue
         try:
             kept, was_cut = truncate_pair(whole, max_length=max_length, truncation=truncation)
@@ -151,10 +160,14 @@ def build_dataset(
                 raise
             first_dropped = first_dropped or bad
             dropped_overlong += 1
+            lost.add(pair.row)
             continue
-        truncated += was_cut
-        pairs.append(kept)
-        texts.append(pair)
+        made.append((kept, was_cut, pair))
+    # A row of several pairs is judged by all of them, and would be easier without one.
+    complete = [entry for entry in made if entry[0].row not in lost]
+    if len(complete) < len(made):
+        dropped["another pair of the row was dropped"] += len(made) - len(complete)
+    pairs = [kept for kept, _, _ in complete]
     if not pairs:
         raise ValueError(f"{source}: no pair is left of {len(loaded.pairs)}; the first one dropped was {first_dropped}")
     report = report_of(
@@ -162,11 +175,11 @@ def build_dataset(
         source=loaded.source,
         max_length=max_length,
         truncation=truncation,
-        truncated=truncated,
+        truncated=sum(was_cut for _, was_cut, _ in complete),
         dropped_overlong=dropped_overlong,
         dropped_bad=dict(dropped),
     )
-    return PairDataset(pairs, report, texts)
+    return PairDataset(pairs, report, [text for _, _, text in complete])
 
 
 def report_of(pairs: Sequence[TokenizedPair], **counts: Any) -> TokenReport:
@@ -227,7 +240,8 @@ def _load(
         )
     count = int(matched[2]) if matched[2] else None
     rows = preference_rows("train" if matched[1] == "train" else "eval", count)[:limit]
-    return LoadedPreferences([read(row, f"{source} row {i}") for i, row in enumerate(rows)], {}, source)
+    pairs = [pair for i, row in enumerate(rows) for pair in read_row(read, row, f"{source} row {i}")]
+    return LoadedPreferences(pairs, {}, source)
 
 
 def _with_progress(items: list[Preference], progress: bool) -> Iterable[Preference]:

@@ -1,78 +1,38 @@
 """Preference pairs as people store them, read into one shape.
 
-A `Preference` is one prompt and two answers to it. `load_preferences` finds the rows (a file, a folder, the hub) and
-`to_preference` recognises what a row means; what cannot be a preference is a `BadPair` that names its row.
+`load_preferences` finds the rows (a file, a folder, the hub) and `to_preference` recognises what a row means; what
+cannot be a preference is a `BadPair` that names its row.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-Message = dict[str, str]
-"""One turn of a conversation: `role` and `content`."""
+from tvkd_fast.data.columns import Named, named
+from tvkd_fast.data.messages import is_list, read_messages, says, strings
+from tvkd_fast.data.pairs import BadPair, Message, Preference
+from tvkd_fast.data.sources import records
 
-JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+__all__ = [
+    "BadPair",
+    "LoadedPreferences",
+    "Message",
+    "Preference",
+    "ReadRow",
+    "load_preferences",
+    "read_row",
+    "to_preference",
+]
 
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w./-]+)?")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-_SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "eval", "dev"}
-
-
-class BadPair(ValueError):  # noqa: N818  the row is what is bad
-    """A row that is no preference between two answers to one prompt.
-
-    Attributes:
-        row: where the row came from.
-        reason: the kind of fault, the same words for every row that has it, so that faults can be counted.
-        detail: what is particular to this row, or "".
-        remedy: what helps, where dropping the row is not all that does, or "".
-    """
-
-    def __init__(self, row: str, reason: str, detail: str = "", remedy: str = "") -> None:
-        super().__init__(row, reason, detail, remedy)
-        self.row, self.reason, self.detail, self.remedy = row, reason, detail, remedy
-
-    def that_stops(self) -> BadPair:
-        """The same, with the remedy that every bad row has where it has none of its own."""
-        remedy = self.remedy or "Mend the row, or leave such rows out with --data.bad_pairs drop"
-        return BadPair(self.row, self.reason, self.detail, remedy)
-
-    def __str__(self) -> str:
-        text = f"{self.row}: {self.reason}"
-        if self.detail:
-            text += f" ({self.detail})"
-        return f"{text}. {self.remedy}" if self.remedy else text
-
-
-@dataclass(frozen=True)
-class Preference:
-    """One prompt, the preferred answer and the other one.
-
-    Either all three are strings (plain) or all three are lists of messages (conversational), where the answers hold
-    only what follows the prompt. `row` says where the pair came from: "train.jsonl row 17", counted from 0; `subset` to
-    which part of a benchmark it belongs.
-    """
-
-    prompt: str | list[Message]
-    chosen: str | list[Message]
-    rejected: str | list[Message]
-    row: str
-    subset: str = ""
-
-    def __post_init__(self) -> None:
-        if len({isinstance(part, str) for part in (self.prompt, self.chosen, self.rejected)}) > 1:
-            raise ValueError(f"{self.row}: prompt, chosen and rejected must be all strings or all lists of messages")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
 @dataclass(frozen=True)
@@ -84,8 +44,8 @@ class LoadedPreferences:
     source: str
 
 
-ReadRow = Callable[[Mapping[str, Any], str], Preference]
-"""A row's columns and where it came from, to a preference."""
+ReadRow = Callable[[Mapping[str, Any], str], Preference | list[Preference]]
+"""A row's columns and where it came from, to a preference, or to several that share the row's name."""
 
 
 def to_preference(record: Mapping[str, Any], row: str) -> Preference:
@@ -101,26 +61,43 @@ def to_preference(record: Mapping[str, Any], row: str) -> Preference:
     | HH-RLHF | absent or null | "\\n\\nHuman: … \\n\\nAssistant: …" dialogues, read as messages |
 
     An implicit plain prompt ends where the answers stop being alike, backed up to the border of a word; one space at
-    the border belongs to the answers. Dialogue turns lose the whitespace around them. Other columns are ignored.
+    the border belongs to the answers. Dialogue turns lose the whitespace around them. Columns of other names are read
+    by the rules of `data/columns.py`. A `system` column is the conversation's first turn, and makes a plain row one,
+    unless its prompt holds that text already. Messages keep all that they carry, and `tools`, `documents` and
+    `chat_template_kwargs` go to the chat template with them. Columns that only describe the row are left alone.
 
     Raises:
-        BadPair: a column is missing or of the wrong type, a prompt or an answer is empty, the answers are equal, or
-            the prompts differ.
+        BadPair: a column is missing or of the wrong type, could be meant in two ways or has no place in the pair; a
+            prompt or an answer is empty, the answers are equal, or the prompts differ.
     """
-    if "chosen" not in record or "rejected" not in record:
-        found = ", ".join(sorted(map(str, record))) or "none"
-        wanted = "chosen, rejected and, unless they hold it, prompt"
-        raise BadPair(row, "missing column", f"found: {found}; wanted: {wanted}", "Rename the file's columns")
-    prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
+    given = named(record, row)
+    for name, value in (("prompt", given.prompt), ("chosen", given.chosen), ("rejected", given.rejected)):
+        if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
+            raise BadPair(row, "messages written as text", name, "Parse the column, and write lists of messages")
+    chosen, rejected = given.chosen, given.rejected
     if isinstance(chosen, str) and isinstance(rejected, str):
-        pair = _plain(prompt, chosen, rejected, row)
-    elif _is_list(chosen) and _is_list(rejected):
-        pair = _conversational(prompt, _messages(chosen, "chosen", row), _messages(rejected, "rejected", row), row)
+        pair = _plain(given, row)
+    elif _are_texts(chosen) and _are_texts(rejected):
+        remedy = "Evaluate it with --format rewardbench, or write a row for every two answers"
+        raise BadPair(row, "several answers in one column", "", remedy)
+    elif is_list(chosen) and is_list(rejected):
+        turns = read_messages(chosen, "chosen", row), read_messages(rejected, "rejected", row)
+        pair = _conversational(given.prompt, *turns, row)
     else:
         kinds = f"chosen is {type(chosen).__name__}, rejected is {type(rejected).__name__}"
         raise BadPair(row, "wrong type", f"{kinds}; both must be strings or both lists of messages")
+    pair = replace(_with_system(pair, given), template=given.template, unread=given.unread)
     _check(pair)
     return pair
+
+
+def read_row(read: ReadRow, record: Mapping[str, Any], row: str) -> list[Preference]:
+    """Returns what `read` makes of a row, one pair or several. Raises BadPair where it makes none."""
+    try:
+        found = read(record, row)
+    except RecursionError:
+        raise BadPair(row, "nested too deeply to be read") from None
+    return found if isinstance(found, list) else [found]
 
 
 def load_preferences(
@@ -135,12 +112,12 @@ def load_preferences(
     """Reads preference pairs from a file, a folder or the hub.
 
     Args:
-        source: a `.jsonl`, `.json` (either also `.gz`) or `.parquet` file; a folder of them, of which the files
-            named after `split` are read where any file is named after a split; a folder that
+        source: a `.jsonl`, `.json` (either also `.gz`) or `.parquet` file; a folder of them, such as a copy of a
+            dataset of the hub, with the splits that it has there (`data/splits.py`); a folder that
             `datasets.save_to_disk` wrote; or a dataset's name on the hub, with a data folder after a colon if it has
             several (`"Anthropic/hh-rlhf:harmless-base"`). A name that ends like a file is never asked of the hub.
         split: which split, where the source has several. A single file is one split, whatever it is called.
-        subset: the hub's configuration name, or a folder inside a local folder.
+        subset: the hub's configuration name, of a local copy too, or a folder inside a local folder.
         limit: read the first `limit` rows only. Rows dropped as bad count among them.
         bad_pairs: "error" stops at the first row that is no preference, "drop" leaves it out and counts it.
         read: what makes a preference of a row.
@@ -156,9 +133,9 @@ def load_preferences(
     pairs: list[Preference] = []
     dropped: Counter[str] = Counter()
     first_bad: BadPair | None = None
-    for record, row in islice(_records(source, split, subset), limit):
+    for record, row in islice(records(source, split, subset), limit):
         try:
-            pairs.append(read(record, row))
+            pairs += read_row(read, record, row)
         except BadPair as bad:
             if bad_pairs == "error":
                 raise bad.that_stops() from None
@@ -171,7 +148,8 @@ def load_preferences(
     return LoadedPreferences(pairs, dict(dropped), str(source))
 
 
-def _plain(prompt: object, chosen: str, rejected: str, row: str) -> Preference:
+def _plain(given: Named, row: str) -> Preference:
+    prompt, chosen, rejected = given.prompt, given.chosen, given.rejected
     if isinstance(prompt, str):
         return Preference(prompt, chosen, rejected, row)
     if prompt is not None:
@@ -196,14 +174,14 @@ def _conversational(prompt: object, chosen: list[Message], rejected: list[Messag
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages:
             raise BadPair(row, "empty response", name)
-    if prompt is not None and not isinstance(prompt, str) and not _is_list(prompt):
+    if prompt is not None and not isinstance(prompt, str) and not is_list(prompt):
         kind = type(prompt).__name__
         raise BadPair(row, "wrong type", f"prompt is {kind}; it must be a string or a list of messages")
     if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return Preference([{"role": "user", "content": prompt}], chosen, rejected, row)
     if prompt is None or isinstance(prompt, str):
         return _answers_to_one_prompt(chosen, rejected, row)
-    asked = _messages(prompt, "prompt", row)
+    asked = read_messages(prompt, "prompt", row)
     return Preference(asked, _after(asked, chosen), _after(asked, rejected), row)
 
 
@@ -222,44 +200,59 @@ def _answers_to_one_prompt(chosen: list[Message], rejected: list[Message], row: 
     return Preference(chosen[:shared], chosen[shared:], rejected[shared:], row)
 
 
+def _with_system(pair: Preference, given: Named) -> Preference:
+    """The pair with its system column as first turn; a plain one becomes a conversation for it."""
+    text = given.system
+    if text is None:
+        return pair
+    if isinstance(pair.prompt, str):
+        if given.prompt is None or (text and text.strip() in pair.prompt):
+            return pair
+        chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in (pair.chosen, pair.rejected))
+        pair = Preference([{"role": "user", "content": pair.prompt}], chosen, rejected, pair.row)
+    if not text.strip():
+        return pair
+    turn = {"role": "system", "content": text}
+    first = next(iter(pair.prompt), None)
+    if not isinstance(first, dict) or first["role"] != "system":
+        return replace(pair, prompt=[turn, *pair.prompt])
+    if first != turn:
+        raise BadPair(pair.row, "two system turns", "a column and the prompt's first", "Keep one of them")
+    return pair
+
+
 def _check(pair: Preference) -> None:
-    if not _text(pair.prompt).strip():
+    if not _says(pair.prompt):
         raise BadPair(pair.row, "empty prompt")
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         for message in answer:
             if not isinstance(message, str) and message["role"] != "assistant":
                 raise BadPair(pair.row, "answer is not the assistant's", f"{name} holds a {message['role']} turn")
-        if not _text(answer).strip():
+        if not _says(answer):
             raise BadPair(pair.row, "empty response", name)
     if pair.chosen == pair.rejected:
         raise BadPair(pair.row, "chosen equals rejected")
-    for name, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+    parts = ("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)
+    for name, part in (*parts, *pair.template.items()):
         try:
-            _text(text).encode()
+            "".join(strings(part)).encode()
         except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and no tokenizer can read
             raise BadPair(pair.row, "text is not valid Unicode", name) from None
+    if isinstance(pair.prompt, str):
+        homeless = [name for name, value in pair.template.items() if value not in ([], None)]
+        if homeless:
+            remedy = "Write prompt, chosen and rejected as messages, or remove the column"
+            raise BadPair(
+                pair.row, "plain text has no place for what a chat template is given", ", ".join(homeless), remedy
+            )
 
 
-def _text(content: str | list[Message]) -> str:
-    return content if isinstance(content, str) else "".join(message["content"] for message in content)
+def _says(part: str | list[Message]) -> bool:
+    return bool(part.strip()) if isinstance(part, str) else any(says(message) for message in part)
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _messages(values: Any, column: str, row: str) -> list[Message]:
-    messages = []
-    for value in values:
-        if not isinstance(value, Mapping) or "role" not in value or "content" not in value:
-            raise BadPair(row, "message without role and content", f"in {column}")
-        role, content = value["role"], value["content"]
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise BadPair(row, "wrong type", f"{column} holds a message whose role or content is no string")
-        if value.get("tool_calls"):
-            raise BadPair(row, "tool calls are not supported", f"in {column}")
-        messages.append({"role": role, "content": content})
-    return messages
+def _are_texts(value: object) -> bool:
+    return isinstance(value, str) or (is_list(value) and bool(value) and all(isinstance(x, str) for x in value))
 
 
 def _is_dialogue(text: str) -> bool:
@@ -279,150 +272,3 @@ def _word_border(chosen: str, rejected: str) -> int:
     while border and not chosen[border - 1].isspace() and not (chosen[border].isspace() and rejected[border].isspace()):
         border -= 1
     return border - 1 if border and chosen[border - 1] == " " else border
-
-
-def _records(source: str | Path, split: str, subset: str | None) -> Iterator[tuple[Mapping[str, Any], str]]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        if subset is not None:
-            raise ValueError(f"{path} is a single file and has no subset {subset!r}: leave the subset out")
-        return _file_records(path)
-    if path.is_dir():
-        return _folder_records(path, split, subset)
-    if isinstance(source, Path) or source.endswith(FILE_SUFFIXES) or not _HUB_NAME.fullmatch(source):
-        raise ValueError(f"{source} does not exist: check the path (relative paths start at {Path.cwd()})")
-    return _hub_records(source, split, subset)
-
-
-def _file_records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    if path.name.endswith(".parquet"):
-        return _parquet_records(path)
-    if path.name.endswith(JSON_SUFFIXES):
-        return _json_records(path)
-    raise ValueError(f"{path} is no preference file that can be read: use one of {', '.join(FILE_SUFFIXES)}")
-
-
-def _json_records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    lines: Iterable[str] = _lines(path)
-    if path.name.endswith((".json", ".json.gz")):
-        lines = list(lines)
-        text = "\n".join(lines)
-        if text.lstrip().startswith("["):
-            for i, value in enumerate(_parse_json(text, path, first_line=1)):
-                yield _object(value, f"{path.name} row {i}"), f"{path.name} row {i}"
-            return
-    filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    for i, (number, line) in enumerate(filled):
-        value = _parse_json(line, path, first_line=number)
-        yield _object(value, f"{path.name} line {number}"), f"{path.name} row {i}"
-
-
-def _lines(path: Path) -> Iterator[str]:
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path.name} line {number} is not UTF-8: save the file as UTF-8") from None
-        except (EOFError, OSError, zlib.error) as error:
-            remedy = "copy or download the file again"
-            raise ValueError(f"{path.name} is truncated or damaged after line {number} ({error}): {remedy}") from error
-
-
-def _parse_json(text: str, path: Path, *, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        remedy = "write one JSON object a line"
-        raise ValueError(
-            f"{path.name} line {line} is broken JSON ({error.msg} at column {error.colno}): {remedy}"
-        ) from None
-
-
-def _object(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        kind = type(value).__name__
-        raise ValueError(f"{where} is not a JSON object but {kind}: write one object with chosen and rejected a row")
-    return value
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows = (record for batch in file.iter_batches() for record in batch.to_pylist())
-            yield from _numbered(rows, path.name)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path.name} is no sound parquet file ({error}): copy or download it again") from error
-
-
-def _numbered(records: Iterable[Any], name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    for i, record in enumerate(records):
-        yield record, f"{name} row {i}"
-
-
-def _folder_records(folder: Path, split: str, subset: str | None) -> Iterator[tuple[Mapping[str, Any], str]]:
-    if subset is not None:
-        if not (folder / subset).is_dir():
-            raise ValueError(f"{folder} has no folder {subset!r} for that subset: {_listing(folder)}")
-        folder = folder / subset
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved_records(folder, split)
-    files = _data_files(folder) or _data_files(folder / "data")
-    if not files:
-        raise ValueError(f"{folder} holds no {', '.join(FILE_SUFFIXES)} file: {_listing(folder)}")
-    words = {file: set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
-    if any(words[file] & _SPLIT_WORDS for file in files):
-        named = [file for file in files if split.lower() in words[file]]
-        if not named:
-            names = ", ".join(file.name for file in files)
-            raise ValueError(
-                f"{folder} has no file of the split {split!r}: set --data.train_split or --data.eval_split to one that "
-                f"it has ({names})"
-            )
-        files = named
-    return (record for file in files for record in _file_records(file))
-
-
-def _data_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(FILE_SUFFIXES))
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return f"it holds {', '.join(names[:12]) or 'nothing'}{', …' if len(names) > 12 else ''}"
-
-
-def _saved_records(folder: Path, split: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import datasets
-
-    saved = datasets.load_from_disk(str(folder))
-    if not isinstance(saved, datasets.DatasetDict):
-        return _numbered(saved, folder.name)
-    if split not in saved:
-        raise ValueError(
-            f"{folder} has no split {split!r}: set --data.train_split or --data.eval_split to one of {', '.join(saved)}"
-        )
-    return _numbered(saved[split], f"{folder.name} {split}")
-
-
-def _hub_records(source: str, split: str, subset: str | None) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import datasets
-
-    name, _, data_dir = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, subset, data_dir=data_dir or None, split=split)
-    except Exception as error:  # the hub's client raises its own, datasets', httpx's and the builtin kinds
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{source}: neither a local file or folder of that name nor the hub (split {split!r}) could be read "
-            f"({type(error).__name__}: {first_line}). Check the name, the split and the subset; on a machine without "
-            "network give a .jsonl or .parquet file, or a folder that datasets.save_to_disk wrote"
-        ) from error
-    return _numbered(rows, f"{source} {split}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tvkd_fast.data.dataset import PairDataset, report_of
 from tvkd_fast.data.formats import BadPair, Message, Preference
+from tvkd_fast.data.templates import carried
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def retokenize(
     truncated = 0
     for pair, text in zip(dataset, dataset.texts, strict=True):
         try:
+            _check_carried(text)
             _check_special(text, apart)
             own = _own(_as_far_as_the_policy(pair, text, ours), pair, theirs)
             own, was_cut = truncate_pair(own, max_length=max_length, truncation=dataset.report.truncation)
@@ -89,6 +91,13 @@ def _teachers(tokenizer: PreTrainedTokenizerBase, chat_template: Template) -> Pa
         return PairTokenizer(tokenizer, chat_template=chat_template)
     except ValueError as error:
         raise ValueError(f"of the teacher: {error}") from error
+
+
+def _check_carried(text: Preference) -> None:
+    """Another template may leave out tools and thoughts, or have other variables, and nothing here would see it."""
+    names = carried(text)
+    if names:
+        raise BadPair(text.row, "another template may not write what the row carries", ", ".join(names))
 
 
 def _check_special(text: Preference, apart: frozenset[str]) -> None:

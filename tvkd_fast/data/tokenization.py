@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.data.formats import BadPair, Message, Preference
+from tvkd_fast.data.templates import check_columns, check_without_template, variables_of, write_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         self.uses_template = chat_template == "auto" and bool(tokenizer.chat_template)
+        self._variables = variables_of(tokenizer) if self.uses_template else frozenset()
         added = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
         self.special_ids: frozenset[int] = frozenset({*tokenizer.all_special_ids, *added})
 
@@ -103,10 +105,11 @@ class PairTokenizer:
         assert isinstance(pair.prompt, list)
         assert isinstance(pair.chosen, list)
         assert isinstance(pair.rejected, list)
-        prompt = self._template(pair.prompt, pair.row, add_generation_prompt=True)
+        check_columns(pair, self._variables)
+        prompt = self._template(pair.prompt, pair, add_generation_prompt=True)
         responses = []
         for answer in (pair.chosen, pair.rejected):
-            whole = self._template([*pair.prompt, *answer], pair.row, add_generation_prompt=False)
+            whole = self._template([*pair.prompt, *answer], pair, add_generation_prompt=False)
             if not whole.startswith(prompt):
                 raise ValueError(
                     f"{pair.row}: the tokenizer's chat template writes the prompt otherwise once an answer follows it, "
@@ -116,17 +119,9 @@ class PairTokenizer:
             responses.append(whole[len(prompt) :])
         return prompt, responses[0], responses[1]
 
-    def _template(self, messages: list[Message], row: str, *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DATE
-            )
-        except TemplateError as error:
-            raise BadPair(row, "refused by the chat template", str(error)) from error
-        assert isinstance(text, str)
-        return text
+    def _template(self, messages: list[Message], pair: Preference, *, add_generation_prompt: bool) -> str:
+        given = {"date_string": TEMPLATE_DATE, **pair.template}
+        return write_messages(self.tokenizer, messages, given, pair.row, add_generation_prompt=add_generation_prompt)
 
 
 def tokenize_pair(
@@ -145,8 +140,9 @@ def tokenize_pair(
     To tokenize many pairs, make one `PairTokenizer` and call it.
 
     Raises:
-        BadPair: prompt or response has no tokens, both responses have the same ones, or the template refuses the
-            conversation (some ask user and assistant to take turns).
+        BadPair: prompt or response has no tokens, both responses have the same ones, the template refuses the
+            conversation (some ask user and assistant to take turns) or fails over it, or there is none to write what
+            the row carries beside roles and contents.
         ValueError: the tokenizer has no end-of-sequence token, or its template rewrites the prompt.
     """
     return PairTokenizer(tokenizer, chat_template=chat_template)(pair)
@@ -215,6 +211,7 @@ def _render_plain(pair: Preference) -> tuple[str, str, str]:
         return pair.prompt, pair.chosen, pair.rejected
     assert isinstance(pair.chosen, list)
     assert isinstance(pair.rejected, list)
+    check_without_template(pair)
     return f"{_dialogue(pair.prompt)}\n\nAssistant:", _answer(pair.chosen), _answer(pair.rejected)
 
 

@@ -24,11 +24,11 @@ class DataConfig:
     eval: str | None = None
     """Held-out pairs, from the same kinds of places."""
     train_split: str = "train"
-    """Split of a hub dataset or `datasets` folder to train on."""
+    """Split of a hub dataset, or of a folder, to train on; a split that does not exist lists those that do."""
     eval_split: str = "test"
-    """Split of a hub dataset or `datasets` folder to evaluate on."""
+    """Split of a hub dataset, or of a folder, to evaluate on."""
     subset: str | None = None
-    """Configuration name of a hub dataset."""
+    """Configuration name of a hub dataset or of a copy of one, or a folder inside a folder."""
     train_limit: int | None = None
     """Read only so many training rows."""
     eval_limit: int | None = None
@@ -315,7 +315,8 @@ class EvalConfig:
     output: str | None = None
     """File to append the JSON line to, beside printing it."""
     format: Literal["pairs", "rewardbench"] = "pairs"
-    """`rewardbench`: columns prompt, chosen, rejected and subset; a table of its subsets and sections."""
+    """`rewardbench`: columns prompt, chosen, rejected and subset; a table of its subsets and sections. Of lists of
+    answers, as RewardBench 2 has them, each chosen one must beat each rejected one."""
     compare: list[str] = field(default_factory=list)
     """More models, over the same reference: a table of all, and a paired test of each beside the policy."""
     reference_free: Literal["mean", "sum", "norm"] = "mean"

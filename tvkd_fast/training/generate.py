@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tvkd_fast.data.templates import write_messages
 from tvkd_fast.data.tokenization import TEMPLATE_DATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tvkd_fast.data.formats import Message
+    from tvkd_fast.data.formats import Message, Preference
 
 
 @torch.no_grad()
@@ -22,11 +23,19 @@ def answers(
     prompts: Sequence[list[Message]],
     *,
     max_new_tokens: int = 40,
+    of: Sequence[Preference] = (),
 ) -> list[str]:
-    """The model's greedy answer to each conversation, cut at the end of its turn."""
+    """The model's greedy answer to each conversation, cut at the end of its turn.
+
+    `of` are the pairs that the prompts were taken from, where they were: their tools and the template's variables.
+    """
+    given = [{"date_string": TEMPLATE_DATE, **pair.template} for pair in of] or [{"date_string": TEMPLATE_DATE}] * len(
+        prompts
+    )
+    names = [pair.row for pair in of] or [f"prompt {i}" for i in range(len(prompts))]
     texts = [
-        tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE)
-        for p in prompts
+        write_messages(tokenizer, prompt, more, name, add_generation_prompt=True)
+        for prompt, more, name in zip(prompts, given, names, strict=True)
     ]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     length = max(map(len, rows))

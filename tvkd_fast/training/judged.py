@@ -71,6 +71,20 @@ def judge_pairs(
     return Judged(name, chosen, rejected)
 
 
+def by_row(model: Judged, rows: Sequence[str]) -> Judged:
+    """Returns each row's lowest chosen and highest rejected score: a row is right where all of its pairs are.
+
+    `rows` names each pair's row; rows are in the order of their first pairs.
+    """
+    places = {name: place for place, name in enumerate(dict.fromkeys(rows))}
+    index = torch.tensor([places[name] for name in rows], device=model.chosen.device)
+    chosen = model.chosen.new_zeros(len(places)).scatter_reduce(0, index, model.chosen, "amin", include_self=False)
+    rejected = model.rejected.new_zeros(len(places)).scatter_reduce(
+        0, index, model.rejected, "amax", include_self=False
+    )
+    return Judged(model.name, chosen, rejected)
+
+
 def compared(models: Sequence[Judged], subsets: Sequence[str], *, sections: bool) -> dict[str, Any]:
     """Accuracies with 95% bootstrap intervals of every subset, every section and of all, for each model.
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from tvkd_fast.data.messages import text_of
+
 if TYPE_CHECKING:
     from tvkd_fast.data.formats import Message
 
@@ -51,8 +53,8 @@ def page(title: str, style: str, body: str) -> str:
 
 def _conversation(prompt: list[Message]) -> str:
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        return text_of(prompt[0])
+    return "\n\n".join(f"{turn['role']}: {text_of(turn)}" for turn in prompt)
 
 
 def _quoted(text: str) -> str:

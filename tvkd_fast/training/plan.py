@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tvkd_fast.data import PairDataset
-from tvkd_fast.data.formats import FILE_SUFFIXES
+from tvkd_fast.data.splits import FILE_SUFFIXES
 from tvkd_fast.models import ModelShape, load_tokenizer, model_shape
 from tvkd_fast.training.build import load_dataset
 from tvkd_fast.training.config import TrainConfig, micro_batching

@@ -14,12 +14,12 @@ from tvkd_fast.models import load_tokenizer
 from tvkd_fast.training.build import load_dataset, sharing_of, world_of
 from tvkd_fast.training.config import EvalConfig, micro_batching
 from tvkd_fast.training.generate import answers
-from tvkd_fast.training.judged import Judged, compared, judge_pairs
+from tvkd_fast.training.judged import Judged, by_row, compared, judge_pairs
 from tvkd_fast.training.pages import html_page, markdown_page
 from tvkd_fast.training.run_models import load_frozen, load_policy
 
 if TYPE_CHECKING:
-    from tvkd_fast.data.formats import Message
+    from tvkd_fast.data.formats import Message, Preference
 
 AT_ONCE = 8
 """Prompts that are answered together."""
@@ -31,8 +31,12 @@ def compare_models(config: EvalConfig, *, show_progress: bool = True) -> dict[st
         say = show_progress and world.first
         datasets = [_dataset(name, config, say=say and i == 0) for i, name in enumerate(_models(config))]
         _check_same_rows(datasets, _models(config))
-        judged = [_judge(name, data, config, world) for name, data in zip(_models(config), datasets, strict=True)]
-        subsets = [text.subset or "pairs" for text in datasets[0].texts]
+        rows = [pair.row for pair in datasets[0]]
+        judged = [
+            by_row(_judge(name, data, config, world), rows)
+            for name, data in zip(_models(config), datasets, strict=True)
+        ]
+        subsets = [text.subset or "pairs" for text in _one_a_row(datasets[0])]
         found = compared(judged, subsets, sections=config.format == "rewardbench")
     scored = "reference" if config.reference is not None else f"reference-free, {config.reference_free} of log π"
     return {"format": config.format, "reference": config.reference, "scores": scored} | found
@@ -45,8 +49,9 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
     """
     assert config.generate is not None
     dataset = _dataset(config.policy, config)
-    count = min(config.generate_prompts, len(dataset.texts))
-    texts = [dataset.texts[i * len(dataset.texts) // count] for i in range(count)]
+    every = _one_a_row(dataset)
+    count = min(config.generate_prompts, len(every))
+    texts = [every[i * len(every) // count] for i in range(count)]
     prompts: list[list[Message]] = [
         [{"role": "user", "content": text.prompt}] if isinstance(text.prompt, str) else text.prompt for text in texts
     ]
@@ -56,8 +61,8 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
         model = load_policy(name, replace(config.model, packing="padded"), frozen=True).model
         said[name] = []
         for start in range(0, count, AT_ONCE):
-            asked = prompts[start : start + AT_ONCE]
-            said[name] += answers(model, tokenizer, asked, max_new_tokens=config.max_new_tokens)
+            here = slice(start, start + AT_ONCE)
+            said[name] += answers(model, tokenizer, prompts[here], max_new_tokens=config.max_new_tokens, of=texts[here])
     folder = Path(config.generate)
     folder.mkdir(parents=True, exist_ok=True)
     pages = folder / "answers.md", folder / "answers.html"
@@ -90,6 +95,11 @@ def _dataset(name: str, config: EvalConfig, *, say: bool = False) -> PairDataset
         # The set has no split of that name, which is the default of others.
         data = replace(data, eval_split=SPLIT)
     return load_dataset("eval", data, tokenizer, batching, say=say, read=to_rewardbench)
+
+
+def _one_a_row(dataset: PairDataset) -> list[Preference]:
+    """The text of each row's first pair."""
+    return list({text.row: text for text in reversed(dataset.texts)}.values())[::-1]
 
 
 def _check_same_rows(datasets: Sequence[PairDataset], names: Sequence[str]) -> None:

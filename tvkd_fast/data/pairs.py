@@ -1,0 +1,63 @@
+"""A preference pair as text, and the refusal of a row that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+"""One turn of a conversation: `role`, `content` and whatever else the turn carries for the chat template."""
+
+
+class BadPair(ValueError):  # noqa: N818  the row is what is bad
+    """A row that is no preference between two answers to one prompt. Its text is one line.
+
+    Attributes:
+        row: where the row came from.
+        reason: the kind of fault, the same words for every row that has it, so that faults can be counted.
+        detail: what is particular to this row, or "".
+        remedy: what helps, where dropping the row is not all that does, or "".
+    """
+
+    def __init__(self, row: str, reason: str, detail: str = "", remedy: str = "") -> None:
+        # What a template or a file says may be many lines long.
+        detail = " ".join(detail.split())
+        super().__init__(row, reason, detail, remedy)
+        self.row, self.reason, self.detail, self.remedy = row, reason, detail, remedy
+
+    def that_stops(self) -> BadPair:
+        """The same, with the remedy that every bad row has where it has none of its own."""
+        remedy = self.remedy or "Mend the row, or leave such rows out with --data.bad_pairs drop"
+        return BadPair(self.row, self.reason, self.detail, remedy)
+
+    def __str__(self) -> str:
+        text = f"{self.row}: {self.reason}"
+        if self.detail:
+            text += f" ({self.detail})"
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One prompt, the preferred answer and the other one.
+
+    Either all three are strings (plain) or all three are lists of messages (conversational), where the answers hold
+    only what follows the prompt. `row` says where the pair came from: "train.jsonl row 17", counted from 0; `subset` to
+    which part of a benchmark it belongs. Pairs of one row, as RewardBench 2 has them, share its name.
+
+    `template` is what the row gives the chat template beside the messages: `tools`, `documents` and its
+    `chat_template_kwargs`. `unread` names the row's other columns, so that a template that asks for one is noticed.
+    """
+
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    row: str
+    subset: str = ""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if len({isinstance(part, str) for part in (self.prompt, self.chosen, self.rejected)}) > 1:
+            raise ValueError(f"{self.row}: prompt, chosen and rejected must be all strings or all lists of messages")

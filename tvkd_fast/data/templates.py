@@ -1,0 +1,100 @@
+"""What a row gives a chat template, and what is said where the template cannot write it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from tvkd_fast.data.messages import unwritten
+from tvkd_fast.data.pairs import BadPair, Message, Preference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_OWN = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
+"""Variables of every template, which no other column of a row can mean."""
+
+
+def write_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    given: Mapping[str, Any],
+    row: str,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """Returns the conversation as the tokenizer's template writes it.
+
+    Args:
+        tokenizer, messages, add_generation_prompt: as `apply_chat_template` takes them.
+        given: what else the template is given: `tools`, `documents` and its own variables.
+        row: where the conversation came from.
+
+    Raises:
+        BadPair: the template fails, for whatever reason: it is a program of the tokenizer's author.
+    """
+    from jinja2 import TemplateError
+
+    taken = _arguments(type(tokenizer).apply_chat_template) & given.keys()
+    if taken:
+        remedy = "Remove it from chat_template_kwargs, which are the template's own variables"
+        raise BadPair(row, "an argument that is no variable of the template", ", ".join(sorted(taken)), remedy)
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **given
+        )
+    except Exception as error:
+        # What a template raises of itself is a TemplateError and needs no name.
+        kind = "" if type(error) is TemplateError else f"{type(error).__name__}: "
+        remedy = "Mend the row or the template, or leave such rows out with --data.bad_pairs drop"
+        raise BadPair(row, "refused by the chat template", f"{kind}{error}", remedy) from error
+    assert isinstance(text, str)
+    return text
+
+
+def variables_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Names that the tokenizer's templates read and do not set; empty where they cannot be parsed."""
+    from jinja2 import Environment, TemplateError, meta
+
+    templates = tokenizer.chat_template or {}
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    found: set[str] = set()
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        try:
+            found |= meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template)))
+        except TemplateError:  # writing the first conversation says what is wrong with it
+            continue
+    return frozenset(found - _OWN)
+
+
+def check_columns(pair: Preference, variables: frozenset[str]) -> None:
+    """Raises BadPair where a template would read a variable that the row has as a column, which it is not given."""
+    asked = sorted(variables.intersection(pair.unread) - pair.template.keys())
+    if asked:
+        remedy = "Put it into a column chat_template_kwargs, or rename the column"
+        raise BadPair(pair.row, "a column has the name of a variable of the chat template", ", ".join(asked), remedy)
+
+
+def carried(pair: Preference) -> list[str]:
+    """Names of what the pair carries beside roles and contents, which only a template can write."""
+    parts = [part for part in (pair.prompt, pair.chosen, pair.rejected) if not isinstance(part, str)]
+    return [*pair.template, *(f"{name} in messages" for name in unwritten([m for part in parts for m in part]))]
+
+
+def check_without_template(pair: Preference) -> None:
+    """Raises BadPair where a conversation carries what only a template can write."""
+    names = carried(pair)
+    if names:
+        remedy = "Use the tokenizer's own chat template, give it one, or remove the columns and fields"
+        raise BadPair(pair.row, "only a chat template can write what the row carries", ", ".join(names), remedy)
+
+
+@cache
+def _arguments(apply: Callable[..., Any]) -> frozenset[str]:
+    """Arguments of `apply_chat_template` that say how it is applied."""
+    named = inspect.signature(apply).parameters.values()
+    return frozenset(x.name for x in named if x.kind is not x.VAR_KEYWORD) - {"tools", "documents"}
