@@ -58,6 +58,15 @@ def test_what_the_template_writes_behind_the_end_is_text_of_its_own(ends_of, end
     assert cut(f"Yes.{end}") == f"Yes.{kept}"
 
 
+def test_an_added_token_that_is_not_special_ends_a_turn_too(make_tokenizer):
+    tokenizer = make_tokenizer(TURNS.replace("END", "<|end|>\n"), eos="<|endoftext|>")
+    tokenizer.add_tokens(["<|end|>"])
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    ends = ResponseEnds(tokenizer)
+    assert end not in ends.special_ids
+    assert ends.cut([*tokenizer("Yes.")["input_ids"], end, *tokenizer("\n")["input_ids"]])[0][-1] == end
+
+
 def test_a_template_that_ends_no_turn_and_none_at_all_leave_the_tokenizers_end(ends_of):
     for end in ("\n", "", None):
         ends, cut = ends_of(end)

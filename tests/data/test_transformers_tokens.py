@@ -1,6 +1,7 @@
 """Pairs are in the ids that transformers and TRL make of prompt and response together, whatever the tokenizer."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -180,6 +181,8 @@ def test_text_that_a_template_wrote_is_the_templates_own(family):
     assert strings.prompt_ids == begins + messages.prompt_ids
     assert (strings.chosen_ids, strings.rejected_ids) == (messages.chosen_ids, messages.rejected_ids)
     assert strings.written_before
+    spaced = tokenize_pair(replace(texts, prompt=f"\n{tokenizer.bos_token}{prompt}"), tokenizer)
+    assert spaced.prompt_ids.count(tokenizer.bos_token_id) == 1 + prompt.count(tokenizer.bos_token)
     assert not messages.written_before
 
 

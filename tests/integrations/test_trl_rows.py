@@ -108,7 +108,7 @@ def test_the_three_ways_are_one_number(make, scored, model_folder, make_tokenize
         assert module.train_dataset[name] == pytest.approx(want, abs=2e-5)
         assert folder.train_dataset[name] == pytest.approx(module.train_dataset[name], abs=2e-6)
         assert found == pytest.approx(module.train_dataset[name][:4], abs=2e-6)
-    assert 0 < cut < len(rows)
+    assert 0 < cut < 2 * len(rows)
 
 
 def test_text_that_a_template_wrote_begins_and_ends_once(make, scored, model_folder, make_tokenizer):
@@ -186,6 +186,9 @@ def test_rows_that_a_model_has_no_positions_for_are_named(make, model_folder, te
         with pytest.raises(ValueError, match=rf"row 1 has 39 tokens, and the {whose} was made for 32 .*max_length=32"):
             make(policy, rows, teacher)
         make(policy, rows[:1], teacher)
+        stream = make(policy, IterableDataset.from_generator(lambda: iter(rows)), teacher)
+        with pytest.raises(ValueError, match=f"row 1 has 39 tokens, and the {whose} was made for 32"):
+            list(stream.train_dataset)
 
 
 def test_a_stream_of_rows_is_read_as_a_table_is(make, model_folder, chatml):

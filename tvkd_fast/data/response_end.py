@@ -34,6 +34,7 @@ class ResponseEnds:
         self.eos_id: int = tokenizer.eos_token_id
         self.generation_ids = frozenset(stop_ids)
         added = getattr(tokenizer, "added_tokens_decoder", {})
+        # Tokens that no other text is merged with, special or not: templates end turns with either.
         self._atomic = frozenset({*tokenizer.all_special_ids, *added})
         self.special_ids: frozenset[int] = frozenset(
             {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
@@ -61,6 +62,10 @@ class ResponseEnds:
         """A response's ids up to and with its end, and whether it has one; without an end they are left as they are."""
         end = self._end(ids)
         return (ids, False) if end is None else (ids[: end + 1], True)
+
+    def blank(self, ids: Sequence[int]) -> int:
+        """How many of the ids, from the first on, are white space."""
+        return next((i for i, token in enumerate(ids) if not self._is_blank(token)), len(ids))
 
     def more_than_the_template_writes(self, behind: Sequence[int]) -> bool:
         """Whether the ids behind a response's end hold another one that the template does not write by itself: the
@@ -94,7 +99,7 @@ class ResponseEnds:
         tail = template_tail(self.tokenizer)
         ids = list(self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]) if tail else []
         # A character that the vocabulary lacks is no end, whatever id stands for it.
-        ends = {self.eos_id, *(self.special_ids - {self.tokenizer.unk_token_id}), *(self.generation_ids & self._atomic)}
+        ends = {self.eos_id, *(self._atomic - {self.tokenizer.unk_token_id})}
         first = next((i for i, token in enumerate(ids) if token in ends), None)
         if first is None:
             return None

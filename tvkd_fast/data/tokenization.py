@@ -147,10 +147,13 @@ class PairTokenizer:
                 return around[:start]
         return []
 
+    def brings_opening(self, ids: list[int]) -> bool:
+        """Whether a text of these ids begins with the same itself, white space aside."""
+        start = self.ends.blank(ids)
+        return ids[start : start + len(self.opening)] == self.opening
+
     def _opening(self, ids: list[int]) -> list[int]:
-        """The same, unless the text begins with it."""
-        opening = self.opening
-        return [] if ids[: len(opening)] == opening else opening
+        return [] if self.brings_opening(ids) else self.opening
 
     def _sequence(
         self, alone: list[int], opening: list[int], prompt: str, text: str, templated: bool, ends: bool

@@ -34,12 +34,12 @@ class RowTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.opening = PairTokenizer(tokenizer).opening
+        self.pairs = PairTokenizer(tokenizer)
 
     def __call__(self, text: str) -> dict[str, list[int]]:
-        ids = list(self.tokenizer(text=text)["input_ids"])
-        opening = self.opening
-        return {"input_ids": ids[len(opening) :] if opening and ids[: 2 * len(opening)] == 2 * opening else ids}
+        ids, opening = list(self.tokenizer(text=text)["input_ids"]), self.pairs.opening
+        begun = ids[: len(opening)] == opening and self.pairs.brings_opening(ids[len(opening) :])
+        return {"input_ids": ids[len(opening) :] if begun else ids}
 
     def apply_chat_template(self, messages: list[Any], **options: Any) -> Any:
         return apply_template(self.tokenizer, messages, **options)
@@ -61,9 +61,13 @@ def end_once(dataset: Any, ends: ResponseEnds) -> Any:
     return dataset.map(once)
 
 
-def check_rows(rows: Iterable[Mapping[str, Any]], positions: int, whose: str, max_length: int | None) -> None:
-    """Raises a ValueError that names the first row which a model of so many positions cannot read."""
-    for i, row in enumerate(rows):
+def checked_rows(dataset: Any, positions: int, whose: str, max_length: int | None) -> Any:
+    """The dataset; a stream is looked at as it comes.
+
+    Raises a ValueError that names the first row which a model of so many positions cannot read.
+    """
+
+    def checked(row: dict[str, Any], i: int) -> dict[str, Any]:
         length = len(row["prompt_ids"]) + max(len(row[f"{which}_ids"]) for which in WHICH)
         length = length if max_length is None else min(length, max_length)
         if length > positions:
@@ -71,6 +75,15 @@ def check_rows(rows: Iterable[Mapping[str, Any]], positions: int, whose: str, ma
                 f"row {i} has {length:,} tokens, and the {whose} was made for {positions:,} positions: set "
                 f"max_length={positions}, or choose a model that reads longer ones"
             )
+        return row
+
+    if max_length is not None and max_length <= positions:
+        return dataset
+    if not isinstance(dataset, Dataset):
+        return dataset.map(checked, with_indices=True)
+    for i, row in enumerate(dataset):
+        checked(row, i)
+    return dataset
 
 
 def as_pairs(rows: Iterable[dict[str, Any]], ends: ResponseEnds, max_length: int | None) -> Iterable[TokenizedPair]:

@@ -33,7 +33,7 @@ from tvkd_fast.integrations.rows import (
     RowTokenizer,
     WithReturns,
     as_pairs,
-    check_rows,
+    checked_rows,
     end_once,
 )
 from tvkd_fast.integrations.scores import CachedReturns, is_score_folder
@@ -312,10 +312,8 @@ class TVKDTrainer(DPOTrainer):
         rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if plain:
             rows = end_once(rows, self._ends)
-        if isinstance(rows, Dataset):
-            for whose, positions in self._positions.items():
-                if args.max_length is None or positions < args.max_length:
-                    check_rows(rows, positions, whose, args.max_length)
+        for whose, positions in self._positions.items():
+            rows = checked_rows(rows, positions, whose, args.max_length)
         return rows
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
