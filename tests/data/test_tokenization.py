@@ -32,17 +32,31 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 
 def test_plain_pair_has_a_token_border_and_ends(chatml: PreTrainedTokenizerFast) -> None:
-    pair = tokenize_pair(PLAIN, chatml)
+    pair = tokenize_pair(replace(PLAIN, chosen="c y"), chatml)
     assert [decode(chatml, [i]) for i in pair.prompt_ids] == ["x", "a"]
-    assert [decode(chatml, [i]) for i in pair.chosen_ids] == ["b", " ", "y", "<|im_end|>"]
+    assert [decode(chatml, [i]) for i in pair.chosen_ids] == ["c", " ", "y", "<|im_end|>"]
     assert [decode(chatml, [i]) for i in pair.rejected_ids] == ["z", "<|im_end|>"]
-    assert chatml.tokenize("ab") == ["ab"], "the border lies where the tokenizer would have merged"
     assert (pair.chosen_ended, pair.rejected_ended, pair.row) == (True, True, "train.jsonl row 4")
+    assert not pair.merged
+
+
+def test_a_token_that_holds_the_border_is_the_responses(chatml: PreTrainedTokenizerFast) -> None:
+    assert chatml.tokenize("ab") == ["ab"]
+    pair = tokenize_pair(PLAIN, chatml)
+    assert [decode(chatml, [i]) for i in pair.prompt_ids] == ["x"]
+    assert [decode(chatml, [i]) for i in pair.chosen_ids] == ["ab", " ", "y", "<|im_end|>"]
+    assert [decode(chatml, [i]) for i in pair.rejected_ids] == ["a", "z", "<|im_end|>"]
+    assert pair.merged
+    with pytest.raises(BadPair, match=r"row 4: prompt without tokens \(the tokenizer merges all of it"):
+        tokenize_pair(replace(PLAIN, prompt="a"), chatml)
+    with pytest.raises(BadPair, match=r"row 4: response without tokens \(rejected\)"):
+        tokenize_pair(replace(PLAIN, rejected=""), chatml)
 
 
 @pytest.mark.parametrize("mode", ["auto", "never"])
 def test_plain_pair_stays_plain(chatml: PreTrainedTokenizerFast, mode: Any) -> None:
-    assert decode(chatml, tokenize_pair(PLAIN, chatml, chat_template=mode).prompt_ids) == "xa"
+    pair = tokenize_pair(PLAIN, chatml, chat_template=mode)
+    assert decode(chatml, pair.prompt_ids + pair.chosen_ids) == "xab y<|im_end|>"
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [("<s>", ""), ("<s>", "<|endoftext|>"), ("", "<|endoftext|>")])
@@ -50,9 +64,9 @@ def test_the_tokenizers_own_tokens_only_open_the_prompt(
     make_tokenizer: MakeTokenizer, prefix: str, suffix: str
 ) -> None:
     tokenizer = make_tokenizer(chat_template=None, eos="<|endoftext|>", prefix=prefix, suffix=suffix)
-    pair = tokenize_pair(PLAIN, tokenizer)
+    pair = tokenize_pair(replace(PLAIN, chosen="c y"), tokenizer)
     assert decode(tokenizer, pair.prompt_ids) == f"{prefix}xa"
-    assert decode(tokenizer, pair.chosen_ids) == "b y<|endoftext|>"
+    assert decode(tokenizer, pair.chosen_ids) == "c y<|endoftext|>"
 
 
 def test_an_end_token_that_the_prompt_itself_holds_stays(templateless: PreTrainedTokenizerFast) -> None:
@@ -174,8 +188,11 @@ def test_ids_spell_the_text_whatever_the_format(
     pair = tokenize_pair(chat, chatml)
     assert decode(chatml, pair.prompt_ids + pair.chosen_ids) + "\n" == whole
     plain = tokenize_pair(Preference(asked[0], answers[0], answers[1], "row 0"), templateless)
-    assert decode(templateless, plain.prompt_ids) == f"<s>{asked[0]}"
-    assert decode(templateless, plain.rejected_ids) == f"{answers[1]}<|endoftext|>"
+    merges = asked[0].endswith("a") and any(answer.startswith("b") for answer in answers)
+    assert plain.merged == merges
+    assert decode(templateless, plain.prompt_ids) == f"<s>{asked[0].removesuffix('a') if merges else asked[0]}"
+    for ids, answer in ((plain.chosen_ids, answers[0]), (plain.rejected_ids, answers[1])):
+        assert plain.prompt_ids + ids == templateless(f"{asked[0]}{answer}<|endoftext|>")["input_ids"]
 
 
 EOS = 0

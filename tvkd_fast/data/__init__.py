@@ -1,7 +1,14 @@
 """Preference data, from files to micro-batches, and the scores that teacher and reference leave of it."""
 
 from tvkd_fast.data.batch import Layout, PairBatch, collate_pairs, micro_batches
-from tvkd_fast.data.dataset import PairDataset, TokenReport, build_dataset, check_token_ids, fingerprint_tokenizer
+from tvkd_fast.data.dataset import (
+    PairDataset,
+    TokenReport,
+    build_dataset,
+    check_positions,
+    check_token_ids,
+    fingerprint_tokenizer,
+)
 from tvkd_fast.data.formats import BadPair, Preference, load_preferences
 from tvkd_fast.data.order import pairs_of_step
 from tvkd_fast.data.packing import MicroBatching, Packing, collate_packed, first_fit, packed_length
@@ -25,6 +32,7 @@ __all__ = [
     "TokenReport",
     "TokenizedPair",
     "build_dataset",
+    "check_positions",
     "check_token_ids",
     "collate_packed",
     "collate_pairs",

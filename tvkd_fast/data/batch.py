@@ -48,6 +48,10 @@ class PairBatch:
     layout: Layout | None = None
 
     @property
+    def attention_mask(self) -> None:
+        """Nothing that a causal model could see is to be hidden from it: padding stands behind the rows."""
+
+    @property
     def num_pairs(self) -> int:
         return self.pairs.shape[0]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,10 @@ class TokenReport:
     prompt_tokens: int = 0
     chosen_tokens: int = 0
     rejected_tokens: int = 0
+    merged: int = 0
+    """Pairs in which the tokenizer merges the prompt's end with the beginning of a response, which has the token."""
+    written_before: int = 0
+    """Plain pairs that a chat template had written already: their text holds special tokens or an end of its own."""
 
     def __str__(self) -> str:
         parts = [f"{self.pairs:,} pairs of {self.source}"]
@@ -55,6 +60,10 @@ class TokenReport:
         if self.dropped_overlong:
             parts.append(f"{self.dropped_overlong:,} dropped: too long even when cut to {self.max_length:,} tokens")
         parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped_bad.items())]
+        if self.merged:
+            parts.append(f"{self.merged:,} whose prompt ends in a token that a response begins with, which has it")
+        if self.written_before:
+            parts.append(f"{self.written_before:,} with special tokens in their text, which are not written twice")
         if self.pairs:
             tokens = (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
             prompt, chosen, rejected = (f"{count / self.pairs:,.1f}" for count in tokens)
@@ -108,6 +117,7 @@ def build_dataset(
     overlong: Literal["error", "drop"] = "error",
     bad_pairs: Literal["error", "drop"] = "error",
     chat_template: Literal["auto", "never"] = "auto",
+    stop_ids: Collection[int] = (),
     batching: MicroBatching | None = None,
     progress: bool = False,
     read: ReadRow = to_preference,
@@ -123,7 +133,7 @@ def build_dataset(
         overlong: what to do with a pair that `truncate_pair` cannot cut, or that no packed row of `batching` can hold:
             "error" stops, "drop" leaves it out.
         bad_pairs: the same for a row that is no preference, or none once it is tokenized.
-        chat_template: as in `PairTokenizer`.
+        chat_template, stop_ids: as in `PairTokenizer`.
         batching: how the pairs will be put into micro-batches, where that limits their length.
         progress: show a progress bar on stderr.
         read: as in `load_preferences`.
@@ -134,7 +144,7 @@ def build_dataset(
     """
     if overlong not in ("error", "drop"):
         raise ValueError(f"overlong is {overlong!r}: give 'error' or 'drop'")
-    to_tokens = PairTokenizer(tokenizer, chat_template=chat_template)
+    to_tokens = PairTokenizer(tokenizer, chat_template=chat_template, stop_ids=stop_ids)
     loaded = _load(source, split, subset, limit, bad_pairs, read)
     dropped = Counter(loaded.dropped)
     dropped_overlong = 0
@@ -179,6 +189,7 @@ def build_dataset(
         dropped_overlong=dropped_overlong,
         dropped_bad=dict(dropped),
     )
+    _warn_of_templates(pairs, report)
     return PairDataset(pairs, report, [text for _, _, text in complete])
 
 
@@ -189,6 +200,8 @@ def report_of(pairs: Sequence[TokenizedPair], **counts: Any) -> TokenReport:
         prompt_tokens=sum(len(p.prompt_ids) for p in pairs),
         chosen_tokens=sum(len(p.chosen_ids) for p in pairs),
         rejected_tokens=sum(len(p.rejected_ids) for p in pairs),
+        merged=sum(p.merged for p in pairs),
+        written_before=sum(p.written_before for p in pairs),
         **counts,
     )
 
@@ -201,6 +214,17 @@ def check_token_ids(dataset: Sequence[TokenizedPair], vocab_size: int) -> None:
             raise ValueError(
                 f"{pair.row} has token id {largest}, but the model's vocabulary ends at {vocab_size - 1}: the "
                 "tokenizer does not belong to this model; give the model's own tokenizer"
+            )
+
+
+def check_positions(dataset: Sequence[TokenizedPair], positions: int, whose: str) -> None:
+    """Raises a ValueError that names the first row with a sequence of more than `positions` tokens."""
+    for pair in dataset:
+        length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        if length > positions:
+            raise ValueError(
+                f"{pair.row} has {length:,} tokens, and the {whose} was made for {positions:,} positions: have such "
+                f"rows cut, --data.max_length {positions}, or choose a model that reads longer ones"
             )
 
 
@@ -242,6 +266,17 @@ def _load(
     rows = preference_rows("train" if matched[1] == "train" else "eval", count)[:limit]
     pairs = [pair for i, row in enumerate(rows) for pair in read_row(read, row, f"{source} row {i}")]
     return LoadedPreferences(pairs, {}, source)
+
+
+def _warn_of_templates(pairs: Sequence[TokenizedPair], report: TokenReport) -> None:
+    if report.written_before:
+        first = next(pair for pair in pairs if pair.written_before)
+        warnings.warn(
+            f"the text of {first.row}, and of {report.written_before:,} rows in all, holds special tokens, as if a "
+            "chat template had written it already: no second beginning or end is added. Give prompts and answers as "
+            "messages to have the model's own template write them",
+            stacklevel=3,
+        )
 
 
 def _with_progress(items: list[Preference], progress: bool) -> Iterable[Preference]:

@@ -8,12 +8,13 @@ pair whose text does not survive that is refused rather than scored for somethin
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tvkd_fast.data.dataset import PairDataset, report_of
 from tvkd_fast.data.formats import BadPair, Message, Preference
-from tvkd_fast.data.templates import carried
+from tvkd_fast.data.template_columns import carried
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def retokenize(
     max_length: int,
     chat_template: Template = "auto",
     other_chat_template: Template = "auto",
+    stop_ids: Collection[int] = (),
+    other_stop_ids: Collection[int] = (),
 ) -> PairDataset:
     """The dataset's pairs, in its order, in the tokens of `other`.
 
@@ -39,8 +42,8 @@ def retokenize(
 
     Args:
         dataset: pairs with their text, as `build_dataset` makes them.
-        tokenizer, chat_template: what made its tokens.
-        other, other_chat_template: the teacher's; as in `PairTokenizer`.
+        tokenizer, chat_template, stop_ids: what made its tokens.
+        other, other_chat_template, other_stop_ids: the teacher's; as in `PairTokenizer`.
         max_length: the most tokens that the teacher reads. A longer pair is cut as the dataset's own are, and counted
             in the report: the teacher then sees less of it than the policy.
 
@@ -51,8 +54,8 @@ def retokenize(
     """
     if len(dataset.texts) != len(dataset):
         raise ValueError("the pairs have lost their text, of which a teacher's tokens are made: build the dataset anew")
-    ours = PairTokenizer(tokenizer, chat_template=chat_template)
-    theirs = _teachers(other, other_chat_template)
+    ours = PairTokenizer(tokenizer, chat_template=chat_template, stop_ids=stop_ids)
+    theirs = _teachers(other, other_chat_template, other_stop_ids)
     apart = ours.special_tokens ^ theirs.special_tokens
     pairs: list[TokenizedPair] = []
     bad: list[BadPair] = []
@@ -86,9 +89,9 @@ def retokenize(
     return PairDataset(pairs, report)
 
 
-def _teachers(tokenizer: PreTrainedTokenizerBase, chat_template: Template) -> PairTokenizer:
+def _teachers(tokenizer: PreTrainedTokenizerBase, chat_template: Template, stop_ids: Collection[int]) -> PairTokenizer:
     try:
-        return PairTokenizer(tokenizer, chat_template=chat_template)
+        return PairTokenizer(tokenizer, chat_template=chat_template, stop_ids=stop_ids)
     except ValueError as error:
         raise ValueError(f"of the teacher: {error}") from error
 
@@ -153,46 +156,29 @@ def _ways_to_write(content: str) -> list[str]:
 def _own(read: Preference, pair: TokenizedPair, theirs: PairTokenizer) -> TokenizedPair:
     """The text in the teacher's tokens, with an end where the policy's response has one."""
     try:
-        own = theirs(read)
+        own = theirs(read, chosen_ended=pair.chosen_ended, rejected_ended=pair.rejected_ended)
     except BadPair:
         raise
     except ValueError as error:
         remedy = "for the teacher that is --data.teacher_chat_template"
         raise ValueError(f"of the teacher's tokens: {error} ({remedy})") from error
     _check_text(own, read, theirs.tokenizer)
-    changes: dict[str, Any] = {}
-    for name in _ANSWERS:
-        if not getattr(pair, f"{name}_ended"):
-            ids = getattr(own, f"{name}_ids")[:-1]
-            changes |= {f"{name}_ids": _without_tail(ids, getattr(read, name), theirs), f"{name}_ended": False}
-    return replace(own, **changes)
-
-
-def _without_tail(ids: list[int], answer: str | list[Message], theirs: PairTokenizer) -> list[int]:
-    """Without what a template writes between an answer and the end of its turn."""
-    if isinstance(answer, str) or not theirs.uses_template:
-        return ids
-    content = answer[-1]["content"]
-    exact = content in _decoded(ids, theirs.tokenizer)
-    while len(ids) > 1:
-        said = _decoded(ids[:-1], theirs.tokenizer)
-        if not (content in said if exact else _letters(content) in _letters(said)):
-            break
-        ids = ids[:-1]
-    return ids
+    return own
 
 
 def _check_text(own: TokenizedPair, text: Preference, tokenizer: PreTrainedTokenizerBase) -> None:
     """Every message must stand in what its tokens say, one after the other."""
-    for name in ("prompt", *_ANSWERS):
-        said = _letters(_decoded(getattr(own, f"{name}_ids"), tokenizer))
+    for answer in _ANSWERS:
+        # Of both together: a token may hold the prompt's end and the answer's beginning.
+        said = _letters(_decoded(own.prompt_ids + getattr(own, f"{answer}_ids"), tokenizer))
         place = 0
-        for content in _contents(getattr(text, name)):
-            letters = _letters(content)
-            start = said.find(letters, place)
-            if start < 0:
-                raise BadPair(own.row, "its text is not what the teacher's tokens say", f"in the {name}")
-            place = start + len(letters)
+        for name in ("prompt", answer):
+            for content in _contents(getattr(text, name)):
+                letters = _letters(content)
+                start = said.find(letters, place)
+                if start < 0:
+                    raise BadPair(own.row, "its text is not what the teacher's tokens say", f"in the {name}")
+                place = start + len(letters)
 
 
 def _contents(part: str | list[Message]) -> list[str]:

@@ -1,23 +1,25 @@
 """Token ids of a preference pair: one prompt, two responses that end.
 
-The border between prompt and response is a border between tokens on purpose: the prompt is tokenized on its own, once,
-and each response on its own. So the prompt's ids are the same in both responses by construction, whatever a tokenizer
-would merge across the border, and the two responses can share the prompt's computation.
+Prompt and response are tokenized together, as the model reads them: what a response's first token is hangs on what
+stands before it. The prompt is what both sequences begin with and the prompt alone does too. So its ids are the same in
+both responses by construction, and the two can share the prompt's computation. Where the tokenizer merges the prompt's
+end with the beginning of a response, the merged token is the response's, and the pair says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
+from tvkd_fast.data.chat_template import tail_behind
 from tvkd_fast.data.formats import BadPair, Message, Preference
-from tvkd_fast.data.templates import check_columns, check_without_template, variables_of, write_messages
+from tvkd_fast.data.response_end import ResponseEnds
+from tvkd_fast.data.template_columns import check_columns, check_without_template, variables_of, write_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TEMPLATE_DATE = "26 Jul 2024"
-"""Llama 3's templates write today's date unless told one: left to the clock, a dataset's tokens change overnight."""
 
 _HH_NAMES = {"user": "Human", "assistant": "Assistant"}
 
@@ -36,6 +38,20 @@ class TokenizedPair:
     chosen_ended: bool
     rejected_ended: bool
     row: str
+    merged: bool = False
+    """The tokenizer merges the prompt's end with the beginning of a response."""
+    written_before: bool = False
+    """The text holds special tokens or an end of its own, as a chat template writes them."""
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Prompt and response, and how much of it the prompt alone begins with too."""
+
+    ids: list[int]
+    border: int
+    ended_by_itself: bool = False
+    empty: bool = False
 
 
 class PairTokenizer:
@@ -45,98 +61,167 @@ class PairTokenizer:
         tokenizer: a transformers tokenizer with an end-of-sequence token.
         chat_template: "auto" writes conversational pairs with the tokenizer's chat template if it has one; "never"
             writes them as HH-RLHF does: "\\n\\nHuman: …\\n\\nAssistant:", then " …". Plain pairs stay plain in both.
+        stop_ids: ids at which the model ends what it generates; `models.load_stop_ids`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat_template: Literal["auto", "never"] = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: Literal["auto", "never"] = "auto",
+        stop_ids: Collection[int] = (),
+    ) -> None:
         if chat_template not in ("auto", "never"):
             raise ValueError(f"chat_template is {chat_template!r}: give 'auto' or 'never'")
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "the tokenizer has no end-of-sequence token, so no response could end: set tokenizer.eos_token to a "
-                "token of its vocabulary, or give the tokenizer that belongs to the model"
-            )
+        self.ends = ResponseEnds(tokenizer, stop_ids)
         self.tokenizer = tokenizer
-        self.eos_id: int = tokenizer.eos_token_id
         self.uses_template = chat_template == "auto" and bool(tokenizer.chat_template)
         self._variables = variables_of(tokenizer) if self.uses_template else frozenset()
-        added = {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-        self.special_ids: frozenset[int] = frozenset({*tokenizer.all_special_ids, *added})
+        self.special_ids = self.ends.special_ids
 
     @property
     def special_tokens(self) -> frozenset[str]:
         """The special ids as they are written."""
         return frozenset(self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
 
-    def __call__(self, pair: Preference) -> TokenizedPair:
-        """Ids of one pair; see `tokenize_pair`."""
+    def __call__(self, pair: Preference, *, chosen_ended: bool = True, rejected_ended: bool = True) -> TokenizedPair:
+        """Ids of one pair; see `tokenize_pair`.
+
+        A response that is said not to have ended has no end, and nothing of what the template writes behind an answer.
+        """
         templated = self.uses_template and not isinstance(pair.prompt, str)
-        if templated:
-            prompt, chosen, rejected = self._render(pair)
-            prompt_ids = self._ids(prompt)
-        else:
-            prompt, chosen, rejected = _render_plain(pair)
-            prompt_ids = self._prompt_ids(prompt)
-        if not prompt_ids:
+        ended = (chosen_ended, rejected_ended)
+        prompt, *texts = self._render(pair, ended) if templated else _render_plain(pair)
+        own = self._ids(prompt)
+        opening = [] if templated else self._opening(own)
+        alone = opening + own
+        if not alone:
             raise BadPair(pair.row, "prompt without tokens")
-        chosen_ids = self._response_ids(chosen, pair.row, "chosen", templated)
-        rejected_ids = self._response_ids(rejected, pair.row, "rejected", templated)
+        sequences = []
+        for name, text, ends in zip(("chosen", "rejected"), texts, ended, strict=True):
+            sequences.append(self._sequence(alone, opening, prompt, text, templated, ends))
+            if sequences[-1].empty:
+                raise BadPair(pair.row, "response without tokens", name)
+        border = min(sequence.border for sequence in sequences)
+        if border == 0:
+            raise BadPair(pair.row, "prompt without tokens", "the tokenizer merges all of it with a response")
+        chosen_ids, rejected_ids = (sequence.ids[border:] for sequence in sequences)
         if chosen_ids == rejected_ids:
             raise BadPair(pair.row, "chosen equals rejected", "both responses have the same tokens")
-        return TokenizedPair(prompt_ids, chosen_ids, rejected_ids, True, True, pair.row)
+        by_itself = any(sequence.ended_by_itself for sequence in sequences)
+        return TokenizedPair(
+            alone[:border],
+            chosen_ids,
+            rejected_ids,
+            chosen_ended,
+            rejected_ended,
+            pair.row,
+            merged=border < len(alone),
+            written_before=by_itself or (not templated and not self._written.isdisjoint(own)),
+        )
+
+    def prompt_ids(self, prompt: str | list[Message], row: str, given: Mapping[str, Any] | None = None) -> list[int]:
+        """Ids of a prompt alone, as a model is asked it; `given` is what its row gives the template."""
+        if self.uses_template and not isinstance(prompt, str):
+            return self._ids(self._template(prompt, row, given or {}, add_generation_prompt=True))
+        own = self._ids(prompt if isinstance(prompt, str) else _asked(prompt))
+        return self._opening(own) + own
+
+    def written_before(self, text: str) -> bool:
+        """Whether the text holds special tokens of its own, as a chat template writes them."""
+        return not self._written.isdisjoint(self._ids(text))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
-        added_end = ids[-1:] == [self.eos_id] and not text.endswith(self.tokenizer.eos_token)
-        return ids[:-1] if added_end else ids
+    @cached_property
+    def _written(self) -> frozenset[int]:
+        return (self.special_ids - {self.tokenizer.unk_token_id}) | {self.ends.eos_id}
 
-    def _response_ids(self, text: str, row: str, name: str, templated: bool) -> list[int]:
-        # Templates write a newline after the end of a turn; generation stops before it, so it is no action.
-        ids = self._ids(text.rstrip() if templated else text)
-        ended = bool(ids) and ids[-1] in (self.special_ids if templated else {self.eos_id})
-        content = ids[:-1] if ended else ids
-        if not content:
-            raise BadPair(row, "response without tokens", name)
-        return ids if ended else [*ids, self.eos_id]
+    @cached_property
+    def opening(self) -> list[int]:
+        """What the tokenizer puts before a text."""
+        for text in ("a", self.tokenizer.eos_token):
+            own, around = self._ids(text), list(self.tokenizer(text, verbose=False)["input_ids"])
+            places = range(len(around) - len(own) + 1) if own else ()
+            start = next((i for i in places if around[i : i + len(own)] == own), None)
+            if start is not None:
+                return around[:start]
+        return []
 
-    def _render(self, pair: Preference) -> tuple[str, str, str]:
+    def brings_opening(self, ids: list[int]) -> bool:
+        """Whether a text of these ids begins with the same itself, white space aside."""
+        start = self.ends.blank(ids)
+        return ids[start : start + len(self.opening)] == self.opening
+
+    def _opening(self, ids: list[int]) -> list[int]:
+        return [] if self.brings_opening(ids) else self.opening
+
+    def _sequence(
+        self, alone: list[int], opening: list[int], prompt: str, text: str, templated: bool, ends: bool
+    ) -> _Sequence:
+        ids = opening + self._ids(prompt + text)
+        border = _alike(alone, ids)
+        if not ends:
+            return _Sequence(ids, border, empty=len(ids) == border)
+        response, found = self.ends.cut(ids[border:])
+        if found:
+            behind = ids[border + len(response) :]
+            by_itself = not templated or self.ends.more_than_the_template_writes(behind)
+            return _Sequence(ids[:border] + response, border, by_itself, empty=len(response) == 1)
+        text = prompt + (text.rstrip() if templated else text)
+        ids = opening + self._ids(text + self.tokenizer.eos_token)
+        if ids[-1:] != [self.ends.eos_id]:
+            ids = [*opening, *self._ids(text), self.ends.eos_id]
+        border = _alike(alone, ids)
+        return _Sequence(ids, border, empty=len(ids) == border + 1)
+
+    def _render(self, pair: Preference, ended: tuple[bool, bool]) -> tuple[str, str, str]:
         assert isinstance(pair.prompt, list)
         assert isinstance(pair.chosen, list)
         assert isinstance(pair.rejected, list)
         check_columns(pair, self._variables)
-        prompt = self._template(pair.prompt, pair, add_generation_prompt=True)
+        prompt = self._template(pair.prompt, pair.row, pair.template, add_generation_prompt=True)
         responses = []
-        for answer in (pair.chosen, pair.rejected):
-            whole = self._template([*pair.prompt, *answer], pair, add_generation_prompt=False)
+        for answer, ends in zip((pair.chosen, pair.rejected), ended, strict=True):
+            messages = [*pair.prompt, *answer]
+            whole = self._template(messages, pair.row, pair.template, add_generation_prompt=False)
             if not whole.startswith(prompt):
                 raise ValueError(
                     f"{pair.row}: the tokenizer's chat template writes the prompt otherwise once an answer follows it, "
                     "so prompt and response cannot be told apart: pass --data.chat_template never, or give the "
                     "tokenizer a template that leaves earlier turns as they are"
                 )
-            responses.append(whole[len(prompt) :])
+            response = whole[len(prompt) :]
+            responses.append(
+                response if ends else response.removesuffix(tail_behind(self.tokenizer, messages, **pair.template))
+            )
         return prompt, responses[0], responses[1]
 
-    def _template(self, messages: list[Message], pair: Preference, *, add_generation_prompt: bool) -> str:
-        given = {"date_string": TEMPLATE_DATE, **pair.template}
-        return write_messages(self.tokenizer, messages, given, pair.row, add_generation_prompt=add_generation_prompt)
+    def _template(
+        self, messages: list[Message], row: str, given: Mapping[str, Any], *, add_generation_prompt: bool
+    ) -> str:
+        return write_messages(self.tokenizer, messages, given, row, add_generation_prompt=add_generation_prompt)
 
 
 def tokenize_pair(
-    pair: Preference, tokenizer: PreTrainedTokenizerBase, *, chat_template: Literal["auto", "never"] = "auto"
+    pair: Preference,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: Literal["auto", "never"] = "auto",
+    stop_ids: Collection[int] = (),
 ) -> TokenizedPair:
-    """Token ids of one pair.
+    """Token ids of one pair: what the tokenizer makes of prompt and response together.
 
-    - Plain: the prompt with the special tokens that the tokenizer puts in front of a text (a trailing end-of-sequence
-      token is taken off), each response without any, then `eos_token_id` unless the text itself ends with it.
+    - Plain: prompt and response as one text, behind what the tokenizer puts in front of a text unless the prompt begins
+      with it; then `eos_token_id`, unless the text ends with a stop id itself (`ResponseEnds`).
     - Conversational with a chat template: the prompt is what the template writes up to and with its generation prompt;
-      a response is the rest of what it writes for the whole conversation. The response's last token is the special
-      token that the template ends the turn with, whatever its name; what comes after it (a newline) is cut. Where
-      the template ends a turn with no special token, `eos_token_id` is appended.
+      a response is the rest of what it writes for the whole conversation, up to its end (`ResponseEnds`); what the
+      template writes behind that, a newline, is left out. Where the template ends a turn with no special token,
+      `eos_token_id` is appended.
     - Conversational without one, or with `chat_template="never"`: HH-RLHF's plain writing, tokenized as plain.
 
+    A token of the prompt that is merged with a response's first is the response's, and left out of both prompts.
     To tokenize many pairs, make one `PairTokenizer` and call it.
 
     Raises:
@@ -145,7 +230,7 @@ def tokenize_pair(
             the row carries beside roles and contents.
         ValueError: the tokenizer has no end-of-sequence token, or its template rewrites the prompt.
     """
-    return PairTokenizer(tokenizer, chat_template=chat_template)(pair)
+    return PairTokenizer(tokenizer, chat_template=chat_template, stop_ids=stop_ids)(pair)
 
 
 def truncate_pair(
@@ -212,7 +297,11 @@ def _render_plain(pair: Preference) -> tuple[str, str, str]:
     assert isinstance(pair.chosen, list)
     assert isinstance(pair.rejected, list)
     check_without_template(pair)
-    return f"{_dialogue(pair.prompt)}\n\nAssistant:", _answer(pair.chosen), _answer(pair.rejected)
+    return _asked(pair.prompt), _answer(pair.chosen), _answer(pair.rejected)
+
+
+def _asked(messages: list[Message]) -> str:
+    return f"{_dialogue(messages)}\n\nAssistant:"
 
 
 def _dialogue(messages: list[Message]) -> str:
@@ -221,3 +310,9 @@ def _dialogue(messages: list[Message]) -> str:
 
 def _answer(messages: list[Message]) -> str:
     return f" {messages[0]['content']}{_dialogue(messages[1:])}"
+
+
+def _alike(ids: list[int], others: list[int]) -> int:
+    """How many ids both begin with."""
+    shorter = min(len(ids), len(others))
+    return next((i for i in range(shorter) if ids[i] != others[i]), shorter)

@@ -20,7 +20,6 @@ from tvkd_fast.data import (
     TokenReport,
     collate_pairs,
     read_manifest,
-    truncate_pair,
 )
 from tvkd_fast.data.scores import MANIFEST
 from tvkd_fast.integrations.teacher import ShapingSettings
@@ -91,22 +90,3 @@ class CachedReturns:
             assert scores.lse_kappa is not None
             values = settings.values(scores.lse, scores.lse_kappa)
         return settings.returns(values, *scores.boundaries(batch)).view(2, -1)
-
-
-def as_pairs(
-    rows: Iterable[dict[str, list[int]]], ends: frozenset[int], max_length: int | None
-) -> Iterable[TokenizedPair]:
-    """Rows of `prompt_ids`, `chosen_ids` and `rejected_ids` as `tvkd score` reads the same text.
-
-    What a template writes behind the end of a turn, a token of `ends`, is no response to it; and longer rows are cut.
-    """
-    for i, row in enumerate(rows):
-        chosen, rejected = (_to_the_end(row[f"{name}_ids"], ends) for name in ("chosen", "rejected"))
-        ended = (chosen[-1] in ends, rejected[-1] in ends)
-        pair = TokenizedPair(row["prompt_ids"], chosen, rejected, *ended, f"row {i}")
-        yield pair if max_length is None else truncate_pair(pair, max_length=max_length, truncation="keep_start")[0]
-
-
-def _to_the_end(ids: list[int], ends: frozenset[int]) -> list[int]:
-    last = max((i for i, x in enumerate(ids) if x in ends), default=len(ids) - 1)
-    return ids[: last + 1]

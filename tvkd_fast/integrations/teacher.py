@@ -49,6 +49,22 @@ class PaddedRows:
     """[2P, L]"""
     response: Tensor
     """[2P, L] bool: the tokens of each row's response, one run."""
+    attention_mask: Tensor | None = None
+    """[2P, L] int64, where a row leaves out tokens between those that are read."""
+
+    @classmethod
+    def of(cls, input_ids: Tensor, response: Tensor, attention_mask: Tensor | None) -> PaddedRows:
+        """Rows as a collator laid them, [2P, L] each: what stands before a row's first token is moved behind its last,
+        so that its positions are those it has alone, in whatever model."""
+        if attention_mask is None:
+            return cls(input_ids, response)
+        seen = attention_mask.bool()
+        length = seen.shape[1]
+        places = torch.arange(length, device=seen.device)
+        order = (places + seen.byte().argmax(1, keepdim=True)) % length
+        input_ids, response, seen = (x.gather(1, order) for x in (input_ids, response, seen))
+        whole = bool((seen == (places < seen.sum(1, keepdim=True))).all())
+        return cls(input_ids, response, None if whole else seen.long())
 
     @property
     def layout(self) -> None:
@@ -87,20 +103,12 @@ class PaddedRows:
     def _kept(self) -> Tensor:
         return self.response | self._predicts
 
-    def ended(self, eos: int) -> Tensor:
-        """(2P,) bool: whether a response's last token is the end-of-sequence token."""
-        places = torch.arange(self.response.shape[1], device=self.response.device)
-        lasts = (self.response * places).argmax(1)
-        return self.input_ids.gather(1, lasts[:, None])[:, 0] == eos
-
 
 class TeacherReturns:
     """Ψ of every row, by a frozen teacher in the policy's tokens."""
 
-    def __init__(
-        self, teacher: PreTrainedModel, reference: PreTrainedModel | None, settings: ShapingSettings, *, eos: int
-    ) -> None:
-        self.settings, self.eos = settings, eos
+    def __init__(self, teacher: PreTrainedModel, reference: PreTrainedModel | None, settings: ShapingSettings) -> None:
+        self.settings = settings
         rewards = reference is not None
         assert rewards == (settings.value_from == "implicit_reward")
         self.teacher = PolicyWithHead(teacher) if rewards else TeacherWithHead(teacher, kappa=settings.kappa)
@@ -119,13 +127,13 @@ class TeacherReturns:
         return [fingerprint_weights(model.model) for model in self.models]
 
     @torch.no_grad()
-    def of(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
-        """(2P,) float32 Ψ of rows [2P, L] and their masks."""
-        rows = PaddedRows(input_ids, completion_mask.bool())
+    def of(self, input_ids: Tensor, response: Tensor, ended: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(2P,) float32 Ψ of rows [2P, L], their responses' masks and (2P,) whether those end, padded on any side."""
+        rows = PaddedRows.of(input_ids, response, attention_mask)
         settings = self.settings
         if self.reference is not None:
             rewards = self.teacher(rows) - self.reference(rows)
             values = settings.value_scale * running_sums(rewards, rows.cu_seqlens)
         else:
             values = settings.values(*self.teacher(rows))
-        return settings.returns(values, rows.cu_states, rows.ended(self.eos))
+        return settings.returns(values, rows.cu_states, ended)

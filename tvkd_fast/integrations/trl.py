@@ -9,7 +9,7 @@ Letters: P pairs of a batch (2P rows, chosen first), L row length.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, ClassVar, Literal
@@ -23,17 +23,25 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
+from trl.data_utils import is_conversational
 
-from tvkd_fast.data.tokenization import PairTokenizer
+from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.integrations.lm_head import FusedLMOutput, is_patched, patch_lm_head
-from tvkd_fast.integrations.scores import CachedReturns, as_pairs, is_score_folder
+from tvkd_fast.integrations.rows import (
+    RESPONSES,
+    RETURNS,
+    RowTokenizer,
+    WithReturns,
+    as_pairs,
+    checked_rows,
+    end_once,
+)
+from tvkd_fast.integrations.scores import CachedReturns, is_score_folder
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
 from tvkd_fast.losses import Terminal, check_discount, check_preference_settings
-from tvkd_fast.models import load_model, load_tokenizer
+from tvkd_fast.models import load_model, load_stop_ids, load_tokenizer, longest_sequence, read_config, stop_ids_of
 from tvkd_fast.ops import HeadGradient, HeadStats, check_kappa
 
-RETURNS = ("psi_chosen", "psi_rejected")
-"""Columns of a dataset whose teacher's pass is made."""
 OF_MARGINS = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """TRL's losses that see the pair's margin alone, or no reference at all."""
 
@@ -151,6 +159,13 @@ class TVKDTrainer(DPOTrainer):
         self._ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
         self._stats = HeadStats() if self._ours and args.grad_mode != "exact" else None
         self._teacher: TeacherReturns | None = None
+        named = {"policy": model, "reference": ref_model}
+        if self._shapes and self._cached is None:
+            named |= {"teacher": teacher, "teacher's reference": teacher_reference}
+        configs = {whose: _config(one, args) for whose, one in named.items()}
+        self._positions = {whose: longest_sequence(config) for whose, config in configs.items() if config is not None}
+        self._stop_ids = _stops(model, args)
+        self._found_ends: ResponseEnds | None = None
         super().__init__(model, ref_model, args, **options)
         self._take_head()
         if not self._shapes:
@@ -159,7 +174,7 @@ class TVKDTrainer(DPOTrainer):
             raise ValueError(
                 "a teacher's values of images are not computed here: train on text alone, or by DPOTrainer"
             )
-        self.data_collator = _WithReturns(self.data_collator)
+        self.data_collator = WithReturns(self.data_collator, self._ends, args.truncation_mode)
         if self._cached is not None:
             if isinstance(self.train_dataset, IterableDataset):
                 raise ValueError("scores are looked up by row, which an IterableDataset has none of: give a Dataset")
@@ -195,7 +210,7 @@ class TVKDTrainer(DPOTrainer):
         self, teacher: str | PreTrainedModel, reference: str | PathLike[str] | PreTrainedModel | None
     ) -> TeacherReturns:
         found = [None if model is None else self._loaded(model) for model in (teacher, reference)]
-        return TeacherReturns(found[0], found[1], _settings(self.args), eos=self._tokenizer.eos_token_id)
+        return TeacherReturns(found[0], found[1], _settings(self.args))
 
     def _loaded(self, model: str | PathLike[str] | PreTrainedModel) -> PreTrainedModel:
         if isinstance(model, str | PathLike):
@@ -231,8 +246,7 @@ class TVKDTrainer(DPOTrainer):
             return dataset
         if self._cached is not None:
             rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-            ends = PairTokenizer(self._tokenizer).special_ids
-            returns = self._cached.of(as_pairs(rows, ends, self.args.max_length))
+            returns = self._cached.of(as_pairs(rows, self._ends, self.args.max_length))
             columns = Dataset.from_dict({key: x.tolist() for key, x in zip(RETURNS, returns, strict=True)})
             return concatenate_datasets([dataset, columns], axis=1)
         assert self._teacher is not None
@@ -241,6 +255,7 @@ class TVKDTrainer(DPOTrainer):
             self._teacher.fingerprints,
             self._teacher.settings,
             (self.args.max_length, self.args.truncation_mode),
+            self._ends.settings,
         )
         told = [Hasher.hash(made_of)]
         broadcast_object_list(told, from_process=0)
@@ -277,8 +292,33 @@ class TVKDTrainer(DPOTrainer):
                 "pass teacher_model as a module, or set precompute_teacher=False"
             )
         with self.accelerator.autocast():
-            chosen, rejected = self._teacher.of(batch["input_ids"], batch["completion_mask"]).chunk(2)
+            response, ended = (batch[name] for name in RESPONSES)
+            returns = self._teacher.of(batch["input_ids"], response, ended, batch.get("attention_mask"))
+        chosen, rejected = returns.chunk(2)
         return chosen, rejected
+
+    @property
+    def _ends(self) -> ResponseEnds:
+        """Where responses end in the policy's tokens."""
+        if self._found_ends is None:
+            self._found_ends = ResponseEnds(self._tokenizer, self._stop_ids)
+        return self._found_ends
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """TRL's rows, in the tokens that `tvkd score` reads, and none that a model cannot."""
+        plain = not is_conversational(next(iter(dataset)))
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            processing_class = RowTokenizer(processing_class)
+        rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if plain:
+            rows = end_once(rows, self._ends)
+        for whose, positions in self._positions.items():
+            rows = checked_rows(rows, positions, whose, args.max_length)
+        return rows
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        # What is there for a teacher is none of the model's inputs.
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in RESPONSES})
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._take_head()
@@ -307,6 +347,7 @@ class TVKDTrainer(DPOTrainer):
         """TRL's loss over shifted reference log-probabilities; its reward metrics over those that were not shifted."""
         columns = [inputs.pop(name, None) for name in RETURNS]
         psi = torch.stack(columns if columns[0] is not None else list(self._asked(inputs)))
+        inputs = {name: x for name, x in inputs.items() if name not in RESPONSES}
         if self.precompute_ref_logps:
             ref = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
@@ -363,20 +404,6 @@ class _Heard:
         return out
 
 
-@dataclass
-class _WithReturns:
-    """A collator that hands Ψ on, where the rows have it."""
-
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(examples)
-        if RETURNS[0] in examples[0]:
-            for name in RETURNS:
-                batch[name] = torch.tensor([example[name] for example in examples])
-        return batch
-
-
 def _teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, list[str]]:
     """A model, its name, or folders of scores, whichever it is."""
     if teacher is None or isinstance(teacher, PreTrainedModel):
@@ -401,6 +428,25 @@ def _teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, 
             f"{odd} is no folder that `tvkd score` wrote: a list is of such folders, and a model is given by itself"
         )
     return (None, found) if found else (names[0], [])
+
+
+def _config(model: Any, args: TVKDConfig) -> Any:
+    """A model's config, None where there is no model or none of this name: whoever loads it says so."""
+    if not isinstance(model, str | PathLike):
+        return getattr(model, "config", None)
+    try:
+        return read_config(fspath(model), trust_remote_code=args.trust_remote_code)
+    except ValueError:
+        return None
+
+
+def _stops(model: Any, args: TVKDConfig) -> frozenset[int]:
+    if not isinstance(model, str | PathLike):
+        return stop_ids_of(model)
+    try:
+        return load_stop_ids(fspath(model), trust_remote_code=args.trust_remote_code)
+    except ValueError:
+        return frozenset()
 
 
 def _settings(args: TVKDConfig) -> ShapingSettings:

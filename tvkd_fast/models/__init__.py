@@ -17,7 +17,8 @@ from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
 from tvkd_fast.models.prune import disable_dropout, prune_layers, pruned_from
 from tvkd_fast.models.quantized import BITS_A_WEIGHT
-from tvkd_fast.models.shapes import ModelShape, longest_sequence, model_config, model_shape
+from tvkd_fast.models.shapes import ModelShape, longest_sequence, model_config, model_shape, read_config
+from tvkd_fast.models.stop_ids import load_stop_ids, stop_ids_of
 
 __all__ = [
     "BITS_A_WEIGHT",
@@ -37,6 +38,7 @@ __all__ = [
     "head_transforms",
     "is_adapter",
     "load_model",
+    "load_stop_ids",
     "load_tokenizer",
     "longest_sequence",
     "merged",
@@ -46,8 +48,10 @@ __all__ = [
     "probe_head",
     "prune_layers",
     "pruned_from",
+    "read_config",
     "save_adapter",
     "save_model",
     "saved_tensors",
+    "stop_ids_of",
     "without_adapter",
 ]

@@ -31,6 +31,10 @@ class ModelBatch(Protocol):
         """Where in a packed row the pairs and their parts lie."""
 
     @property
+    def attention_mask(self) -> Tensor | None:
+        """[2P, L] of rows that leave out tokens between those that are read, None of others."""
+
+    @property
     def predicting(self) -> Tensor:
         """(N,) flat positions in `input_ids` of the states that predict the response tokens."""
 
@@ -102,7 +106,8 @@ class PolicyWithHead(nn.Module):
 
     def hidden(self, batch: ModelBatch, positions: Tensor) -> Tensor:
         """[len(positions), D] states of a batch at flat positions. Called from `forward` only."""
-        return states_of(self.model, batch.input_ids, batch.layout).flatten(0, 1)[positions]
+        states = states_of(self.model, batch.input_ids, batch.layout, batch.attention_mask)
+        return states.flatten(0, 1)[positions]
 
 
 class TeacherWithHead(PolicyWithHead):

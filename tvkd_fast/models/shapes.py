@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from tvkd_fast.models.load import locate, unreadable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B-Instruct": {
@@ -70,10 +67,17 @@ class ModelShape:
 
 def model_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """A model's config, published or read; ValueError with the remedy where it cannot be."""
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
 
     if name in PUBLISHED:
         return LlamaConfig(**PUBLISHED[name])
+    return read_config(name, trust_remote_code=trust_remote_code)
+
+
+def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """A model's own config; ValueError with the remedy where it cannot be read."""
+    from transformers import AutoConfig
+
     source = locate(name)
     try:
         return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
@@ -108,6 +112,24 @@ def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool
     )
 
 
-def longest_sequence(model: PreTrainedModel) -> int:
-    """Positions that the model was made for; a model that numbers none has no end."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+def longest_sequence(config: Any) -> int:
+    """Positions that a model of this config was made for; a model that numbers none has no end."""
+    config = config.get_text_config()
+    own: int | None = getattr(config, "max_position_embeddings", None)
+    if not own:
+        return sys.maxsize
+    return max([own, *(_stretched(own, rope) for rope in _ropes(getattr(config, "rope_parameters", None)))])
+
+
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """Of one kind of layers, or of each kind by its name."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _stretched(own: int, rope: dict[str, Any]) -> int:
+    """Positions under a scaling that was written into a config beside the positions it was trained on."""
+    factor = rope.get("factor") or 1.0
+    return int(factor * (rope.get("original_max_position_embeddings") or own))

@@ -141,9 +141,14 @@ def share_prompts(model: PreTrainedModel) -> None:
         )
 
 
-def states_of(model: PreTrainedModel, input_ids: Tensor, layout: Layout | None) -> Tensor:
-    """[rows, L] ids to [rows, L, D] states: of rows on their own, or of one packed row."""
+def states_of(
+    model: PreTrainedModel, input_ids: Tensor, layout: Layout | None, attention_mask: Tensor | None = None
+) -> Tensor:
+    """[rows, L] ids to [rows, L, D] states: of rows on their own, or of one packed row, which takes no mask."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if attention_mask is not None:
+        assert layout is None
+        inputs["attention_mask"] = attention_mask
     if layout is not None:
         # Where they begin anew, transformers' own attention begins a sequence.
         inputs["position_ids"] = positions(layout, input_ids.device)

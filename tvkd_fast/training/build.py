@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from tvkd_fast.data import (
     ScoreCache,
     ScoreManifest,
     build_dataset,
-    check_token_ids,
     fingerprint_tokenizer,
 )
 from tvkd_fast.data.folders import whole_folder
@@ -29,6 +29,7 @@ from tvkd_fast.models import (
     WithoutAdapters,
     fingerprint_weights,
     is_adapter,
+    load_stop_ids,
     load_tokenizer,
     merged,
     save_adapter,
@@ -50,6 +51,7 @@ from tvkd_fast.training.replay import Replayed, read_record, replay_pairs
 from tvkd_fast.training.run_models import (
     FrozenModels,
     Sharing,
+    check_readable,
     frozen_copy,
     load_frozen,
     load_policy,
@@ -169,12 +171,15 @@ class _Prepared:
 def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     batching = micro_batching(config)
-    dataset = load_dataset("train", config.data, tokenizer, batching, say=say)
-    held_out = load_dataset("eval", config.data, tokenizer, batching, say=say) if config.data.eval else None
+    stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, say=say)
+    held_out = None
+    if config.data.eval:
+        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, say=say)
     policy = _policy(config, world)
     for pairs in (dataset, held_out):
         if pairs is not None:
-            check_token_ids(pairs, policy.vocab_size)
+            check_readable(pairs, policy, "policy")
     identity: dict[str, Any] = {
         "policy": fingerprint_weights(policy.model),
         "precision": precision(config.model, world),
@@ -227,12 +232,12 @@ def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
 
 def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), say=say)
+    stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, say=say)
     models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=sharing_of(config, world))
     if models.reference is None:
         models.reference = _policy(config, world, frozen=True)
     assert isinstance(models.reference, PolicyWithHead)
-    check_token_ids(dataset, models.reference.vocab_size)
     scorer = models.scorer(dataset, config, say=say)
     dataset.texts.clear()
     manifest = _manifest(
@@ -266,10 +271,11 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
 
 def _evaluated(config: EvalConfig, world: World, *, say: bool) -> Evaluation:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), say=say)
+    stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), stop_ids=stops, say=say)
     sharing = sharing_of(config, world)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
-    check_token_ids(dataset, policy.vocab_size)
+    check_readable(dataset, policy, "policy")
     models = load_frozen(config, tokenizer, kappa=config.loss.kappa, sharing=sharing)
     return evaluate(
         policy,
@@ -327,13 +333,15 @@ def load_dataset(
     tokenizer: PreTrainedTokenizerBase,
     batching: MicroBatching | None = None,
     *,
+    stop_ids: Collection[int] = (),
     say: bool = False,
     read: ReadRow = to_preference,
 ) -> PairDataset:
     """The training ("train") or held-out ("eval") pairs that the config names, tokenized, truncated, and fit to be
     batched so.
 
-    `say` prints on stderr what was cut and what was dropped; `read` makes a pair of a row, as in `load_preferences`.
+    `stop_ids` are `models.load_stop_ids` of the model that reads them; `say` prints on stderr what was cut and what was
+    dropped; `read` makes a pair of a row, as in `load_preferences`.
     """
     source = config.train if which == "train" else config.eval
     if source is None:
@@ -352,6 +360,7 @@ def load_dataset(
         overlong=config.overlong,
         bad_pairs=config.bad_pairs,
         chat_template=config.chat_template,
+        stop_ids=stop_ids,
         batching=batching,
         read=read,
     )

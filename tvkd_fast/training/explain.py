@@ -14,7 +14,7 @@ import torch
 
 from tvkd_fast.data import PairDataset, collate_pairs
 from tvkd_fast.losses.shaping import potential, shaping_steps
-from tvkd_fast.models import load_tokenizer
+from tvkd_fast.models import load_stop_ids, load_tokenizer
 from tvkd_fast.training.build import load_dataset
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, LossConfig
 from tvkd_fast.training.pages import page
@@ -55,7 +55,8 @@ class Heat:
 def explain(config: ExplainConfig) -> tuple[Path, Path]:
     """Writes explain.html and explain.png of one held-out pair; their paths. The PNG needs matplotlib."""
     tokenizer = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("eval", config.data, tokenizer)
+    stops = load_stop_ids(config.teacher, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset("eval", config.data, tokenizer, stop_ids=stops)
     if config.pair >= len(dataset):
         raise ValueError(f"there are {len(dataset)} held-out pairs: set --pair to at most {len(dataset) - 1}")
     heats = heats_of(dataset, config, tokenizer)

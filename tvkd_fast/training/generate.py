@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tvkd_fast.data.templates import write_messages
-from tvkd_fast.data.tokenization import TEMPLATE_DATE
+from tvkd_fast.data.tokenization import PairTokenizer
+from tvkd_fast.models import longest_sequence, stop_ids_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,24 +25,24 @@ def answers(
     max_new_tokens: int = 40,
     of: Sequence[Preference] = (),
 ) -> list[str]:
-    """The model's greedy answer to each conversation, cut at the end of its turn.
+    """The model's greedy answer to each conversation, cut at the end of its turn, the first of the model's stop ids.
 
-    `of` are the pairs that the prompts were taken from, where they were: their tools and the template's variables.
+    A single user's turn that a chat template has written already is asked as it stands. `of` are the pairs that the
+    prompts were taken from, where they were: their tools and the template's variables. ValueError where a prompt and
+    its answer are longer than the model's positions.
     """
-    given = [{"date_string": TEMPLATE_DATE, **pair.template} for pair in of] or [{"date_string": TEMPLATE_DATE}] * len(
-        prompts
-    )
+    to_tokens = PairTokenizer(tokenizer, stop_ids=stop_ids_of(model))
+    asked = [_as_it_stands(prompt, to_tokens) for prompt in prompts]
     names = [pair.row for pair in of] or [f"prompt {i}" for i in range(len(prompts))]
-    texts = [
-        write_messages(tokenizer, prompt, more, name, add_generation_prompt=True)
-        for prompt, more, name in zip(prompts, given, names, strict=True)
-    ]
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    given: list[Mapping[str, Any]] = [pair.template for pair in of] or [{}] * len(prompts)
+    rows = [to_tokens.prompt_ids(*of_one) for of_one in zip(asked, names, given, strict=True)]
     length = max(map(len, rows))
+    _check_positions(rows, max_new_tokens, longest_sequence(model.config))
     pad = tokenizer.eos_token_id
     # Padded on the left, so that every row goes on where its prompt ends.
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    stops = to_tokens.ends.generation_stops
     was_training = model.training
     model.eval()
     out = model.generate(
@@ -50,8 +50,30 @@ def answers(
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops,
         pad_token_id=pad,
     )
     model.train(was_training)
-    return [tokenizer.decode(row[length:], skip_special_tokens=True).strip() for row in out]
+    said = [_up_to(row[length:], stops) for row in out.tolist()]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in said]
+
+
+def _as_it_stands(prompt: list[Message], to_tokens: PairTokenizer) -> str | list[Message]:
+    if len(prompt) == 1 and to_tokens.written_before(prompt[0]["content"]):
+        return prompt[0]["content"]
+    return prompt
+
+
+def _check_positions(rows: Sequence[Sequence[int]], max_new_tokens: int, positions: int) -> None:
+    # All rows are as long as the longest.
+    longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+    if len(rows[longest]) + max_new_tokens > positions:
+        raise ValueError(
+            f"prompt {longest} has {len(rows[longest]):,} tokens, and with {max_new_tokens} of an answer that is more "
+            f"than the model's {positions:,} positions: lower --max_new_tokens, or leave such prompts out"
+        )
+
+
+def _up_to(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """Without the first stop and what pads the row behind it."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]

@@ -20,7 +20,7 @@ import torch
 
 from tvkd_fast.data import ScoreCache
 from tvkd_fast.data.synthetic import judge, preference_rows
-from tvkd_fast.models import load_model, load_tokenizer, prune_layers
+from tvkd_fast.models import load_model, load_stop_ids, load_tokenizer, prune_layers
 from tvkd_fast.training.build import FINAL, load_dataset, save_final, score, train
 from tvkd_fast.training.config import DataConfig, OptimConfig, ScoreConfig, TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import evaluate
@@ -255,7 +255,8 @@ def _used(recipe: TrainConfig) -> DataConfig:
 def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any]:
     """The four models on the held-out pairs, and their answers to bundled prompts; each is loaded once."""
     tokenizer = load_tokenizer(out / "student" / FINAL)
-    held_out = load_dataset("eval", recipe.data, tokenizer, micro_batching(recipe))
+    stops = load_stop_ids(out / "student" / FINAL)
+    held_out = load_dataset("eval", recipe.data, tokenizer, micro_batching(recipe), stop_ids=stops)
     scores = CachedScorer(ScoreCache.load(out / "scores" / FINAL / "eval", held_out))
     scorers: dict[str, Scorer | None] = {"start": None, "dpo": scores, "tvkd": scores, "teacher": None}
     prompts: list[list[Message]] = [row["prompt"] for row in preference_rows("eval", max(SHOWN_ANSWERS, config.judged))]

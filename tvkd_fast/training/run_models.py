@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from tvkd_fast.data import PairDataset, check_token_ids, packed_length, retokenize
+from tvkd_fast.data import PairDataset, check_positions, check_token_ids, packed_length, retokenize
 from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, shard_policy
 from tvkd_fast.models import (
     EmptyModel,
@@ -23,10 +23,12 @@ from tvkd_fast.models import (
     empty_model,
     fingerprint_weights,
     load_model,
+    load_stop_ids,
     load_tokenizer,
     longest_sequence,
     prune_layers,
     pruned_from,
+    stop_ids_of,
 )
 from tvkd_fast.training.config import (
     EvalConfig,
@@ -80,7 +82,14 @@ class FrozenModels:
     def scorer(
         self, dataset: PairDataset, config: TrainConfig | ScoreConfig | EvalConfig, *, say: bool = False
     ) -> OnlineScorer:
-        """What scores this dataset's batches. `say` prints on stderr what the teacher reads of it."""
+        """What scores this dataset's batches, if it can read them. `say` prints on stderr what the teacher reads."""
+        if isinstance(self.reference, PolicyWithHead):
+            check_readable(dataset, self.reference, "reference")
+        if self.teacher is not None and self.teacher_tokenizer is None:
+            for model in self.teacher.policies:
+                check_readable(
+                    dataset, model, "teacher" if model is self.teacher.policies[0] else "teacher's reference"
+                )
         tokens = None
         if self.teacher is not None and self.teacher_tokenizer is not None:
             tokens = self._tokens(self.teacher, self.teacher_tokenizer, dataset, config)
@@ -101,9 +110,11 @@ class FrozenModels:
             dataset,
             self.tokenizer,
             tokenizer,
-            max_length=min(longest_sequence(policy.model) for policy in teacher.policies),
+            max_length=min(longest_sequence(policy.model.config) for policy in teacher.policies),
             chat_template=config.data.chat_template,
             other_chat_template=config.data.teacher_chat_template,
+            stop_ids=load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code),
+            other_stop_ids=stop_ids_of(teacher.model),
         )
         check_token_ids(own, teacher.vocab_size)
         batching = micro_batching(config)
@@ -161,6 +172,13 @@ def load_frozen(
         make = partial(TeacherWithHead, kappa=kappa)
         found.teacher = _made(make, config.teacher, config.model, None, sharing, frozen=True)
     return found
+
+
+def check_readable(dataset: PairDataset, policy: PolicyWithHead, whose: str) -> None:
+    """Raises a ValueError that names the first row which the model cannot read: a token it does not have, or more of
+    them than it has positions."""
+    check_token_ids(dataset, policy.vocab_size)
+    check_positions(dataset, longest_sequence(policy.model.config), whose)
 
 
 def freeze(policy: P) -> P:

@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvkd_fast.data import PairDataset, check_token_ids
+from tvkd_fast.data import PairDataset
 from tvkd_fast.data.rewardbench import HUB, SPLIT, to_rewardbench
 from tvkd_fast.distributed import World
-from tvkd_fast.models import load_tokenizer
+from tvkd_fast.models import load_stop_ids, load_tokenizer
 from tvkd_fast.training.build import load_dataset, sharing_of, world_of
 from tvkd_fast.training.config import EvalConfig, micro_batching
 from tvkd_fast.training.generate import answers
 from tvkd_fast.training.judged import Judged, by_row, compared, judge_pairs
 from tvkd_fast.training.pages import html_page, markdown_page
-from tvkd_fast.training.run_models import load_frozen, load_policy
+from tvkd_fast.training.run_models import check_readable, load_frozen, load_policy
 
 if TYPE_CHECKING:
     from tvkd_fast.data.formats import Message, Preference
@@ -89,12 +89,13 @@ def _models(config: EvalConfig) -> list[str]:
 def _dataset(name: str, config: EvalConfig, *, say: bool = False) -> PairDataset:
     tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
     data, batching = config.data, micro_batching(config)
+    stops = load_stop_ids(name, trust_remote_code=config.model.trust_remote_code)
     if config.format == "pairs":
-        return load_dataset("eval", data, tokenizer, batching, say=say)
+        return load_dataset("eval", data, tokenizer, batching, stop_ids=stops, say=say)
     if data.eval == HUB and data.eval_split == "test":
         # The set has no split of that name, which is the default of others.
         data = replace(data, eval_split=SPLIT)
-    return load_dataset("eval", data, tokenizer, batching, say=say, read=to_rewardbench)
+    return load_dataset("eval", data, tokenizer, batching, stop_ids=stops, say=say, read=to_rewardbench)
 
 
 def _one_a_row(dataset: PairDataset) -> list[Preference]:
@@ -115,7 +116,7 @@ def _check_same_rows(datasets: Sequence[PairDataset], names: Sequence[str]) -> N
 def _judge(name: str, dataset: PairDataset, config: EvalConfig, world: World) -> Judged:
     sharing = sharing_of(config, world)
     policy = load_policy(name, config.model, sharing=sharing, frozen=True)
-    check_token_ids(dataset, policy.vocab_size)
+    check_readable(dataset, policy, "model")
     reference = None
     if config.reference is not None:
         tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)

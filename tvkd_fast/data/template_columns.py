@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from tvkd_fast.data.chat_template import apply_template
 from tvkd_fast.data.messages import unwritten
 from tvkd_fast.data.pairs import BadPair, Message, Preference
 
@@ -44,8 +45,8 @@ def write_messages(
         remedy = "Remove it from chat_template_kwargs, which are the template's own variables"
         raise BadPair(row, "an argument that is no variable of the template", ", ".join(sorted(taken)), remedy)
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **given
+        text = apply_template(
+            tokenizer, list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **given
         )
     except Exception as error:
         # What a template raises of itself is a TemplateError and needs no name.

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from tvkd_fast.data import build_dataset
 from tvkd_fast.data.formats import BadPair, to_preference
 from tvkd_fast.data.retokenize import retokenize
-from tvkd_fast.data.templates import variables_of
+from tvkd_fast.data.template_columns import variables_of
 from tvkd_fast.data.tokenization import PairTokenizer
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
