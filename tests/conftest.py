@@ -48,6 +48,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def mark_all_but_each_once(cases: list[pytest.Function]) -> None:
     """Gives `each_once`'s mark to all but the cases on the diagonal, where every parameter's values come by in turn."""
+    # As they were written, whatever order they are to run in.
+    cases = sorted(cases, key=lambda case: tuple(case.callspec.indices.values()))
     shown = [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases]
     values = {name: list(dict.fromkeys(one[name] for one in shown)) for name in shown[0]}
     longest = max(len(own) for own in values.values())
