@@ -144,6 +144,8 @@ def share_prompts(model: PreTrainedModel) -> None:
 def states_of(model: PreTrainedModel, input_ids: Tensor, layout: Layout | None) -> Tensor:
     """[rows, L] ids to [rows, L, D] states: of rows on their own, or of one packed row."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if not model.config.return_dict:
+        inputs["return_dict"] = True
     if layout is not None:
         # Where they begin anew, transformers' own attention begins a sequence.
         inputs["position_ids"] = positions(layout, input_ids.device)
