@@ -10,12 +10,15 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaForCausalLM, MixtralConfig
 
 from tvkd_fast.integrations import FusedLMOutput, patch_lm_head, unpatch_lm_head
 from tvkd_fast.integrations.lm_head import is_patched
+from tvkd_fast.models import FusedLMHead
 
 IDS = torch.randint(1, 262, (2, 8), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(8) < 3, -100)
@@ -56,8 +59,10 @@ def model(tiny_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def bf16() -> Iterator[accelerate.Accelerator]:
+    reset = accelerate.state.AcceleratorState._reset_state
+    reset(reset_partial_state=True)
     yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    reset(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -210,6 +215,40 @@ def test_offloaded_before_or_after(tiny_model: Callable[..., Any]) -> None:
         answers_for_itself(model)
         unpatch_lm_head(model)
         torch.testing.assert_close(own_logps(model), before)
+
+
+@pytest.fixture
+def alone() -> Iterator[DeviceMesh]:
+    """A group of this process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_sharded_before_or_after(
+    tiny_model: Callable[..., Any], alone: DeviceMesh, precision: torch.dtype | None
+) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=precision)
+
+    def shard(model: Any) -> None:
+        for unit in (model.lm_head, model):
+            fully_shard(unit, mesh=alone, mp_policy=policy)
+
+    for steps in ([patch_lm_head, shard], [shard, patch_lm_head]):
+        model, other = (tiny_model(0, tie_word_embeddings=False) for _ in range(2))
+        for step in steps:
+            step(model)
+        answers(model, 1e-5 if precision is None else 5e-2)
+        model(IDS, labels=LABELS, fused_lm_head=True).loss.backward()
+        other(IDS, labels=LABELS).loss.backward()
+        for own, wanted in zip(model.parameters(), other.parameters(), strict=True):
+            error = (own.grad.full_tensor() - wanted.grad).norm() / wanted.grad.norm()
+            assert error < (1e-5 if precision is None else 0.1)
+        unpatch_lm_head(model)
+        assert not isinstance(model.lm_head, FusedLMHead)
+        assert isinstance(model.lm_head, FSDPModule)
+        assert model(IDS).logits is not None
 
 
 def test_a_model_without_weights_is_patched_and_not_asked(model: Any) -> None:

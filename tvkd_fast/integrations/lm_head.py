@@ -151,6 +151,8 @@ class _OwnAnswer:
     """[T, V]"""
     loss: Tensor | None
     """For its own tokens as labels."""
+    precision: torch.dtype
+    """In which its head answered."""
     autocast: torch.dtype | None
     """What its own forward multiplies in, where it brings mixed precision."""
 
@@ -158,13 +160,15 @@ class _OwnAnswer:
 @torch.no_grad()
 def _own_answer(model: PreTrainedModel) -> _OwnAnswer:
     """By a plain call, before anything is changed; ValueError where there is none."""
-    ids, precision = probe_ids(model), []
+    ids = probe_ids(model)
+    kind = ids.device.type
+    seen: list[tuple[torch.dtype, torch.dtype | None]] = []
 
-    def note(*_: Any) -> None:
-        kind = ids.device.type
-        precision.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+    def note(_head: nn.Module, _inputs: Any, logits: Tensor) -> None:
+        seen.append((logits.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None))
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(note, prepend=True)
+    # Before FSDP2's own hook, which may cast them.
+    handle = model.get_output_embeddings().register_forward_hook(note, prepend=True)
     try:
         with as_probed(model):
             out = model(input_ids=ids, labels=ids, use_cache=False)
@@ -174,19 +178,18 @@ def _own_answer(model: PreTrainedModel) -> _OwnAnswer:
         ) from error
     finally:
         handle.remove()
-    if not precision:
+    if not seen:
         raise ValueError(
             f"{type(model).__name__} ({model.config.model_type}) makes its logits without calling its output "
             "embeddings, where a fused head would stand: train it with a trainer that keeps its logits"
         )
-    return _OwnAnswer(out.logits[0], out.loss, precision[0])
+    return _OwnAnswer(out.logits[0], out.loss, *seen[0])
 
 
 @torch.no_grad()
 def _compare(model: PreTrainedModel, own: _OwnAnswer) -> None:
     """Raise ValueError where the patched model's answers are not those that it had by itself."""
-    ids = probe_ids(model)
-    precision = own.autocast or model.get_output_embeddings().weight.dtype
+    ids, precision = probe_ids(model), own.precision
 
     def logps(labels: Tensor) -> Tensor:
         found: Tensor = model(input_ids=ids.expand(2, -1), shift_labels=labels, fused_lm_head=True).log_probs

@@ -47,6 +47,8 @@ def undone(model: PreTrainedModel, *, on_error: bool = False) -> Iterator[None]:
     finally:
         if failed or not on_error:
             if was_fused:
+                for name in OF_A_FUSED_HEAD:
+                    vars(head).pop(name, None)
                 vars(head).update(kept)
             elif isinstance(head, FusedLMHead):
                 head.as_linear()
@@ -78,6 +80,13 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What these layers have of their own, beside what they were put around."""
+    for layer in adapter_layers(model):
+        for name in layer.adapter_layer_names:
+            yield from getattr(layer, name).parameters()
 
 
 @contextmanager
