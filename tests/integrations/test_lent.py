@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -68,6 +69,15 @@ def test_it_comes_back_as_it_was(tiny_model: Callable[..., Any], lent: Any, valu
     assert torch.equal(psi, wanted)
     # It may be trained between two batches, by whoever lent it.
     lent(ROWS, labels=ROWS).loss.backward()
+
+
+def test_an_offloaded_teacher_is_asked(tiny_model: Callable[..., Any]) -> None:
+    wanted = TeacherReturns(tiny_model(1), None, settings(), eos=2).of(ROWS, COMPLETIONS)
+    teacher = tiny_model(1)
+    accelerate.cpu_offload(teacher, execution_device="cpu")
+    returns = TeacherReturns(teacher, None, settings(), eos=2)
+    torch.testing.assert_close(returns.of(ROWS, COMPLETIONS), wanted)
+    assert teacher(ROWS).logits is not None
 
 
 def test_it_comes_back_from_a_refusal(lent: Any) -> None:

@@ -72,8 +72,10 @@ def patch_lm_head(
     settings = HeadSettings(HeadGradient() if gradient is None else gradient, stats, output)
     quiet = HeadSettings(settings.gradient, None, FusedLMOutput)
     head = inside.get_output_embeddings()
-    if inside.base_model is inside or head is None:
-        raise ValueError(f"{type(inside).__name__} has no backbone and head of its own: give a causal language model")
+    if inside.base_model is inside or head is None or inside.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(inside).__name__} is no causal language model with a backbone and a head of its own: give one"
+        )
     check_head(head)
     empty = is_empty(head)
     if empty:

@@ -230,6 +230,9 @@ class TVKDTrainer(DPOTrainer):
                 f"the teacher has {model.config.get_text_config().vocab_size:,} tokens and the policy's tokenizer "
                 f"{len(self._tokenizer):,}: {ANOTHER_TOKENIZER}"
             )
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            # accelerate's hooks (device_map) have placed its weights, and bring its inputs to them.
+            return model
         return model.to(self.accelerator.device)
 
     def _precompute(self, args: TVKDConfig, *, from_module: bool) -> None:

@@ -114,7 +114,9 @@ def turned(kind: type, old: type, new: type) -> type | None:
 
 def check_linear(module: nn.Module) -> None:
     """Raise ValueError with the remedy where a module cannot become a fused head."""
-    if not isinstance(module, FusedLMHead):
+    if isinstance(module, FusedLMHead):
+        _holder(module, type(module))
+    else:
         _check(module, nn.Linear, FusedLMHead)
 
 
@@ -134,13 +136,17 @@ def _check(module: nn.Module, old: type[nn.Linear], new: type[nn.Linear]) -> tup
             f"the head is a {type(module).__name__}, not a plain nn.Linear: merge a LoRA adapter on the head first "
             "(merge_and_unload), leave lm_head out of target_modules, or load the head unquantised"
         )
-    hooked = "_old_forward" in vars(module)
+    return kind, _holder(module, old)
+
+
+def _holder(module: nn.Module, kind: type[nn.Linear]) -> str:
+    """The attribute that holds a forward of the module's own, where it has one: its class's, bound."""
     # accelerate's hooks for offloaded and placed weights keep the forward that they call under this name.
-    held = "_old_forward" if hooked else "forward"
+    held = "_old_forward" if "_old_forward" in vars(module) else "forward"
     found = vars(module).get(held)
-    if found is not None and getattr(found, "__func__", None) is not old.forward:
+    if found is not None and getattr(found, "__func__", None) is not kind.forward:
         raise ValueError(
             f"the head's forward was replaced by {getattr(found, '__qualname__', type(found).__name__)}, which a fused "
             "head would bypass: take it off first, or put it on afterwards"
         )
-    return kind, held
+    return held

@@ -105,6 +105,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_draws() -> Iterator[None]:
-    """Random draws of the block leave torch's generators, of every device, where they were."""
-    with torch.random.fork_rng():
+    """Random draws of the block leave torch's generators, of the CPU and of the current GPU, where they were."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield

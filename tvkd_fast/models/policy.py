@@ -98,7 +98,10 @@ class PolicyWithHead(nn.Module):
 
     def precision(self) -> torch.autocast:
         """The products' precision, wherever the model is called: policy, reference and teacher must agree on it."""
-        return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        kind = self.model.device.type
+        # Offloaded weights are on the meta device, which has no precision of its own.
+        kind = "cpu" if kind == "meta" else kind
+        return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
 
     def hidden(self, batch: ModelBatch, positions: Tensor) -> Tensor:
         """[len(positions), D] states of a batch at flat positions. Called from `forward` only."""
