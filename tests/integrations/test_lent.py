@@ -128,7 +128,7 @@ def test_adapters_are_off_for_a_while(tiny_model: Callable[..., Any]) -> None:
 @pytest.fixture
 def make(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., Any]:
     def trainer(model: Any, teacher: Any, **changes: Any) -> Any:
-        peft_config = changes.pop("peft_config", None)
+        peft_config, ref_model = changes.pop("peft_config", None), changes.pop("ref_model", None)
         options = {
             "max_length": 40,
             "use_cpu": True,
@@ -141,7 +141,7 @@ def make(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., Any]:
         tokenizer = AutoTokenizer.from_pretrained(folders[0])
         data = Dataset.from_list(ROWS_OF_TEXT)
         given = {"args": args, "train_dataset": data, "processing_class": tokenizer, "peft_config": peft_config}
-        return TVKDTrainer(model, teacher_model=teacher, **given)
+        return TVKDTrainer(model, ref_model, teacher_model=teacher, **given)
 
     return trainer
 
@@ -164,6 +164,20 @@ def test_a_policys_own_base_is_its_teacher(
     other = TeacherReturns(loaded(folders[0]), None, trainer._teacher.settings, eos=trainer._teacher.eos)
     # What it says does not move with the adapters.
     assert torch.equal(trainer._teacher.of(ROWS, COMPLETIONS), other.of(ROWS, COMPLETIONS))
+
+
+def test_a_reference_comes_back_as_it_was(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+    reference = loaded(folders[0])
+    before = state_of(reference)
+    trainer = make(loaded(folders[0]), folders[1], ref_model=reference)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset)
+    after = state_of(reference)
+    # accelerate's own mark.
+    assert after["carried"].pop("_is_accelerate_prepared") is True
+    assert after == before
+    # It may be the teacher, too.
+    make(loaded(folders[0]), reference, ref_model=reference, precompute_teacher=False).train()
 
 
 def test_a_teacher_that_would_move_is_refused(make: Callable[..., Any], folders: tuple[str, str]) -> None:

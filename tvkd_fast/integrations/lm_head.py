@@ -93,6 +93,22 @@ def patch_lm_head(
     return model
 
 
+@contextmanager
+def answering(model: nn.Module, *, output: type[FusedLMOutput]) -> Iterator[None]:
+    """Patched while the block lasts: a lent model that `patch_lm_head` has taken before, which is not tried again."""
+    inside = model_inside(model)
+    if patch_of(inside) is not None:
+        yield
+        return
+    settings = HeadSettings(HeadGradient(), None, output)
+    fuse(inside.get_output_embeddings(), head_transforms(inside.config), settings)
+    put_in(inside, settings, None)
+    try:
+        yield
+    finally:
+        unpatch_lm_head(inside)
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch_lm_head` has been at it."""
     return patch_of(model_inside(model)) is not None

@@ -133,9 +133,10 @@ def put_in(model: PreTrainedModel, settings: HeadSettings, autocast: torch.dtype
     """Patch the model, under what accelerate put around its forward; `autocast` is the dtype that this brings."""
     carried = vars(model)
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-    if carried.get(PATCH) is not None and _reached(carried.get("forward")):
-        patch = carried[PATCH]
-        carried[PATCH] = Patch(model, settings, patch.own, names)
+    patch: Patch | None = carried.get(PATCH)
+    if _reached(carried.get("_old_forward", carried.get("forward"))):
+        # It stands where it should: patched anew, or left under a wrapper when the patch was taken out.
+        carried[PATCH] = Patch(model, settings, None if patch is None else patch.own, names)
         return
     holder = next(
         name for name in ("_old_forward", "_original_forward", "forward") if name in carried or name == "forward"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from inspect import getclosurevars
 from os import PathLike, fspath
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from tvkd_fast.data.tokenization import PairTokenizer
-from tvkd_fast.integrations.lm_head import FusedLMOutput, patch_lm_head
+from tvkd_fast.integrations.lm_head import FusedLMOutput, answering, patch_lm_head, unpatch_lm_head
 from tvkd_fast.integrations.patched import model_inside
 from tvkd_fast.integrations.scores import CachedReturns, as_pairs, is_score_folder
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
@@ -197,8 +198,17 @@ class TVKDTrainer(DPOTrainer):
         patch_lm_head(self.model, gradient=gradient, stats=self._stats, output=_Output)
         if self.ref_model is not None:
             _without_trls_head(self.ref_model)
-            patch_lm_head(self.ref_model, output=_Output)
+            # It is lent: tried once, and patched while it is asked.
+            unpatch_lm_head(patch_lm_head(self.ref_model, output=_Output))
         self._has_head = True
+
+    def _reference_asked(self) -> AbstractContextManager[None]:
+        """This library's head in the reference, where there is one, while the block lasts."""
+        return answering(self.ref_model, output=_Output) if self._ours and self.ref_model is not None else nullcontext()
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        with self._reference_asked():
+            return super().compute_ref_log_probs(model, inputs)
 
     def _load_teacher(
         self, teacher: str | PreTrainedModel, reference: str | PathLike[str] | PreTrainedModel | None
@@ -319,10 +329,11 @@ class TVKDTrainer(DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
-        if not self._shapes:
-            found = super()._compute_loss(model, inputs, return_outputs)
-        else:
-            found = self._shaped(_Heard(model), dict(inputs), return_outputs, self._metrics[mode])
+        with self._reference_asked():
+            if not self._shapes:
+                found = super()._compute_loss(model, inputs, return_outputs)
+            else:
+                found = self._shaped(_Heard(model), dict(inputs), return_outputs, self._metrics[mode])
         if self._ours:
             for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
                 self._metrics[mode].pop(name, None)
