@@ -78,11 +78,13 @@ def test_it_is_undone_whole(tiny_model: Callable[..., Any]) -> None:
         unpatch_lm_head(model)
 
 
-def test_twice_is_refused_and_settings_are_taken(tiny_model: Callable[..., Any]) -> None:
+def test_settings_are_taken_and_taken_anew(tiny_model: Callable[..., Any]) -> None:
     model = patch_lm_head(tiny_model(0), gradient=HeadGradient(grad_mode="sparse"))
     assert model.get_output_embeddings().gradient.grad_mode == "sparse"
-    with pytest.raises(ValueError, match="call unpatch_lm_head"):
-        patch_lm_head(model)
+    forward = vars(model)["forward"]
+    assert patch_lm_head(model).get_output_embeddings().gradient.grad_mode == "exact"
+    assert vars(model)["forward"] is forward
+    assert "forward" not in vars(unpatch_lm_head(model))
 
 
 def test_a_head_that_is_no_linear_layer_is_refused_and_stays(tiny_model: Callable[..., Any]) -> None:

@@ -5,9 +5,11 @@ Letters: P pairs (2P rows, chosen first), L row length, M response states, N res
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from tvkd_fast.losses import Terminal, running_sums, shaping_returns
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead, fingerprint_weights
+from tvkd_fast.models.lent import adapters_off, undone
 from tvkd_fast.ops import soft_values
 
 if TYPE_CHECKING:
@@ -105,35 +108,60 @@ class PaddedRows:
 
 
 class TeacherReturns:
-    """Ψ of every row, by a frozen teacher in the policy's tokens."""
+    """Ψ of every row, by a teacher in the policy's tokens.
 
-    def __init__(self, teacher: PreTrainedModel, reference: PreTrainedModel | None, settings: ShapingSettings) -> None:
+    Teacher and reference are lent: each is in evaluation mode, with a fused head and without its adapters where
+    `without_adapters` says so, while it is asked, and what it was at all other times.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        settings: ShapingSettings,
+        *,
+        without_adapters: Collection[PreTrainedModel] = (),
+    ) -> None:
         self.settings = settings
-        rewards = reference is not None
-        assert rewards == (settings.value_from == "implicit_reward")
-        self.teacher = PolicyWithHead(teacher) if rewards else TeacherWithHead(teacher, kappa=settings.kappa)
-        self.reference = None if reference is None else PolicyWithHead(reference)
-        for model in self.models:
-            model.eval().requires_grad_(False)
-
-    @property
-    def models(self) -> tuple[PolicyWithHead, ...]:
+        assert (reference is not None) == (settings.value_from == "implicit_reward")
+        self.models = (teacher,) if reference is None else (teacher, reference)
         """The teacher, and its reference where it has one."""
-        return (self.teacher,) if self.reference is None else (self.teacher, self.reference)
+        self._without_adapters = {id(model) for model in without_adapters}
+        for model in self.models:
+            with self._lent(model, probe=True):
+                """One that cannot be asked is refused here."""
 
     @cached_property
     def fingerprints(self) -> list[str]:
         """Of their weights: a pass over all of them, so made once however many datasets there are."""
-        return [fingerprint_weights(model.model) for model in self.models]
+        return [fingerprint_weights(model) for model in self.models]
+
+    @contextmanager
+    def _lent(self, model: PreTrainedModel, *, probe: bool = False) -> Iterator[PolicyWithHead]:
+        """The model as it is asked, while the block lasts."""
+        off = adapters_off(model) if id(model) in self._without_adapters else nullcontext()
+        with undone(model), off:
+            kind: type[PolicyWithHead] = PolicyWithHead
+            options: dict[str, Any] = {}
+            if self.settings.value_from != "implicit_reward":
+                kind, options = TeacherWithHead, {"kappa": self.settings.kappa}
+            asked = kind(model, probe=probe, **options).eval()
+            # The head may be the policy's, which counts what its own gradients were made of.
+            asked.head.stats = None
+            yield asked
 
     @torch.no_grad()
     def of(self, input_ids: Tensor, response: Tensor, ended: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(2P,) float32 Ψ of rows [2P, L], their responses' masks and (2P,) whether those end, padded on any side."""
         rows = PaddedRows.of(input_ids, response, attention_mask)
         settings = self.settings
-        if self.reference is not None:
-            rewards = self.teacher(rows) - self.reference(rows)
+        found = []
+        for model in self.models:
+            with self._lent(model) as lent:
+                found.append(lent(rows))
+        if settings.value_from == "implicit_reward":
+            rewards = found[0] - found[1]
             values = settings.value_scale * running_sums(rewards, rows.cu_seqlens)
         else:
-            values = settings.values(*self.teacher(rows))
+            values = settings.values(*found[0])
         return settings.returns(values, rows.cu_states, ended)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from inspect import getclosurevars
 from os import PathLike, fspath
+from types import FunctionType
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch import Tensor
@@ -26,7 +29,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import is_conversational
 
 from tvkd_fast.data.response_end import ResponseEnds
-from tvkd_fast.integrations.lm_head import FusedLMOutput, is_patched, patch_lm_head
+from tvkd_fast.integrations.lm_head import FusedLMOutput, answering, patch_lm_head, unpatch_lm_head
+from tvkd_fast.integrations.patched import model_inside
 from tvkd_fast.integrations.rows import (
     RESPONSES,
     RETURNS,
@@ -40,6 +44,7 @@ from tvkd_fast.integrations.scores import CachedReturns, is_score_folder
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
 from tvkd_fast.losses import Terminal, check_discount, check_preference_settings
 from tvkd_fast.models import load_model, load_stop_ids, load_tokenizer, longest_sequence, read_config, stop_ids_of
+from tvkd_fast.models.lent import adapter_layers, adapter_parameters
 from tvkd_fast.ops import HeadGradient, HeadStats, check_kappa
 
 OF_MARGINS = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
@@ -158,6 +163,7 @@ class TVKDTrainer(DPOTrainer):
             _refuse(args, has_reference=teacher_reference is not None, cached=self._cached is not None)
         self._ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
         self._stats = HeadStats() if self._ours and args.grad_mode != "exact" else None
+        self._has_head = False
         self._teacher: TeacherReturns | None = None
         named = {"policy": model, "reference": ref_model}
         if self._shapes and self._cached is None:
@@ -168,6 +174,11 @@ class TVKDTrainer(DPOTrainer):
         self._found_ends: ResponseEnds | None = None
         super().__init__(model, ref_model, args, **options)
         self._take_head()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "no weight of the model requires a gradient, so that nothing would be learned: give one that does, or "
+                "peft_config"
+            )
         if not self._shapes:
             return
         if self._is_vision_dataset:
@@ -187,8 +198,7 @@ class TVKDTrainer(DPOTrainer):
 
     def _take_head(self) -> None:
         """This library's head in policy and reference, once, before either is called."""
-        policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        if not self._ours or is_patched(policy):
+        if not self._ours or self._has_head:
             return
         args = self.args
         whose = "is not for this library's head: set fused_head='trl'"
@@ -199,18 +209,35 @@ class TVKDTrainer(DPOTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(f"DeepSpeed and FSDP {whose}, or train by `tvkd train --nproc N`")
         gradient = HeadGradient(grad_mode=args.grad_mode, eps=args.eps)
-        patch_lm_head(policy, gradient=gradient, stats=self._stats, output=_Output)
+        _without_trls_head(self.model)
+        patch_lm_head(self.model, gradient=gradient, stats=self._stats, output=_Output)
         if self.ref_model is not None:
-            # It may be wrapped for mixed precision already, around the head that it had.
-            plain = extract_model_from_parallel(self.ref_model, keep_fp32_wrapper=False)
-            patch_lm_head(plain, output=_Output)
-            self.ref_model = self.accelerator.prepare_model(plain, evaluation_mode=True)
+            _without_trls_head(self.ref_model)
+            # It is lent: tried once, and patched while it is asked.
+            unpatch_lm_head(patch_lm_head(self.ref_model, output=_Output))
+        self._has_head = True
+
+    def _reference_asked(self) -> AbstractContextManager[None]:
+        """This library's head in the reference, where there is one, while the block lasts."""
+        return answering(self.ref_model, output=_Output) if self._ours and self.ref_model is not None else nullcontext()
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        # What is there for a teacher is none of the model's inputs.
+        with self._reference_asked():
+            return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in RESPONSES})
 
     def _load_teacher(
         self, teacher: str | PreTrainedModel, reference: str | PathLike[str] | PreTrainedModel | None
     ) -> TeacherReturns:
-        found = [None if model is None else self._loaded(model) for model in (teacher, reference)]
-        return TeacherReturns(found[0], found[1], _settings(self.args))
+        lent, before = self._loaded(teacher), None if reference is None else self._loaded(reference)
+        ours = {id(module) for module in self.model.modules()}
+        # Adapters of the policy's own base are the policy's.
+        based = [
+            model
+            for model in (lent, before)
+            if model is not None and any(id(layer) in ours for layer in adapter_layers(model))
+        ]
+        return TeacherReturns(lent, before, _settings(self.args), without_adapters=based)
 
     def _loaded(self, model: str | PathLike[str] | PreTrainedModel) -> PreTrainedModel:
         if isinstance(model, str | PathLike):
@@ -218,13 +245,18 @@ class TVKDTrainer(DPOTrainer):
             theirs = load_tokenizer(model, trust_remote_code=self.args.trust_remote_code)
             _check_tokens(self._tokenizer, theirs, model)
             model = load_model(model, dtype=self.model.dtype, trust_remote_code=self.args.trust_remote_code)
-        if model is self.model:
-            raise ValueError("the teacher is the model that is trained: give a model of its own")
+        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        trained -= {id(parameter) for parameter in adapter_parameters(model)}
+        if model is self.model or not trained.isdisjoint(map(id, model.parameters())):
+            raise ValueError("the teacher is, or shares weights with, the model that is trained: give one of its own")
         if model.config.get_text_config().vocab_size < len(self._tokenizer):
             raise ValueError(
                 f"the teacher has {model.config.get_text_config().vocab_size:,} tokens and the policy's tokenizer "
                 f"{len(self._tokenizer):,}: {ANOTHER_TOKENIZER}"
             )
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            # accelerate's hooks (device_map) have placed its weights, and bring its inputs to them.
+            return model
         return model.to(self.accelerator.device)
 
     def _precompute(self, args: TVKDConfig, *, from_module: bool) -> None:
@@ -316,13 +348,15 @@ class TVKDTrainer(DPOTrainer):
             rows = checked_rows(rows, positions, whose, args.max_length)
         return rows
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        # What is there for a teacher is none of the model's inputs.
-        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in RESPONSES})
-
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._take_head()
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        held = self.ref_model
+        # TRL asks whether there is one by its truth, and torch.compile's wrapper has none: it is a container's length.
+        self.ref_model = getattr(held, "_orig_mod", held)
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self.ref_model = held
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -330,10 +364,11 @@ class TVKDTrainer(DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
-        if not self._shapes:
-            found = super()._compute_loss(model, inputs, return_outputs)
-        else:
-            found = self._shaped(_Heard(model), dict(inputs), return_outputs, self._metrics[mode])
+        with self._reference_asked():
+            if not self._shapes:
+                found = super()._compute_loss(model, inputs, return_outputs)
+            else:
+                found = self._shaped(_Heard(model), dict(inputs), return_outputs, self._metrics[mode])
         if self._ours:
             for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
                 self._metrics[mode].pop(name, None)
@@ -351,7 +386,8 @@ class TVKDTrainer(DPOTrainer):
         if self.precompute_ref_logps:
             ref = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
-            ref = torch.stack(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+            reference = self.model if self.ref_model is None else self.ref_model
+            ref = torch.stack(self.compute_ref_log_probs(reference, inputs))
         shaping = self.args.alpha * psi.to(ref)
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref + shaping / self.beta
         before, self.precompute_ref_logps = self.precompute_ref_logps, True
@@ -447,6 +483,15 @@ def _stops(model: Any, args: TVKDConfig) -> frozenset[int]:
         return load_stop_ids(fspath(model), trust_remote_code=args.trust_remote_code)
     except ValueError:
         return frozenset()
+
+
+def _without_trls_head(model: torch.nn.Module) -> None:
+    """Take off the forward that TRL put over the model's, a closure that copies of the model would share."""
+    carried = vars(model_inside(model))
+    for name in ("forward", "_original_forward"):
+        function = getattr(carried.get(name), "__func__", None)
+        if isinstance(function, FunctionType) and function.__globals__["__name__"].startswith("trl."):
+            carried[name] = getclosurevars(function).nonlocals["original_forward"]
 
 
 def _settings(args: TVKDConfig) -> ShapingSettings:

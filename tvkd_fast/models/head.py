@@ -6,9 +6,9 @@ Letters: N tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_lse
@@ -22,6 +22,8 @@ class HeadTransforms:
     logit_scale: float = 1.0
 
 
+OF_A_FUSED_HEAD = ("transforms", "gradient", "stats")
+"""Attributes that a linear layer has while it is a `FusedLMHead`."""
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _MULTIPLIERS = {"logit_scale": ("cohere",), "logits_scaling": ("hyperclovax",), "lm_head_multiplier": ("falcon_h1",)}
 _DIVISORS = {"logits_scaling": ("granite",)}
@@ -60,19 +62,23 @@ class FusedLMHead(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, transforms: HeadTransforms) -> FusedLMHead:
-        """The same parameters (the very same objects, so ties stay ties) under the fused module."""
-        if isinstance(linear, cls):
-            linear.transforms = transforms
-            return linear
-        if type(linear) is not nn.Linear:
-            raise ValueError(
-                f"the head is a {type(linear).__name__}, not a plain nn.Linear: merge a LoRA adapter on the head first "
-                "(merge_and_unload), leave lm_head out of target_modules, or load the head unquantised"
-            )
-        with torch.device("meta"):
-            fused = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        fused.weight, fused.bias, fused.transforms = linear.weight, linear.bias, transforms
-        return fused.train(linear.training)
+        """The very same module as a fused head: parameters, ties, hooks and FSDP2's state stay. `as_linear` undoes it.
+
+        Raises ValueError, with nothing changed, for a module that is not a plain `nn.Linear`.
+        """
+        if not isinstance(linear, cls):
+            _turn(linear, nn.Linear, cls)
+        assert isinstance(linear, cls)
+        linear.transforms = transforms
+        return linear
+
+    def as_linear(self) -> nn.Linear:
+        """This module as the plain `nn.Linear` that `from_linear` was given; a subclass's own stays as it is."""
+        if turned(type(self), FusedLMHead, nn.Linear) is not None:
+            _turn(self, FusedLMHead, nn.Linear)
+            for name in OF_A_FUSED_HEAD:
+                vars(self).pop(name, None)
+        return self
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, labels: Tensor | None = None, *, kappa: float | None = None
@@ -92,3 +98,55 @@ class FusedLMHead(nn.Linear):
     def gradient_options(self) -> dict[str, Any]:
         """How `linear_logps` is to be differentiated."""
         return {**asdict(self.gradient), "stats": self.stats}
+
+
+def turned(kind: type, old: type, new: type) -> type | None:
+    """`new` where `kind` is `old`, FSDP2's class of `new` where it is FSDP2's of `old`, and None for all others."""
+    if kind is old:
+        return new
+    mixin, *rest = kind.__bases__
+    if rest == [old] and mixin.__module__.startswith("torch.distributed."):
+        # As fully_shard makes them, one for each class of module.
+        own = {name: value for name, value in vars(kind).items() if name == "__deepcopy__"}
+        return type(kind.__name__.replace(old.__name__, new.__name__), (mixin, new), own)
+    return None
+
+
+def check_linear(module: nn.Module) -> None:
+    """Raise ValueError with the remedy where a module cannot become a fused head."""
+    if isinstance(module, FusedLMHead):
+        _holder(module, type(module))
+    else:
+        _check(module, nn.Linear, FusedLMHead)
+
+
+def _turn(module: nn.Module, old: type[nn.Linear], new: type[nn.Linear]) -> None:
+    """Make an `old` module a `new` one where it stands."""
+    kind, held = _check(module, old, new)
+    module.__class__ = kind
+    if held in vars(module):
+        vars(module)[held] = MethodType(new.forward, module)
+
+
+def _check(module: nn.Module, old: type[nn.Linear], new: type[nn.Linear]) -> tuple[type, str]:
+    """The class that an `old` module is to have as a `new` one, and the attribute that holds a forward of its own."""
+    kind = turned(type(module), old, new)
+    if kind is None:
+        raise ValueError(
+            f"the head is a {type(module).__name__}, not a plain nn.Linear: merge a LoRA adapter on the head first "
+            "(merge_and_unload), leave lm_head out of target_modules, or load the head unquantised"
+        )
+    return kind, _holder(module, old)
+
+
+def _holder(module: nn.Module, kind: type[nn.Linear]) -> str:
+    """The attribute that holds a forward of the module's own, where it has one: its class's, bound."""
+    # accelerate's hooks for offloaded and placed weights keep the forward that they call under this name.
+    held = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    found = vars(module).get(held)
+    if found is not None and getattr(found, "__func__", None) is not kind.forward:
+        raise ValueError(
+            f"the head's forward was replaced by {getattr(found, '__qualname__', type(found).__name__)}, which a fused "
+            "head would bypass: take it off first, or put it on afterwards"
+        )
+    return held

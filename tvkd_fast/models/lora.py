@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tvkd_fast.models.adapters import ADAPTER, is_adapter, without_adapter
+from tvkd_fast.models.lent import adapters_off, undone
 from tvkd_fast.models.policy import PolicyWithHead
 from tvkd_fast.models.quantized import dequantized
 
@@ -55,11 +55,12 @@ def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
             f"the head, {head}, is computed by fused kernels that know no adapter: leave it out of --lora.targets, or "
             "train it whole without LoRA"
         )
-    policy.requires_grad_(False)
     targets = "all-linear" if lora.targets is None else list(lora.targets)
+    options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
     try:
-        options: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
-        model.add_adapter(LoraConfig(**options), ADAPTER)
+        with undone(model, on_error=True):
+            policy.requires_grad_(False)
+            model.add_adapter(LoraConfig(**options), ADAPTER)
     except ValueError as error:
         raise ValueError(f"{str(error).splitlines()[0]} Set --lora.targets to names of linear layers") from error
     draw_adapters(model)
@@ -83,24 +84,8 @@ def adapter_start(name: str, like: Tensor) -> Tensor:
     return torch.empty(like.shape).uniform_(-bound, bound, generator=draw).to(like.dtype)
 
 
-@contextmanager
-def adapters_off(policy: PolicyWithHead) -> Iterator[None]:
-    """The policy as it was before it had any, while the block lasts."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    # peft's own switch also freezes and thaws their weights, which sharded ones would not outlive.
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
 class WithoutAdapters(nn.Module):
-    """A policy's reference: itself, adapters off, in eval mode and without gradients."""
+    """A policy's reference: itself, adapters off and without gradients."""
 
     def __init__(self, policy: PolicyWithHead) -> None:
         super().__init__()

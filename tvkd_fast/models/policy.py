@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tvkd_fast.models.head import FusedLMHead, head_transforms
+from tvkd_fast.models.lent import undone
 from tvkd_fast.models.probe import probe_head, probe_packing, states_alone
 from tvkd_fast.models.prune import disable_dropout, few_layers
 from tvkd_fast.models.shared_prompt import Layout, share_prompts, states_of
@@ -50,9 +51,9 @@ class ModelBatch(Protocol):
 class PolicyWithHead(nn.Module):
     """A causal language model as the root that is called, sharded and trained: `forward(batch)` returns logps (N,).
 
-    The model's head becomes a `FusedLMHead` that holds the same parameters; dropout is set to 0, since a log-ratio of
-    two passes with different masks is noise; `probe_head` refuses a family whose logits it does not reproduce, on a few
-    of its layers where the model is still on the meta device.
+    The model's head becomes a `FusedLMHead` where it stands; dropout is set to 0, since a log-ratio of two passes with
+    different masks is noise; `probe_head` refuses a family whose logits it does not reproduce, on a few of its layers
+    where the model is still on the meta device. A model that is refused is left as it was.
     `autocast` is the dtype of the products over weights of another dtype, None for the weights' own. With `packing`
     other than "padded" the model takes packed rows too, if `probe_packing` finds that they change nothing.
     """
@@ -72,17 +73,16 @@ class PolicyWithHead(nn.Module):
             # Nothing can be computed without weights, and what is probed is the family's code.
             type(self)(few_layers(model), packing=packing, autocast=autocast)
             probe = False
-        model.set_output_embeddings(
+        with undone(model, on_error=True):
             FusedLMHead.from_linear(model.get_output_embeddings(), head_transforms(model.config))
-        )
-        disable_dropout(model)
-        alone = states_alone(model) if probe and packing != "padded" else None
-        if packing == "shared":
-            share_prompts(model)
-        if alone is not None:
-            probe_packing(model, alone, shared=packing == "shared")
-        if probe:
-            probe_head(model)
+            disable_dropout(model)
+            alone = states_alone(model) if probe and packing != "padded" else None
+            if packing == "shared":
+                share_prompts(model)
+            if alone is not None:
+                probe_packing(model, alone, shared=packing == "shared")
+            if probe:
+                probe_head(model)
         self.model = model
 
     def forward(self, batch: ModelBatch) -> Tensor:
@@ -102,7 +102,10 @@ class PolicyWithHead(nn.Module):
 
     def precision(self) -> torch.autocast:
         """The products' precision, wherever the model is called: policy, reference and teacher must agree on it."""
-        return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        kind = self.model.device.type
+        # Offloaded weights are on the meta device, which has no precision of its own.
+        kind = "cpu" if kind == "meta" else kind
+        return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
 
     def hidden(self, batch: ModelBatch, positions: Tensor) -> Tensor:
         """[len(positions), D] states of a batch at flat positions. Called from `forward` only."""

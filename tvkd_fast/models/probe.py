@@ -5,12 +5,15 @@ Letters: T probe tokens, V vocabulary, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tvkd_fast.models.head import FusedLMHead
+from tvkd_fast.models.head import FusedLMHead, head_transforms
+from tvkd_fast.models.lent import in_eval
 from tvkd_fast.models.shared_prompt import Layout, states_of
 
 if TYPE_CHECKING:
@@ -30,29 +33,64 @@ def probe_head(model: PreTrainedModel) -> None:
     """Compare the fused head's log-probabilities with those of the model's own logits on a few tokens.
 
     The logits are asked for in full, [T, V] of 8 tokens, once. Raises ValueError on a mismatch: the family transforms
-    its logits in a way that the config's known names do not tell.
+    its logits in a way that the config's known names do not tell. Nothing of the model stays changed.
     """
     head = model.get_output_embeddings()
     assert isinstance(head, FusedLMHead)
-    ids = _spread(_PROBE_TOKENS, model)[None]
-    was_training = model.training
-    model.eval()
-    own = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    model.train(was_training)
-    labels = own.argmax(-1)
-    expected = own.gather(1, labels[:, None])[:, 0]
+    ids = probe_ids(model)
+    with as_probed(model):
+        own = model(input_ids=ids, use_cache=False).logits[0]
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        compare_logps(model, own, lambda labels: torch.stack([head(hidden, one) for one in labels]), head.weight.dtype)
+
+
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """[1, T] tokens that a model is asked about."""
+    return _spread(_PROBE_TOKENS, model)[None]
+
+
+@contextmanager
+def as_probed(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, in the model's own precision whatever autocast it is called under, and answering by name."""
+    by_name = model.config.return_dict
+    with in_eval(model), torch.autocast(_device(model).type, enabled=False):
+        # A family's head reads its backbone's answer by name, and fails over a config that says otherwise.
+        model.config.return_dict = True
+        try:
+            yield
+        finally:
+            model.config.return_dict = by_name
+
+
+def compare_logps(
+    model: PreTrainedModel, own: Tensor, answer: Callable[[Tensor], Tensor], precision: torch.dtype
+) -> None:
+    """Hold the log-probabilities [2, T] that `answer` has for labels [2, T] to the model's own logits [T, V].
+
+    Raises ValueError where they differ by more than `precision` explains.
+    """
+    own = own.float().log_softmax(-1)
     # The likeliest token and an unlikely one: a wrong scale or cap moves both, a shift of all logits moves neither.
-    unlikely = own.argmin(-1)
-    got = torch.stack([head(hidden, labels), head(hidden, unlikely)])
-    wanted = torch.stack([expected, own.gather(1, unlikely[:, None])[:, 0]])
-    error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1.0))
-    if not error <= _TOLERANCES[head.weight.dtype]:
-        raise ValueError(
-            f"{type(model).__name__} ({model.config.model_type}) transforms its logits in a way this library does not "
-            f"know: its log-probabilities differ from the head's by {error:.1e} under {head.transforms}. Add the "
-            "family to tvkd_fast/models/head.py, or train it with a trainer that keeps its logits."
-        )
+    labels = torch.stack([own.argmax(-1), own.argmin(-1)])
+    wanted = own.gather(1, labels.T).T
+    error = float((answer(labels) - wanted).abs().max() / wanted.abs().max().clamp_min(1.0))
+    if error <= tolerance(precision):
+        return
+    head = model.get_output_embeddings()
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    named = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
+    transforms = getattr(head, "transforms", None) or head_transforms(model.config)
+    raise ValueError(
+        f"{type(model).__name__} ({model.config.model_type}) transforms its logits in a way this library does not "
+        f"know: its log-probabilities differ from the head's by {error:.1e} under {transforms}. "
+        + (f"Its head has hooks ({named}): take them off, or put them on afterwards. " if named else "")
+        + "Add the family to tvkd_fast/models/head.py, or train it with a trainer that keeps its logits."
+    )
+
+
+def tolerance(precision: torch.dtype) -> float:
+    """How much two ways to one number may differ, relative to the largest."""
+    return _TOLERANCES[precision]
 
 
 @torch.no_grad()
@@ -100,11 +138,8 @@ def _refusal(model: PreTrainedModel, why: str, shared: bool) -> str:
 
 
 def _in_eval(model: PreTrainedModel, ids: Tensor, layout: Layout | None) -> Tensor:
-    was_training = model.training
-    model.eval()
-    states = states_of(model, ids[None], layout)[0]
-    model.train(was_training)
-    return states
+    with as_probed(model):
+        return states_of(model, ids[None], layout)[0]
 
 
 def _probe_pairs(model: PreTrainedModel) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -118,6 +153,11 @@ def _sequences(pair: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
 
 def _spread(count: int, model: PreTrainedModel) -> Tensor:
     """(count,) token ids from all over the vocabulary."""
-    weight = model.get_output_embeddings().weight
-    vocab = weight.shape[0]
-    return torch.arange(count, device=weight.device) * max(1, vocab // (count + 1)) % vocab
+    vocab = model.get_output_embeddings().weight.shape[0]
+    return torch.arange(count, device=_device(model)) * max(1, vocab // (count + 1)) % vocab
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where tokens are put; offloaded weights are on the meta device until their hooks bring them in."""
+    device: torch.device = model.get_output_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device

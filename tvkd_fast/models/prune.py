@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tvkd_fast.models.lent import dropouts, same_draws
 from tvkd_fast.models.load import saved_tensors
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def few_layers(model: PreTrainedModel) -> PreTrainedModel:
     config.vocab_size = min(config.vocab_size, 512)
     # Its embedding would have no row for them.
     config.pad_token_id = None
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with same_draws(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return type(model)(config).to(dtype=model.dtype).eval()
 
 
@@ -94,8 +95,5 @@ def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def disable_dropout(model: nn.Module) -> None:
     """Every dropout probability to 0: of modules, and of attributes that families hand to functions."""
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
+        for name in dropouts(module):
+            setattr(module, name, 0.0)

@@ -149,6 +149,8 @@ def states_of(
     if attention_mask is not None:
         assert layout is None
         inputs["attention_mask"] = attention_mask
+    if not model.config.return_dict:
+        inputs["return_dict"] = True
     if layout is not None:
         # Where they begin anew, transformers' own attention begins a sequence.
         inputs["position_ids"] = positions(layout, input_ids.device)

@@ -14,6 +14,7 @@ from tvkd_fast.data import MicroBatching, PairBatch, PairDataset
 from tvkd_fast.distributed import World
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.models.lent import in_eval
 from tvkd_fast.training.config import LossConfig
 from tvkd_fast.training.metrics import shaping_metrics
 from tvkd_fast.training.scoring import OnlineScorer, Scorer
@@ -115,16 +116,14 @@ def measure(
     Over the processes of `world`, where there are several: each pair in one of them, and the numbers in all. Every
     process calls `columns` equally often, with a batch of no pairs where it has none left.
     """
-    was_training = policy.training
-    policy.eval()
     world = World(policy.model.device) if world is None else world
     batching = MicroBatching(policy.packing) if batching is None else batching
     found, places = [], []
-    for batch in batching.share(dataset, range(len(dataset)), rank=world.rank, size=world.size):
-        batch = batch.to(world.device)
-        found.append(columns(batch, policy(batch)).double().cpu())
-        places.append(batch.pairs.cpu())
-    policy.train(was_training)
+    with in_eval(policy):
+        for batch in batching.share(dataset, range(len(dataset)), rank=world.rank, size=world.size):
+            batch = batch.to(world.device)
+            found.append(columns(batch, policy(batch)).double().cpu())
+            places.append(batch.pairs.cpu())
     everyone = world.everyone((torch.cat(found, 1), torch.cat(places)))
     numbers = torch.cat([numbers for numbers, _ in everyone], 1)
     order = torch.cat([places for _, places in everyone])
