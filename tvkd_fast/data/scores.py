@@ -44,15 +44,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class ScoreManifest:
-    """What the numbers were made of. Fingerprints are sha256 in hex; None where there was no such model."""
+    """What the numbers were made of. Fingerprints are sha256 in hex, a model's with what it holds before it; None where
+    there was no such model. Those of older versions are of a model's weights alone: they are read, and no model is
+    compared with them."""
 
     dataset: str
     """Of the token ids, `PairDataset.fingerprint`: truncation and tokenizer are in it."""
     tokenizer: str
     teacher: str | None
-    """Of the teacher's weights."""
+    """Of the teacher: weights, config, and the adapter that it came with."""
     reference: str | None
-    """Of the reference's weights."""
+    """Of the reference."""
     precision: str
     """Dtype of the weights and of the products: scores in one are not those in another."""
     kappa: float
@@ -63,7 +65,7 @@ class ScoreManifest:
     value_dtype: Literal["float32", "float16"] = "float32"
     """Dtype of what is kept a state; log-probabilities are float32."""
     teacher_reference: str | None = None
-    """Of the weights of the teacher's own reference, where its rewards are kept and not its sums."""
+    """Of the teacher's own reference, where its rewards are kept and not its sums."""
     teacher_tokens: str | None = None
     """Of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
     shards: tuple[Shard, ...] = ()
@@ -211,7 +213,15 @@ class ScoreCache:
         for name, value in expected.items():
             assert name in known
             found = getattr(self.manifest, name)
-            if value is not None and found != value:
+            if value is None:
+                continue
+            if name in OF_MODELS and found is not None and _kind(found) != _kind(value):
+                raise ValueError(
+                    f"whether the score cache is of this run's {name} cannot be told: it was written by an older "
+                    "version, whose fingerprints hold neither a model's config nor the adapter that it came with; run "
+                    "`tvkd score` again"
+                )
+            if found != value:
                 raise ValueError(
                     f"the score cache was made with another {name} ({_short(found)}, wanted {_short(value)}): run "
                     "`tvkd score` again with this run's settings, or give --scores the folder that belongs to it"
@@ -290,6 +300,8 @@ class ScoreWriter:
         put_in_place(self.folder, "scores")
 
 
+OF_MODELS = ("teacher", "teacher_reference", "reference")
+"""Fields of a manifest that are fingerprints of models."""
 NAMES = tuple(f.name for f in fields(Scores))
 STATE_NAMES = ("lse", "lse_kappa", "reward")
 """Of the numbers that there are one a state of; of the others there is one a response."""
@@ -386,5 +398,11 @@ def _to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _kind(fingerprint: object) -> str:
+    """What stands before a fingerprint's digest: what it is made of. Nothing, where it is of weights alone."""
+    return str(fingerprint).rpartition(":")[0]
+
+
 def _short(value: object) -> str:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 else str(value)
+    text = str(value).rpartition(":")[2]
+    return f"{text[:12]}…" if isinstance(value, str) and len(text) > 12 else str(value)

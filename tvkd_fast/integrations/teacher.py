@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tvkd_fast.losses import Terminal, running_sums, shaping_returns
-from tvkd_fast.models import PolicyWithHead, TeacherWithHead, fingerprint_weights
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead, fingerprint_model
 from tvkd_fast.ops import soft_values
 
 if TYPE_CHECKING:
@@ -115,8 +115,13 @@ class TeacherReturns:
 
     @cached_property
     def fingerprints(self) -> list[str]:
-        """Of their weights: a pass over all of them, so made once however many datasets there are."""
-        return [fingerprint_weights(model.model) for model in self.models]
+        """Of both: a pass over all weights, so made once however many datasets there are."""
+        return [fingerprint_model(model.model) for model in self.models]
+
+    @property
+    def made_of(self) -> tuple[object, ...]:
+        """What decides Ψ of a row's tokens."""
+        return self.fingerprints, self.settings, self.eos
 
     @torch.no_grad()
     def of(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Letters: P pairs of a batch (2P rows, chosen first), L row length.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any, ClassVar, Literal
@@ -26,14 +26,13 @@ from trl import DPOConfig, DPOTrainer
 
 from tvkd_fast.data.tokenization import PairTokenizer
 from tvkd_fast.integrations.lm_head import FusedLMOutput, is_patched, patch_lm_head
+from tvkd_fast.integrations.returns import MARK, RETURNS, Maker, WithReturns, without_returns
 from tvkd_fast.integrations.scores import CachedReturns, as_pairs, is_score_folder
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
 from tvkd_fast.losses import Terminal, check_discount, check_preference_settings
-from tvkd_fast.models import load_model, load_tokenizer
+from tvkd_fast.models import fingerprint_settings, load_model, load_tokenizer
 from tvkd_fast.ops import HeadGradient, HeadStats, check_kappa
 
-RETURNS = ("psi_chosen", "psi_rejected")
-"""Columns of a dataset whose teacher's pass is made."""
 OF_MARGINS = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """TRL's losses that see the pair's margin alone, or no reference at all."""
 
@@ -112,6 +111,7 @@ class TVKDTrainer(DPOTrainer):
     eval_dataset: Any
     ref_model: Any
     precompute_ref_logps: bool
+    _precompute_model_hash: str
     _tag_names: ClassVar = ["trl", "dpo", "tvkd"]
     _name = "TVKD"
     _paper: ClassVar = {
@@ -151,6 +151,7 @@ class TVKDTrainer(DPOTrainer):
         self._ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
         self._stats = HeadStats() if self._ours and args.grad_mode != "exact" else None
         self._teacher: TeacherReturns | None = None
+        self._named_reference = False
         super().__init__(model, ref_model, args, **options)
         self._take_head()
         if not self._shapes:
@@ -159,7 +160,7 @@ class TVKDTrainer(DPOTrainer):
             raise ValueError(
                 "a teacher's values of images are not computed here: train on text alone, or by DPOTrainer"
             )
-        self.data_collator = _WithReturns(self.data_collator)
+        self.data_collator = WithReturns(self.data_collator)
         if self._cached is not None:
             if isinstance(self.train_dataset, IterableDataset):
                 raise ValueError("scores are looked up by row, which an IterableDataset has none of: give a Dataset")
@@ -214,6 +215,7 @@ class TVKDTrainer(DPOTrainer):
 
     def _precompute(self, args: TVKDConfig, *, from_module: bool) -> None:
         """Two numbers a pair, of all data that there is; a teacher that was loaded for it is let go."""
+        self.data_collator.maker = self._maker()
         sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
         self.train_dataset = self._with_returns(self.train_dataset, "train", sizes[0])
         if isinstance(self.eval_dataset, dict):
@@ -225,31 +227,40 @@ class TVKDTrainer(DPOTrainer):
         if not from_module:
             self._teacher = None
 
+    def _maker(self) -> Maker:
+        """Whoever makes Ψ here, by all that decides it but the row's own tokens."""
+        source = self._teacher if self._cached is None else self._cached
+        assert source is not None
+        args = self.args
+        return Maker(Hasher.hash((source.made_of, args.max_length, args.truncation_mode, self._precision())))
+
+    def _precision(self) -> str:
+        """Of the products, over weights whose dtype their fingerprints hold."""
+        return str(self.accelerator.mixed_precision)
+
     def _with_returns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """The dataset with columns Ψ; from datasets' cache where this teacher has read it before."""
-        if isinstance(dataset, IterableDataset) or RETURNS[0] in dataset.column_names:
+        """The dataset with columns Ψ; from datasets' cache where this teacher has read it before.
+
+        Columns that it has already stay if this trainer would make the same, and are made anew if not.
+        """
+        maker = self.data_collator.maker
+        if isinstance(dataset, IterableDataset) or maker.made_all(dataset):
             return dataset
+        dataset = without_returns(dataset)
         if self._cached is not None:
             rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
             ends = PairTokenizer(self._tokenizer).special_ids
             returns = self._cached.of(as_pairs(rows, ends, self.args.max_length))
-            columns = Dataset.from_dict({key: x.tolist() for key, x in zip(RETURNS, returns, strict=True)})
-            return concatenate_datasets([dataset, columns], axis=1)
-        assert self._teacher is not None
-        made_of = (
-            dataset._fingerprint,
-            self._teacher.fingerprints,
-            self._teacher.settings,
-            (self.args.max_length, self.args.truncation_mode),
-        )
-        told = [Hasher.hash(made_of)]
+            return concatenate_datasets([dataset, Dataset.from_dict(maker.columns(dataset, returns))], axis=1)
+        told = [Hasher.hash((dataset._fingerprint, maker.key))]
         broadcast_object_list(told, from_process=0)
         file = dataset._get_cache_file_path(told[0])
         if not os.path.exists(file):
             returns = self._returns_of(dataset, name, batch_size)
             if self.accelerator.is_main_process:
+                columns = maker.columns(dataset, returns)
                 dataset.map(
-                    lambda batch, indices: {key: x[indices] for key, x in zip(RETURNS, returns, strict=True)},
+                    lambda batch, indices: {key: [x[i] for i in indices] for key, x in columns.items()},
                     with_indices=True,
                     batched=True,
                     remove_columns=dataset.column_names,
@@ -282,11 +293,19 @@ class TVKDTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._take_head()
+        if not self._named_reference:
+            # TRL names its cache by the data and the reference's weights; how both are used decides the numbers too.
+            args = self.args
+            reference = extract_model_from_parallel(self.ref_model or self.model)
+            reference = reference.get_base_model() if hasattr(reference, "get_base_model") else reference
+            how = (fingerprint_settings(reference), args.max_length, args.truncation_mode, self._precision())
+            self._precompute_model_hash = Hasher.hash((self._precompute_model_hash, how))
+            self._named_reference = True
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in RETURNS if name not in self._signature_columns]
+        self._signature_columns += [name for name in (*RETURNS, MARK) if name not in self._signature_columns]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
@@ -361,20 +380,6 @@ class _Heard:
             # Prompt tuning puts virtual tokens before the real ones; they have no labels.
             self.logps = out.log_probs.sum(1)
         return out
-
-
-@dataclass
-class _WithReturns:
-    """A collator that hands Ψ on, where the rows have it."""
-
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(examples)
-        if RETURNS[0] in examples[0]:
-            for name in RETURNS:
-                batch[name] = torch.tensor([example[name] for example in examples])
-        return batch
 
 
 def _teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, list[str]]:

@@ -77,7 +77,9 @@ def adapter_start(name: str, like: Tensor) -> Tensor:
     """[r, in] or [out, r]: what an adapter's weight begins as, whole, on the CPU."""
     if "lora_B" in name:
         return torch.zeros(like.shape, dtype=like.dtype)
-    draw = torch.Generator().manual_seed(int.from_bytes(sha256(name.encode()).digest()[:7], "big"))
+    # By the layer's name and the letter: what the run calls its adapter decides nothing.
+    seed = sha256(name.replace(f".{ADAPTER}.", ".default.").encode()).digest()[:7]
+    draw = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
     # As peft draws it: uniform, as wide as a linear layer's own.
     bound = 1 / math.sqrt(like.shape[1])
     return torch.empty(like.shape).uniform_(-bound, bound, generator=draw).to(like.dtype)

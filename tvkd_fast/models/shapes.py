@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tvkd_fast.models.load import locate, unreadable
+from tvkd_fast.models.load import adapter_of, locate, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +75,9 @@ def model_config(name: str, *, trust_remote_code: bool = False) -> Any:
     if name in PUBLISHED:
         return LlamaConfig(**PUBLISHED[name])
     source = locate(name)
+    adapter = adapter_of(source)
+    if adapter is not None and adapter.base != source.name:
+        return model_config(adapter.base, trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
     except (OSError, ImportError) as error:

@@ -27,7 +27,7 @@ from tvkd_fast.distributed import World, joined, whole_weights
 from tvkd_fast.models import (
     PolicyWithHead,
     WithoutAdapters,
-    fingerprint_weights,
+    fingerprint_model,
     is_adapter,
     load_tokenizer,
     merged,
@@ -176,7 +176,7 @@ def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
         if pairs is not None:
             check_token_ids(pairs, policy.vocab_size)
     identity: dict[str, Any] = {
-        "policy": fingerprint_weights(policy.model),
+        "policy": fingerprint_model(policy.model),
         "precision": precision(config.model, world),
     }
     scorer: Scorer = OnlineScorer(None, None)
@@ -240,7 +240,7 @@ def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
         tokenizer,
         scorer,
         **models.teacher_fingerprints(),
-        reference=fingerprint_weights(models.reference.model),
+        reference=fingerprint_model(models.reference.model),
         kappa=config.kappa,
         model=config.model,
     )
@@ -392,7 +392,7 @@ def _expected(
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "precision": precision(config.model, models.world),
         "kappa": config.loss.kappa if needs_sums else None,
-        "reference": fingerprint_weights(models.reference.model)
+        "reference": fingerprint_model(models.reference.model)
         if isinstance(models.reference, PolicyWithHead)
         else policy_at_start,
         **models.teacher_fingerprints(),
