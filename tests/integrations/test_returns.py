@@ -20,7 +20,7 @@ ROWS = [{"prompt": f"{i}: say ab.", "chosen": " ab", "rejected": " no" * (1 + i 
 @pytest.fixture
 def make(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., Any]:
     def trainer(data: Any = ROWS, teacher: Any = folders[1], **changes: Any) -> Any:
-        options: dict[str, Any] = {"max_length": 40, "use_cpu": True, "bf16": False, "report_to": [], "value_scale": 9.0}
+        options = {"max_length": 40, "use_cpu": True, "bf16": False, "report_to": [], "value_scale": 9.0}
         return TVKDTrainer(
             model=AutoModelForCausalLM.from_pretrained(folders[0]),
             args=TVKDConfig(output_dir=str(tmp_path), disable_tqdm=True, **options | changes),

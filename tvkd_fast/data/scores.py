@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tvkd_fast.data.batch import PairBatch
 from tvkd_fast.data.dataset import PairDataset
-from tvkd_fast.data.folders import put_in_place, sha256_of, unfinished
+from tvkd_fast.data.folders import put_in_place, refuse_place, sha256_of, unfinished
 from tvkd_fast.data.tokenization import TokenizedPair
 
 FORMAT = 3
@@ -190,7 +190,7 @@ class ScoreCache:
 
         Raises ValueError, with the file's name, where it is not whole: every byte is held to a checksum.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         manifest = read_manifest(folder)
         if isinstance(dataset, PairDataset) and dataset.fingerprint != manifest.dataset:
             raise ValueError(f"{folder} was made of other data: run `tvkd score` again")
@@ -236,9 +236,8 @@ class ScoreWriter:
     """
 
     def __init__(self, folder: str | Path, manifest: ScoreManifest, layout: ScoreLayout) -> None:
-        self.folder, self.layout = Path(folder), layout
-        if self.folder.exists() and not _only_scores(self.folder):
-            raise ValueError(f"{folder} holds other things than scores: give --output_dir a folder of its own")
+        self.folder, self.layout = Path(folder).expanduser(), layout
+        check_score_folder(self.folder)
         self.partial = unfinished(self.folder)
         self.manifest = replace(manifest, shards=self._kept(manifest))
         self.pairs = sum(shard.pairs for shard in self.manifest.shards)
@@ -313,7 +312,7 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
 
     Raises ValueError where there is none, it is damaged, of another format, or of a run that is not finished.
     """
-    path = Path(folder) / MANIFEST
+    path = Path(folder).expanduser() / MANIFEST
     try:
         text = path.read_bytes().decode()
         body = json.loads(text)
@@ -336,7 +335,7 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
 
 def describe(folder: str | Path) -> str:
     """What is in a cache, to read: what it was made of, how much there is, and the numbers' ranges. All is checked."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
     size = sum((folder / shard.file).stat().st_size for shard in manifest.shards)
@@ -386,6 +385,19 @@ def _teacher_states(pieces: Sequence[Scores], otherwise: Tensor) -> Tensor:
     """[P, 2] states of the responses in the teacher's own tokens, if it has some."""
     found = [x for piece in pieces if (x := piece.teacher_states) is not None]
     return torch.cat(found) if found else otherwise
+
+
+def check_score_folder(folder: Path) -> None:
+    """ValueError where scores cannot be written there, or something else would have to give way to them."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give --output_dir a folder of its own")
+    if folder.exists() and not _only_scores(folder):
+        raise ValueError(f"{folder} holds other things than scores: give --output_dir a folder of its own")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished(folder).mkdir(exist_ok=True)
+    except OSError as error:
+        raise refuse_place(folder, "folder", error) from error
 
 
 def _only_scores(folder: Path) -> bool:

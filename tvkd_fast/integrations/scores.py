@@ -31,7 +31,7 @@ AT_ONCE = 256
 
 def is_score_folder(name: str | PathLike[str]) -> bool:
     """Whether it is a folder that `tvkd score` wrote, and no model."""
-    return (Path(name) / MANIFEST).is_file()
+    return (Path(name).expanduser() / MANIFEST).is_file()
 
 
 class CachedReturns:

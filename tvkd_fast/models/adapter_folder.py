@@ -41,7 +41,11 @@ def adapter_folder(name: str) -> AdapterFolder | None:
     """What `name` is, if that is an adapter; None for a model. ValueError where it does not say what its base is."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    found = find_adapter_config_file(name)
+    try:
+        found = find_adapter_config_file(name)
+    except OSError:
+        # Who loads it says what is wrong with the name.
+        found = None
     if found is None:
         return None
     try:

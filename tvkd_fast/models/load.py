@@ -9,9 +9,11 @@ import contextlib
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +237,7 @@ def save_model(
 
 def locate(name: str | Path) -> ModelSource:
     """Where `name` is: a folder, a GGUF file, a packaged model, or a hub name that is left as it is."""
-    text = str(name)
+    text = expanduser(name)
     if text in PACKAGED:
         return _packaged(text)
     path = Path(text)
@@ -243,12 +245,30 @@ def locate(name: str | Path) -> ModelSource:
         if not path.is_file():
             raise ValueError(f"no GGUF file at {text}")
         return ModelSource(str(path.parent), path.name)
+    _refuse_run_folder(path)
     if path.is_dir() or not _looks_local(text):
         return ModelSource(text)
     raise ValueError(
         f"no model at {text}: give a hub name (org/name), a folder with config.json and *.safetensors, a .gguf file, "
         f"or one of {', '.join(PACKAGED)}"
     )
+
+
+def _refuse_run_folder(path: Path) -> None:
+    """ValueError, with what to give instead, for what a run leaves beside its model."""
+    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+        return
+    if re.fullmatch(r"step-\d{6,}", path.name) and path.absolute().parent.name == "checkpoints" and not path.exists():
+        raise ValueError(f"there is no checkpoint at {path}: `tvkd export` makes a model of one that is whole")
+    if (path / "state.json").is_file() and any(path.glob("shard-*.safetensors")):
+        raise ValueError(f"{path} is a checkpoint of a run, and no model yet: make one of it by `tvkd export {path}`")
+    if (path / "final" / "config.json").is_file():
+        raise ValueError(f"{path} is the folder of a run: its model is {path / 'final'}")
+    steps = sorted([*path.glob("step-*/state.json"), *path.glob("checkpoints/step-*/state.json")])
+    if steps:
+        raise ValueError(
+            f"{path} holds checkpoints, and no model yet: make one of the newest by `tvkd export {steps[-1].parent}`"
+        )
 
 
 def _looks_local(text: str) -> bool:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,43 @@ def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
     except ValueError as error:
         raise ValueError(f"{str(error).splitlines()[0]} Set --lora.targets to names of linear layers") from error
     draw_adapters(model)
+
+
+def adapter_sizes(model: PreTrainedModel) -> tuple[tuple[str, int], ...]:
+    """By the name of every product of the backbone, the parameters of an adapter of rank 1 beside it.
+
+    Of experts that are one weight they are peft's to say, and left out without it. The model is changed: give an empty
+    one.
+    """
+    head = model.get_output_embeddings()
+    layers = {
+        name: sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+    }
+    fused = any(
+        p.dim() == 3 for module in model.modules() if not hasattr(module, "stride") for p in module.parameters(False)
+    )
+    if not fused or find_spec("peft") is None:
+        return tuple(layers.items())
+    from peft import LoraConfig
+
+    with warnings.catch_warnings(), suppress(ValueError):
+        # Where peft takes no adapter, a run is refused before it begins.
+        warnings.simplefilter("ignore")
+        model.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules="all-linear"), ADAPTER)
+        layers = {}
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            layer = _adapted_weight(model, name.rpartition(".lora_")[0]).removesuffix(".weight")
+            layers[layer] = layers.get(layer, 0) + parameter.numel()
+    return tuple(layers.items())
+
+
+def _adapted_weight(model: nn.Module, layer: str) -> str:
+    """The name, before there were adapters, of the weight that the one of this layer is beside."""
+    parameter = getattr(model.get_submodule(layer), "parameter_name", "weight")
+    return without_adapter(f"{layer}.base_layer.{parameter}")
 
 
 @torch.no_grad()
