@@ -301,19 +301,22 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _best(paths: list[Path]) -> Path | None:
-    scores = {path: _score(path) for path in paths}
-    return max((path for path in scores if scores[path] is not None), key=lambda path: scores[path], default=None)
+    """Of the newest first; scores of other held-out pairs, or by another figure, are not held against each other."""
+    scored = {path: state for path in paths if (state := _state_or_nothing(path)).get("score") is not None}
+    of = next((state.get("scored_on") for state in scored.values()), None)
+    same = [path for path in scored if scored[path].get("scored_on") == of]
+    return max(same, key=lambda path: scored[path]["score"], default=None)
 
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _score(path: Path) -> Any:
+def _state_or_nothing(path: Path) -> dict[str, Any]:
     try:
-        return read_state(path).get("score")
+        return read_state(path)
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -195,8 +195,10 @@ class Trainer:
         return int(read_state(path)["step"])
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
-        extra = {"identity": self.identity, "config": asdict(self.config)}
         by = self.config.keep_best
+        extra: dict[str, Any] = {"identity": self.identity, "config": asdict(self.config)}
+        if self.held_out is not None and by != "none":
+            extra["scored_on"] = [by, self.held_out.fingerprint]
         figure = None if evaluation is None or by == "none" else getattr(evaluation, by)
         score = None if figure is None else -figure if by == "loss" else figure
         self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
