@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from torch import Tensor
 from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -17,7 +20,7 @@ def constant_in_graphs(function: Function) -> Function:
     return function
 
 
-def is_dtensor(x: object) -> bool:
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
     """Whether `x` is a DTensor; its module, over a second's import, is asked for only where `x` may be one."""
     if type(x) in (Tensor, Parameter) or not isinstance(x, Tensor):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
@@ -9,7 +10,8 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +22,8 @@ from tvkd_fast.data import describe
 from tvkd_fast.distributed import launch
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.options import hint, in_options
+from tvkd_fast.training.outputs import in_a_line, written
 from tvkd_fast.training.road import DemoConfig
 from tvkd_fast.training.stop import Stopped
 from tvkd_fast.version import __version__
@@ -33,47 +37,32 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 BENCHMARKS = ("head", "values", "step")
 """Of the checkout's bench/: those that `tvkd bench` runs."""
-FOLDERS = ("scores", "replay", "plot")
-"""Commands that are given a folder or a file and have no options."""
-_NAMES = (*COMMANDS, *FOLDERS, "bench")
+_NAMES = (*COMMANDS, "scores", "replay", "plot", "bench", "export")
 _SWITCHES = ("--dry_run", "--quick")
-_ELSEWHERE = {
-    "batch_size": "pairs_per_step",
-    "learning_rate": "optim.lr",
-    "lr": "optim.lr",
-    "max_seq_length": "data.max_length",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "pairs_per_micro_batch",
-    "train_batch_size": "pairs_per_step",
-    "weight_decay": "optim.weight_decay",
-}
-"""What other trainers call an option."""
 
 
 class Parser(ArgumentParser):
-    """Short errors that name the nearest known option."""
+    """Short errors that say what to type instead."""
 
     known: tuple[str, ...] = ()
+    """Options of the command; of the outer parser none."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # An error in a YAML file reaches the outer parser, which names the command in the message.
         command = re.search(rf"\b({'|'.join(COMMANDS)})\b", f"{self.prog} {message}")
-        message = _in_options(message)
-        nearest = self._nearest(message)
-        hint = f" Did you mean {nearest}?" if nearest else ""
+        known = _parser_of(command[1]).known if command else ()
+        said = in_options(message, COMMANDS[command[1]][0] if command else None, known)
+        unknown = re.search(
+            r"unrecognized arguments: (\S+)|does not accept option '([^']+)'|Key '([^']+)'|"
+            r'Parser key "([^"]+)":\s+Unable to load config',
+            message,
+        )
+        words = [word.lstrip("-").split("=")[0] for word in unknown.groups() if word] if unknown else []
         name = f"tvkd {command[1]}" if command else "tvkd"
-        print(f"{name}: error: {message}{hint}\nAll options: {name} --help", file=sys.stderr)
+        more = hint(words[0], known) if words else ""
+        said = f"{said.rstrip('.')}.{more}" if more else said
+        print(f"{name}: error: {said}\nAll options: {name} --help", file=sys.stderr)
         raise SystemExit(2)
-
-    def _nearest(self, message: str) -> str | None:
-        unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'|Key '([^']+)'", message)
-        if unknown is None:
-            return None
-        word = next(w for w in unknown.groups() if w).lstrip("-").split("=")[0]
-        if _ELSEWHERE.get(word) in self.known:
-            return f"--{_ELSEWHERE[word]}"
-        close = difflib.get_close_matches(word, self.known, n=1, cutoff=0.5)
-        return f"--{close[0]}" if close else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,20 +73,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[:1] == ["bench"]:
         bench(given[1:])
         return
-    if given[0] in FOLDERS:
+    if given[0] in WITHOUT_OPTIONS:
         _be_quiet()
-        try:
-            {"scores": scores, "replay": replay, "plot": plot}[given[0]](given[1:])
-        except (ValueError, CheckpointError) as error:
-            print(f"tvkd {given[0]}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
+        with _errors_in_a_line(given[0]):
+            WITHOUT_OPTIONS[given[0]](given[1:])
         return
     arguments = _expand(given)
     parser = make_parser()
     parsed = parser.parse_args(arguments)
     _be_quiet()
     try:
-        with warnings.catch_warnings():
+        with _errors_in_a_line(parsed.command), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             fields = _fields(parser.instantiate(parsed)[parsed.command])
             if fields.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ and not fields.get("dry_run"):
@@ -107,8 +93,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if _speaks():
             print(f"tvkd {parsed.command}: {stopped}", file=sys.stderr)
         raise SystemExit(stopped.status) from stopped
+
+
+@contextmanager
+def _errors_in_a_line(command: str) -> Iterator[None]:
+    """What a user can mend is told in a line; what is wrong with a file or folder is among it."""
+    try:
+        yield
+    except OSError as error:
+        print(f"tvkd {command}: error: {in_a_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
     except (ValueError, FloatingPointError, CheckpointError) as error:
-        print(f"tvkd {parsed.command}: error: {error}", file=sys.stderr)
+        print(f"tvkd {command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -144,6 +140,9 @@ def run(command: str, fields: dict[str, Any]) -> None:
         if not _speaks():
             return
         print(f"final model: {Path(train.output_dir) / build.FINAL}")
+        best = build.best_checkpoint(train)
+        if best is not None:
+            print(f"best by {train.keep_best}: {best}; a model of it: tvkd export {best}")
         if figures is not None:
             print(json.dumps(figures.known()))
 
@@ -151,6 +150,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
 def _evaluate(config: EvalConfig) -> None:
     from tvkd_fast.training import build, judged, side_by_side
 
+    if _speaks():
+        side_by_side.open_outputs(config)
     side_by_side.check_can_answer(config)
     if config.tabled:
         found = side_by_side.compare_models(config)
@@ -163,7 +164,7 @@ def _evaluate(config: EvalConfig) -> None:
     line = json.dumps({"policy": config.policy, **found})
     print(line)
     if config.output is not None:
-        with Path(config.output).open("a") as file:
+        with written(Path(config.output)), Path(config.output).open("a") as file:
             file.write(line + "\n")
     if config.generate is not None:
         print("\n".join(map(str, side_by_side.write_answers(config))))
@@ -181,27 +182,6 @@ def _which_command(given: list[str]) -> NoReturn:
         file=sys.stderr,
     )
     raise SystemExit(2)
-
-
-def _in_options(message: str) -> str:
-    """The parser's message with options as they are typed, and values of a wrong kind in a line."""
-    missing = re.fullmatch(r"the following arguments are required: (.*)", message)
-    if missing:
-        names = (name.strip().partition(".")[2] or name.strip() for name in missing[1].split(","))
-        options = ", ".join(f"--{name}" for name in names)
-        model = ", or --model" if missing[1] == "eval.policy" else ""
-        return f"required, and not given: {options}{model}"
-    wrong = re.match(r'Parser key "([^"]+)":', message)
-    given = re.search(r"(?:Given value|Got value): (.*)", message)
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    wanted = [
-        kinds[kind] for kind in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)) if kind in kinds
-    ]
-    choice = re.search(r"Literal\[([^\]]*)\]", message)
-    if wrong is None or given is None or not (wanted or choice):
-        return message
-    wants = f"one of {choice[1]}" if choice else " or ".join(wanted)
-    return f"--{wrong[1]} wants {wants}, and got {given[1]!r}"
 
 
 def _speaks() -> bool:
@@ -229,7 +209,30 @@ def plot(arguments: list[str]) -> None:
     from tvkd_fast.training.plot import plot_runs
 
     _usage(arguments, "tvkd plot OUTPUT_DIR [OUTPUT_DIR ...]: draws their curves as curves.png in the first")
-    print(plot_runs([Path(folder) for folder in arguments]))
+    print(plot_runs([Path(folder).expanduser() for folder in arguments]))
+
+
+def export(arguments: list[str]) -> None:
+    """`tvkd export CHECKPOINT [FOLDER]`: a model of a run's checkpoint, that `from_pretrained` loads."""
+    from tvkd_fast.training.export import export as export_checkpoint
+
+    parser = argparse.ArgumentParser(
+        prog="tvkd export",
+        allow_abbrev=False,
+        description="Make a model of a run's checkpoint, as final/ is one of its last step: weights, tokenizer, and "
+        "adapters merged, in a folder that AutoModelForCausalLM.from_pretrained loads.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="OUTPUT_DIR/checkpoints/step-NNNNNN of a run")
+    parser.add_argument(
+        "folder", metavar="FOLDER", nargs="?", help="where to; OUTPUT_DIR/exported/step-NNNNNN if not given"
+    )
+    parser.add_argument("--output_dir", metavar="FOLDER", help="the same as FOLDER")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a hub model")
+    given = parser.parse_args(arguments)
+    if given.folder is not None and given.output_dir is not None:
+        parser.error("FOLDER and --output_dir are one: give one of them")
+    folder = given.folder or given.output_dir
+    print(export_checkpoint(given.checkpoint, folder, trust_remote_code=given.trust_remote_code))
 
 
 def _usage(arguments: list[str], usage: str, *, most: int = 10**6) -> None:
@@ -237,6 +240,15 @@ def _usage(arguments: list[str], usage: str, *, most: int = 10**6) -> None:
         return
     print(f"usage: {usage}", file=sys.stderr)
     raise SystemExit(0 if arguments == ["--help"] else 2)
+
+
+WITHOUT_OPTIONS: dict[str, Callable[[list[str]], None]] = {
+    "scores": scores,
+    "replay": replay,
+    "plot": plot,
+    "export": export,
+}
+"""Commands that are given a folder or a file."""
 
 
 def bench(arguments: list[str]) -> None:
@@ -262,15 +274,15 @@ def make_parser() -> Parser:
         prog="tvkd",
         description="Preference distillation (TVKD) at the cost of fine-tuning.",
         epilog="tvkd scores FOLDER prints what is in a folder that score wrote, tvkd plot RUN ... draws the curves of "
-        "runs, and tvkd replay FILE goes through the pairs of a step that was not finite. In a checkout, tvkd bench "
-        "head, values or step times the head beside its peers (each has --help).",
+        "runs, tvkd replay FILE goes through the pairs of a step that was not finite, and tvkd export CHECKPOINT makes "
+        "a model of a run's checkpoint. In a checkout, tvkd bench head, values or step times the head beside its peers "
+        "(each has --help).",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subcommands(dest="command")
     for name, (_, summary) in COMMANDS.items():
         sub = _parser_of(name)
-        parser.known += sub.known
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
@@ -315,6 +327,7 @@ def _fields(parsed: Any) -> dict[str, Any]:
 
 
 def _recipe_path(name: str) -> Path:
+    name = os.path.expanduser(name)
     packaged = Path(str(resources.files("tvkd_fast").joinpath("recipes", f"{name}.yaml")))
     if not Path(name).exists() and packaged.exists():
         return packaged

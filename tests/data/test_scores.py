@@ -229,6 +229,14 @@ def test_a_later_format_is_refused(write, tmp_path):
         read_manifest(tmp_path / "scores")
 
 
+def test_an_older_fingerprint_is_read_and_compared_with_no_model(write, dataset, tmp_path):
+    cache = ScoreCache.load(write(tmp_path / "scores"), dataset)
+    cache.check(kappa=0.7, precision="float32", tokenizer="t" * 64)
+    for name in ("teacher", "reference"):
+        with pytest.raises(ValueError, match=rf"this run's {name} cannot be told: .* run `tvkd score` again"):
+            cache.check(**{name: f"model:{'e' * 64}"})
+
+
 def test_a_cache_says_what_is_in_it(write, tmp_path):
     text = describe(write(tmp_path / "scores"))
     size = "3 pairs, 21 response states, 2 shards"

@@ -10,7 +10,7 @@ from tvkd_fast.data.dataset import (
     fingerprint_tokenizer,
 )
 from tvkd_fast.data.formats import BadPair, Preference, load_preferences
-from tvkd_fast.data.order import pairs_of_step
+from tvkd_fast.data.order import pairs_of_epochs, pairs_of_step
 from tvkd_fast.data.packing import MicroBatching, Packing, collate_packed, first_fit, packed_length
 from tvkd_fast.data.retokenize import retokenize
 from tvkd_fast.data.scores import ScoreCache, ScoreLayout, ScoreManifest, Scores, ScoreWriter, describe, read_manifest
@@ -42,6 +42,7 @@ __all__ = [
     "load_preferences",
     "micro_batches",
     "packed_length",
+    "pairs_of_epochs",
     "pairs_of_step",
     "read_manifest",
     "retokenize",

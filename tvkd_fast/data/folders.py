@@ -58,6 +58,13 @@ def _put_back(target: Path) -> Path:
     return old
 
 
+def refuse_place(path: Path, what: str, error: OSError) -> ValueError:
+    """The error of a place where nothing can be written: which one, why, and what to do."""
+    why = error.strerror or type(error).__name__
+    at = "" if error.filename is None or Path(error.filename) == path else f" ({error.filename})"
+    return ValueError(f"no {what} can be written at {path}: {why}{at}. Give another place, or see who may write there")
+
+
 def _refused(target: Path, what: str, error: Exception) -> ValueError:
     kept = f"; {target} is as it was" if target.exists() else ""
     return ValueError(f"could not save {what} to {target}: {error}. Free some space and run it again{kept}")

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
 
 import torch
 
 
-def pairs_of_step(seed: int, step: int, *, num_pairs: int, pairs_per_step: int) -> list[int]:
+def pairs_of_step(seed: int, step: int, *, num_pairs: int, pairs_per_step: int, total: int | None = None) -> list[int]:
     """Dataset indices of the pairs that step `step` (from 0) takes.
 
     Epochs are permutations laid end to end; a step takes the next `pairs_per_step` of them, across an epoch's end where
-    it falls inside the step. Depends on nothing but the arguments.
+    it falls inside the step, and no more than `total` in all steps together, so that the last one may be short. Depends
+    on nothing but the arguments.
     """
     start = step * pairs_per_step
-    places = range(start, start + pairs_per_step)
+    end = start + pairs_per_step
+    places = range(start, end if total is None else min(end, total))
     return [_epoch_order(seed, place // num_pairs, num_pairs)[place % num_pairs] for place in places]
+
+
+def pairs_of_epochs(epochs: float, num_pairs: int) -> int:
+    """How many pairs so many passes take: whole passes take every pair as often."""
+    # A product such as 0.1 · 30 lies above the whole number that it stands for.
+    return max(1, math.ceil(epochs * num_pairs - 1e-9 * num_pairs))
 
 
 @lru_cache(maxsize=4)

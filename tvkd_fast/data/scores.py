@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tvkd_fast.data.batch import PairBatch
 from tvkd_fast.data.dataset import PairDataset
-from tvkd_fast.data.folders import put_in_place, sha256_of, unfinished
+from tvkd_fast.data.folders import put_in_place, refuse_place, sha256_of, unfinished
 from tvkd_fast.data.tokenization import TokenizedPair
 
 FORMAT = 3
@@ -44,15 +44,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class ScoreManifest:
-    """What the numbers were made of. Fingerprints are sha256 in hex; None where there was no such model."""
+    """What the numbers were made of. Fingerprints are sha256 in hex, a model's with what it holds before it; None where
+    there was no such model. Those of older versions are of a model's weights alone: they are read, and no model is
+    compared with them."""
 
     dataset: str
     """Of the token ids, `PairDataset.fingerprint`: truncation and tokenizer are in it."""
     tokenizer: str
     teacher: str | None
-    """Of the teacher's weights."""
+    """Of the teacher: weights, config, and the adapter that it came with."""
     reference: str | None
-    """Of the reference's weights."""
+    """Of the reference."""
     precision: str
     """Dtype of the weights and of the products: scores in one are not those in another."""
     kappa: float
@@ -63,7 +65,7 @@ class ScoreManifest:
     value_dtype: Literal["float32", "float16"] = "float32"
     """Dtype of what is kept a state; log-probabilities are float32."""
     teacher_reference: str | None = None
-    """Of the weights of the teacher's own reference, where its rewards are kept and not its sums."""
+    """Of the teacher's own reference, where its rewards are kept and not its sums."""
     teacher_tokens: str | None = None
     """Of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
     shards: tuple[Shard, ...] = ()
@@ -188,7 +190,7 @@ class ScoreCache:
 
         Raises ValueError, with the file's name, where it is not whole: every byte is held to a checksum.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         manifest = read_manifest(folder)
         if isinstance(dataset, PairDataset) and dataset.fingerprint != manifest.dataset:
             raise ValueError(f"{folder} was made of other data: run `tvkd score` again")
@@ -211,7 +213,15 @@ class ScoreCache:
         for name, value in expected.items():
             assert name in known
             found = getattr(self.manifest, name)
-            if value is not None and found != value:
+            if value is None:
+                continue
+            if name in OF_MODELS and found is not None and _kind(found) != _kind(value):
+                raise ValueError(
+                    f"whether the score cache is of this run's {name} cannot be told: it was written by an older "
+                    "version, whose fingerprints hold neither a model's config nor the adapter that it came with; run "
+                    "`tvkd score` again"
+                )
+            if found != value:
                 raise ValueError(
                     f"the score cache was made with another {name} ({_short(found)}, wanted {_short(value)}): run "
                     "`tvkd score` again with this run's settings, or give --scores the folder that belongs to it"
@@ -226,9 +236,8 @@ class ScoreWriter:
     """
 
     def __init__(self, folder: str | Path, manifest: ScoreManifest, layout: ScoreLayout) -> None:
-        self.folder, self.layout = Path(folder), layout
-        if self.folder.exists() and not _only_scores(self.folder):
-            raise ValueError(f"{folder} holds other things than scores: give --output_dir a folder of its own")
+        self.folder, self.layout = Path(folder).expanduser(), layout
+        check_score_folder(self.folder)
         self.partial = unfinished(self.folder)
         self.manifest = replace(manifest, shards=self._kept(manifest))
         self.pairs = sum(shard.pairs for shard in self.manifest.shards)
@@ -290,6 +299,8 @@ class ScoreWriter:
         put_in_place(self.folder, "scores")
 
 
+OF_MODELS = ("teacher", "teacher_reference", "reference")
+"""Fields of a manifest that are fingerprints of models."""
 NAMES = tuple(f.name for f in fields(Scores))
 STATE_NAMES = ("lse", "lse_kappa", "reward")
 """Of the numbers that there are one a state of; of the others there is one a response."""
@@ -301,7 +312,7 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
 
     Raises ValueError where there is none, it is damaged, of another format, or of a run that is not finished.
     """
-    path = Path(folder) / MANIFEST
+    path = Path(folder).expanduser() / MANIFEST
     try:
         text = path.read_bytes().decode()
         body = json.loads(text)
@@ -324,7 +335,7 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
 
 def describe(folder: str | Path) -> str:
     """What is in a cache, to read: what it was made of, how much there is, and the numbers' ranges. All is checked."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
     pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
     size = sum((folder / shard.file).stat().st_size for shard in manifest.shards)
@@ -376,6 +387,19 @@ def _teacher_states(pieces: Sequence[Scores], otherwise: Tensor) -> Tensor:
     return torch.cat(found) if found else otherwise
 
 
+def check_score_folder(folder: Path) -> None:
+    """ValueError where scores cannot be written there, or something else would have to give way to them."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give --output_dir a folder of its own")
+    if folder.exists() and not _only_scores(folder):
+        raise ValueError(f"{folder} holds other things than scores: give --output_dir a folder of its own")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished(folder).mkdir(exist_ok=True)
+    except OSError as error:
+        raise refuse_place(folder, "folder", error) from error
+
+
 def _only_scores(folder: Path) -> bool:
     return all(path.name == MANIFEST or path.match("scores*.safetensors") for path in folder.iterdir())
 
@@ -386,5 +410,11 @@ def _to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _kind(fingerprint: object) -> str:
+    """What stands before a fingerprint's digest: what it is made of. Nothing, where it is of weights alone."""
+    return str(fingerprint).rpartition(":")[0]
+
+
 def _short(value: object) -> str:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 else str(value)
+    text = str(value).rpartition(":")[2]
+    return f"{text[:12]}…" if isinstance(value, str) and len(text) > 12 else str(value)

@@ -16,13 +16,12 @@ from torch import Tensor
 from tvkd_fast.data.chat_template import apply_template
 from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
+from tvkd_fast.integrations.returns import RETURNS, Maker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WHICH = ("chosen", "rejected")
-RETURNS = ("psi_chosen", "psi_rejected")
-"""Columns of a dataset whose teacher's pass is made."""
 RESPONSES = ("response_mask", "response_ended")
 """What a batch holds of its responses, for a teacher that is yet to read them."""
 
@@ -100,16 +99,19 @@ def as_pairs(rows: Iterable[dict[str, Any]], ends: ResponseEnds, max_length: int
 
 @dataclass
 class WithReturns:
-    """A collator that hands Ψ on where the rows have it, and where they do not, what of each row is a response."""
+    """A collator that hands Ψ on where every row has what `maker` would make of it, and else what of each row is a
+    response."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     ends: ResponseEnds
     truncation: str
     """The collator's, "keep_start" or "keep_end"."""
+    maker: Maker | None = None
+    """None where rows have no Ψ that could be taken at its word."""
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(examples)
-        if RETURNS[0] in examples[0]:
+        if self.maker is not None and all(map(self.maker.made, examples)):
             return batch | {name: torch.tensor([example[name] for example in examples]) for name in RETURNS}
         for example in examples:
             _check_prompt(example, "a row")

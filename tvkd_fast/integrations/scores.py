@@ -30,7 +30,7 @@ AT_ONCE = 256
 
 def is_score_folder(name: str | PathLike[str]) -> bool:
     """Whether it is a folder that `tvkd score` wrote, and no model."""
-    return (Path(name) / MANIFEST).is_file()
+    return (Path(name).expanduser() / MANIFEST).is_file()
 
 
 class CachedReturns:
@@ -60,6 +60,13 @@ class CachedReturns:
                 raise ValueError(f"{one} and {other} were made of the same pairs: give one of them")
             if (first.teacher, first.teacher_reference) != (second.teacher, second.teacher_reference):
                 raise ValueError(f"{one} and {other} are of two teachers: run `tvkd score` with one of them")
+
+    @property
+    def made_of(self) -> tuple[object, ...]:
+        """What decides Ψ of a row's tokens: the teacher that made the numbers, how it read them, and the settings."""
+        first = self.manifests[0]
+        made = sorted((m.dataset, m.teacher_tokens or "", m.precision, m.value_dtype) for m in self.manifests)
+        return first.teacher, first.teacher_reference, made, self.settings
 
     def of(self, pairs: Iterable[TokenizedPair]) -> tuple[Tensor, Tensor]:
         """(P,) each, of chosen and of rejected responses. ValueError where no folder was made of these tokens."""

@@ -6,7 +6,7 @@ Letters: P pairs (2P rows, chosen first), L row length, M response states, N res
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tvkd_fast.losses import Terminal, running_sums, shaping_returns
-from tvkd_fast.models import PolicyWithHead, TeacherWithHead, fingerprint_weights
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead, fingerprint_model
 from tvkd_fast.models.lent import adapters_off, undone
 from tvkd_fast.ops import soft_values
 
@@ -133,14 +133,25 @@ class TeacherReturns:
 
     @cached_property
     def fingerprints(self) -> list[str]:
-        """Of their weights: a pass over all of them, so made once however many datasets there are."""
-        return [fingerprint_weights(model) for model in self.models]
+        """Of both: a pass over all weights, so made once however many datasets there are."""
+        found = []
+        for model in self.models:
+            with self._without(model):
+                found.append(fingerprint_model(model))
+        return found
+
+    @property
+    def made_of(self) -> tuple[object, ...]:
+        """What decides Ψ of a row's tokens."""
+        return self.fingerprints, self.settings
+
+    def _without(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return adapters_off(model) if id(model) in self._without_adapters else nullcontext()
 
     @contextmanager
     def _lent(self, model: PreTrainedModel, *, probe: bool = False) -> Iterator[PolicyWithHead]:
         """The model as it is asked, while the block lasts."""
-        off = adapters_off(model) if id(model) in self._without_adapters else nullcontext()
-        with undone(model), off:
+        with undone(model), self._without(model):
             kind: type[PolicyWithHead] = PolicyWithHead
             options: dict[str, Any] = {}
             if self.settings.value_from != "implicit_reward":

@@ -31,9 +31,9 @@ from trl.data_utils import is_conversational
 from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.integrations.lm_head import FusedLMOutput, answering, patch_lm_head, unpatch_lm_head
 from tvkd_fast.integrations.patched import model_inside
+from tvkd_fast.integrations.returns import MARK, RETURNS, Maker, without_returns
 from tvkd_fast.integrations.rows import (
     RESPONSES,
-    RETURNS,
     RowTokenizer,
     WithReturns,
     as_pairs,
@@ -43,7 +43,15 @@ from tvkd_fast.integrations.rows import (
 from tvkd_fast.integrations.scores import CachedReturns, is_score_folder
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
 from tvkd_fast.losses import Terminal, check_discount, check_preference_settings
-from tvkd_fast.models import load_model, load_stop_ids, load_tokenizer, longest_sequence, read_config, stop_ids_of
+from tvkd_fast.models import (
+    fingerprint_settings,
+    load_model,
+    load_stop_ids,
+    load_tokenizer,
+    longest_sequence,
+    read_config,
+    stop_ids_of,
+)
 from tvkd_fast.models.lent import adapter_layers, adapter_parameters
 from tvkd_fast.ops import HeadGradient, HeadStats, check_kappa
 
@@ -125,6 +133,7 @@ class TVKDTrainer(DPOTrainer):
     eval_dataset: Any
     ref_model: Any
     precompute_ref_logps: bool
+    _precompute_model_hash: str
     _tag_names: ClassVar = ["trl", "dpo", "tvkd"]
     _name = "TVKD"
     _paper: ClassVar = {
@@ -172,6 +181,7 @@ class TVKDTrainer(DPOTrainer):
         self._positions = {whose: longest_sequence(config) for whose, config in configs.items() if config is not None}
         self._stop_ids = _stops(model, args)
         self._found_ends: ResponseEnds | None = None
+        self._named_reference = False
         super().__init__(model, ref_model, args, **options)
         self._take_head()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -261,6 +271,7 @@ class TVKDTrainer(DPOTrainer):
 
     def _precompute(self, args: TVKDConfig, *, from_module: bool) -> None:
         """Two numbers a pair, of all data that there is; a teacher that was loaded for it is let go."""
+        self.data_collator.maker = self._maker()
         sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
         self.train_dataset = self._with_returns(self.train_dataset, "train", sizes[0])
         if isinstance(self.eval_dataset, dict):
@@ -272,31 +283,40 @@ class TVKDTrainer(DPOTrainer):
         if not from_module:
             self._teacher = None
 
+    def _maker(self) -> Maker:
+        """Whoever makes Ψ here, by all that decides it but the row's own tokens."""
+        source = self._teacher if self._cached is None else self._cached
+        assert source is not None
+        args = self.args
+        how = (self._ends.settings, args.max_length, args.truncation_mode, self._precision())
+        return Maker(Hasher.hash((source.made_of, how)))
+
+    def _precision(self) -> str:
+        """Of the products, over weights whose dtype their fingerprints hold."""
+        return str(self.accelerator.mixed_precision)
+
     def _with_returns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """The dataset with columns Ψ; from datasets' cache where this teacher has read it before."""
-        if isinstance(dataset, IterableDataset) or RETURNS[0] in dataset.column_names:
+        """The dataset with columns Ψ; from datasets' cache where this teacher has read it before.
+
+        Columns that it has already stay if this trainer would make the same, and are made anew if not.
+        """
+        maker = self.data_collator.maker
+        if isinstance(dataset, IterableDataset) or maker.made_all(dataset):
             return dataset
+        dataset = without_returns(dataset)
         if self._cached is not None:
             rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
             returns = self._cached.of(as_pairs(rows, self._ends, self.args.max_length))
-            columns = Dataset.from_dict({key: x.tolist() for key, x in zip(RETURNS, returns, strict=True)})
-            return concatenate_datasets([dataset, columns], axis=1)
-        assert self._teacher is not None
-        made_of = (
-            dataset._fingerprint,
-            self._teacher.fingerprints,
-            self._teacher.settings,
-            (self.args.max_length, self.args.truncation_mode),
-            self._ends.settings,
-        )
-        told = [Hasher.hash(made_of)]
+            return concatenate_datasets([dataset, Dataset.from_dict(maker.columns(dataset, returns))], axis=1)
+        told = [Hasher.hash((dataset._fingerprint, maker.key))]
         broadcast_object_list(told, from_process=0)
         file = dataset._get_cache_file_path(told[0])
         if not os.path.exists(file):
             returns = self._returns_of(dataset, name, batch_size)
             if self.accelerator.is_main_process:
+                columns = maker.columns(dataset, returns)
                 dataset.map(
-                    lambda batch, indices: {key: x[indices] for key, x in zip(RETURNS, returns, strict=True)},
+                    lambda batch, indices: {key: [x[i] for i in indices] for key, x in columns.items()},
                     with_indices=True,
                     batched=True,
                     remove_columns=dataset.column_names,
@@ -354,13 +374,24 @@ class TVKDTrainer(DPOTrainer):
         # TRL asks whether there is one by its truth, and torch.compile's wrapper has none: it is a container's length.
         self.ref_model = getattr(held, "_orig_mod", held)
         try:
+            self._name_reference()
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self.ref_model = held
 
+    def _name_reference(self) -> None:
+        """TRL names its cache by the data and the reference's weights; how both are used decides the numbers too."""
+        if self._named_reference:
+            return
+        args = self.args
+        reference = model_inside(self.model if self.ref_model is None else self.ref_model)
+        how = (fingerprint_settings(reference), args.max_length, args.truncation_mode, self._precision())
+        self._precompute_model_hash = Hasher.hash((self._precompute_model_hash, how))
+        self._named_reference = True
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in RETURNS if name not in self._signature_columns]
+        self._signature_columns += [name for name in (*RETURNS, MARK) if name not in self._signature_columns]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"

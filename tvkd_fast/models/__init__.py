@@ -1,7 +1,7 @@
 """Causal language models: loading them, calling them without logits, and making students out of teachers."""
 
 from tvkd_fast.models.adapters import is_adapter, without_adapter
-from tvkd_fast.models.fingerprint import fingerprint_weights
+from tvkd_fast.models.fingerprint import fingerprint_model, fingerprint_settings, fingerprint_weights
 from tvkd_fast.models.head import FusedLMHead, HeadTransforms, head_transforms
 from tvkd_fast.models.load import (
     EmptyModel,
@@ -34,6 +34,8 @@ __all__ = [
     "add_lora",
     "disable_dropout",
     "empty_model",
+    "fingerprint_model",
+    "fingerprint_settings",
     "fingerprint_weights",
     "head_transforms",
     "is_adapter",

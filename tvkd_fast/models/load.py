@@ -1,4 +1,4 @@
-"""Models and tokenizers by hub name, local folder, GGUF file, or the name of a packaged model.
+"""Models and tokenizers by hub name, local folder, adapter folder, GGUF file, or the name of a packaged model.
 
 Weights are read from safetensors or GGUF; pickled checkpoints are refused, and `trust_remote_code` is off unless asked.
 """
@@ -9,9 +9,11 @@ import contextlib
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from tvkd_fast.models.adapter_folder import AdapterFolder, adapter_folder, has_tokenizer, merge_adapter
 from tvkd_fast.models.quantized import keep_packed, nf4_options
 
 if TYPE_CHECKING:
@@ -50,14 +53,45 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model from a hub name, a folder, a `.gguf` file or a packaged name (`smollm2-135m`).
 
-    A GGUF model comes back dequantised, as an ordinary model that trains and saves. `nf4` holds the backbone's linear
-    layers in four bits, for products in that dtype. Raises ValueError naming the remedy where nothing of that name can
-    be read.
+    A GGUF model comes back dequantised, and an adapter that peft saved merged into its base: ordinary models that train
+    and save. `nf4` holds the backbone's linear layers in four bits, for products in that dtype. Raises ValueError
+    naming the remedy where nothing of that name can be read.
     """
+    how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    source = locate(name)
+    adapter = adapter_of(source)
+    if adapter is None:
+        return _load_whole(name, source, dtype, device, nf4, None, how)
+    if nf4 is not None:
+        raise ValueError(
+            f"{name} is an adapter, which is merged into weights that are floats: for --lora.quantize give a merged "
+            "model"
+        )
+    if adapter.base != source.name and adapter.revision is None:
+        base = load_model(adapter.base, dtype=dtype, device=device, **how)
+    else:
+        base = _load_whole(adapter.base, locate(adapter.base), dtype, device, None, adapter.revision, how)
+    return merge_adapter(base, adapter)
+
+
+def adapter_of(source: ModelSource) -> AdapterFolder | None:
+    """The adapter that is there, where it is no whole model."""
+    return None if source.gguf_file is not None else adapter_folder(source.name)
+
+
+def _load_whole(
+    name: str | Path,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    nf4: torch.dtype | None,
+    revision: str | None,
+    how: dict[str, Any],
+) -> PreTrainedModel:
+    """A model without adapters, also where its folder has one beside it."""
     from transformers import AutoModelForCausalLM
 
-    source = locate(name)
-    options = source.options()
+    options = source.options() | ({} if revision is None else {"revision": revision})
     if nf4 is not None:
         if source.gguf_file is not None:
             raise ValueError(
@@ -69,10 +103,11 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             source.name,
             dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
             # Pickle can run code; a GGUF file holds none and is read by its own path.
             use_safetensors=None if source.gguf_file else True,
+            # Where transformers finds no adapter: it would put one beside the weights.
+            adapter_kwargs={"subfolder": "no adapter"},
+            **how,
             **options,
         )
     except (OSError, ImportError) as error:
@@ -103,11 +138,11 @@ def empty_model(
     trust_remote_code: bool = False,
 ) -> EmptyModel | None:
     """What `load_model` would load, to be filled piece by piece; None where its files are not safetensors by the names
-    and shapes of the model's own parameters (GGUF, families whose weights are converted as they are read)."""
+    and shapes of the model's own parameters (GGUF, adapters, families whose weights are converted as they are read)."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     source = locate(name)
-    if source.gguf_file is not None:
+    if source.gguf_file is not None or adapter_of(source) is not None:
         return None
     try:
         config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code)
@@ -164,10 +199,13 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to `name`, found as `load_model` finds the weights."""
+    """The tokenizer that belongs to `name`, found as `load_model` finds the weights; an adapter's may be its base's."""
     from transformers import AutoTokenizer
 
     source = locate(name)
+    adapter = adapter_of(source)
+    if adapter is not None and adapter.base != source.name and not has_tokenizer(source.name):
+        return load_tokenizer(adapter.base, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
     except (OSError, ImportError) as error:
@@ -199,7 +237,7 @@ def save_model(
 
 def locate(name: str | Path) -> ModelSource:
     """Where `name` is: a folder, a GGUF file, a packaged model, or a hub name that is left as it is."""
-    text = str(name)
+    text = expanduser(name)
     if text in PACKAGED:
         return _packaged(text)
     path = Path(text)
@@ -207,12 +245,30 @@ def locate(name: str | Path) -> ModelSource:
         if not path.is_file():
             raise ValueError(f"no GGUF file at {text}")
         return ModelSource(str(path.parent), path.name)
+    _refuse_run_folder(path)
     if path.is_dir() or not _looks_local(text):
         return ModelSource(text)
     raise ValueError(
         f"no model at {text}: give a hub name (org/name), a folder with config.json and *.safetensors, a .gguf file, "
         f"or one of {', '.join(PACKAGED)}"
     )
+
+
+def _refuse_run_folder(path: Path) -> None:
+    """ValueError, with what to give instead, for what a run leaves beside its model."""
+    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+        return
+    if re.fullmatch(r"step-\d{6,}", path.name) and path.absolute().parent.name == "checkpoints" and not path.exists():
+        raise ValueError(f"there is no checkpoint at {path}: `tvkd export` makes a model of one that is whole")
+    if (path / "state.json").is_file() and any(path.glob("shard-*.safetensors")):
+        raise ValueError(f"{path} is a checkpoint of a run, and no model yet: make one of it by `tvkd export {path}`")
+    if (path / "final" / "config.json").is_file():
+        raise ValueError(f"{path} is the folder of a run: its model is {path / 'final'}")
+    steps = sorted([*path.glob("step-*/state.json"), *path.glob("checkpoints/step-*/state.json")])
+    if steps:
+        raise ValueError(
+            f"{path} holds checkpoints, and no model yet: make one of the newest by `tvkd export {steps[-1].parent}`"
+        )
 
 
 def _looks_local(text: str) -> bool:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +66,46 @@ def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
             model.add_adapter(LoraConfig(**options), ADAPTER)
     except ValueError as error:
         raise ValueError(f"{str(error).splitlines()[0]} Set --lora.targets to names of linear layers") from error
+    _check_can_merge(model)
     draw_adapters(model)
+    _check_runs(model)
+
+
+def adapter_sizes(model: PreTrainedModel) -> tuple[tuple[str, int], ...]:
+    """By the name of every product of the backbone, the parameters of an adapter of rank 1 beside it.
+
+    Of experts that are one weight they are peft's to say, and left out without it. The model is changed: give an empty
+    one.
+    """
+    head = model.get_output_embeddings()
+    layers = {
+        name: sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+    }
+    fused = any(
+        p.dim() == 3 for module in model.modules() if not hasattr(module, "stride") for p in module.parameters(False)
+    )
+    if not fused or find_spec("peft") is None:
+        return tuple(layers.items())
+    from peft import LoraConfig
+
+    with warnings.catch_warnings(), suppress(ValueError):
+        # Where peft takes no adapter, a run is refused before it begins.
+        warnings.simplefilter("ignore")
+        model.add_adapter(LoraConfig(r=1, lora_alpha=1, target_modules="all-linear"), ADAPTER)
+        layers = {}
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            layer = _adapted_weight(model, name.rpartition(".lora_")[0]).removesuffix(".weight")
+            layers[layer] = layers.get(layer, 0) + parameter.numel()
+    return tuple(layers.items())
+
+
+def _adapted_weight(model: nn.Module, layer: str) -> str:
+    """The name, before there were adapters, of the weight that the one of this layer is beside."""
+    parameter = getattr(model.get_submodule(layer), "parameter_name", "weight")
+    return without_adapter(f"{layer}.base_layer.{parameter}")
 
 
 @torch.no_grad()
@@ -78,7 +120,9 @@ def adapter_start(name: str, like: Tensor) -> Tensor:
     """[r, in] or [out, r]: what an adapter's weight begins as, whole, on the CPU."""
     if "lora_B" in name:
         return torch.zeros(like.shape, dtype=like.dtype)
-    draw = torch.Generator().manual_seed(int.from_bytes(sha256(name.encode()).digest()[:7], "big"))
+    # By the layer's name and the letter: what the run calls its adapter decides nothing.
+    seed = sha256(name.replace(f".{ADAPTER}.", ".default.").encode()).digest()[:7]
+    draw = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
     # As peft draws it: uniform, as wide as a linear layer's own.
     bound = 1 / math.sqrt(like.shape[1])
     return torch.empty(like.shape).uniform_(-bound, bound, generator=draw).to(like.dtype)
@@ -101,7 +145,7 @@ class WithoutAdapters(nn.Module):
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """An empty model of the family without adapters, and its weights: what the adapters add is added for good."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    layers = _adapted_layers(model)
     whole = {without_adapter(name): x for name, x in dequantized(model).items()}
     found = {without_adapter(name): x for name, x in weights.items() if not is_adapter(name)} | whole
     config = copy.deepcopy(model.config)
@@ -110,15 +154,61 @@ def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrain
         # Scales of packed weights lie beside them in a state dict, under their names.
         found = {name: x for name, x in found.items() if name.rpartition(".weight.")[0] + ".weight" not in whole}
     for layer, module in layers.items():
-        a, b = (weights[f"{layer}.lora_{letter}.{ADAPTER}.weight"] for letter in "AB")
-        base = found[f"{layer}.weight"]
-        added = module.scaling[ADAPTER] * (b.double() @ a.double())
-        # GPT-2's layers keep their weights the other way round.
-        found[f"{layer}.weight"] = (base.double() + (added.T if module.fan_in_fan_out else added)).to(base.dtype)
+        a, b = (weights[f"{layer}.lora_{letter}.{ADAPTER}.weight"].double() for letter in "AB")
+        name = _adapted_weight(model, layer)
+        base = found[name]
+        found[name] = (base.double() + module.scaling[ADAPTER] * _product(module, a, b)).to(base.dtype)
     with torch.device("meta"):
         plain = type(model)(config)
     plain.generation_config = model.generation_config
     return plain, found
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers with an adapter of the run's, by name."""
+    return {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
+
+
+def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:
+    """What A and B make, in the shape of the weight that they are beside; of experts that are one weight, of each."""
+    experts = getattr(layer, "num_experts", 1)
+    if experts == 1:
+        # GPT-2's layers keep their weights the other way round.
+        return (b @ a).T if layer.fan_in_fan_out else b @ a
+    each = torch.einsum("ore,eri->eoi", b.reshape(len(b), -1, experts), a.reshape(experts, -1, a.shape[1]))
+    return each.transpose(1, 2) if getattr(layer.get_base_layer(), "is_transposed", False) else each
+
+
+def _check_can_merge(model: nn.Module) -> None:
+    """ValueError where the run's adapters could not be merged at its end, by the name of the layer."""
+    layers = _adapted_layers(model)
+    odd = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad and not is_adapter(name)}
+    # Packed weights have no shape of their own, and are those of plain layers.
+    shapes = {without_adapter(name): x.shape for name, x in model.named_parameters() if x.is_floating_point()}
+    for layer, module in layers.items():
+        a, b = (module.get_parameter(f"lora_{letter}.{ADAPTER}.weight") for letter in "AB")
+        weight = shapes.get(_adapted_weight(model, layer))
+        if a.dim() != 2 or (weight is not None and _product(module, a.to("meta"), b.to("meta")).shape != weight):
+            odd.add(layer)
+    if odd:
+        raise ValueError(
+            f"an adapter beside {without_adapter(sorted(odd)[0])} could not be merged into the model: leave it out of "
+            "--lora.targets"
+        )
+
+
+def _check_runs(model: PreTrainedModel) -> None:
+    """ValueError where the family cannot be called with the adapters; nobody knows on the meta device."""
+    if model.device.type == "meta":
+        return
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be called with these adapters ({str(error).splitlines()[0]}): set "
+            "--lora.targets to names of its linear layers, such as [q_proj,v_proj]"
+        ) from error
 
 
 def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:

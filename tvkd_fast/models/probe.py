@@ -122,8 +122,9 @@ def probe_packing(model: PreTrainedModel, alone: list[Tensor], *, shared: bool) 
                 places.append(torch.cat([torch.arange(start, border), torch.arange(end, end + len(rejected))]))
     try:
         states = _in_eval(model, torch.cat(ids), layout)
-    except TypeError as error:
-        raise ValueError(_refusal(model, f"cannot be called with a packed row ({error})", shared)) from error
+    except (TypeError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(_refusal(model, f"cannot be called with a packed row ({why})", shared)) from error
     worst = max(
         float((states[place.to(states.device)] - want).float().norm() / want.float().norm())
         for place, want in zip(places, alone, strict=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from tvkd_fast.models.load import locate, unreadable
+from tvkd_fast.models.load import adapter_of, locate, unreadable
+from tvkd_fast.models.lora import adapter_sizes
+from tvkd_fast.models.prune import config_of_layers, kept_layers
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B-Instruct": {
@@ -42,12 +43,12 @@ class ModelShape:
     parameters: int
     hidden: int
     layers: int
-    intermediate: int
     vocab: int
     tied: bool
     """Whether head and embedding are one weight."""
-    linears: tuple[tuple[str, int], ...]
-    """Of every linear layer but the head its name and the sum of its two sizes; an adapter has r times that."""
+    adapted: tuple[tuple[str, int], ...]
+    """Of everything that an adapter can be beside its name and the parameters of one of rank 1; of rank r r times that.
+    """
 
     @property
     def head(self) -> int:
@@ -79,6 +80,9 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     source = locate(name)
+    adapter = adapter_of(source)
+    if adapter is not None and adapter.base != source.name:
+        return model_config(adapter.base, trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
     except (OSError, ImportError) as error:
@@ -91,24 +95,17 @@ def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool
 
     config = model_config(name, trust_remote_code=trust_remote_code)
     if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        config = config_of_layers(config, kept_layers(config.num_hidden_layers, layers))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return ModelShape(
         name=name,
         parameters=sum(p.numel() for p in model.parameters()),
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        intermediate=config.intermediate_size,
-        vocab=config.vocab_size,
+        hidden=model.get_output_embeddings().weight.shape[1],
+        layers=config.get_text_config().num_hidden_layers,
+        vocab=model.get_output_embeddings().weight.shape[0],
         tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
-        linears=tuple(
-            (name, module.in_features + module.out_features)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
-        ),
+        adapted=adapter_sizes(model),
     )
 
 

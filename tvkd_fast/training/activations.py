@@ -5,9 +5,11 @@ Letters: L tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from tvkd_fast.distributed.recompute import KEPT
 from tvkd_fast.models import PolicyWithHead, model_config
 from tvkd_fast.models.prune import config_of_layers
 from tvkd_fast.models.shared_prompt import Layout, states_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -41,51 +46,108 @@ class Activations:
 
 @lru_cache
 def count_activations(
-    model: str, tokens: int, layout: Layout | None, *, autocast: torch.dtype | None, trust_remote_code: bool = False
+    model: str,
+    tokens: int,
+    layout: Layout | None,
+    *,
+    sequences: int = 0,
+    autocast: torch.dtype | None,
+    trust_remote_code: bool = False,
 ) -> Activations:
-    """Of the model's first block over one row of `tokens`, on a CPU's attention; a weight that autocast casts is in it.
+    """Of one of the model's blocks over one row of `tokens`, on a CPU's attention, with a weight that autocast casts.
 
-    A `layout` is given where prompts are shared, and whole rows where it is None.
+    A `layout` is given where prompts are shared, and whole rows where it is None. `sequences` of the tokens lie in rows
+    of their own where they are padded, which only families whose attention cannot be replaced are counted by.
     """
-    (one, kept), (two, _) = (_saved(model, layers, tokens, layout, autocast, trust_remote_code) for layers in (1, 2))
-    return Activations(everything=two - one, products=kept, around=2 * one - two)
+    config = model_config(model, trust_remote_code=trust_remote_code)
+    # Families reckon with more blocks than one, and the first of them may be of a kind of its own.
+    two, three = (
+        _saved(_made(config, layers, trust_remote_code), tokens, layout, sequences, autocast) for layers in (2, 3)
+    )
+    everything = three.saved - two.saved
+    return Activations(
+        everything=everything,
+        products=three.products - two.products + three.row,
+        around=two.saved - 2 * everything,
+    )
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Bytes of a forward."""
+
+    saved: int
+    """For its backward."""
+    products: int
+    """That the products of all blocks return."""
+    row: int
+    """Of a block's input."""
+
+
+def _made(config: Any, layers: int, trust_remote_code: bool) -> Callable[[], PreTrainedModel]:
+    """What makes a model of so many of the blocks, the first ones, over and over where there are fewer."""
+    from transformers import AutoModelForCausalLM
+
+    few = config_of_layers(config, [i % config.num_hidden_layers for i in range(layers)])
+    return partial(AutoModelForCausalLM.from_config, few, trust_remote_code=trust_remote_code)
 
 
 def _saved(
-    name: str,
-    layers: int,
+    make: Callable[[], PreTrainedModel],
     tokens: int,
     layout: Layout | None,
+    sequences: int,
     autocast: torch.dtype | None,
-    trust_remote_code: bool,
-) -> tuple[int, int]:
-    """Bytes that are saved for the backward, and bytes that the products of the blocks return."""
-    from transformers import AutoModelForCausalLM
+) -> _Count:
+    """Counted by the first way that the family takes: with the attention of packed rows, or its own where no prompt is
+    shared; on shapes alone, or with weights as drawn where shapes hang on numbers (how many tokens an expert gets).
+    """
+    attentions = (False,) if layout is not None else (False, True)
+    *ways, last = [(own, mode) for mode in (FakeTensorMode, nullcontext) for own in attentions]
+    for own, mode in ways:
+        # Of torch's refusals to reckon with shapes all are such errors; the last way's is the user's to see.
+        with suppress(RuntimeError, ValueError), mode():
+            return _forward(make(), tokens, layout, sequences, autocast, own=own)
+    own, mode = last
+    try:
+        with mode():
+            return _forward(make(), tokens, layout, sequences, autocast, own=own)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"it cannot be called with rows of this packing ({why}): set --model.packing padded"
+        ) from error
 
-    config = model_config(name, trust_remote_code=trust_remote_code)
-    with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(
-            config_of_layers(config, list(range(layers))), trust_remote_code=trust_remote_code
-        )
-        policy = PolicyWithHead(model, packing="shared", autocast=autocast, probe=False).train()
-        weights = {_storage(p) for p in policy.parameters()}
-        sizes: dict[int, int] = {}
-        alive: list[Tensor] = []
 
-        def save(x: Tensor) -> Tensor:
-            # Kept, so that no other storage gets its address.
-            alive.append(x)
-            if _storage(x) not in weights:
-                sizes[_storage(x)] = x.untyped_storage().nbytes()
-            return x
+def _forward(
+    model: PreTrainedModel,
+    tokens: int,
+    layout: Layout | None,
+    sequences: int,
+    autocast: torch.dtype | None,
+    *,
+    own: bool,
+) -> _Count:
+    policy = PolicyWithHead(model, packing="padded" if own else "shared", autocast=autocast, probe=False).train()
+    weights = {_storage(p) for p in policy.parameters()}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []
 
-        products = _Products()
-        with saved_tensors_hooks(save, lambda x: x), policy.precision(), products:
-            # A whole row is a prompt without responses: transformers' own attention would make a mask here, since it
-            # cannot see that none is needed.
-            whole = ((0, tokens, tokens, tokens),)
-            states_of(policy.model, torch.zeros(1, tokens, dtype=torch.long), layout or whole)
-    return sum(sizes.values()), products.bytes + tokens * config.hidden_size * products.itemsize
+    def save(x: Tensor) -> Tensor:
+        # Kept, so that no other storage gets its address.
+        alive.append(x)
+        if _storage(x) not in weights:
+            sizes[_storage(x)] = x.untyped_storage().nbytes()
+        return x
+
+    products = _Products()
+    with saved_tensors_hooks(save, lambda x: x), policy.precision(), products:
+        # A whole row is a prompt without responses: transformers' own attention would make a mask here, since it cannot
+        # see that none is needed.
+        whole = None if own else layout or ((0, tokens, tokens, tokens),)
+        rows = max(1, sequences) if own else 1
+        states = states_of(policy.model, torch.zeros(rows, -(-tokens // rows), dtype=torch.long), whole)
+    return _Count(sum(sizes.values()), products.bytes, tokens * states.shape[-1] * products.itemsize)
 
 
 class _Products(TorchDispatchMode):
@@ -96,7 +158,11 @@ class _Products(TorchDispatchMode):
         self.bytes, self.itemsize = 0, 4
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default:
+            # Its shapes are known to torch in bfloat16 alone.
+            out = args[0].new_empty(args[0].shape[:-1] + args[1].shape[-1:])
+        else:
+            out = func(*args, **(kwargs or {}))
         if func in KEPT:
             results = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in results)

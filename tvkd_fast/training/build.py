@@ -23,11 +23,12 @@ from tvkd_fast.data import (
 )
 from tvkd_fast.data.folders import whole_folder
 from tvkd_fast.data.formats import ReadRow, to_preference
+from tvkd_fast.data.scores import check_score_folder
 from tvkd_fast.distributed import World, joined, whole_weights
 from tvkd_fast.models import (
     PolicyWithHead,
     WithoutAdapters,
-    fingerprint_weights,
+    fingerprint_model,
     is_adapter,
     load_stop_ids,
     load_tokenizer,
@@ -35,7 +36,7 @@ from tvkd_fast.models import (
     save_adapter,
     save_model,
 )
-from tvkd_fast.training.checkpoint import Checkpoints, read_state
+from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state
 from tvkd_fast.training.config import (
     DataConfig,
     EvalConfig,
@@ -45,8 +46,9 @@ from tvkd_fast.training.config import (
     micro_batching,
 )
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.metrics import METRICS, read_metrics, written
+from tvkd_fast.training.metrics import METRICS, RESUMES, read_metrics
 from tvkd_fast.training.optim import make_optimizer
+from tvkd_fast.training.outputs import ready_folder, written
 from tvkd_fast.training.replay import Replayed, read_record, replay_pairs
 from tvkd_fast.training.run_models import (
     FrozenModels,
@@ -81,6 +83,10 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     Under torchrun every process calls it, and they share the model. Raises `Stopped` after SIGTERM or SIGINT, once the
     steps that are done are saved.
     """
+    folder = ready_folder(config.output_dir, holds=(FINAL, ADAPTER))
+    if config.save_every >= 0:
+        ready_folder(folder / CHECKPOINTS)
+    config.check_keep_best()
     with world_of(config) as world:
         try:
             return _train(config, world, show_progress=show_progress)
@@ -116,7 +122,7 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
         if trainer.trained or not world.told(_exported(folder, trainer)):
             _save_trained(made.policy, made.tokenizer, folder / FINAL, world, model_card(config, evaluation))
             if world.first:
-                with written(folder / EXPORTED):
+                with written(folder / EXPORTED, RESUMES):
                     (folder / EXPORTED).write_text(json.dumps(_of_run(trainer)) + "\n")
         if trainer.trained:
             memory = world.everyone(memory_by_part(made.policy, trainer.optimizer))
@@ -139,6 +145,13 @@ def _exported(folder: Path, trainer: Trainer) -> bool:
     return (folder / FINAL).exists() and found == json.loads(json.dumps(_of_run(trainer)))
 
 
+def best_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint that keep_best keeps of a run that is through; None where none was to be kept."""
+    if config.keep_best == "none":
+        return None
+    return Checkpoints(Path(config.output_dir) / CHECKPOINTS, World(torch.device("cpu")), keep=1).best()
+
+
 def replay(record: str) -> list[Replayed]:
     """`tvkd replay`: the pairs of a step that was not finite, one by one, under the newest checkpoint before it."""
     step, pairs, config = read_record(record)
@@ -147,9 +160,10 @@ def replay(record: str) -> list[Replayed]:
     config.model.trust_remote_code = False
     world = World(resolve_device(config.model))
     made = _prepared(config, world, say=False)
-    checkpoints = Checkpoints(Path(record).parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
+    checkpoints = Checkpoints(Path(record).expanduser().parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
     newest = checkpoints.newest()
     if newest is not None and read_state(newest)["step"] <= step:
+        check_same_run(newest, made.identity)
         checkpoints.load(newest, made.policy, make_optimizer(made.policy, config.optim))
     made.policy.train()
     return replay_pairs(made.policy, made.scorer, made.dataset, pairs, config, world)
@@ -181,11 +195,17 @@ def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
         if pairs is not None:
             check_readable(pairs, policy, "policy")
     identity: dict[str, Any] = {
-        "policy": fingerprint_weights(policy.model),
+        "policy": fingerprint_model(policy.model),
         "precision": precision(config.model, world),
     }
     scorer: Scorer = OnlineScorer(None, None)
     held_out_scorer = None
+    if say and config.unkept_evaluations:
+        warnings.warn(
+            f"keep_best goes by every {config.save_every // config.eval_every}th evaluation alone, which is at a "
+            f"checkpoint: set --save_every {config.eval_every} for all of them",
+            stacklevel=2,
+        )
     if config.objective != "sft":
         models = _frozen_models(config, policy, tokenizer, world)
         scorer = online = models.scorer(dataset, config, say=say)
@@ -226,6 +246,7 @@ def sharing_of(config: TrainConfig | ScoreConfig | EvalConfig, world: World) -> 
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep what they say."""
+    check_score_folder(Path(config.output_dir))
     with world_of(config) as world:
         return _score(config, world, say=show_progress and world.first)
 
@@ -245,7 +266,7 @@ def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
         tokenizer,
         scorer,
         **models.teacher_fingerprints(),
-        reference=fingerprint_weights(models.reference.model),
+        reference=fingerprint_model(models.reference.model),
         kappa=config.kappa,
         model=config.model,
     )
@@ -401,7 +422,7 @@ def _expected(
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "precision": precision(config.model, models.world),
         "kappa": config.loss.kappa if needs_sums else None,
-        "reference": fingerprint_weights(models.reference.model)
+        "reference": fingerprint_model(models.reference.model)
         if isinstance(models.reference, PolicyWithHead)
         else policy_at_start,
         **models.teacher_fingerprints(),

@@ -56,12 +56,16 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest whole checkpoint, or None. One that is not whole is named in a warning and passed over."""
         for path in self.world.told(_checkpoints(self.folder)):
-            flaw = self._flaw(path)
+            flaw = self.flaw(path)
             if flaw is None:
                 return path
             if self.world.first:
                 warnings.warn(f"{path} is not a whole checkpoint ({flaw}); looking at the one before it", stacklevel=2)
         return None
+
+    def best(self) -> Path | None:
+        """The one whose score is the largest, of those that have one."""
+        return _best(_checkpoints(self.folder))
 
     def save(
         self,
@@ -158,14 +162,13 @@ class Checkpoints:
     def _prune(self, step: int) -> None:
         # A later folder is damaged, or this run would have gone on from it: it neither counts nor is it ours to drop.
         mine = [path for path in _checkpoints(self.folder) if _step(path) <= step]
-        scores = {path: _score(path) for path in mine}
-        best = max((path for path in mine if scores[path] is not None), key=lambda path: scores[path], default=None)
+        best = _best(mine)
         for old in mine[self.keep :]:
             if old != best:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _flaw(self, path: Path) -> str | None:
-        """Every process reads its part of the files, and all know what any of them found."""
+    def flaw(self, path: Path) -> str | None:
+        """Why a checkpoint is not whole, or None; every process reads its part, and all know what any of them found."""
         try:
             recorded = read_state(path)["sha256"]
             mine = sorted(recorded)[self.world.rank :: self.world.size]
@@ -174,14 +177,19 @@ class Checkpoints:
             flaw = f"{type(error).__name__}: {error}"
         return next((text for text in self.world.everyone(flaw) if text is not None), None)
 
+    def load_weights(self, path: Path, model: nn.Module) -> None:
+        """Put what the run has learned into a model as it was at the start, and nothing else."""
+        reader, saved = _opened(path)
+        parameters = _parameters(model)
+        _check_same_model(path, saved, parameters)
+        self._read({f"{MODEL}/{name}": parameter.detach() for name, parameter in parameters.items()}, reader)
+
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put weights, optimizer state and this process's generators back, bit for bit.
 
         The checkpoint may be of another number of processes; generators without a saved state stay as they are.
         """
-        reader = HuggingFaceStorageReader(str(path))
-        entries = reader.read_metadata().state_dict_metadata.items()
-        saved = {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        reader, saved = _opened(path)
         parameters = _parameters(model)
         _check_same_model(path, saved, parameters)
         optimizer.state.clear()
@@ -198,11 +206,21 @@ class Checkpoints:
         own = f"{RNG}/{self.world.rank}/"
         wanted = {name: x for name, x in state_of(model, optimizer, self.world).items() if not name.startswith(own)}
         wanted |= {name: torch.zeros(size, dtype=torch.uint8) for name, size in saved.items() if name.startswith(own)}
+        self._read(wanted, reader)
+        _restore_generators({name.removeprefix(own): x for name, x in wanted.items() if name.startswith(own)})
+
+    def _read(self, wanted: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
         with warnings.catch_warnings():
             # A world of one is no distributed one, as torch then warns.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(wanted, storage_reader=reader, process_group=self.world.host)
-        _restore_generators({name.removeprefix(own): x for name, x in wanted.items() if name.startswith(own)})
+
+
+def _opened(path: Path) -> tuple[HuggingFaceStorageReader, dict[str, torch.Size]]:
+    """A checkpoint to read from, and the sizes of what is in it."""
+    reader = HuggingFaceStorageReader(str(path))
+    entries = reader.read_metadata().state_dict_metadata.items()
+    return reader, {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Tensor]:
@@ -219,6 +237,25 @@ def read_state(path: Path) -> dict[str, Any]:
     """What `state.json` holds: `step`, `score`, `processes`, checksums, and the caller's `extra`."""
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     return state
+
+
+def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, with what differs, where the checkpoint is of another run than this one."""
+    found = read_state(path)["identity"]
+    for name, value in identity.items():
+        if found.get(name) != value:
+            raise CheckpointError(
+                f"{path} was made with another {name} ({_changed(found.get(name), value)}): give --output_dir a folder "
+                "of its own, or --resume false to start again there"
+            )
+
+
+def _changed(before: Any, now: Any) -> str:
+    """What differs, and nothing else of it."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{before}, now {now}"
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in names)
 
 
 def set_aside(path: Path) -> None:
@@ -263,15 +300,23 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
+def _best(paths: list[Path]) -> Path | None:
+    """Of the newest first; scores of other held-out pairs, or by another figure, are not held against each other."""
+    scored = {path: state for path in paths if (state := _state_or_nothing(path)).get("score") is not None}
+    of = next((state.get("scored_on") for state in scored.values()), None)
+    same = [path for path in scored if scored[path].get("scored_on") == of]
+    return max(same, key=lambda path: scored[path]["score"], default=None)
+
+
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _score(path: Path) -> Any:
+def _state_or_nothing(path: Path) -> dict[str, Any]:
     try:
-        return read_state(path).get("score")
+        return read_state(path)
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
+from os.path import expanduser
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from tvkd_fast.data import MicroBatching
@@ -12,6 +13,36 @@ from tvkd_fast.losses import check_discount, check_preference_settings
 from tvkd_fast.ops import HeadGradient, check_kappa
 
 C = TypeVar("C")
+
+_PATHS = frozenset(
+    {
+        "compare",
+        "eval",
+        "eval_scores",
+        "generate",
+        "out",
+        "output",
+        "output_dir",
+        "policy",
+        "recipe",
+        "reference",
+        "scores",
+        "teacher",
+        "teacher_reference",
+        "train",
+    }
+)
+"""Fields, of whichever config, that may name a place on this machine."""
+
+
+def at_home(config: Any) -> None:
+    """`~` in a config's paths becomes the home directory, in place: neither YAML nor `--option=~/x` is a shell's."""
+    for name in _PATHS & vars(config).keys():
+        value = getattr(config, name)
+        if isinstance(value, str):
+            setattr(config, name, expanduser(value))
+        elif isinstance(value, list):
+            setattr(config, name, [expanduser(x) for x in value])
 
 
 @dataclass(kw_only=True)
@@ -45,6 +76,9 @@ class DataConfig:
     """`auto` writes conversations with the tokenizer's template, `never` as plain text."""
     teacher_chat_template: Literal["auto", "never"] = "auto"
     """The same for a teacher with another tokenizer; one with the policy's reads what the policy reads."""
+
+    def __post_init__(self) -> None:
+        at_home(self)
 
 
 @dataclass(kw_only=True)
@@ -205,7 +239,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps; `epochs` over the data where not given."""
     epochs: float = 1.0
-    """Passes over the training pairs, where max_steps is not given."""
+    """Passes over the training pairs, where max_steps is not given: each takes every pair once, and the last step those
+    that are left."""
     pairs_per_step: int = 32
     """Global batch: pairs an optimizer step averages over."""
     tokens_per_micro_batch: int = 2048
@@ -219,7 +254,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
     keep_best: Literal["accuracy", "margin", "loss", "none"] = "none"
-    """Keep one more: the checkpoint whose evaluation, made at the same step, was best by this figure."""
+    """Keep one more: the checkpoint whose evaluation, made at the same step, was best by this figure; `tvkd export`
+    makes a model of it."""
     log_every: int = 1
     """Write metrics every so many steps, over all of them."""
     trackers: list[Literal["wandb", "trackio"]] = field(default_factory=list)
@@ -240,6 +276,7 @@ class TrainConfig:
     """Print the plan (models, tokens, memory by part, steps) and stop."""
 
     def __post_init__(self) -> None:
+        at_home(self)
         counts = ("pairs_per_step", "tokens_per_micro_batch", "pairs_per_micro_batch", "keep_checkpoints", "log_every")
         if self.device_memory_gib is not None and not self.device_memory_gib > 0:
             raise ValueError(f"device_memory_gib must be positive, got {self.device_memory_gib}")
@@ -255,6 +292,34 @@ class TrainConfig:
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+
+    def check_keep_best(self) -> None:
+        """ValueError where no checkpoint is of a step that is evaluated, or no evaluation has the figure."""
+        if self.keep_best == "none":
+            return
+        if self.save_every < 1:
+            raise ValueError(
+                f"keep_best {self.keep_best} keeps the checkpoint of the best evaluation, and with --save_every "
+                f"{self.save_every} there is none but the last: set --save_every {self.eval_every}, as --eval_every"
+            )
+        if self.eval_every % self.save_every and self.save_every % self.eval_every:
+            raise ValueError(
+                f"keep_best {self.keep_best} keeps the checkpoint of the best evaluation, and evaluations every "
+                f"{self.eval_every} steps hardly ever meet checkpoints every {self.save_every}: set --save_every "
+                f"{self.eval_every}, as --eval_every"
+            )
+        if self.keep_best == "loss" and self.objective == "sft":
+            raise ValueError("keep_best loss: evaluations under --objective sft have no loss; set accuracy or margin")
+        if self.keep_best == "loss" and self.objective == "tvkd" and self.teacher is None and self.eval_scores is None:
+            raise ValueError(
+                "keep_best loss: evaluations have no loss where held-out pairs have no teacher's values; set "
+                "--eval_scores or --teacher, or keep_best accuracy or margin"
+            )
+
+    @property
+    def unkept_evaluations(self) -> bool:
+        """Whether keep_best passes over some evaluations, whose steps are not saved."""
+        return self.keep_best != "none" and self.save_every > self.eval_every
 
 
 @dataclass(kw_only=True)
@@ -292,6 +357,7 @@ class ScoreConfig:
     """Processes to start on this machine; pairs and weights are shared among them."""
 
     def __post_init__(self) -> None:
+        at_home(self)
         check_processes(self.nproc)
         if self.pairs_per_shard < 1:
             raise ValueError(f"pairs_per_shard must be at least 1, got {self.pairs_per_shard}")
@@ -340,6 +406,7 @@ class EvalConfig:
     """Processes to start on this machine; pairs and weights are shared among them."""
 
     def __post_init__(self) -> None:
+        at_home(self)
         check_processes(self.nproc)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
         if self.tabled and self.teacher is not None:
@@ -370,6 +437,7 @@ class ExplainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        at_home(self)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
         if self.pair < 0:
             raise ValueError(f"pair is counted from 0, got {self.pair}")

@@ -17,6 +17,7 @@ from tvkd_fast.losses.shaping import potential, shaping_steps
 from tvkd_fast.models import load_stop_ids, load_tokenizer
 from tvkd_fast.training.build import load_dataset
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, LossConfig
+from tvkd_fast.training.outputs import ready_folder, written
 from tvkd_fast.training.pages import page
 from tvkd_fast.training.plot import new_figure
 from tvkd_fast.training.run_models import load_frozen
@@ -54,6 +55,7 @@ class Heat:
 
 def explain(config: ExplainConfig) -> tuple[Path, Path]:
     """Writes explain.html and explain.png of one held-out pair; their paths. The PNG needs matplotlib."""
+    folder = ready_folder(config.output_dir)
     tokenizer = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.teacher, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset("eval", config.data, tokenizer, stop_ids=stops)
@@ -61,11 +63,10 @@ def explain(config: ExplainConfig) -> tuple[Path, Path]:
         raise ValueError(f"there are {len(dataset)} held-out pairs: set --pair to at most {len(dataset) - 1}")
     heats = heats_of(dataset, config, tokenizer)
     prompt = tokenizer.decode(dataset[config.pair].prompt_ids)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     pages = folder / "explain.html", folder / "explain.png"
-    pages[0].write_text(_html(prompt, heats, config.loss), encoding="utf-8")
-    draw(heats, config.loss, pages[1])
+    with written(folder):
+        pages[0].write_text(_html(prompt, heats, config.loss), encoding="utf-8")
+        draw(heats, config.loss, pages[1])
     return pages
 
 

@@ -130,7 +130,7 @@ class Footprint:
         if lora.rank == 0:
             return self.policy.parameters
         sizes = (
-            size for name, size in self.policy.linears if lora.targets is None or name.split(".")[-1] in lora.targets
+            size for name, size in self.policy.adapted if lora.targets is None or name.split(".")[-1] in lora.targets
         )
         return lora.rank * sum(sizes)
 
@@ -168,13 +168,20 @@ class Footprint:
         autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
         trust = config.model.trust_remote_code
         counted = count_activations(
-            policy.name, tokens, self._layout(tokens), autocast=autocast, trust_remote_code=trust
+            policy.name, tokens, self._layout(tokens), sequences=self._rows, autocast=autocast, trust_remote_code=trust
         )
         size = counted.of(policy.layers, config.model.activation_checkpointing, tokens * policy.hidden * self._compute)
         if autocast is not None and self._group > 1:
             # Sharded weights are gathered in that dtype, and no cast of them is kept.
             size -= 2 * policy.blocks
         return size + self._answers * policy.hidden * self._compute
+
+    @property
+    def _rows(self) -> int:
+        """Sequences that go through the policy at once and pad each other; 0 where they are packed."""
+        if self.config.model.packing != "padded":
+            return 0
+        return self.config.pairs_per_micro_batch * (1 if self.config.objective == "sft" else 2)
 
     @property
     def _tokens(self) -> int:

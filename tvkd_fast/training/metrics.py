@@ -6,8 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from tvkd_fast.data import PairBatch
 from tvkd_fast.distributed import World
 from tvkd_fast.losses import shaping_report
+from tvkd_fast.training.outputs import written
 from tvkd_fast.training.step import StepOutput
 
 
@@ -118,6 +118,7 @@ def shaping_metrics(margins: torch.Tensor, shaping_margins: torch.Tensor, length
 
 
 METRICS = "metrics.jsonl"
+RESUMES = "run the same command again: it goes on from the newest whole checkpoint"
 
 
 class ShapingWatch:
@@ -165,7 +166,7 @@ class MetricsLog:
         self.path = folder / METRICS
         lines = [line for line in read_metrics(self.path) if line["step"] <= resume_from]
         partial = self.path.with_suffix(".partial")
-        with written(self.path):
+        with written(self.path, RESUMES):
             folder.mkdir(parents=True, exist_ok=True)
             partial.write_text("".join(_line(metrics) for metrics in lines))
             os.replace(partial, self.path)
@@ -173,7 +174,7 @@ class MetricsLog:
         self._runs = [_tracked(name, folder, config) for name in trackers]
 
     def write(self, metrics: dict[str, Any]) -> None:
-        with written(self.path), self.path.open("a") as file:
+        with written(self.path, RESUMES), self.path.open("a") as file:
             file.write(_line(metrics))
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -187,18 +188,6 @@ class MetricsLog:
             run.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-
-@contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Says what to do where the disk does not take a small file of a run's. Raises ValueError."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"could not write {path}: {error}. Free some space, or see who may write there, and run the same command "
-            "again: it goes on from the newest whole checkpoint"
-        ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tvkd_fast.data import PairDataset
+from tvkd_fast.data import PairDataset, pairs_of_epochs
 from tvkd_fast.data.splits import FILE_SUFFIXES
 from tvkd_fast.models import ModelShape, load_tokenizer, model_shape
 from tvkd_fast.training.build import load_dataset
@@ -27,13 +28,15 @@ _LOADED_LATER = 0.15 * GIB
 
 def plan(config: TrainConfig) -> str:
     """The plan as text: models, tokens, memory by part, steps."""
+    config.check_keep_best()
     trust = config.model.trust_remote_code
     policy = model_shape(config.policy, layers=config.student_layers, trust_remote_code=trust)
     teacher = None
     if config.objective == "tvkd" and config.teacher is not None and config.scores is None:
         teacher = model_shape(config.teacher, trust_remote_code=trust)
     tokens, pairs, source = _tokens(config)
-    steps = config.max_steps or (max(1, round(config.epochs * pairs / config.pairs_per_step)) if pairs else None)
+    passes = pairs_of_epochs(config.epochs, pairs) / config.pairs_per_step if pairs else None
+    steps = config.max_steps or (math.ceil(passes) if passes else None)
     found = Footprint(config, policy, teacher, tokens, int(os.environ.get("WORLD_SIZE", config.nproc)))
     a_step, operations = config.pairs_per_step * tokens.of(config.model.packing, config.objective), found.arithmetic()
     lines = [
@@ -47,7 +50,8 @@ def plan(config: TrainConfig) -> str:
         f"a step      {a_step:,.0f} tokens{'' if pairs else ' at most'}, {operations:.2e} floating-point operations",
     ]
     if steps:
-        lines[-1] += f"; in all {steps * a_step:,.0f} and {steps * operations:.2e}"
+        taken = config.max_steps or passes or 0
+        lines[-1] += f"; in all {taken * a_step:,.0f} and {taken * operations:.2e}"
     return "\n".join([*lines, *_memory_lines(found)])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvkd_fast.training.metrics import METRICS, read_metrics
+from tvkd_fast.training.outputs import written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +82,8 @@ def plot_curves(
     if drawn.lines:
         drawn.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
+    with written(path):
+        figure.savefig(path, dpi=130)
 
 
 def plot_runs(folders: Sequence[Path]) -> Path:

@@ -22,10 +22,11 @@ from tvkd_fast.data import ScoreCache
 from tvkd_fast.data.synthetic import judge, preference_rows
 from tvkd_fast.models import load_model, load_stop_ids, load_tokenizer, prune_layers
 from tvkd_fast.training.build import FINAL, load_dataset, save_final, score, train
-from tvkd_fast.training.config import DataConfig, OptimConfig, ScoreConfig, TrainConfig, micro_batching
+from tvkd_fast.training.config import DataConfig, OptimConfig, ScoreConfig, TrainConfig, at_home, micro_batching
 from tvkd_fast.training.evaluate import evaluate
 from tvkd_fast.training.generate import answers
 from tvkd_fast.training.metrics import read_metrics
+from tvkd_fast.training.outputs import ready_folder, written
 from tvkd_fast.training.plot import plot_curves
 from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer
@@ -68,6 +69,7 @@ class DemoConfig:
     """Seed instead of the recipe's."""
 
     def __post_init__(self) -> None:
+        at_home(self)
         if self.quick:
             self.teacher_steps, self.warm_steps, self.judged = 1, 3, 0
             self.steps = self.steps or 3
@@ -105,7 +107,8 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
     report["made_by"] = provenance() | {"command": " ".join(["tvkd", *sys.argv[1:]]), **settings}
     text = json.dumps(report, indent=2, allow_nan=False)
     report = json.loads(text)
-    (out / "report.json").write_text(text + "\n")
+    with written(out / "report.json"):
+        (out / "report.json").write_text(text + "\n")
     say(table(report))
     start = _start_line(report)
     runs = {name.upper(): [start, *read_metrics(out / name / "metrics.jsonl")] for name in ("dpo", "tvkd")}
@@ -297,7 +300,7 @@ def _finished(folder: Path) -> bool:
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """One folder holds one road: finished stages of another's would pass for this one's."""
-    out.mkdir(parents=True, exist_ok=True)
+    ready_folder(out)
     path, text = out / "road.json", json.dumps(settings, indent=2) + "\n"
     if path.exists() and path.read_text() != text:
         raise ValueError(f"{out} holds a road with other settings: give --out a folder of its own, or remove that one")

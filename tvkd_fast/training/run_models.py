@@ -21,7 +21,7 @@ from tvkd_fast.models import (
     WithoutAdapters,
     add_lora,
     empty_model,
-    fingerprint_weights,
+    fingerprint_model,
     load_model,
     load_stop_ids,
     load_tokenizer,
@@ -126,8 +126,8 @@ class FrozenModels:
         """Of the weights of the teacher and of its own reference."""
         own = self.teacher.reference.model if isinstance(self.teacher, RewardTeacher) else None
         return {
-            "teacher": None if self.teacher is None else fingerprint_weights(self.teacher.model),
-            "teacher_reference": None if own is None else fingerprint_weights(own),
+            "teacher": None if self.teacher is None else fingerprint_model(self.teacher.model),
+            "teacher_reference": None if own is None else fingerprint_model(own),
         }
 
 

@@ -15,6 +15,7 @@ from tvkd_fast.training.build import load_dataset, sharing_of, world_of
 from tvkd_fast.training.config import EvalConfig, micro_batching
 from tvkd_fast.training.generate import answers
 from tvkd_fast.training.judged import Judged, by_row, compared, judge_pairs
+from tvkd_fast.training.outputs import ready_file, ready_folder, written
 from tvkd_fast.training.pages import html_page, markdown_page
 from tvkd_fast.training.run_models import check_readable, load_frozen, load_policy
 
@@ -64,11 +65,20 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
             here = slice(start, start + AT_ONCE)
             said[name] += answers(model, tokenizer, prompts[here], max_new_tokens=config.max_new_tokens, of=texts[here])
     folder = Path(config.generate)
-    folder.mkdir(parents=True, exist_ok=True)
     pages = folder / "answers.md", folder / "answers.html"
-    pages[0].write_text(markdown_page(prompts, said), encoding="utf-8")
-    pages[1].write_text(html_page(prompts, said), encoding="utf-8")
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        pages[0].write_text(markdown_page(prompts, said), encoding="utf-8")
+        pages[1].write_text(html_page(prompts, said), encoding="utf-8")
     return pages
+
+
+def open_outputs(config: EvalConfig) -> None:
+    """What the evaluation will be written to, before it is made. Raises ValueError where that cannot be."""
+    if config.output is not None:
+        ready_file(config.output)
+    if config.generate is not None:
+        ready_folder(config.generate)
 
 
 def check_can_answer(config: EvalConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from contextlib import closing, nullcontext
@@ -12,15 +13,16 @@ from typing import Any
 
 import torch
 
-from tvkd_fast.data import PairBatch, PairDataset, pairs_of_step
+from tvkd_fast.data import PairBatch, PairDataset, pairs_of_epochs, pairs_of_step
 from tvkd_fast.distributed import World
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import HeadStats
-from tvkd_fast.training.checkpoint import CheckpointError, Checkpoints, read_state, set_aside
+from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state, set_aside
 from tvkd_fast.training.config import TrainConfig, micro_batching
 from tvkd_fast.training.evaluate import Evaluation, evaluate
-from tvkd_fast.training.metrics import METRICS, Interval, MetricsLog, ShapingWatch, progress_bar, written
+from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer
+from tvkd_fast.training.outputs import written
 from tvkd_fast.training.scoring import Scorer
 from tvkd_fast.training.step import NonFiniteStepError, StepOutput, train_step
 from tvkd_fast.training.stop import Stopped, StopSignal
@@ -67,7 +69,9 @@ class Trainer:
         self.batching, self.show_progress = micro_batching(config), show_progress and self.world.first
         policy.head.gradient, policy.head.stats = config.head, HeadStats()
         self.folder = Path(config.output_dir)
-        self.max_steps = config.max_steps or max(1, round(config.epochs * len(dataset) / config.pairs_per_step))
+        self.total_pairs = None if config.max_steps else pairs_of_epochs(config.epochs, len(dataset))
+        """Where the run is of whole passes and not of steps: its last step may be short."""
+        self.max_steps = config.max_steps or math.ceil((self.total_pairs or 0) / config.pairs_per_step)
         self.optimizer = make_optimizer(policy, config.optim)
         self.flops = StepFlops(policy)
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.world, keep=config.keep_checkpoints)
@@ -91,12 +95,13 @@ class Trainer:
         self.policy.train()
         watch = ShapingWatch(skip=20)
         evaluation = None
-        interval, busy, waited, since_line = Interval(), 0.0, 0.0, done
+        interval, busy, waited, pairs = Interval(), 0.0, 0.0, 0
         bar = progress_bar(self.max_steps, done, description=self.config.objective, enabled=self.show_progress)
         with bar, closing(self.checkpoints), nullcontext() if log is None else closing(log):
             for step in range(done, self.max_steps):
                 start = time.perf_counter()
                 batches = self._batches(step)
+                pairs += len(self._pairs(step))
                 waited += time.perf_counter() - start
                 lr = self._set_learning_rate(step)
                 out = self._step(step, batches)
@@ -110,11 +115,11 @@ class Trainer:
                     if self.world.first:
                         watch.look(number, numbers, last=last)
                     metrics = {"step": number, **numbers.metrics(), "lr": lr}
-                    metrics |= self._speed(numbers.tokens, numbers.response_tokens, number - since_line, busy, waited)
+                    metrics |= self._speed(numbers.tokens, numbers.response_tokens, pairs, busy, waited)
                     metrics |= self._head_metrics()
                     self._write(log, metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
-                    busy, waited, since_line = 0.0, 0.0, number
+                    busy, waited, pairs = 0.0, 0.0, 0
                 bar.update()
                 scored = None
                 if self.held_out is not None and (last or _due(number, self.config.eval_every)):
@@ -147,16 +152,16 @@ class Trainer:
             if self.world.first:
                 record = {"step": step, "pairs": error.pairs, "config": asdict(self.config)}
                 path = self.folder / NONFINITE.format(step)
-                with written(path):
+                with written(path, RESUMES):
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(record, indent=2) + "\n")
             raise
 
-    def _speed(self, tokens: int, response_tokens: int, steps: int, busy: float, waited: float) -> dict[str, float]:
+    def _speed(self, tokens: int, response_tokens: int, pairs: int, busy: float, waited: float) -> dict[str, float]:
         """Of an interval that took `busy` seconds, of which `waited` went by before there were batches."""
         speed = {
             "tokens_per_s": tokens / busy,
-            "pairs_per_s": steps * self.config.pairs_per_step / busy,
+            "pairs_per_s": pairs / busy,
             "data_wait": waited / busy,
             "peak_memory_gb": self.world.most(peak_bytes(self.world.device)) / 1e9,
         }
@@ -183,34 +188,35 @@ class Trainer:
         path = self.checkpoints.newest()
         if path is None:
             return 0
-        state = read_state(path)
         if self.show_progress:
             print(f"resuming from {path}")
-        for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
-                raise CheckpointError(
-                    f"{path} was made with another {name} ({_changed(state['identity'].get(name), value)}): give "
-                    "--output_dir a folder of its own, or --resume false to start again there"
-                )
+        check_same_run(path, self.identity)
         self.checkpoints.load(path, self.policy, self.optimizer)
-        return int(state["step"])
+        return int(read_state(path)["step"])
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
-        extra = {"identity": self.identity, "config": asdict(self.config)}
         by = self.config.keep_best
+        extra: dict[str, Any] = {"identity": self.identity, "config": asdict(self.config)}
+        if self.held_out is not None and by != "none":
+            extra["scored_on"] = [by, self.held_out.fingerprint]
         figure = None if evaluation is None or by == "none" else getattr(evaluation, by)
         score = None if figure is None else -figure if by == "loss" else figure
         self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
 
+    def _pairs(self, step: int) -> list[int]:
+        """What a step takes, of all processes together."""
+        each = self.config.pairs_per_step
+        return pairs_of_step(
+            self.config.seed, step, num_pairs=len(self.dataset), pairs_per_step=each, total=self.total_pairs
+        )
+
     def _batches(self, step: int) -> list[PairBatch]:
-        config = self.config
-        indices = pairs_of_step(config.seed, step, num_pairs=len(self.dataset), pairs_per_step=config.pairs_per_step)
         batches = self.batching.share(
             self.dataset,
-            indices,
+            self._pairs(step),
             rank=self.world.rank,
             size=self.world.size,
-            chosen_only=config.objective == "sft",
+            chosen_only=self.config.objective == "sft",
         )
         return [batch.to(self.world.device) for batch in batches]
 
@@ -245,14 +251,6 @@ class Trainer:
             batching=self.batching,
             world=self.world,
         )
-
-
-def _changed(before: Any, now: Any) -> str:
-    """What differs, and nothing else of it."""
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"{before}, now {now}"
-    names = [name for name in before | now if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in names)
 
 
 def _trajectory(config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""Adapters that peft saved, given where a model is: merged as they are loaded, or refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tvkd_fast.models import (
+    empty_model,
+    fingerprint_model,
+    fingerprint_weights,
+    load_model,
+    load_tokenizer,
+    model_shape,
+    save_model,
+)
+
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
+
+
+@pytest.fixture
+def make_adapter(model_folder, tmp_path):
+    """An adapter's folder, and the base with the adapter beside it."""
+    base = model_folder(seed=5)
+
+    def make(name="adapter", seed=0, **changes):
+        config = peft.LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | changes)
+        both = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for key, x in both.named_parameters():
+                if ".lora_" in key or "modules_to_save" in key:
+                    x.normal_(0, 0.3)
+        both.save_pretrained(tmp_path / name)
+        return tmp_path / name, both.eval()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_dora": True},
+        # Of a tied model, whose embedding stays as it is.
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_it_is_merged_into_its_base(changes, make_adapter):
+    folder, both = make_adapter(**changes)
+    model, ids = load_model(folder), torch.arange(12)[None]
+    save_model(model, None, folder.with_name("saved"))
+    with torch.no_grad():
+        for merged in (model, load_model(folder.with_name("saved"))):
+            torch.testing.assert_close(merged(ids).logits, both(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not any("lora" in name for name, _ in model.named_modules())
+    assert all(p.requires_grad for p in model.parameters())
+    # An adapter that is put beside it must not say that it belongs to the base.
+    assert model.name_or_path == str(folder)
+
+
+def test_two_of_one_base_are_two_models(make_adapter, model_folder):
+    found = {fingerprint_model(load_model(make_adapter(str(seed), seed)[0])) for seed in (0, 1)}
+    assert len(found | {fingerprint_model(load_model(model_folder(seed=5)))}) == 3
+
+
+def test_its_tokenizer_and_its_shape_are_its_bases(make_adapter, model_folder):
+    folder, _ = make_adapter()
+    assert load_tokenizer(folder).get_vocab() == load_tokenizer(model_folder(seed=5)).get_vocab()
+    assert model_shape(str(folder)).layers == 3
+    assert empty_model(folder) is None
+
+
+def test_a_folder_with_both_is_base_and_adapter(make_adapter, model_folder, tmp_path):
+    folder, _ = make_adapter()
+    both = tmp_path / "both"
+    shutil.copytree(model_folder(seed=5), both)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, both)
+    assert fingerprint_weights(load_model(both)) == fingerprint_weights(load_model(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_model_name_or_path": None}, "does not say which model it belongs to"),
+        ({"base_model_name_or_path": "/nowhere/model"}, "no model at /nowhere/model"),
+        ({"base_model_name_or_path": "shallower"}, r"layers that are not there, such as .*layers\.2"),
+        ({"target_modules": ["q_proj", "down_proj", "up_proj"]}, "Found missing adapter keys"),
+        ({"peft_type": "PREFIX_TUNING"}, "learns tokens and no weights"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_what_would_be_left_out_is_refused(change, message, make_adapter, model_folder):
+    folder, _ = make_adapter()
+    if change.get("base_model_name_or_path") == "shallower":
+        change = {"base_model_name_or_path": model_folder(seed=5, num_hidden_layers=2)}
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_pickled_weights_are_refused(make_adapter):
+    folder, _ = make_adapter()
+    Path(folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors: save the adapter again"):
+        load_model(folder)
