@@ -28,7 +28,8 @@ Potential = Literal["rewards", "sums"]
 class Arm:
     """A loss, and where its potential comes from.
 
-    `self` is of the released recipe: the student's own value at every step, with neither reference nor β.
+    `self` is near the released recipe's, whose value is the student's own at every step, with neither reference nor β:
+    there Shannon's entropy over the top 50 and the rest, here Rényi's of order κ over the whole vocabulary.
     `kl` is no preference loss: token by token the teacher's distribution over the chosen responses.
     """
 
@@ -57,7 +58,7 @@ ARMS: dict[str, Arm] = {
     "logprobs, κ = 0.7": Arm(replace(PAPER, value_from="logprobs", kappa=KAPPA)),
     "implicit reward": Arm(replace(PAPER, value_from="implicit_reward"), "reward"),
     "length alone": Arm(PAPER, "length"),
-    "the student's own value": Arm(
+    "the student's Rényi entropy, κ = 0.7": Arm(
         LossConfig(beta=1.0, alpha=1.0, value_scale=1.0, value_from="logprobs", kappa=KAPPA), "self"
     ),
     "KL to the teacher": Arm(PAPER, "kl"),

@@ -162,7 +162,7 @@ def test_an_arm_is_given_its_own_potential(pairs):
     assert of("DPO").lse is None
     assert torch.equal(of("α = 3").lse_kappa, Teacher().of(batch).lse)
     assert torch.equal(of("logprobs, κ = 0.7").lse_kappa, Teacher().of(batch).lse_kappa)
-    own = of("the student's own value")
+    own = of("the student's Rényi entropy, κ = 0.7")
     assert not own.ref_logps.any()
     assert own.lse.shape == batch.states.shape
     assert not own.lse.requires_grad
