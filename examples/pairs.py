@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tvkd_fast import linear_soft_values, shaping_returns
+from tvkd_fast.data import tokenize_pair
+from tvkd_fast.data.formats import to_preference
 from tvkd_fast.integrations import patch_lm_head
 
 IGNORED = -100
-WHICH = ("chosen", "rejected")
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -45,15 +46,14 @@ def read_pairs(file: str, policy: str) -> list[dict]:
     """By pair and response: input_ids, and labels that are IGNORED in the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
     found = []
-    for line in Path(file).read_text().splitlines():
-        row = json.loads(line)
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        responses = [tokenizer(row[which], add_special_tokens=False)["input_ids"] for which in WHICH]
-        ended = [[*response, tokenizer.eos_token_id] for response in responses]
+    for number, line in enumerate(Path(file).read_text().splitlines()):
+        # Prompt and response are tokenized together, as the model reads them, and each response has its end.
+        pair = tokenize_pair(to_preference(json.loads(line), f"row {number}"), tokenizer)
+        prompt, responses = pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)
         found.append(
             {
-                "input_ids": [torch.tensor(prompt + response) for response in ended],
-                "labels": [torch.tensor([IGNORED] * len(prompt) + response) for response in ended],
+                "input_ids": [torch.tensor(prompt + response) for response in responses],
+                "labels": [torch.tensor([IGNORED] * len(prompt) + response) for response in responses],
             }
         )
     return found

@@ -13,6 +13,7 @@ from tvkd_fast.models import (
     fingerprint_model,
     fingerprint_weights,
     load_model,
+    load_stop_ids,
     load_tokenizer,
     model_shape,
     save_model,
@@ -112,3 +113,9 @@ def test_pickled_weights_are_refused(make_adapter):
     Path(folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors: save the adapter again"):
         load_model(folder)
+
+
+def test_it_ends_where_its_base_does(make_adapter):
+    folder, both = make_adapter()
+    base = both.get_base_model().config._name_or_path
+    assert load_stop_ids(folder) == load_stop_ids(base) != frozenset()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvkd_fast.models.load import locate
+from tvkd_fast.models.load import adapter_of, locate
 from tvkd_fast.models.shapes import read_config
 
 if TYPE_CHECKING:
@@ -19,10 +19,13 @@ def stop_ids_of(model: PreTrainedModel) -> frozenset[int]:
 
 
 def load_stop_ids(name: str | Path, *, trust_remote_code: bool = False) -> frozenset[int]:
-    """The same of the model that `load_model` finds by this name, without its weights."""
+    """The same of the model that `load_model` finds by this name, without its weights; of an adapter, its base's."""
     from transformers import GenerationConfig
 
     source = locate(name)
+    adapter = adapter_of(source)
+    if adapter is not None and adapter.base != source.name:
+        return load_stop_ids(adapter.base, trust_remote_code=trust_remote_code)
     if source.gguf_file is not None:
         # Its file has one end, the tokenizer's.
         return frozenset()
