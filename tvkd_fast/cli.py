@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from tvkd_fast.data import describe
+from tvkd_fast.data.scores import check_score_folder
 from tvkd_fast.distributed import launch
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, ScoreConfig, TrainConfig
@@ -87,12 +88,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             warnings.showwarning = _show_warning
             fields = _fields(parser.instantiate(parsed)[parsed.command])
             if fields.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ and not fields.get("dry_run"):
+                _open_outputs(parsed.command, fields)
                 raise SystemExit(launch([sys.executable, "-m", "tvkd_fast", *given], fields["nproc"]))
             run(parsed.command, fields)
     except Stopped as stopped:
         if _speaks():
             print(f"tvkd {parsed.command}: {stopped}", file=sys.stderr)
         raise SystemExit(stopped.status) from stopped
+
+
+def _open_outputs(command: str, fields: dict[str, Any]) -> None:
+    """Once, before several processes are started that would all find what is wrong."""
+    from tvkd_fast.training import build, side_by_side
+
+    if command == "train":
+        build.open_outputs(TrainConfig(**fields))
+    elif command == "score":
+        check_score_folder(Path(ScoreConfig(**fields).output_dir))
+    elif command == "eval":
+        side_by_side.open_outputs(EvalConfig(**fields))
 
 
 @contextmanager

@@ -81,10 +81,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     Under torchrun every process calls it, and they share the model. Raises `Stopped` after SIGTERM or SIGINT, once the
     steps that are done are saved.
     """
-    folder = ready_folder(config.output_dir, holds=(FINAL, ADAPTER))
-    if config.save_every >= 0:
-        ready_folder(folder / CHECKPOINTS)
-    config.check_keep_best()
+    open_outputs(config)
     with world_of(config) as world:
         try:
             return _train(config, world, show_progress=show_progress)
@@ -92,6 +89,14 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
             # Every process has come here: they part as after a run that was finished.
             stopped = error
     raise stopped
+
+
+def open_outputs(config: TrainConfig) -> None:
+    """The folders that the run will write to, before it begins, and the check that it can keep what it is to keep."""
+    folder = ready_folder(config.output_dir, holds=(FINAL, ADAPTER))
+    if config.save_every >= 0:
+        ready_folder(folder / CHECKPOINTS)
+    config.check_keep_best()
 
 
 def world_of(config: TrainConfig | ScoreConfig | EvalConfig) -> AbstractContextManager[World]:
