@@ -1,5 +1,6 @@
 """What the planner counts, held to models that are there."""
 
+import math
 import platform
 import subprocess
 import sys
@@ -94,6 +95,12 @@ def test_memory_that_is_returned_is_no_part_of_the_plan(make_config):
     kept, returned = (plan(make_config(model=ModelConfig(return_memory=how))) for how in (False, True))
     assert "freed, kept by malloc" in kept
     assert "freed, kept by malloc" not in returned
+
+
+@pytest.mark.parametrize("room", [0.0, -1.0, math.nan])
+def test_a_device_without_memory_is_refused(room, make_config):
+    with pytest.raises(ValueError, match="device_memory_gib"):
+        make_config(device_memory_gib=room)
 
 
 def test_a_plan_says_what_it_was_counted_for_and_how_to_ask_whether_it_fits(make_config, monkeypatch):
