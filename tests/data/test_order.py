@@ -1,12 +1,14 @@
 from collections import Counter
 
 import pytest
+from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tvkd_fast.data import pairs_of_epochs, pairs_of_step
 
 
+@draws(100)
 @given(st.integers(0, 5), st.integers(1, 40), st.integers(1, 13))
 def test_an_epoch_takes_every_pair_once(seed, num_pairs, pairs_per_step):
     steps = -(-3 * num_pairs // pairs_per_step)

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from draws import draws
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tvkd_fast.data import TokenizedPair, build_dataset
-
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}<|im_end|>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -82,7 +81,7 @@ def everything(make_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
     return make_tokenizer(TEMPLATE), tmp_path_factory.mktemp("rows")
 
 
-@settings(FEW)
+@draws(2000, fresh=True, suppress_health_check=[HealthCheck.too_slow])
 @given(SOUND)
 def test_sound_rows_are_written_as_transformers_writes_them(everything: tuple[Any, Path], row: dict[str, Any]) -> None:
     tokenizer, folder = everything
@@ -100,7 +99,7 @@ def test_sound_rows_are_written_as_transformers_writes_them(everything: tuple[An
         assert not said[len(found) :].strip()
 
 
-@settings(FEW)
+@draws(2000, fresh=True, suppress_health_check=[HealthCheck.too_slow])
 @given(WRONG)
 def test_any_row_is_a_pair_or_refused_in_one_line(everything: tuple[Any, Path], row: dict[str, Any]) -> None:
     read(row, *everything)

@@ -6,7 +6,8 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from draws import draws
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -205,7 +206,7 @@ ROW = st.one_of(
 )
 
 
-@settings(deadline=None)
+@draws(2000, fresh=True)
 @given(row=ROW, name=st.sampled_from(sorted(FAMILIES)))
 def test_any_row_is_in_transformers_ids_or_refused_in_a_line(row, name, families):
     tokenizer, refusal = families(name), ""

@@ -90,7 +90,15 @@ def test_a_prompt_is_asked_with_its_rows_tools_and_variables(make_tokenizer):
         asked.append(tokenizer.decode(input_ids[0]))
         return torch.cat([input_ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
 
-    model = SimpleNamespace(device="cpu", training=False, eval=lambda: None, train=lambda _: None, generate=generate)
+    model = SimpleNamespace(device="cpu", eval=lambda: None, modules=lambda: [], generate=generate)
     model.config, model.generation_config = LlamaConfig(), GenerationConfig()
     assert answers(model, tokenizer, [pair.prompt], of=[pair]) == [""]
     assert asked == ['[{"name": "f"}] False: ab?']
+
+
+def test_every_part_of_the_model_keeps_its_mode(endless, chatml):
+    endless.train()
+    endless.model.norm.eval()
+    modes = [module.training for module in endless.modules()]
+    answers(endless, chatml, PROMPTS[:1], max_new_tokens=2)
+    assert [module.training for module in endless.modules()] == modes

@@ -9,6 +9,7 @@ import torch
 
 from tvkd_fast.data.tokenization import PairTokenizer
 from tvkd_fast.models import longest_sequence, stop_ids_of
+from tvkd_fast.models.lent import in_eval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,17 +44,15 @@ def answers(
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
     stops = to_tokens.ends.generation_stops
-    was_training = model.training
-    model.eval()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stops,
-        pad_token_id=pad,
-    )
-    model.train(was_training)
+    with in_eval(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=pad,
+        )
     said = [_up_to(row[length:], stops) for row in out.tolist()]
     return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in said]
 
