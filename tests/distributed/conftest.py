@@ -55,7 +55,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
             places |= {"MASTER_PORT": port}
             environment = {name: str(value) for name, value in places.items()}
-            command = [str(Path(__file__).with_name(script)), *arguments]
+            command = [str(Path(__file__).parent / script), *arguments]
             started.append(context.Process(target=begin, args=(environment, command, str(folder / str(rank)))))
             started[-1].start()
         for process in started:
