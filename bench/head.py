@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.contest import Contender, contest
+from bench.peers import trl
 from bench.task import Head, sequences
 from bench.truth import BETA
 from tvkd_fast import linear_logps, linear_soft_values
@@ -34,12 +35,6 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def eager_logsumexp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = hidden @ weight.T
     return logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from trl.trainer.utils import selective_log_softmax
-
-    return selective_log_softmax(hidden @ weight.T, labels)
 
 
 def cce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -92,7 +87,7 @@ def contenders() -> dict[str, Contender]:
         "eager log-softmax": Contender(eager),
         "eager logsumexp": Contender(eager_logsumexp),
         "torch.compile": Contender(lambda *args: by_torch_compile()(*args), needs="g++", compiles=True),
-        "TRL, eager head": Contender(trl, needs="trl"),
+        "TRL, chunked head": Contender(trl, needs="trl"),
         "CCE, torch_compile": Contender(cce, needs="cut_cross_entropy", compiles=True),
         "Liger, fused DPO": Contender(liger_dpo, needs="liger_kernel", preference=True),
     }

@@ -148,5 +148,5 @@ def test_a_program_of_a_peers_name_is_not_the_peer(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(contest.shutil, "which", lambda name: f"/somewhere/{name}")
     monkeypatch.setattr(contest.importlib.util, "find_spec", lambda name: None)
     found = set(contest.selected(head.contenders(), None))
-    assert "TRL, eager head" not in found
+    assert "TRL, chunked head" not in found
     assert {"torch.compile", "tvkd_fast, exact"} <= found
