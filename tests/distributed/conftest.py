@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +55,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         for rank in range(processes):
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
             places |= {"MASTER_PORT": port}
-            environment = {name: str(value) for name, value in places.items()}
+            # The one they are forked from keeps the environment of its own start.
+            environment = dict(os.environ) | {name: str(value) for name, value in places.items()}
             command = [str(Path(__file__).parent / script), *arguments]
             started.append(context.Process(target=begin, args=(environment, command, str(folder / str(rank)))))
             started[-1].start()
