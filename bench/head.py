@@ -21,7 +21,7 @@ from bench.peers import trl
 from bench.task import Head, sequences
 from bench.truth import BETA
 from tvkd_fast import linear_logps, linear_soft_values
-from tvkd_fast.ops import compiled
+from tvkd_fast.ops.tiles import native
 
 WORKSPACE = 1024
 """MiB in which exact gradients may keep logits; at the packaged shape all 4,096 rows' take 768."""
@@ -55,7 +55,7 @@ def in_torch(run: Head) -> Head:
     """Without the numba extra, in a process that takes this and nothing else."""
 
     def without(*args: Tensor) -> Tensor:
-        compiled.passes = lambda z: None
+        native.passes = lambda z: None
         return run(*args)
 
     return without

@@ -369,8 +369,8 @@ def logps_no_worse(case: Case, op: Callable[..., Tensor] = linear_logps) -> Resu
 def tile_sizes(workspace_floats: int, rows: int) -> Iterator[None]:
     """Tiles small enough that a small case walks over many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tvkd_fast.ops.tiles.WORKSPACE_FLOATS", workspace_floats)
-        patch.setattr("tvkd_fast.ops.tiles.TILE_ROWS", rows)
+        patch.setattr("tvkd_fast.ops.tiles.exact.WORKSPACE_FLOATS", workspace_floats)
+        patch.setattr("tvkd_fast.ops.tiles.exact.TILE_ROWS", rows)
         yield
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.dice import Dice
 from tvkd_fast.ops import HeadStats, linear_logps, reference
-from tvkd_fast.ops.marked_blocks import Collected, Entries
+from tvkd_fast.ops.tiles.selected import Collected, Entries
 
 WIDE = {"max_tail": 1.0, "row_cap": 10**6}
 """Whatever the tail, and however many entries: nothing is computed exactly."""

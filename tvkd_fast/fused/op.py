@@ -20,7 +20,7 @@ from tvkd_fast.ops.dispatch import takes_triton
 from tvkd_fast.ops.head import head_forward
 from tvkd_fast.ops.logps import fake_left, gradients_op, scaled_op
 from tvkd_fast.ops.registered import asked_for, check_differentiated_once
-from tvkd_fast.ops.tiles import accumulation_dtype
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 _STREAMED = 10
 """Where among the op's arguments `streamed` stands; those before it are what the backward may need."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
-from tvkd_fast.ops import tiles
 from tvkd_fast.ops.checks import check_head, check_tensors
 from tvkd_fast.ops.dispatch import autocast_input, takes_triton, without_autocast
+from tvkd_fast.ops.tiles import exact
 
 _SCALED_FLOATS = 2**20
 
@@ -51,7 +51,7 @@ def head_sums(
         kept = None if labels is None else kept_rows(labels, ignore_index)
         if labels is not None and kept is not None:
             labels = labels[kept]
-        sums = tiles.head_sums(hidden, head, kept=kept, labels=labels, kappa=kappa, entropy=entropy, logits=logits)
+        sums = exact.head_sums(hidden, head, kept=kept, labels=labels, kappa=kappa, entropy=entropy, logits=logits)
         return spread(sums, kept, hidden)
 
 
@@ -72,7 +72,7 @@ def head_forward(
     """
     if not streamed:
         kept = kept_rows(labels, ignore_index)
-        logits = tiles.room_for_logits(hidden, head, kept, workspace_mb)
+        logits = exact.room_for_logits(hidden, head, kept, workspace_mb)
         return head_sums(hidden, head, impl, labels=labels, ignore_index=ignore_index, logits=logits), logits
     if takes_triton(impl, hidden):
         from tvkd_fast.kernels import head_slopes as kernel
@@ -80,7 +80,7 @@ def head_forward(
         return kernel.head_slopes(packed_rows(hidden), packed(head), labels.contiguous(), ignore_index=ignore_index)
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
-        sums, slopes = tiles.head_slopes(hidden, head, labels if kept is None else labels[kept], kept=kept)
+        sums, slopes = exact.head_slopes(hidden, head, labels if kept is None else labels[kept], kept=kept)
         if kept is None:
             # Off the CPU every row is computed, those to ignore among them.
             slopes.masked_fill_((labels == ignore_index)[:, None], 0.0)
@@ -125,7 +125,7 @@ def head_gradients(
         if kept is not None:
             labels, upstream, maximum, log_total = (x[kept] for x in (labels, upstream, maximum, log_total))
         sums = HeadSums(maximum, log_total)
-        return tiles.head_gradients(hidden, head, labels, sums, upstream, kept=kept, logits=logits, **wants)
+        return exact.head_gradients(hidden, head, labels, sums, upstream, kept=kept, logits=logits, **wants)
 
 
 def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:

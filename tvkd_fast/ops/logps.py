@@ -24,7 +24,7 @@ from tvkd_fast.ops.registered import (
 )
 from tvkd_fast.ops.sparse import GradMode, HeadGradient, HeadStats, Tail, sparse_op
 from tvkd_fast.ops.sparse_triton import marked_op
-from tvkd_fast.ops.tiles import accumulation_dtype
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 
 def linear_logps(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadSums, MarkRule, Marks
-from tvkd_fast.ops import sparse_tiles
 from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import without_autocast
@@ -25,7 +24,8 @@ from tvkd_fast.ops.registered import (
     differentiates_first,
     fake_gradients,
 )
-from tvkd_fast.ops.tiles import accumulation_dtype
+from tvkd_fast.ops.tiles import sparse as sparse_tiles
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 GradMode = Literal["exact", "sparse", "auto"]
 Tail = Literal["even", "unbiased"]

@@ -15,7 +15,7 @@ from tvkd_fast.kernels.head import Head
 from tvkd_fast.ops.checks import check_finite, no_vmap
 from tvkd_fast.ops.dispatch import Impl, check_impl
 from tvkd_fast.ops.head import head_input, head_sums
-from tvkd_fast.ops.tiles import accumulation_dtype
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 ValueFrom = Literal["logits", "logprobs"]
 
