@@ -132,7 +132,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 
 def test_triton_keeps_no_logits(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps, "takes_triton", lambda *_: True)
+    monkeypatch.setattr(logps, "resolve", lambda *_: "triton")
     case = kit.case(3, 4, 9)
     with pytest.raises(ValueError, match=r"workspace_mb is the torch tiles': .*; leave it 0, or take impl='torch'"):
         linear_logps(case.hidden, case.weight.requires_grad_(), case.labels, workspace_mb=1)
