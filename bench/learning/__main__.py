@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
+from bench.harness.machine import made_by, write_report
 from bench.learning import cells
 from bench.learning.arms import ARMS, DPO, TVKD, finalists
 from bench.learning.cells import BUDGETS, QUICK, Cell, Split
 from bench.learning.picture import picture
 from bench.learning.report import ahead
 from bench.learning.run import run, settings, teachers
-from bench.machine import made_by, write_report
 
 LARGE, SMALL = 6, 3
 SCREENED, SEEDS = 0, range(1, 6)

@@ -262,7 +262,7 @@ def test_tables_and_picture_are_made_of_the_runs(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'tvkd_fast[plot]'")
     from bench.learning.picture import picture
     from bench.learning.report import ahead
-    from bench.learning.tables import data_table, finals_table, screen_table
+    from bench.tables.learning import data_table, finals_table, screen_table
 
     rows = ahead(RUNS, "human, 6 layers")
     budget = {"steps": 75, "pairs": 4, "train": 600, "curve": 32}

@@ -18,9 +18,9 @@ def results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
         monkeypatch.delitem(sys.modules, name)
-    from bench import results
+    from bench.tables import pages
 
-    return results
+    return pages
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -97,7 +97,7 @@ def test_a_table_that_is_not_would_be_found(results, tmp_path, monkeypatch):
 
 
 def test_paths_of_a_machine_do_not_get_in(results):
-    from bench.machine import without_paths
+    from bench.harness.machine import without_paths
 
     assert (
         without_paths("tvkd demo --train /home/me/data/x.jsonl.gz --out out/hh")
