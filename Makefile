@@ -60,7 +60,7 @@ gpu: ## check and time the kernels on this machine's GPU
 	@echo "Installing the peers that the kernels are timed beside"
 	@$(PIP) $(PIP_ARGS) --editable '.[bench]'
 	$(BIN)/python -m pytest -m gpu tests/kernels
-	$(BIN)/python -m bench.gpu --json docs/results/gpu.json
+	$(BIN)/python -m bench.gpu --json bench/results/gpu.json
 
 docs: $(STAMP) ## build the site of docs/ into out/site; fails where a link leads nowhere
 	@$(PIP) $(PIP_ARGS) --editable '.[docs]'

@@ -1,6 +1,6 @@
 """The vocabulary head on a GPU: ours beside its peers and the bare product, time and memory.
 
-    python -m bench.gpu --json docs/results/gpu.json
+    python -m bench.gpu --json bench/results/gpu.json
 
 The task: log-probabilities of N labels, summed under random coefficients (a preference loss sends such back), and the
 gradients by hidden and weight; then forward alone, of inputs that want no gradient. Rows named DPO compute that whole

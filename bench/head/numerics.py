@@ -1,6 +1,6 @@
 """How far values and gradients lie from the float64 twins: each implementation, dtype and case. No timing.
 
-    python -m bench.head.numerics --json docs/results/numerics.json
+    python -m bench.head.numerics --json bench/results/numerics.json
 
 Without a GPU the Triton kernels run in Triton's interpreter, whose bfloat16 products are wrong: there they are measured
 in float32 and float16 only. What a product of TF32 operands costs is emulated on the CPU.

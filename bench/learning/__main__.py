@@ -1,6 +1,6 @@
 """Does the teacher's value help a small student? Arms screened from one seed, finalists from five, beside DPO.
 
-    python -m bench.learning --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json docs/results/learning_value.json
+    python -m bench.learning --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json bench/results/learning_value.json
     python -m bench.learning --quick …        the same road in minutes; its figures mean nothing
 
 Two processes of one thread each. Runs that are in the JSON file are passed over, so a study that was cut off goes on;

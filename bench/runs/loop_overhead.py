@@ -1,6 +1,6 @@
 """What the training loop costs beside a step written by hand: the same tiny policy, pairs and optimizer, in turns.
 
-    python -m bench.runs.loop_overhead --steps 300 --json docs/results/loop_overhead.json
+    python -m bench.runs.loop_overhead --steps 300 --json bench/results/loop_overhead.json
 
 Every step of the trainer (collation, learning rate, checks, metrics, the line in metrics.jsonl) is followed by a bare
 one over a twin: forward, loss, backward, clipping, update, on tensors that lie ready. The difference is taken step by

@@ -1,6 +1,6 @@
 """What each process of a large run would hold and send, by the planner: counted, nothing is run or timed.
 
-    python -m bench.runs.scaling --json docs/results/scaling.json
+    python -m bench.runs.scaling --json bench/results/scaling.json
 
 Llama-3.1-8B as the policy, its teacher and reference on disk, four pairs of two responses of 1,024 tokens a process
 and step, bfloat16 products over float32 weights, blocks recomputed; from 8 to 1,024 processes, sharded over all, in

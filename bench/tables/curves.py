@@ -1,6 +1,6 @@
 """The pictures of docs/benchmarks.md and docs/numerics.md, drawn from the JSON of the measuring commands.
 
-python -m bench.tables.curves [head training lengths]      writes docs/pictures/*.png from docs/results/*.json
+python -m bench.tables.curves [head training lengths]      writes docs/pictures/*.png from bench/results/*.json
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from typing import Any
 
 import matplotlib as mpl
 
-from bench.tables.pages import RESULTS, ROOT
+from bench.tables.pages import PICTURES, RESULTS
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-FOLDER = ROOT / "docs" / "pictures"
 COLOURS = {
     "tvkd_fast, sparse 2^-14": "#d1495b",
     "tvkd_fast, sparse 2^-16": "#edae49",
@@ -96,7 +95,7 @@ def head_picture() -> None:
     by_vocabulary.set_title(f"memory against V (N = {int(shape[0]):,})")
     draw_errors(errors, learning)
     figure.tight_layout()
-    figure.savefig(FOLDER / "head.png", dpi=150)
+    figure.savefig(PICTURES / "head.png", dpi=150)
 
 
 def smoothed(losses: list[float]) -> list[float]:
@@ -109,7 +108,7 @@ def training_picture() -> None:
     figure = plt.figure(figsize=(15, 8))
     for part, report in zip(figure.subfigures(len(reports), 1), reports, strict=True):
         draw_training(part, report)
-    figure.savefig(FOLDER / "training.png", dpi=130)
+    figure.savefig(PICTURES / "training.png", dpi=130)
 
 
 def draw_training(figure: Any, report: Any) -> None:
@@ -169,12 +168,12 @@ def lengths_picture() -> None:
     tokens = first["tokens"] // (first["pairs"] // first["pairs_per_step"])
     figure.suptitle(f"{first['model']}: a step of {tokens:,} tokens, whatever the length", fontsize=10)
     figure.tight_layout()
-    figure.savefig(FOLDER / "lengths.png", dpi=150)
+    figure.savefig(PICTURES / "lengths.png", dpi=150)
 
 
-PICTURES = {"head": head_picture, "training": training_picture, "lengths": lengths_picture}
+DRAWN = {"head": head_picture, "training": training_picture, "lengths": lengths_picture}
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or PICTURES:
-        PICTURES[name]()
+    for name in sys.argv[1:] or DRAWN:
+        DRAWN[name]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,3 +31,9 @@ def cell(text: str) -> str:
 
 def error(row: dict[str, Any], name: str) -> str:
     return f"{row[name]:.1e}" if name in row else "–"
+
+
+def raised(name: str) -> str:
+    return re.sub(
+        r"2\^-(\d+)", lambda found: "2⁻" + found[1].translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")), name
+    )

@@ -260,9 +260,9 @@ def report(gpu):
 
 
 def test_the_table_of_a_report(gpu):
-    from bench.tables import pages as results
+    from bench.tables import kernels
 
-    first, products, second, made = results.TABLES["gpu"](report(gpu)).split("\n\n")
+    first, products, second, made = kernels.gpu_table(report(gpu)).split("\n\n")
     head, _, ours, refused, wrong = first.splitlines()
     assert head.startswith("| 24x16x97 float32 | forward and backward over the product |")
     assert ours.startswith("| tvkd_fast | 1.25 | 1.50 | 1 | ")
@@ -277,22 +277,22 @@ def test_the_table_of_a_report(gpu):
 
 
 def test_the_table_of_a_frozen_head(gpu):
-    from bench.tables import pages as results
+    from bench.tables import kernels
 
     found, _ = measured(gpu, some(gpu, "tvkd_fast", "tvkd_fast, frozen head"))
     found["rows"][1]["errors"] = {"logps": 1e-7, "hidden": 2e-7}
     told = report(gpu) | {"shapes": [found | {"shape": "24x16x97", "dtype": "float32"}]}
-    table, _, note, made = results.gpu_table(told).split("\n\n")
+    table, _, note, made = kernels.gpu_table(told).split("\n\n")
     assert table.splitlines()[-1] == "| tvkd_fast, frozen head | 1.40 | – | 1 | 1.0e-07, 2.0e-07, – |"
-    assert note == results.FROZEN
+    assert note == kernels.FROZEN
     assert made.startswith("H, driver 1.2")
     told["shapes"][0]["rows"].pop()
-    assert results.FROZEN not in results.gpu_table(told)
+    assert kernels.FROZEN not in kernels.gpu_table(told)
 
 
 def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, capsys):
     from bench.harness.machine import without_paths
-    from bench.tables import pages as results
+    from bench.tables import kernels
 
     make_inputs, entrants = gpu.make_inputs, some(gpu, "tvkd_fast", "eager")
     facts = {"device": "D", "driver": "1", "toolkit": "T", "versions": {}}
@@ -307,7 +307,7 @@ def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, cap
         gpu.main()
     written = file.read_text()
     assert without_paths(written) == written
-    table = results.gpu_table(json.loads(written))
+    table = kernels.gpu_table(json.loads(written))
     assert "| tvkd_fast | " in table
     assert "| eager | " in table
     assert "tvkd_fast " in capsys.readouterr().out
