@@ -2,7 +2,7 @@
 
     python -m bench.census                     print the table
     python -m bench.census --check             and exit 1 where a gate does not hold
-    python -m bench.census --json FILE         and keep it (docs/kernels.md shows bench/results/census.json)
+    python -m bench.census --json FILE         and keep it (bench.tables adds it to docs/kernels.md)
 
 What was compiled from the same source before is kept in out/census. No GPU is needed, and nothing here is a timing.
 A row is a binary: registers, stack, spills, shared memory and instructions are read from it with the tools that

@@ -74,6 +74,24 @@ def numerics_table(report: dict[str, Any]) -> str:
     return "\n\n".join([*parts, markdown(head, rules)]) + "\n" + provenance(report["made_by"], what)
 
 
+_BUILD = ("kernel", "target", "dtype", "variant")
+_TILE = ("block_m", "block_n", "block_k", "warps", "stages")
+_FACTS = ("registers", "stack", "spills", "shared", "programs", "tensor", "bulk_loads", "wide_loads", "exps", "length")
+
+
+def census_kept(report: dict[str, Any]) -> dict[str, Any]:
+    """A census without the fields that none of its tables reads."""
+    rows = [{"build": _build(x["build"]), "facts": {name: x["facts"][name] for name in _FACTS}} for x in report["rows"]]
+    rejected = [{"build": _build(x["build"]), "broken": x["broken"]} for x in report["rejected"]]
+    return report | {"rows": rows, "rejected": rejected}
+
+
+def _build(build: dict[str, Any]) -> dict[str, Any]:
+    config = build["config"]
+    tile = None if config is None else {name: config[name] for name in _TILE}
+    return {name: build[name] for name in _BUILD} | {"config": tile}
+
+
 def census_table(report: dict[str, Any]) -> str:
     """A fold an architecture; kernels in bf16 and float32, since float16 compiles to nearly what bf16 does."""
     rows = report["rows"]

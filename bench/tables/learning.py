@@ -10,6 +10,13 @@ from bench.tables.markdown import markdown, provenance
 SCREEN = "screen, 6 layers"
 
 
+def study_kept(report: dict[str, Any]) -> dict[str, Any]:
+    """A study without its runs' figures pair by pair, which its rows sum up, and of teachers with margins alone."""
+    runs = [{name: value for name, value in run.items() if name != "pairs"} for run in report["runs"]]
+    teachers = [teacher | {"pairs": {"margin": teacher["pairs"]["margin"]}} for teacher in report["teachers"]]
+    return report | {"runs": runs, "teachers": teachers}
+
+
 def screen_table(report: dict[str, Any]) -> str:
     """Every arm from one seed, where finalists are selected."""
     head = ["arm, one seed", "margin, nats", "ahead of DPO", "accuracy", "ahead of DPO", "chosen gained, nats", "CPU s"]

@@ -11,7 +11,9 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench.harness.machine import without_paths
 from bench.tables import gradients, head, kernels, learning, runs, step
@@ -59,6 +61,13 @@ TABLES = {
 }
 
 
+KEPT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "census": kernels.census_kept,
+    "learning_value": learning.study_kept,
+}
+"""What is kept of the large reports: all that a table or a picture is made of."""
+
+
 def render(text: str) -> str:
     """The page with every table made from its JSON."""
 
@@ -77,10 +86,22 @@ def stale() -> list[str]:
 def add(name: str, report: Path) -> None:
     """Keep a report and the picture beside it, without paths of the machine."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(without_paths(report.read_text()))
-    picture = report.with_name("curves.png")
-    if picture.exists():
-        shutil.copy(picture, PICTURES / f"{name}.png")
+    kept = KEPT.get(name, dict)(json.loads(report.read_text()))
+    (RESULTS / f"{name}.json").write_text(without_paths(by_lines(kept)))
+    for picture in (report.with_name("curves.png"), report.with_suffix(".png")):
+        if picture.exists():
+            shutil.copy(picture, PICTURES / f"{name}.png")
+
+
+def by_lines(report: dict[str, Any]) -> str:
+    """JSON with an item of a list a line, so that a change of one is a change of one line."""
+    parts = []
+    for name, value in report.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        parts.append(f' "{name}": {text}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> None:
