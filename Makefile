@@ -51,7 +51,7 @@ bench: $(STAMP) ## time the head beside its peers on this CPU (ARGS="--data PAIR
 	$(BIN)/tvkd bench head --json out/bench/head.json $(ARGS)
 
 soak: $(STAMP) ## kill a run 30 times, and hold what it resumes from and ends with to an undisturbed one
-	$(BIN)/python -m bench.soak $(ARGS)
+	$(BIN)/python -m bench.runs.soak $(ARGS)
 
 gpu: ## check and time the kernels on this machine's GPU
 	@nvidia-smi -L >/dev/null 2>&1 || test -e /dev/kfd || { echo "make gpu needs a GPU: this machine has none that nvidia-smi or ROCm's driver shows"; exit 1; }
@@ -60,7 +60,7 @@ gpu: ## check and time the kernels on this machine's GPU
 	@echo "Installing the peers that the kernels are timed beside"
 	@$(PIP) $(PIP_ARGS) --editable '.[bench]'
 	$(BIN)/python -m pytest -m gpu tests/kernels
-	$(BIN)/python -m bench.gpu --json docs/results/gpu.json
+	$(BIN)/python -m bench.gpu --json bench/results/gpu.json
 
 docs: $(STAMP) ## build the site of docs/ into out/site; fails where a link leads nowhere
 	@$(PIP) $(PIP_ARGS) --editable '.[docs]'

@@ -36,8 +36,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
     "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }
-BENCHMARKS = ("head", "values", "step")
-"""Of the checkout's bench/: those that `tvkd bench` runs."""
+BENCHMARKS = {"head": "bench.head", "values": "bench.head.values", "step": "bench.step"}
+"""What `tvkd bench` runs of the checkout's bench/, by name."""
 _NAMES = (*COMMANDS, "scores", "replay", "plot", "bench", "export")
 _SWITCHES = ("--dry_run", "--quick")
 
@@ -266,9 +266,9 @@ WITHOUT_OPTIONS: dict[str, Callable[[list[str]], None]] = {
 
 
 def bench(arguments: list[str]) -> None:
-    """`tvkd bench NAME ...` runs bench/NAME.py of the checkout that this package lies in."""
+    """`tvkd bench NAME ...` runs a benchmark of the checkout that this package lies in."""
     root = Path(__file__).resolve().parents[1]
-    if not (root / "bench" / "head.py").is_file():
+    if not (root / "bench" / "head").is_dir():
         print("tvkd bench: error: the benchmarks are no part of a wheel: run it from a checkout", file=sys.stderr)
         raise SystemExit(2)
     if arguments[:1] not in ([name] for name in BENCHMARKS):
@@ -277,7 +277,7 @@ def bench(arguments: list[str]) -> None:
     name, *rest = arguments
     sys.path.insert(0, str(root))
     sys.argv = [name, *rest]
-    runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+    runpy.run_module(BENCHMARKS[name], run_name="__main__", alter_sys=True)
 
 
 def make_parser() -> Parser:

@@ -1,6 +1,6 @@
 """Does the teacher's value help a small student? Arms screened from one seed, finalists from five, beside DPO.
 
-    python -m bench.learning --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json docs/results/learning_value.json
+    python -m bench.learning --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json out/learning/study.json
     python -m bench.learning --quick …        the same road in minutes; its figures mean nothing
 
 Two processes of one thread each. Runs that are in the JSON file are passed over, so a study that was cut off goes on;
@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
+from bench.harness.machine import made_by, write_report
 from bench.learning import cells
 from bench.learning.arms import ARMS, DPO, TVKD, finalists
 from bench.learning.cells import BUDGETS, QUICK, Cell, Split
 from bench.learning.picture import picture
 from bench.learning.report import ahead
 from bench.learning.run import run, settings, teachers
-from bench.machine import made_by, write_report
 
 LARGE, SMALL = 6, 3
 SCREENED, SEEDS = 0, range(1, 6)
@@ -56,6 +56,8 @@ class Study:
         for name, value in self.given.items():
             if found[name] != value:
                 raise SystemExit(f"{self.file} holds a study of another {name}: give another --json, or what it had")
+        if not all("pairs" in one for one in found.get("runs", [])):
+            raise SystemExit(f"{self.file} is a kept report without its pairs: give the file that the study wrote")
         self._check_models()
         self.runs: list[dict[str, Any]] = found.get("runs", [])
         self.teachers: list[dict[str, Any]] = found.get("teachers", [])

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench.learning.tables import SCREEN
+from bench.tables.learning import SCREEN
 from tvkd_fast.training.plot import new_figure
 
 COLOURS = ("#8d8d8d", "#c1440e", "#30638e", "#6a994e")

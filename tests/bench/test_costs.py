@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT))
-    from bench import step_profile, teacher_cost
+    from bench.step import profile, teacher_cost
 
-    return teacher_cost, step_profile
+    return teacher_cost, profile
 
 
 @pytest.mark.e2e
 def test_teaching_is_set_against_its_floors(bench: Any) -> None:
-    report = bench("teacher_cost", "--steps", "6", "--rounds", "1", "--pairs", "8")
+    report = bench("step.teacher_cost", "--steps", "6", "--rounds", "1", "--pairs", "8")
     trained, scored = report["training"], report["scoring"]
     assert trained["interval_ms"][0] <= trained["difference_ms"] <= trained["interval_ms"][1]
     assert trained["allowed_ms"] == pytest.approx(3 + 0.01 * trained["dpo_ms"])
@@ -36,7 +36,7 @@ def test_the_interval_of_a_median_holds_it_nineteen_times_of_twenty(modules: Any
 
 @pytest.mark.e2e
 def test_a_profile_is_of_the_whole_step(bench: Any) -> None:
-    report = bench("step_profile", "--threads", "1")
+    report = bench("step.profile", "--threads", "1")
     assert sum(report["shares"].values()) == pytest.approx(1)
     assert all(share > 0 for share in report["shares"].values())
     assert report["gflops"] > 0
@@ -58,7 +58,7 @@ def test_an_event_belongs_to_the_outermost_part(modules: Any) -> None:
 
 @pytest.mark.e2e
 def test_lengths_share_a_number_of_tokens(bench: Any) -> None:
-    report = bench("step_lengths", "16", "64", "--steps", "2")
+    report = bench("step.lengths", "16", "64", "--steps", "2")
     short, long = report["points"]
     assert (short["length"], short["pairs_per_step"], long["pairs_per_step"]) == (16, 4, 1)
     assert short["tokens"] == long["tokens"] == 2 * 96

@@ -17,7 +17,7 @@ def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     for name in [n for n in sys.modules if n == "bench" or n.startswith("bench.")]:
         monkeypatch.delitem(sys.modules, name)
-    from bench import gpu
+    from bench.gpu import comparison as gpu
 
     return gpu
 
@@ -67,7 +67,8 @@ def test_contenders_that_are_right_are_timed_in_turns(gpu, dtype):
 
 @pytest.mark.parametrize("broken", ["scaled", "coefficients", "forward"])
 def test_a_wrong_contender_is_told_and_not_timed(gpu, broken):
-    from bench import peers, task
+    from bench.gpu import contenders as peers
+    from bench.harness import inputs as task
 
     def head(hidden, weight, labels):
         logps = peers.eager(hidden, weight, labels)
@@ -90,7 +91,7 @@ def test_a_wrong_contender_is_told_and_not_timed(gpu, broken):
 
 
 def test_nan_is_wrong(gpu):
-    from bench import peers
+    from bench.gpu import contenders as peers
 
     found, _ = measured(gpu, {"nan": peers.of(lambda h, w, y: peers.eager(h, w, y) * float("nan"))})
     assert "wrong" in found["rows"][0]
@@ -109,7 +110,7 @@ class Skipping(torch.autograd.Function):
 
 
 def test_only_a_contender_that_skips_may_be_that_far_off(gpu):
-    from bench import peers
+    from bench.gpu import contenders as peers
 
     def head(hidden, weight, labels):
         return peers.eager(Skipping.apply(hidden), weight, labels)
@@ -146,7 +147,7 @@ def test_frozen_heads_that_are_right_are_timed_forward_and_backward(gpu, dtype):
 
 @pytest.mark.parametrize(("scale", "wrong"), [(1.0, "hidden"), (1.01, "logps, hidden")])
 def test_a_frozen_heads_wrong_gradient_is_named(gpu, scale, wrong):
-    from bench import peers
+    from bench.gpu import contenders as peers
 
     def head(hidden, weight, labels):
         return scale * peers.eager(Skipping.apply(hidden), weight, labels)
@@ -159,7 +160,7 @@ def test_a_frozen_heads_wrong_gradient_is_named(gpu, scale, wrong):
 
 
 def test_a_frozen_head_is_not_asked_for_weights_gradient(gpu):
-    from bench import peers
+    from bench.gpu import contenders as peers
 
     asked = []
 
@@ -196,7 +197,7 @@ def test_a_frozen_head_takes_two_products(gpu, kit, name):
 
 
 def test_what_cannot_run_is_a_row_with_the_reason(gpu):
-    from bench import peers
+    from bench.gpu import contenders as peers
 
     def refusing(inputs):
         raise AssertionError("wants V % 128 == 0\nand more")
@@ -259,9 +260,9 @@ def report(gpu):
 
 
 def test_the_table_of_a_report(gpu):
-    from bench import results
+    from bench.tables import kernels
 
-    first, products, second, made = results.TABLES["gpu"](report(gpu)).split("\n\n")
+    first, products, second, made = kernels.gpu_table(report(gpu)).split("\n\n")
     head, _, ours, refused, wrong = first.splitlines()
     assert head.startswith("| 24x16x97 float32 | forward and backward over the product |")
     assert ours.startswith("| tvkd_fast | 1.25 | 1.50 | 1 | ")
@@ -276,22 +277,22 @@ def test_the_table_of_a_report(gpu):
 
 
 def test_the_table_of_a_frozen_head(gpu):
-    from bench import results
+    from bench.tables import kernels
 
     found, _ = measured(gpu, some(gpu, "tvkd_fast", "tvkd_fast, frozen head"))
     found["rows"][1]["errors"] = {"logps": 1e-7, "hidden": 2e-7}
     told = report(gpu) | {"shapes": [found | {"shape": "24x16x97", "dtype": "float32"}]}
-    table, _, note, made = results.gpu_table(told).split("\n\n")
+    table, _, note, made = kernels.gpu_table(told).split("\n\n")
     assert table.splitlines()[-1] == "| tvkd_fast, frozen head | 1.40 | – | 1 | 1.0e-07, 2.0e-07, – |"
-    assert note == results.FROZEN
+    assert note == kernels.FROZEN
     assert made.startswith("H, driver 1.2")
     told["shapes"][0]["rows"].pop()
-    assert results.FROZEN not in results.gpu_table(told)
+    assert kernels.FROZEN not in kernels.gpu_table(told)
 
 
 def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, capsys):
-    from bench import results
-    from bench.machine import without_paths
+    from bench.harness.machine import without_paths
+    from bench.tables import kernels
 
     make_inputs, entrants = gpu.make_inputs, some(gpu, "tvkd_fast", "eager")
     facts = {"device": "D", "driver": "1", "toolkit": "T", "versions": {}}
@@ -306,14 +307,15 @@ def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, cap
         gpu.main()
     written = file.read_text()
     assert without_paths(written) == written
-    table = results.gpu_table(json.loads(written))
+    table = kernels.gpu_table(json.loads(written))
     assert "| tvkd_fast | " in table
     assert "| eager | " in table
     assert "tvkd_fast " in capsys.readouterr().out
 
 
 def test_float32s_results_are_the_plain_ones(gpu):
-    from bench import peers, task
+    from bench.gpu import contenders as peers
+    from bench.harness import inputs as task
 
     inputs = task.make_inputs((24, 16, 97), torch.float32, "cpu")
     got = task.both(partial(task.weighted, peers.chunked), inputs)

@@ -53,7 +53,9 @@ def test_every_row_is_judged_and_timed(tmp_path: Path) -> None:
 
 
 def test_values_are_judged_and_timed(tmp_path: Path) -> None:
-    report = run(tmp_path, "values", "--shape", "64x32x2000", "--entries", "40", "--only", "tvkd", "--only", "eager")
+    report = run(
+        tmp_path, "head.values", "--shape", "64x32x2000", "--entries", "40", "--only", "tvkd", "--only", "eager"
+    )
     rows = {row["name"]: row for row in report["results"][1:]}
     assert set(rows) == {"tvkd_fast", "tvkd_fast, without numba", "tvkd_fast, kappa 1/2", "eager logsumexp"}
     for row in rows.values():
@@ -65,7 +67,7 @@ def test_values_are_judged_and_timed(tmp_path: Path) -> None:
 @pytest.mark.e2e
 def test_a_sweep_is_the_benchmark_point_by_point(tmp_path: Path) -> None:
     made = ("--shape", "64x32x2000", "--entries", "40", "--rounds", "1")
-    report = run(tmp_path, "sweep", "tokens", "32", "64", "96", *made)
+    report = run(tmp_path, "head.sweep", "tokens", "32", "64", "96", *made)
     assert [point["shape"] for point in report["points"]] == ["32x32x2000", "64x32x2000", "96x32x2000"]
     assert {"product", "tvkd_fast, sparse 2^-14", "tvkd_fast, exact"} <= set(report["fits"])
     for line in report["fits"].values():
@@ -73,14 +75,14 @@ def test_a_sweep_is_the_benchmark_point_by_point(tmp_path: Path) -> None:
 
 
 def test_a_line_is_fitted_by_relative_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    (sweep,) = modules(monkeypatch, "sweep")
+    (sweep,) = modules(monkeypatch, "head.sweep")
     line = sweep.fit([512, 1024, 4096], [0.1 + 2e-3 * x for x in (512, 1024, 4096)])
     assert line == {"a": pytest.approx(0.1), "b": pytest.approx(2e-3), "worst": pytest.approx(0, abs=1e-9)}
     assert sweep.fit([1, 2, 3, 4], [1.1, 2, 3, 4])["worst"] == pytest.approx(0.04, abs=0.02)
 
 
 def test_contenders_are_chosen_by_name_or_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    head, contest = modules(monkeypatch, "head", "contest")
+    head, contest = modules(monkeypatch, "head.contenders", "head.comparison")
     everyone = head.contenders()
     assert list(contest.selected(everyone, ["exact"])) == ["tvkd_fast, exact"]
     assert list(contest.selected(everyone, ["frozen"])) == [name for name in everyone if "frozen" in name]
@@ -91,7 +93,9 @@ def test_contenders_are_chosen_by_name_or_part(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, contest, states, truth = modules(monkeypatch, "head", "contest", "states", "truth")
+    head, contest, states, truth = modules(
+        monkeypatch, "head.contenders", "head.comparison", "harness.states", "harness.reference"
+    )
     with torch.no_grad():
         made = states.made_states((32, 16, 300), 20.0)
     found = contest.measure(
@@ -114,14 +118,14 @@ def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_process_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    (runners,) = modules(monkeypatch, "runners")
+    (runners,) = modules(monkeypatch, "harness.processes")
     runner = runners.Runner(lambda: lambda: os._exit(9), lambda result: result, threads=1, reuse=False)
     with pytest.raises(RuntimeError, match="the process died"):
         runner.seconds()
 
 
 def test_liger_goes_backward_from_the_coefficients_that_it_is_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    (truth,) = modules(monkeypatch, "truth")
+    (truth,) = modules(monkeypatch, "harness.reference")
     logps = torch.randn(64, dtype=torch.float64, requires_grad=True)
     chosen, rejected = logps.unflatten(0, (8, 8)).sum(1).chunk(2)
     loss = -torch.nn.functional.logsigmoid(truth.BETA * (chosen - rejected)).mean()
@@ -130,7 +134,7 @@ def test_liger_goes_backward_from_the_coefficients_that_it_is_judged_by(monkeypa
 
 
 def test_hot_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    (hot,) = modules(monkeypatch, "hot")
+    (hot,) = modules(monkeypatch, "head.dense_columns")
     torch.manual_seed(0)
     z = torch.randn(6, 3000) * 4
     everything = hot.counted(z, torch.arange(3000), 10)
@@ -144,7 +148,7 @@ def test_hot_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_program_of_a_peers_name_is_not_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    head, contest = modules(monkeypatch, "head", "contest")
+    head, contest = modules(monkeypatch, "head.contenders", "head.comparison")
     monkeypatch.setattr(contest.shutil, "which", lambda name: f"/somewhere/{name}")
     monkeypatch.setattr(contest.importlib.util, "find_spec", lambda name: None)
     found = set(contest.selected(head.contenders(), None))

@@ -262,7 +262,7 @@ def test_tables_and_picture_are_made_of_the_runs(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'tvkd_fast[plot]'")
     from bench.learning.picture import picture
     from bench.learning.report import ahead
-    from bench.learning.tables import data_table, finals_table, screen_table
+    from bench.tables.learning import data_table, finals_table, screen_table
 
     rows = ahead(RUNS, "human, 6 layers")
     budget = {"steps": 75, "pairs": 4, "train": 600, "curve": 32}
@@ -286,3 +286,16 @@ def test_tables_and_picture_are_made_of_the_runs(tmp_path):
     file.write_text(json.dumps(report))
     picture(file)
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_kept_report_is_no_study_to_go_on_with(study, tmp_path):
+    from bench.tables.learning import study_kept
+
+    first = study.make()
+    first.screen(study.pool)
+    file = tmp_path / "study.json"
+    kept = study_kept(json.loads(file.read_text()))
+    assert kept["rows"] == json.loads(file.read_text())["rows"]
+    file.write_text(json.dumps(kept))
+    with pytest.raises(SystemExit, match="give the file that the study wrote"):
+        study.make()

@@ -59,7 +59,7 @@ MUTANTS = {
 PROGRAM = """
 import json
 from dataclasses import replace
-from bench import census
+from bench.census import binaries as census
 from tvkd_fast.kernels.configs import TileConfig
 
 def build(kernel, variant, dtype, target, config, switches={}, hide_alignment=False):
@@ -87,7 +87,7 @@ def compiling(*command: str, **variables: str) -> str:
 HEAVIEST = """
 import json
 from dataclasses import asdict
-from bench import census
+from bench.census import binaries as census
 
 def switched_on(build):
     return sum(value is True for value in build.switches.values())
@@ -194,7 +194,7 @@ def test_the_precision_of_float32() -> None:
 
 @pytest.mark.census
 def test_what_was_rejected_breaks_a_gate() -> None:
-    program = "from bench import census; print([census.row(x).broken for x in census.rejected()])"
+    program = "from bench.census import binaries as census; print([census.row(x).broken for x in census.rejected()])"
     broken = ast.literal_eval(compiling("-c", program).splitlines()[-1])
     assert len(broken) >= 10
     assert all(broken)
@@ -320,7 +320,7 @@ def census(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT))
     for name in [x for x in sys.modules if x == "bench" or x.startswith("bench.")]:
         monkeypatch.delitem(sys.modules, name)
-    from bench import census
+    from bench.census import binaries as census
 
     return census
 
@@ -430,7 +430,7 @@ def test_a_launch_that_is_not_is_found(
 SAME_BINARY = """
 import json
 from dataclasses import replace
-from bench import census
+from bench.census import binaries as census
 
 def code(build, **switches):
     # What follows is for debuggers, paths included.
@@ -470,5 +470,5 @@ def test_every_launch_says_whether_products_are_fused(launches: tuple[Launch, ..
 @pytest.mark.census
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_compiler_hears_it_whatever_its_default_is(target: str) -> None:
-    program = f"from bench import census; print(census.binary(next(census.builds(({target!r},)))).metadata)"
+    program = f"from bench.census.binaries import binary, builds; print(binary(next(builds(({target!r},)))).metadata)"
     assert "enable_fp_fusion=True" in compiling("-c", program, TRITON_DEFAULT_FP_FUSION="0")

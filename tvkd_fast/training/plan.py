@@ -20,7 +20,7 @@ from tvkd_fast.training.usage import process_bytes
 
 GIB = 2**30
 _KEPT_BY_MALLOC = 0.25
-"""Of what is asked of it: the C library's heap has holes that nothing fits into. Measured, `bench/planned.py`."""
+"""Of what is asked of it: the C library's heap has holes that nothing fits into. Measured, `bench/runs/planned.py`."""
 
 _LOADED_LATER = 0.15 * GIB
 """What models, optimizer and threads bring with them that a dry run has not loaded. Measured likewise."""

@@ -1,0 +1,37 @@
+"""What the compiler made of a build before, by all that it depends on: what has not changed is compiled once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import triton
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(os.environ.get("TVKD_CENSUS_KEPT", ROOT / "out" / "census"))
+"""Where facts are kept: out/census, which git ignores, or another folder that the environment names."""
+
+
+def kept(build: Any, kernel: triton.JITFunction[Any], compiled: Callable[[Any], Any], made: type) -> Any:
+    """`compiled(build)`, from the folder where the same source was compiled for the same build before.
+
+    The key is over the kernel's source with that of all it calls, the build and its compiler options, Triton's
+    version, and the census itself, which reads the binaries.
+    """
+    census = (ROOT / "bench" / "census" / "binaries.py").read_bytes()
+    parts = [kernel.cache_key, repr(build), repr(build.options), triton.__version__, census.decode()]
+    file = FOLDER / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
+    if file.is_file():
+        return made(**json.loads(file.read_text()))
+    facts = compiled(build)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    # Several processes compile side by side: a file is whole as soon as it has its name.
+    whole = file.with_suffix(f".{os.getpid()}")
+    whole.write_text(json.dumps(asdict(facts)))
+    whole.replace(file)
+    return facts

@@ -1,0 +1,135 @@
+"""Hidden states to measure a head on: a real model's over preference data, or made ones with a stated sparsity.
+
+    python -m bench.harness.states FILE --model smollm2-135m --tokens 4096 [--data PAIRS.jsonl.gz] [--layers L]
+    python -m bench.harness.states FILE --shape 4096x2048x128256 --entries 300
+
+Run in a process of its own and kept as safetensors, so that what measures starts from nothing but a file.
+
+Letters: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tvkd_fast.data import build_dataset
+from tvkd_fast.data.batch import micro_batches
+from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_layers
+
+ROWS = 256
+EPS = 2.0**-14
+
+
+@dataclass(frozen=True)
+class States:
+    """hidden [N, D], weight [V, D], labels (N,), coefficients (N,) to go backward with, and where they come from."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    coefficients: Tensor
+    source: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.hidden.shape[0], self.hidden.shape[1], self.weight.shape[0]
+
+
+def real_states(model: str, tokens: int, data: str, layers: int | None) -> States:
+    """The states that predict response tokens, both responses of a pair, in the data's order."""
+    tokenizer = load_tokenizer(model)
+    dataset = build_dataset(data, tokenizer, max_length=512, bad_pairs="drop", overlong="drop")
+    loaded = load_model(model)
+    policy = PolicyWithHead(loaded if layers is None else prune_layers(loaded, layers)).requires_grad_(False).eval()
+    hidden, labels, found = [], [], 0
+    for batch in micro_batches(dataset, range(len(dataset)), size=8):
+        hidden.append(policy.hidden(batch, batch.predicting))
+        labels.append(batch.labels)
+        found += batch.labels.numel()
+        if found >= tokens:
+            break
+    else:
+        raise SystemExit(f"{data} has {found} response tokens, {tokens} are wanted: give --data a larger file")
+    name = Path(model).name + (f", {layers} layers" if layers else "")
+    source = f"states of {name} over {Path(data).name if '/' in data else data}"
+    return States(
+        torch.cat(hidden)[:tokens], policy.head.weight, torch.cat(labels)[:tokens], _coefficients(tokens), source
+    )
+
+
+def made_states(shape: tuple[int, int, int], entries: float) -> States:
+    """Logits σ·g − log(j + 10) of normal g: Zipf's law in the rank j and a spread that leaves `entries` above 2⁻¹⁴.
+
+    Labels are drawn from the softmax itself.
+    """
+    n, d, v = shape
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(n, d), torch.randn(v, d)
+    # One dimension carries the frequencies: constant in the states, −log of the rank in the weight.
+    weight[:, 0] = -torch.log(torch.arange(v) + 10.0)
+    low, high = 0.1, 8.0
+    for _ in range(12):
+        spread = (low * high) ** 0.5
+        sample = _spread(hidden[:: max(1, n // 64)][:64], spread)
+        kept = (sample @ weight.T).softmax(1) >= EPS
+        # A flat softmax has few entries above ε and a peaked one too: the search is on the peaked side.
+        low, high = (low, spread) if float(kept.sum(1).float().mean()) < entries else (spread, high)
+    hidden = _spread(hidden, spread)
+    labels = torch.cat([torch.multinomial((h @ weight.T).softmax(1), 1)[:, 0] for h in hidden.split(ROWS)])
+    return States(hidden, weight, labels, _coefficients(n), f"made states, {entries:g} entries a token above 2^-14")
+
+
+def _spread(hidden: Tensor, spread: float) -> Tensor:
+    scaled = hidden * (spread / math.sqrt(hidden.shape[1] - 1))
+    scaled[:, 0] = 1.0
+    return scaled
+
+
+def _coefficients(n: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(1))
+
+
+def save_states(states: States, file: Path) -> None:
+    tensors = {name: getattr(states, name).contiguous() for name in ("hidden", "weight", "labels", "coefficients")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"source": states.source})
+
+
+def load_states(file: Path) -> States:
+    """Read by one thread: the caller may go on to fork."""
+    with safe_open(file, "pt") as opened:
+        source = opened.metadata()["source"]
+        tensors = [opened.get_tensor(name) for name in ("hidden", "weight", "labels", "coefficients")]
+    return States(*tensors, source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--data", default="bundled:train")
+    parser.add_argument("--shape", help="make states of this shape, tokens x hidden x vocabulary")
+    parser.add_argument("--entries", type=float, default=300.0)
+    arguments = parser.parse_args()
+    with torch.no_grad():
+        if arguments.shape:
+            n, d, v = (int(x) for x in arguments.shape.split("x"))
+            states = made_states((n, d, v), arguments.entries)
+        else:
+            states = real_states(arguments.model, arguments.tokens, arguments.data, arguments.layers)
+    save_states(states, arguments.file)
+    print(f"{'x'.join(map(str, states.shape))}: {states.source}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The contenders of `tvkd bench head` and `values` under pytest-benchmark, in one process.
+
+    python -m pytest bench/head --benchmark-autosave [--benchmark-compare]
+
+For comparing a change with the state before it, which is what pytest-benchmark keeps records for; TVKD_BENCH_SHAPE
+names tokens x hidden x vocabulary. Figures beside peers, with their memory, are `tvkd bench`'s.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from bench.harness.reference import Truth, compute, errors
+from bench.harness.states import States, made_states
+from bench.head import values
+from bench.head.comparison import Contender, job, there
+from bench.head.contenders import contenders
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install 'tvkd_fast[bench]'")
+
+SHAPE = tuple(int(x) for x in os.environ.get("TVKD_BENCH_SHAPE", "256x64x8192").split("x"))
+CONTENDERS = {**contenders(), **{f"values, {name}": x for name, x in values.contenders().items()}}
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[States, Truth]:
+    with torch.no_grad():
+        states = made_states(SHAPE, entries=100.0)
+        return states, compute(states)
+
+
+def takes_part(name: str) -> bool:
+    # Without numba it stays for the process, and memory that was touched before is the allocator's doing.
+    if "without numba" in name or "touched" in name:
+        return False
+    return there(CONTENDERS[name]) and not CONTENDERS[name].by_name
+
+
+@pytest.mark.parametrize("name", filter(takes_part, CONTENDERS))
+def test_head(benchmark: Any, case: tuple[States, Truth], name: str) -> None:
+    contender: Contender = CONTENDERS[name]
+    states, truth = case
+    run = job(contender, states)
+    found = errors(truth, states, run(), forward=contender.forward, preference=contender.preference)
+    assert all(x <= max(contender.limit, 1e-3) for x in found.values()), found
+    benchmark(run)

@@ -1,0 +1,119 @@
+"""The ways that were tried to make a sparse gradient of marked entries, each over the forward product.
+
+    python -m bench.head.variants --data PAIRS.jsonl.gz --json FILE
+
+On the packaged model's states. All in one process, interleaved, medians; dense blocks are timed as the three products
+that they would take, beside the share of the entries that they would save the gathering.
+
+Letters: N tokens, D hidden, V vocabulary, K most-marked columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness.machine import made_by, seconds, write_report
+from bench.harness.states import load_states
+from bench.head.comparison import prepared, product
+from tvkd_fast.kernels.head import Head, MarkRule, Marks
+from tvkd_fast.ops.tiles import native
+from tvkd_fast.ops.tiles import sparse as sparse_tiles
+
+TILING = (2048, 1024)
+DENSE = (2048, 8192)
+
+
+def csr(marks: Marks, entries: Tensor, shape: tuple[int, int], *, transposed: bool) -> Tensor:
+    """torch's compressed rows of the entries, or of their transpose."""
+    places = torch.stack([marks.rows, marks.columns]).long()
+    whole = torch.sparse_coo_tensor(places, entries, shape)
+    return (whole.t() if transposed else whole).coalesce().to_sparse_csr()
+
+
+def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """What is timed, by name, and what was counted."""
+    hidden, weight, labels = states.hidden, states.weight, states.labels
+    (n, _), v = hidden.shape, weight.shape[0]
+    head, rule = Head(weight), MarkRule(eps, v // 16)
+    sums, marks = sparse_tiles.mark(hidden, head, labels, rule)
+    parts = sparse_tiles.Parts(hidden, head, labels, sums, marks, states.coefficients, None)
+    entries = parts.entries(slice(None))
+    by_row, by_column = (csr(marks, entries, (n, v), transposed=t) for t in (False, True))
+    total = torch.empty_like(weight)
+
+    def in_torch(passes: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            kept, native.passes = native.passes, passes
+            try:
+                return sparse_tiles.mark(hidden, head, labels, rule)
+            finally:
+                native.passes = kept
+
+        return run
+
+    found: dict[str, Callable[[], Any]] = {
+        "forward: log-probabilities alone": lambda: sparse_tiles.exact.head_sums(hidden, head, labels=labels),
+        "forward: marked by numba": in_torch(native.passes),
+        "forward: marked by torch": in_torch(lambda z: None),
+        "dH: gathered tile by tile": parts.by_hidden,
+        "dH: torch's CSR product": lambda: by_row @ weight,
+        "dW: gathered tile by tile": lambda: sparse_tiles.ByColumn(parts).weight(slice(0, v), total),
+        "dW: torch's CSR product, transposed before": lambda: by_column @ hidden,
+    }
+    share = torch.bincount(marks.columns, minlength=v).sort(descending=True).values.cumsum(0) / marks.count
+    saved = {}
+    for k in DENSE:
+        block = weight[:k].contiguous()
+        name = f"a dense block of {k:,} columns"
+        found[name] = lambda block=block: dense(hidden, block)
+        saved[name] = float(share[k - 1])
+    return found, {"entries": marks.count / n, "saved": saved}
+
+
+def dense(hidden: Tensor, block: Tensor) -> None:
+    """Its logits again, dH and dW."""
+    for h in hidden.split(1024):
+        z = h @ block.T
+        z @ block
+        z.T @ h
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", default="bundled:train")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Sparse")
+    states = load_states(prepared((arguments.tokens, 576, 49152), arguments, truth=False)[0])
+    results = []
+    with torch.no_grad():
+        for eps in (2.0**-14, 2.0**-16):
+            jobs, counted = ways(states, eps)
+            taken: dict[str, list[float]] = {name: [] for name in ("product", *jobs)}
+            for round_ in range(arguments.rounds + 1):
+                for name, run in {"product": lambda: product(states.hidden, states.weight, TILING), **jobs}.items():
+                    took = seconds(run)
+                    if round_:
+                        taken[name].append(took)
+            floor = median(taken.pop("product"))
+            over = {name: median(took) / floor for name, took in taken.items()}
+            results.append({"eps": eps, **counted, "over_product": over})
+            print(json.dumps(results[-1], indent=1))
+    report = {"results": results, "states": states.source, "tokens": arguments.tokens, "rounds": arguments.rounds}
+    write_report(report | {"made_by": made_by()}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A whole optimizer step of DPO on a CPU, ours beside TRL's: pairs a second, peak memory, and the same losses.
+
+    tvkd bench step --pairs 32 --max_length 512 --peers trl --data PAIRS.jsonl.gz --json FILE  (or python -m bench.step)
+
+SmolLM2-135M in float32, or a student pruned to `--layers`, under AdamW, from one start over the same pairs in the same
+order, none of them truncated, with the log-probabilities of a reference that differs from the policy at hand. Each
+contender has a process of its own; they take a step in turn, and the first step is no part of the figures. TRL is given
+our token ids, and of micro-batches of 1, 2 and 4 pairs (`--trl_batches`) the fastest. Peak memory is the process's own
+(VmHWM, reset as the first step begins). Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from bench.harness.machine import made_by, versions, write_report
+from bench.step.contenders import Job, Run, Stepper, logps_of, ours, trl
+from tvkd_fast import HeadGradient
+from tvkd_fast.data import MicroBatching, PairDataset, TokenizedPair, build_dataset
+from tvkd_fast.data.packing import packed_length
+from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_layers, save_model
+
+OURS = "tvkd_fast"
+WAYS: dict[str, HeadGradient] = {
+    OURS: HeadGradient(),
+    "tvkd_fast, logits kept": HeadGradient(workspace_mb=512),
+    "tvkd_fast, sparse 2^-16": HeadGradient(grad_mode="sparse", eps=2.0**-16),
+}
+"""By name, how the head is differentiated."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--layers", type=int, help="of a pruned student; all where not given")
+    parser.add_argument("--pairs", type=int, default=32, help="of all steps together")
+    parser.add_argument("--pairs_per_step", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are passed over")
+    parser.add_argument("--made_length", type=int, help="pairs of one length, cut from the data's running text")
+    parser.add_argument("--tokens_per_micro_batch", type=int, default=2048, help="ours")
+    parser.add_argument("--peers", nargs="*", choices=["trl"], default=[], help="who else takes part")
+    parser.add_argument("--trl_batches", nargs="+", type=int, default=[1, 2, 4], help="pairs of TRL's micro-batches")
+    parser.add_argument("--ways", action="store_true", help="every way to our head, and the shortest rows too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--data", default="bundled:train")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if platform.system() != "Linux":
+        raise SystemExit("peak memory is read from /proc: run this on Linux")
+    with TemporaryDirectory() as folder:
+        job = make_job(arguments, Path(folder))
+        report = contest(job, arguments)
+    for row in report["results"]:
+        print(
+            f"{row['name']:<28} {row['pairs_per_s']:.3f} pairs/s  {row['peak_mb']:8,.0f} MB  "
+            f"worst loss off {row['loss_off']:.1e}"
+        )
+    write_report(report, arguments.json)
+
+
+def make_job(arguments: argparse.Namespace, folder: Path) -> Job:
+    """The start, the pairs, and what a reference says of them that is the start without one of its blocks."""
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_model(arguments.model)
+    if arguments.layers is not None:
+        model = prune_layers(model, arguments.layers)
+    save_model(model, tokenizer, folder / "start")
+    reference = PolicyWithHead(prune_layers(model, model.config.num_hidden_layers - 1), packing="shared").eval()
+    dataset = build_dataset(arguments.data, tokenizer, max_length=2**20, bad_pairs="drop")
+    limit = arguments.max_length
+    pairs = [x for x in dataset if len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids)) <= limit]
+    if arguments.made_length:
+        pairs = made_pairs(dataset, arguments.made_length, arguments.pairs)
+    if len(pairs) < arguments.pairs:
+        raise SystemExit(f"{arguments.data} has {len(pairs)} pairs of at most {limit} tokens: ask for fewer --pairs")
+    job = Job(
+        start=str(folder / "start"),
+        pairs=pairs[: arguments.pairs],
+        ref_logps=torch.empty(0, 2),
+        pairs_per_step=arguments.pairs_per_step,
+        batching=MicroBatching(tokens=arguments.tokens_per_micro_batch),
+        threads=arguments.threads,
+        folder=str(folder),
+    )
+    return replace(job, ref_logps=logps_of(reference, job, range(arguments.pairs)))
+
+
+def made_pairs(dataset: PairDataset, length: int, count: int) -> list[TokenizedPair]:
+    """Pairs of one length, half of it the prompt, cut from the data's text as it goes on; they mean nothing."""
+    text = [token for pair in dataset for token in pair.prompt_ids + pair.chosen_ids + pair.rejected_ids]
+    half = length // 2
+    cuts = [text[start : start + half] for start in range(0, 3 * count * half, half)]
+    if len(cuts[-1]) < half:
+        raise SystemExit(f"the data has {len(text):,} tokens, too few for {count} pairs of {length}: give more --data")
+    return [TokenizedPair(*cuts[3 * i : 3 * i + 3], False, False, f"made pair {i}") for i in range(count)]
+
+
+def contest(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
+    chosen = WAYS if arguments.ways else {OURS: WAYS[OURS]}
+    runs: dict[str, Run] = {name: partial(ours, gradient, None) for name, gradient in chosen.items()}
+    shortest = 2 * arguments.max_length
+    if arguments.ways and shortest < job.batching.tokens:
+        runs[f"{OURS}, rows of {shortest:,} tokens"] = partial(ours, HeadGradient(), shortest)
+    tried = {}
+    if "trl" in arguments.peers:
+        sizes = [size for size in arguments.trl_batches if job.pairs_per_step % size == 0]
+        tried = {size: _a_step_of(partial(trl, size), job) for size in sizes} if len(sizes) > 1 else {}
+        runs["trl"] = partial(trl, min(tried, key=tried.__getitem__) if tried else sizes[0])
+    steppers = {name: Stepper(run, job) for name, run in runs.items()}
+    for _ in range(job.steps):
+        for stepper in steppers.values():
+            stepper.step()
+    for stepper in steppers.values():
+        stepper.close()
+    yardstick = steppers["trl" if "trl" in steppers else OURS]
+    tokens = sum(packed_length(pair) for pair in job.pairs)
+    return {
+        "results": [_row(name, stepper, yardstick, job) for name, stepper in steppers.items()],
+        "trl_seconds_by_batch": tried,
+        "model": arguments.model if arguments.layers is None else f"{arguments.model}, {arguments.layers} layers",
+        "pairs": len(job.pairs),
+        "pairs_per_step": job.pairs_per_step,
+        "max_length": arguments.made_length or arguments.max_length,
+        "tokens": tokens,
+        "padded_tokens": sum(2 * (len(x.prompt_ids) + max(len(x.chosen_ids), len(x.rejected_ids))) for x in job.pairs),
+        "response_tokens": sum(len(x.chosen_ids) + len(x.rejected_ids) for x in job.pairs),
+        "data": Path(arguments.data).name,
+        "made_by": made_by(arguments.threads)
+        | {"threads": arguments.threads, "peers": versions("trl", "accelerate", "numba")},
+    }
+
+
+def _a_step_of(run: Run, job: Job) -> float:
+    """Seconds of the second step: the first has the optimizer's state to make."""
+    stepper = Stepper(run, job)
+    stepper.step()
+    stepper.step()
+    stepper.close()
+    return stepper.steps[1]["seconds"]
+
+
+def _row(name: str, stepper: Stepper, yardstick: Stepper, job: Job) -> dict[str, Any]:
+    """Of one contender; `..._off` is how far it is from the yardstick: absolute for losses, relative for the rest."""
+    taken = [step["seconds"] for step in stepper.steps[1:]]
+    pairs = list(zip(stepper.steps, yardstick.steps, strict=True))
+    return {
+        "name": name,
+        "pairs_per_s": job.pairs_per_step / median(taken),
+        "speed_over_yardstick": median(b["seconds"] / a["seconds"] for a, b in pairs[1:]),
+        "peak_mb": max(step["peak_mb"] for step in stepper.steps),
+        "losses": [step["loss"] for step in stepper.steps],
+        "grad_norms": [step["grad_norm"] for step in stepper.steps],
+        "seconds": [step["seconds"] for step in stepper.steps],
+        "logps_off": float((stepper.logps / yardstick.logps - 1).abs().max()),
+        "loss_off": max(abs(a["loss"] - b["loss"]) for a, b in pairs),
+        "grad_norm_off": max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs),
+    }
+
+
+if __name__ == "__main__":
+    main()

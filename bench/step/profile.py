@@ -1,0 +1,133 @@
+"""Where a step's time goes on a CPU: one optimizer step of DPO under torch.profiler, after one that is no part of it.
+
+    python -m bench.step.profile --data PAIRS.jsonl.gz --json FILE
+
+Each event's own time goes to the part that it happens in: the head, attention, packing the pairs, the optimizer; else
+to matrix products, or to what is left. The head's passes are largely compiled or done in place and are not taken apart.
+Products are set against the machine's speed for the largest of them alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.harness.machine import made_by, seconds, versions, write_report
+from bench.step.comparison import make_job
+from bench.step.contenders import BETA, CLIP, LR, Given
+from tvkd_fast.training.config import LossConfig, ModelConfig, OptimConfig
+from tvkd_fast.training.optim import make_optimizer
+from tvkd_fast.training.run_models import load_policy
+from tvkd_fast.training.step import train_step
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+DATA = "packing"
+PARTS: dict[str, Callable[[str], bool]] = {
+    "head": lambda name: name.startswith("tvkd_fast::"),
+    "attention": lambda name: "scaled_dot_product" in name or "flash_attention" in name,
+    "packing the pairs": lambda name: name == DATA,
+    "optimizer": lambda name: name.startswith("Optimizer."),
+    "backbone's products": lambda name: name in PRODUCTS,
+}
+REST = "backbone, elementwise and the rest"
+
+
+def part_of(event: Any) -> str:
+    """Of the event and those it happens in the outermost that names a part: the head's products are the head's."""
+    found = REST
+    while event is not None:
+        found = next((part for part, belongs in PARTS.items() if belongs(event.name)), found)
+        event = event.cpu_parent
+    return found
+
+
+def shares(events: Any) -> dict[str, float]:
+    taken: dict[str, float] = defaultdict(float)
+    for event in events:
+        taken[part_of(event)] += event.self_cpu_time_total
+    whole = sum(taken.values())
+    return {part: taken[part] / whole for part in (*PARTS, REST)}
+
+
+def product_speed(events: Any) -> tuple[float, list[int]]:
+    """GFLOP/s of the backbone's products, and the shape of the largest."""
+    flops = time = largest = 0.0
+    shape: list[int] = []
+    for event in events:
+        if event.name not in PRODUCTS or part_of(event) != "backbone's products" or not event.flops:
+            continue
+        flops += event.flops
+        time += event.self_cpu_time_total
+        if event.flops > largest:
+            rows, cols = event.input_shapes[-2:]
+            largest, shape = event.flops, [rows[0], rows[1], cols[1]]
+    return flops / time / 1e3, shape
+
+
+def alone(shape: list[int]) -> float:
+    """GFLOP/s of one product of this shape."""
+    m, k, n = shape
+    a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+    taken = median(seconds(partial(torch.mm, a, b, out=out)) for _ in range(9))
+    return 2 * m * k * n / taken / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--layers", type=int, help="of a pruned student; all where not given")
+    parser.add_argument("--pairs_per_step", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are passed over")
+    parser.add_argument("--tokens_per_micro_batch", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--data", default="bundled:train")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    arguments.pairs, arguments.made_length = 2 * arguments.pairs_per_step, None
+    torch.set_num_threads(arguments.threads)
+    with TemporaryDirectory() as folder:
+        job = make_job(arguments, Path(folder))
+        policy = load_policy(job.start, ModelConfig(packing=job.batching.packing))
+    optimizer = make_optimizer(policy, OptimConfig(lr=LR, clip_norm=CLIP))
+    policy.train()
+
+    def step(number: int) -> None:
+        with record_function(DATA):
+            batches = list(job.batching.batches(job.pairs, job.of_step(number)))
+        options: dict[str, Any] = {"objective": "dpo", "clip_norm": CLIP}
+        train_step(policy, Given(job.ref_logps), batches, optimizer, LossConfig(beta=BETA), **options)
+
+    step(0)
+    options: dict[str, Any] = {"record_shapes": True, "with_flops": True}
+    with profile(activities=[ProfilerActivity.CPU], **options) as profiler, record_function("step"):
+        step(1)
+    events = profiler.events()
+    reached, shape = product_speed(events)
+    report = {
+        "shares": shares(events),
+        "gflops": reached,
+        "largest_product": shape,
+        "gflops_alone": alone(shape),
+        "model": arguments.model if arguments.layers is None else f"{arguments.model}, {arguments.layers} layers",
+        "pairs": arguments.pairs_per_step,
+        "tokens": sum(batch.num_tokens for batch in job.batching.batches(job.pairs, job.of_step(1))),
+        "data": Path(arguments.data).name,
+        "made_by": made_by() | {"threads": arguments.threads, "peers": versions("numba")},
+    }
+    for part, share in report["shares"].items():
+        print(f"{share:6.1%}  {part}")
+    print(f"products at {reached:.0f} GFLOP/s, {report['gflops_alone']:.0f} for {shape} alone")
+    write_report(report, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

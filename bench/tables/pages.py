@@ -1,0 +1,122 @@
+"""Tables of README.md and docs/ from the JSON that the measuring commands wrote.
+
+python -m bench.tables add NAME REPORT.json    keep a report as bench/results/NAME.json
+python -m bench.tables write                   write every table anew between its markers
+python -m bench.tables check                   fail where a table is not what its JSON says
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.harness.machine import without_paths
+from bench.tables import gradients, head, kernels, learning, runs, step
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+PAGES = (
+    ROOT / "README.md",
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("benchmarks", "evidence", "kernels", "numerics", "reliability", "results", "scaling", "sparse")
+    ),
+)
+BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+TABLES = {
+    "census": kernels.census_table,
+    "model": kernels.model_table,
+    "rejected": kernels.rejected_table,
+    "road": runs.road_table,
+    "shaping": runs.shaping_table,
+    "head": head.head_table,
+    "heads": head.heads_table,
+    "values": head.values_table,
+    "sweep": head.sweep_table,
+    "step": step.step_table,
+    "lengths": step.lengths_table,
+    "profile": step.profile_table,
+    "teacher": step.teacher_table,
+    "learning": gradients.learning_table,
+    "training": gradients.training_table,
+    "screen": learning.screen_table,
+    "pairs": learning.data_table,
+    "finals": learning.finals_table,
+    "scaling": runs.scaling_table,
+    "soak": runs.soak_table,
+    "overhead": runs.overhead_table,
+    "planned": runs.planned_table,
+    "ways": head.ways_table,
+    "hot": head.hot_table,
+    "gpu": kernels.gpu_table,
+    "numerics": kernels.numerics_table,
+}
+
+
+KEPT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "census": kernels.census_kept,
+    "learning_value": learning.study_kept,
+}
+"""What is kept of the large reports: all that a table or a picture is made of."""
+
+
+def render(text: str) -> str:
+    """The page with every table made from its JSON."""
+
+    def block(found: re.Match[str]) -> str:
+        report = json.loads((RESULTS / f"{found[3]}.json").read_text())
+        return f"{found[1]}{TABLES[found[2]](report)}\n{found[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def stale() -> list[str]:
+    """Pages whose tables are not what their JSON says."""
+    return [page.name for page in PAGES if render(page.read_text()) != page.read_text()]
+
+
+def add(name: str, report: Path) -> None:
+    """Keep a report and the picture beside it, without paths of the machine."""
+    RESULTS.mkdir(exist_ok=True)
+    kept = KEPT.get(name, dict)(json.loads(report.read_text()))
+    (RESULTS / f"{name}.json").write_text(without_paths(by_lines(kept)))
+    for picture in (report.with_name("curves.png"), report.with_suffix(".png")):
+        if picture.exists():
+            shutil.copy(picture, PICTURES / f"{name}.png")
+
+
+def by_lines(report: dict[str, Any]) -> str:
+    """JSON with an item of a list a line, so that a change of one is a change of one line."""
+    parts = []
+    for name, value in report.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        parts.append(f' "{name}": {text}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["add", name, report]:
+            add(name, Path(report))
+        case ["write"]:
+            for page in PAGES:
+                page.write_text(render(page.read_text()))
+        case ["check"]:
+            if stale():
+                raise SystemExit(f"tables are stale in {', '.join(stale())}: run python -m bench.tables write")
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
