@@ -267,15 +267,19 @@ def _load(
     return LoadedPreferences(pairs, {}, source)
 
 
+def written_before(row: str, count: int = 1) -> str:
+    """The warning about text that a chat template has written already; `row` is the first of `count` rows."""
+    rows = f"{row}, and of {count:,} rows in all," if count > 1 else row
+    return (
+        f"the text of {rows} holds special tokens, as if a chat template had written it already: no second beginning "
+        "or end is added. Give prompts and answers as messages to have the model's own template write them"
+    )
+
+
 def _warn_of_templates(pairs: Sequence[TokenizedPair], report: TokenReport) -> None:
     if report.written_before:
         first = next(pair for pair in pairs if pair.written_before)
-        warnings.warn(
-            f"the text of {first.row}, and of {report.written_before:,} rows in all, holds special tokens, as if a "
-            "chat template had written it already: no second beginning or end is added. Give prompts and answers as "
-            "messages to have the model's own template write them",
-            stacklevel=3,
-        )
+        warnings.warn(written_before(first.row, report.written_before), stacklevel=3)
 
 
 def _with_progress(items: list[Preference], progress: bool) -> Iterable[Preference]:
