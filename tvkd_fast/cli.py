@@ -157,6 +157,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
         best = build.best_checkpoint(train)
         if best is not None:
             print(f"best by {train.keep_best}: {best}; a model of it: tvkd export {best}")
+        elif train.keep_best != "none":
+            print(f"best by {train.keep_best}: none, since no checkpoint on disk has a finite {train.keep_best}")
         if figures is not None:
             print(json.dumps(figures.known()))
 

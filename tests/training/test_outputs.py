@@ -1,6 +1,7 @@
 """Where results go is made, and tried, before the work; what cannot be written is said in a line with its path."""
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from tvkd_fast.cli import main
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer
 from tvkd_fast.training.build import best_checkpoint
 from tvkd_fast.training.config import DataConfig, EvalConfig, ExplainConfig, LoraConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.evaluate import Evaluation
 from tvkd_fast.training.export import export
 from tvkd_fast.training.road import DemoConfig
 
@@ -129,6 +131,27 @@ def test_the_best_checkpoint_is_named_and_becomes_a_model(make_config, run):
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(final).get_vocab()
     with pytest.raises(ValueError, match="is there already"):
         export(last)
+
+
+def test_an_evaluation_that_is_not_finite_is_reported_and_never_the_best(make_config, run, monkeypatch, capsys):
+    evaluations = iter([math.nan, 0.25, math.nan])
+
+    def evaluate(*args, **kwargs):
+        return Evaluation(pairs=1, accuracy=next(evaluations), accuracy_ci=0.0, margin=0.0, margin_ci=0.0)
+
+    monkeypatch.setattr("tvkd_fast.training.trainer.evaluate", evaluate)
+    config = make_config(**KEEPS | {"save_every": 2, "max_steps": 6, "objective": "dpo", "keep_checkpoints": 1})
+    with pytest.warns(UserWarning, match="is never the best") as warned:
+        run(config)
+    assert "eval/accuracy is nan at step 2: its checkpoint is never the best" in str(warned[0].message)
+    assert best_checkpoint(config).name == "step-000004"
+    monkeypatch.setattr(
+        "tvkd_fast.cli.TrainConfig", lambda **fields: replace(config, output_dir=f"{config.output_dir}2")
+    )
+    evaluations = iter([math.nan] * 3)
+    with pytest.warns(UserWarning, match="never the best"):
+        cli.run("train", {})
+    assert "best by accuracy: none, since no checkpoint on disk has a finite accuracy" in capsys.readouterr().out
 
 
 def test_adapters_are_merged_into_an_export_as_into_final(make_config, run, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+import warnings
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -201,6 +202,12 @@ class Trainer:
             extra["scored_on"] = [by, self.held_out.fingerprint]
         figure = None if evaluation is None or by == "none" else getattr(evaluation, by)
         score = None if figure is None else -figure if by == "loss" else figure
+        if score is not None and not math.isfinite(score) and self.world.first:
+            warnings.warn(
+                f"eval/{by} is {figure} at step {step}: its checkpoint is never the best by keep_best {by}; score the "
+                "held-out pairs by `tvkd eval` to see which of them is not finite",
+                stacklevel=2,
+            )
         self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
 
     def _pairs(self, step: int) -> list[int]:
