@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,24 +17,25 @@ _RANGE = "range"
 class Range:
     """The numbers from `low` to `high`, all of them finite."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = -sys.float_info.max
+    high: float = sys.float_info.max
     without_low: bool = False
     """Whether `low` itself is too small."""
     without_high: bool = False
     """Whether `high` itself is too large."""
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
+        # NaN is neither above nor below anything.
         above = self.low < value if self.without_low else self.low <= value
         below = value < self.high if self.without_high else value <= self.high
-        return above and below and math.isfinite(value)
+        return bool(above and below)
 
     def __str__(self) -> str:
-        if math.isfinite(self.high) and self.high != LARGEST:
+        if self.high not in (LARGEST, sys.float_info.max):
             return f"in {'(' if self.without_low else '['}{self.low}, {self.high}{')' if self.without_high else ']'}"
         if self.low == 0 and self.without_low:
             return "a positive number"
-        return f"at least {self.low}" if math.isfinite(self.low) else "finite"
+        return "finite" if self.low == -sys.float_info.max else f"at least {self.low}"
 
 
 FINITE = Range()
