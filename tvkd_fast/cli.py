@@ -243,12 +243,14 @@ def export(arguments: list[str]) -> None:
         "folder", metavar="FOLDER", nargs="?", help="where to; OUTPUT_DIR/exported/step-NNNNNN if not given"
     )
     parser.add_argument("--output_dir", metavar="FOLDER", help="the same as FOLDER")
+    parser.add_argument("--policy", metavar="MODEL", help="the run's policy, where it is not where it was any longer")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a hub model")
     given = parser.parse_args(arguments)
     if given.folder is not None and given.output_dir is not None:
         parser.error("FOLDER and --output_dir are one: give one of them")
     folder = given.folder or given.output_dir
-    print(export_checkpoint(given.checkpoint, folder, trust_remote_code=given.trust_remote_code))
+    trust = given.trust_remote_code
+    print(export_checkpoint(given.checkpoint, folder, policy=given.policy, trust_remote_code=trust))
 
 
 def _usage(arguments: list[str], usage: str, *, most: int = 10**6) -> None:

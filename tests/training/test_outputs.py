@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tvkd_fast import cli
 from tvkd_fast.cli import main
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer
+from tvkd_fast.models.adapter_folder import adapter_folder
 from tvkd_fast.training.build import best_checkpoint
-from tvkd_fast.training.config import DataConfig, EvalConfig, ExplainConfig, LoraConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.config import (
+    DataConfig,
+    EvalConfig,
+    ExplainConfig,
+    LoraConfig,
+    ScoreConfig,
+    TrainConfig,
+    from_record,
+    to_record,
+)
 from tvkd_fast.training.evaluate import Evaluation
 from tvkd_fast.training.export import export
 from tvkd_fast.training.road import DemoConfig
@@ -182,8 +192,42 @@ def test_a_checkpoint_is_told_from_a_model(make_config, run, model_folder, tmp_p
         export(out)
     os.rename(config.policy, tmp_path / "aside")
     os.rename(model_folder(seed=9), config.policy)
-    with pytest.raises(ValueError, match="is another model now"):
+    with pytest.raises(ValueError, match="is another model than the one"):
         export(step)
+    assert export(step, policy=tmp_path / "aside").is_dir()
+    os.rename(config.policy, tmp_path / "another")
+    with pytest.raises(ValueError, match=rf"no model at {config.policy}: .* --policy says where it is now"):
+        export(step, tmp_path / "model")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_by_relative_paths_is_exported_from_anywhere(rank, make_config, run, tmp_path, monkeypatch):
+    if rank:
+        pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
+    config = make_config(objective="dpo", max_steps=1, lora=LoraConfig(rank=rank))
+    monkeypatch.chdir(Path(config.policy).parent)
+    data = replace(config.data, train=os.path.relpath(str(config.data.train)))
+    run(replace(config, policy=Path(config.policy).name, data=data))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    step = Path(config.output_dir) / "checkpoints" / "step-000001"
+    recorded = json.loads((step / "state.json").read_text())["config"]
+    assert recorded["policy"] == config.policy
+    assert Path(recorded["data"]["train"]).is_absolute()
+    folder = export(step, tmp_path / "model")
+    final = Path(config.output_dir) / "final"
+    assert fingerprint_weights(load_model(folder)) == fingerprint_weights(load_model(final))
+    assert str(tmp_path) not in (folder / "README.md").read_text()
+    if rank:
+        assert adapter_folder(str(Path(config.output_dir) / "adapter")).base == config.policy
+
+
+def test_names_that_are_no_place_here_are_recorded_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    config = TrainConfig(policy="smollm2-135m", teacher="org/name", output_dir="run", data=DataConfig(train="org/set"))
+    assert to_record(config) == asdict(config)
+    assert from_record(TrainConfig, to_record(config)) == config
 
 
 def test_passes_over_the_data_are_whole(make_config, run):

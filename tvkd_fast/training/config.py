@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from os.path import expanduser
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from tvkd_fast.data import MicroBatching
 from tvkd_fast.distributed import Recompute
+from tvkd_fast.models.load import PACKAGED
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.training.ranges import FINITE, NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, check_numbers, number
 
@@ -450,14 +452,34 @@ def micro_batching(config: TrainConfig | ScoreConfig | EvalConfig) -> MicroBatch
     return MicroBatching(config.model.packing, config.tokens_per_micro_batch, config.pairs_per_micro_batch)
 
 
+def to_record(config: Any) -> dict[str, Any]:
+    """The config as JSON keeps it. Files and folders of this machine are absolute paths, so that they are found from
+    another working directory too; hub names stay as they are."""
+    return {
+        f.name: to_record(value)
+        if is_dataclass(value := getattr(config, f.name))
+        else _absolute(value)
+        if f.name in _PATHS
+        else value
+        for f in fields(config)
+    }
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
+    is_local = isinstance(value, str) and value not in PACKAGED and Path(value).exists()
+    return str(Path(value).absolute()) if is_local else value
+
+
 def from_record(kind: type[C], record: Mapping[str, Any]) -> C:
-    """A config out of what `asdict` made of it, and JSON kept."""
+    """A config out of what `to_record` made of it, and JSON kept."""
     types = get_type_hints(kind)
-    fields: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, value in record.items():
         expected = types[name]
         if is_dataclass(expected) and isinstance(expected, type):
-            fields[name] = from_record(expected, value)
+            given[name] = from_record(expected, value)
         else:
-            fields[name] = tuple(value) if get_origin(expected) is tuple else value
-    return kind(**fields)
+            given[name] = tuple(value) if get_origin(expected) is tuple else value
+    return kind(**given)

@@ -19,7 +19,7 @@ from tvkd_fast.distributed import World
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import HeadStats
 from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state, set_aside
-from tvkd_fast.training.config import TrainConfig, micro_batching
+from tvkd_fast.training.config import TrainConfig, micro_batching, to_record
 from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer
@@ -151,7 +151,7 @@ class Trainer:
         except NonFiniteStepError as error:
             self.checkpoints.wait()
             if self.world.first:
-                record = {"step": step, "pairs": error.pairs, "config": asdict(self.config)}
+                record = {"step": step, "pairs": error.pairs, "config": to_record(self.config)}
                 path = self.folder / NONFINITE.format(step)
                 with written(path, RESUMES):
                     self.folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ class Trainer:
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
         by = self.config.keep_best
-        extra: dict[str, Any] = {"identity": self.identity, "config": asdict(self.config)}
+        extra: dict[str, Any] = {"identity": self.identity, "config": to_record(self.config)}
         if self.held_out is not None and by != "none":
             extra["scored_on"] = [by, self.held_out.fingerprint]
         figure = None if evaluation is None or by == "none" else getattr(evaluation, by)
