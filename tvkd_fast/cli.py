@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from tvkd_fast.data import describe
 from tvkd_fast.data.scores import check_score_folder
-from tvkd_fast.distributed import launch
+from tvkd_fast.distributed import check_replicas, launch
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.options import hint, in_options
@@ -100,13 +100,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _open_outputs(command: str, fields: dict[str, Any]) -> None:
     """Once, before several processes are started that would all find what is wrong."""
     from tvkd_fast.training import build, side_by_side
+    from tvkd_fast.training.refusals import check_device, check_run
 
     if command == "train":
+        check_run(TrainConfig(**fields))
         build.open_outputs(TrainConfig(**fields))
-    elif command == "score":
+        return
+    if command == "score":
         check_score_folder(Path(ScoreConfig(**fields).output_dir))
     elif command == "eval":
         side_by_side.open_outputs(EvalConfig(**fields))
+    check_device(fields["model"])
+    check_replicas(fields["parallel"].replicas, fields["nproc"])
 
 
 @contextmanager
@@ -148,7 +153,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
     else:
         train = TrainConfig(**fields)
         if train.dry_run:
-            print(plan.plan(train))
+            if _speaks():
+                print(plan.plan(train))
             return
         figures = build.train(train)
         if not _speaks():

@@ -24,6 +24,7 @@ from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.outputs import written
+from tvkd_fast.training.refusals import check_step
 from tvkd_fast.training.scoring import Scorer
 from tvkd_fast.training.step import NonFiniteStepError, StepOutput, train_step
 from tvkd_fast.training.stop import Stopped, StopSignal
@@ -76,11 +77,7 @@ class Trainer:
         self.optimizer = make_optimizer(policy, config.optim)
         self.flops = StepFlops(policy)
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.world, keep=config.keep_checkpoints)
-        if config.pairs_per_step > len(dataset):
-            raise ValueError(
-                f"a step takes {config.pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "
-                "lower --pairs_per_step, or give more data"
-            )
+        check_step(config.pairs_per_step, dataset)
         self.trained = False
         """Whether `run` has taken a step, and was not finished before."""
         self.identity = {"dataset": dataset.fingerprint, **_trajectory(config), **(identity or {})}
