@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tvkd_fast.models.adapter_folder import resize_for_adapter
 from tvkd_fast.models.load import adapter_of, locate, unreadable
 from tvkd_fast.models.lora import adapter_sizes
 from tvkd_fast.models.prune import config_of_layers, kept_layers
@@ -102,7 +103,21 @@ def empty_of_family(name: str, *, layers: int | None = None, trust_remote_code: 
     if layers is not None:
         config = config_of_layers(config, kept_layers(config.num_hidden_layers, layers))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if name not in PUBLISHED:
+        _resize(model, name)
+    return model
+
+
+def _resize(model: PreTrainedModel, name: str) -> None:
+    """Give the model of an adapter's base the vocabulary that it has once the adapter is merged."""
+    source = locate(name)
+    adapter = adapter_of(source)
+    if adapter is None:
+        return
+    if adapter.base != source.name:
+        _resize(model, adapter.base)
+    resize_for_adapter(model, adapter)
 
 
 def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelShape:
