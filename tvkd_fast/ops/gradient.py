@@ -38,7 +38,7 @@ class HeadGradient:
     tail: Tail = "even"
     """What becomes of the rest: spread evenly over all other columns, or an entry kept with probability p/ε as ε."""
     seed: int | None = None
-    """Of the unbiased tail; None draws one a call from torch's generator."""
+    """In [0, 2³¹), of the unbiased tail; None draws one a call from torch's generator."""
     max_tail: float = 0.1
     """Where the mean of what is left out, as probability, passes this, every row gets the exact gradient."""
     workspace_mb: int = 0
@@ -47,6 +47,11 @@ class HeadGradient:
     def __post_init__(self) -> None:
         if self.grad_mode not in GRAD_MODES:
             raise ValueError(f"grad_mode must be one of {', '.join(GRAD_MODES)}, got {self.grad_mode!r}")
+        for name in ("row_cap", "seed", "workspace_mb"):
+            if not isinstance(getattr(self, name), int | None):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must lie in [0, 2**31), got {self.seed}: a larger one would repeat another's draws")
         if self.eps is not None and not 0 <= self.eps <= LARGEST_EPS:
             raise ValueError(f"eps must lie in [0, 2**-4], got {self.eps}: 2**-14 and 2**-16 are the usual ones")
         if self.row_cap is not None and self.row_cap < 1:
