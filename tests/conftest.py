@@ -30,6 +30,8 @@ CHATML = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<s>"]
 
+pytest_plugins = ("runs",)
+
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 COLLECTED = pytest.StashKey[dict[str, frozenset[str]]]()
 
@@ -74,7 +76,7 @@ before = set(sys.modules)
 import tvkd_fast
 loaded = sorted(name for name in set(sys.modules) - before)
 from tvkd_fast.data import pairs_of_step
-from tvkd_fast.data.synthetic import preference_rows
+from tvkd_fast.synthetic.bundled import preference_rows
 rows = hashlib.sha256(json.dumps(preference_rows("train", 48)).encode()).hexdigest()
 order = pairs_of_step(3, 5, num_pairs=1000, pairs_per_step=8)
 print(json.dumps({"loaded": loaded, "rows": rows, "order": list(order)}))

@@ -1,4 +1,4 @@
-"""Which part of the package may import which: every import statement is read and held to the table below."""
+"""Which layer of the package may import which: every import statement is checked against the table below."""
 
 import ast
 import os
@@ -10,37 +10,53 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "tvkd_fast"
 
-BELOW_TRAINING = {"models", "data", "distributed", "losses", "ops", "kernels"}
-MAY_IMPORT: dict[str, set[str]] = {
+LAYERS = (
+    "cli",
+    "commands",
+    "planning",
+    "training",
+    "evaluation",
+    "objectives",
+    "scoring",
+    "distributed",
+    "models",
+    "data",
+    "synthetic",
+    "fused",
+    "ops",
+    "losses",
+    "kernels",
+)
+"""From the top: a layer may import those below it, but for `APART`."""
+APART: dict[str, set[str]] = {
     "kernels": set(),
     "losses": set(),
     "ops": {"kernels"},
-    "models": {"ops", "kernels"},
-    "data": {"ops", "kernels"},
-    "distributed": {"models", "ops", "kernels"},
-    "training": BELOW_TRAINING,
-    "cli": BELOW_TRAINING | {"training"},
-    "integrations": {"ops", "losses", "models", "data"},
-    # The loss that other trainers call: where ops and losses meet outside training.
     "fused": {"ops", "losses", "kernels"},
-    "__init__": BELOW_TRAINING | {"fused"},
+    "synthetic": set(),
+    "data": {"synthetic"},
+    "models": {"ops", "kernels"},
+    "distributed": {"models", "ops", "kernels"},
+    "integrations": {"ops", "losses", "models", "data", "scoring"},
+    "__init__": {"fused", "ops", "losses"},
     "__main__": {"cli"},
-    "version": set(),
-    "_compat": set(),
 }
-FOR_EVERYBODY = {"version", "_compat"}
+"""What a layer may import, where that is less than all below it; and files that are no layer."""
+MAY_IMPORT: dict[str, set[str]] = {layer: set(LAYERS[i + 1 :]) for i, layer in enumerate(LAYERS)} | APART
+FOR_EVERYBODY = {"version", "_compat", "files", "ranges"}
+"""Single files at the top of the package, which import none of its layers."""
 NEVER_IMPORTED = {"kernels", "bench", "tests"}
 """Folders of the project that are no packages of their own, though a working directory makes them look so."""
 
 
 def violations(root: Path) -> list[str]:
-    """What the package's imports and files do against the house's rules, one line each."""
+    """What the package's imports and files do against the rules, one line each."""
     package = root / PACKAGE
     found = [
         f"{file.relative_to(root)}:{line}: {problem}"
         for file in sorted(python_files(package))
         for line, target in imports(file, package)
-        if (problem := forbidden(floor_of(module_of(file, package)), target))
+        if (problem := forbidden(layer_of(module_of(file, package)), target))
     ]
     found += [f"{file.relative_to(root)}: name the file by what is in it" for file in named(package, "utils.py")]
     found += [
@@ -80,38 +96,37 @@ def full_name(origin: str, name: str, package: Path) -> str:
     return f"{origin}.{name}" if inside.is_dir() or inside.with_suffix(".py").is_file() else origin
 
 
-def floor_of(module: str) -> str:
+def layer_of(module: str) -> str:
     """The part of the package that a module belongs to; the package itself is its `__init__`."""
     return [*module.split("."), "__init__"][1]
 
 
-def forbidden(floor: str, target: str) -> str | None:
-    """Why a file of a floor must not import a module, or None where it may."""
+def forbidden(layer: str, target: str) -> str | None:
+    """Why a file of a layer must not import a module, or None where it may."""
     top = target.split(".")[0]
     if top in NEVER_IMPORTED:
         return f"imports the top-level {top}"
     if top != PACKAGE:
         return None
-    if floor not in MAY_IMPORT:
-        return f"{floor} is no floor of the house: say in MAY_IMPORT what it may import"
-    imported = floor_of(target)
-    if imported in {floor} | MAY_IMPORT[floor] | FOR_EVERYBODY:
+    if layer not in MAY_IMPORT and layer not in FOR_EVERYBODY:
+        return f"{layer} is no layer: give it its place in LAYERS"
+    imported = layer_of(target)
+    if imported in {layer} | MAY_IMPORT.get(layer, set()) | FOR_EVERYBODY:
         return None
-    return f"{floor} imports {imported}"
+    return f"{layer} imports {imported}"
 
 
 def planted(root: Path, file: str, code: str) -> list[str]:
-    """The violations of a small house in which one file holds the given code."""
-    for floor in (*BELOW_TRAINING, "fused", "training", "integrations"):
-        (root / PACKAGE / floor).mkdir(parents=True)
-    (root / PACKAGE / "cli.py").touch()
+    """The violations of a small package in which one file holds the given code."""
+    for layer in (*LAYERS, "integrations"):
+        (root / PACKAGE / layer).mkdir(parents=True)
     (root / PACKAGE / "version.py").touch()
     (root / PACKAGE / file).parent.mkdir(parents=True, exist_ok=True)
     (root / PACKAGE / file).write_text(code)
     return violations(root)
 
 
-def test_the_house_is_in_order() -> None:
+def test_imports_only_go_down() -> None:
     assert not violations(ROOT)
 
 
@@ -142,8 +157,16 @@ def test_no_attic_outside_the_package_either() -> None:
         ("models/a.py", "from tvkd_fast.distributed import mesh", "models imports distributed"),
         ("distributed/a.py", "from tvkd_fast.data import formats", "distributed imports data"),
         ("training/a.py", "from tvkd_fast import cli", "training imports cli"),
+        ("training/a.py", "from tvkd_fast.commands import models", "training imports commands"),
+        ("training/a.py", "from tvkd_fast.commands import plan", "training imports planning"),
+        ("evaluation/a.py", "from tvkd_fast.training.step import train_step", "evaluation imports training"),
+        ("objectives/a.py", "from tvkd_fast.evaluation import evaluate", "objectives imports evaluation"),
+        ("scoring/a.py", "from tvkd_fast.objectives import Need", "scoring imports objectives"),
+        ("data/a.py", "from tvkd_fast.scoring import Scores", "data imports scoring"),
+        ("synthetic/a.py", "from tvkd_fast.data import formats", "synthetic imports data"),
+        ("files.py", "from tvkd_fast.data import formats", "files imports data"),
         ("training/a.py", "from tvkd_fast.integrations import trl", "training imports integrations"),
-        ("cli.py", "import tvkd_fast.integrations", "cli imports integrations"),
+        ("cli/a.py", "import tvkd_fast.integrations", "cli imports integrations"),
         ("integrations/a.py", "from tvkd_fast.training import step", "integrations imports training"),
         ("kernels/a.py", "from tvkd_fast.ops import checks", "kernels imports ops"),
         ("kernels/a.py", "from ..ops import checks", "kernels imports ops"),
@@ -154,7 +177,7 @@ def test_no_attic_outside_the_package_either() -> None:
         ("ops/a.py", "from kernels import lse", "imports the top-level kernels"),
         ("training/a.py", "import bench.census", "imports the top-level bench"),
         ("training/a.py", "from tests import conftest", "imports the top-level tests"),
-        ("attic/a.py", "from tvkd_fast.ops import checks", "attic is no floor"),
+        ("attic/a.py", "from tvkd_fast.ops import checks", "attic is no layer"),
         ("ops/utils.py", "", "name the file by what is in it"),
         ("kernels/__init__.py", "", "kernels has no __init__.py"),
     ],
@@ -176,7 +199,8 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, code: str, prob
         ("losses/a.py", "from .segments import segment_sums"),
         ("distributed/a.py", "from tvkd_fast.models import loading"),
         ("training/a.py", "from .. import ops, losses, data, models, distributed\nfrom ..version import __version__"),
-        ("cli.py", "from .training import trainer\nfrom . import data\nfrom tvkd_fast.version import __version__"),
+        ("cli/a.py", "from ..training import trainer\nfrom .. import data\nfrom tvkd_fast.version import __version__"),
+        ("scoring/a.py", "from tvkd_fast.files import written\nfrom tvkd_fast import ranges"),
         ("integrations/a.py", "from tvkd_fast import models, losses\nfrom ..ops import linear_logps"),
         ("fused/a.py", "from . import op\nfrom ..ops import linear_logps\nfrom ..losses import tvkd_loss"),
         ("fused/a.py", "from tvkd_fast.fused.padded import rows_of\nfrom tvkd_fast.kernels.head import Head"),

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tvkd_fast.training.road import provenance
+from tvkd_fast.commands.demo import provenance
 
 
 def made_by(threads: int | None = None) -> dict[str, Any]:

@@ -5,18 +5,18 @@ Letters: P pairs, N response tokens, M response states.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tvkd_fast.data import PairBatch, PairDataset, Scores
+from tvkd_fast.data import PairBatch, PairDataset
 from tvkd_fast.losses import shaping_returns
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.training.config import LossConfig
-from tvkd_fast.training.scoring import Scorer
-from tvkd_fast.training.step import length_differences, values_of
+from tvkd_fast.objectives import TEACHER, Objective, dpo, tvkd
+from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.scorer import Scorer
 
 KAPPA = 0.7
 """Of what is kept of the teacher, beside its κ = 1."""
@@ -33,7 +33,7 @@ class Arm:
     `kl` is no preference loss: token by token the teacher's distribution over the chosen responses.
     """
 
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: Objective
     source: Source = "teacher"
 
     @property
@@ -41,13 +41,14 @@ class Arm:
         """What must be kept of the teacher."""
         if self.source == "reward":
             return "rewards"
-        return "sums" if self.source == "length" or (self.source == "teacher" and self.loss.alpha != 0) else None
+        return "sums" if self.source == "length" or (self.source == "teacher" and self.loss.needs & TEACHER) else None
 
 
-PAPER = LossConfig(alpha=1.0, gamma=1.0, terminal="last_content", value_from="logits")
+PAPER = tvkd.TVKD(alpha=1.0, gamma=1.0, terminal="last_content", value_from="logits")
+PLAIN = dpo.DPO(beta=PAPER.beta)
 DPO, TVKD = "DPO", "TVKD, the paper's"
 ARMS: dict[str, Arm] = {
-    DPO: Arm(replace(PAPER, alpha=0.0)),
+    DPO: Arm(PLAIN),
     TVKD: Arm(PAPER),
     "α = −1": Arm(replace(PAPER, alpha=-1.0)),
     "α = 0.3": Arm(replace(PAPER, alpha=0.3)),
@@ -59,7 +60,7 @@ ARMS: dict[str, Arm] = {
     "implicit reward": Arm(replace(PAPER, value_from="implicit_reward"), "reward"),
     "length alone": Arm(PAPER, "length"),
     "the student's Rényi entropy, κ = 0.7": Arm(
-        LossConfig(beta=1.0, alpha=1.0, value_scale=1.0, value_from="logprobs", kappa=KAPPA), "self"
+        tvkd.TVKD(beta=1.0, alpha=1.0, value_scale=1.0, value_from="logprobs", kappa=KAPPA), "self"
     ),
     "KL to the teacher": Arm(PAPER, "kl"),
 }
@@ -98,11 +99,11 @@ class ArmScorer:
         if self.arm.source == "length":
             steps = torch.cat([torch.arange(int(n)) for n in batch.cu_states.diff()]) * self.slope
             return Scores(reference.ref_logps, lse=steps, lse_kappa=steps)
-        if self.arm.loss.alpha == 0 or self.teacher is None:
+        if self.teacher is None:
             return Scores(reference.ref_logps)
         scores = replace(self.teacher.of(batch), ref_logps=reference.ref_logps)
         # The cache holds κ = 1 beside the other.
-        return replace(scores, lse_kappa=scores.lse) if self.arm.loss.kappa == 1.0 else scores
+        return replace(scores, lse_kappa=scores.lse) if self.arm.loss.teacher_kappa == 1.0 else scores
 
     @torch.no_grad()
     def _own(self, batch: PairBatch) -> Scores:
@@ -115,11 +116,10 @@ def length_slope(dataset: PairDataset, teacher: Scorer, batches: list[PairBatch]
     psi, lengths = [], []
     for batch in batches:
         scores = teacher.of(batch)
-        values = values_of(replace(scores, lse_kappa=scores.lse), PAPER)
-        assert values is not None
+        values = PAPER.values(replace(scores, lse_kappa=scores.lse))
         chosen, rejected = shaping_returns(values, batch.cu_states, ended=batch.ended).chunk(2)
         psi.append(chosen - rejected)
-        lengths.append(length_differences(batch).float())
+        lengths.append(batch.length_differences.float())
     shaped, longer = torch.cat(psi), torch.cat(lengths)
     sign = torch.sign(torch.corrcoef(torch.stack([shaped, longer]))[0, 1])
     return float(sign * shaped.std() / longer.std() / PAPER.beta)

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.learning.arms import KAPPA, Potential
-from tvkd_fast.data import PairDataset, ScoreCache
-from tvkd_fast.data.synthetic import max_rows, preference_rows
+from tvkd_fast.commands.final import FINAL, save_final
+from tvkd_fast.commands.score import ScoreConfig, score
+from tvkd_fast.commands.train import train
+from tvkd_fast.data import PairDataset
+from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.models import load_model, load_tokenizer
-from tvkd_fast.training.build import FINAL, load_dataset, save_final, score, train
-from tvkd_fast.training.config import DataConfig, ModelConfig, OptimConfig, ScoreConfig, TrainConfig
-from tvkd_fast.training.scoring import CachedScorer
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.scoring.cache import ScoreCache
+from tvkd_fast.scoring.scorer import CachedScorer
+from tvkd_fast.synthetic.bundled import max_rows, preference_rows
+from tvkd_fast.training.optim import OptimConfig
+from tvkd_fast.training.train_config import TrainConfig
 
 MODEL = "smollm2-135m"
 MODEL_CONFIG = ModelConfig(threads=1)

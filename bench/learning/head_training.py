@@ -29,15 +29,20 @@ from torch import Tensor
 from bench.harness.machine import made_by, write_report
 from bench.learning.policy_heads import EagerHead, RoundedHead
 from tvkd_fast import HeadGradient, HeadStats
-from tvkd_fast.data import PairDataset, ScoreCache, micro_batches, pairs_of_step
+from tvkd_fast.commands.models import load_policy
+from tvkd_fast.commands.score import ScoreConfig, score
+from tvkd_fast.commands.train import train
+from tvkd_fast.data import PairDataset, micro_batches, pairs_of_step
+from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import FusedLMHead, PolicyWithHead, load_tokenizer
-from tvkd_fast.training.build import load_dataset, score, train
-from tvkd_fast.training.config import DataConfig, LossConfig, ModelConfig, OptimConfig, ScoreConfig, TrainConfig
-from tvkd_fast.training.optim import learning_rate, make_optimizer
-from tvkd_fast.training.run_models import load_policy
-from tvkd_fast.training.scoring import CachedScorer
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.scoring.cache import ScoreCache
+from tvkd_fast.scoring.scorer import CachedScorer
+from tvkd_fast.training.optim import OptimConfig, learning_rate, make_optimizer
 from tvkd_fast.training.step import train_step
+from tvkd_fast.training.train_config import TrainConfig
 
 MODEL = "smollm2-135m"
 EXACT = "exact"
@@ -141,8 +146,7 @@ class Study:
                 self.scorers["train"],
                 list(micro_batches(self.train, order, size=self.arguments.pairs)),
                 optimizer,
-                LossConfig(beta=0.1),
-                objective="dpo",
+                DPO(beta=0.1),
                 clip_norm=1.0,
             )
             losses.append(float(out.loss))

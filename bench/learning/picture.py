@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from bench.tables.learning import SCREEN
-from tvkd_fast.training.plot import new_figure
+from tvkd_fast.commands.plot import new_figure
 
 COLOURS = ("#8d8d8d", "#c1440e", "#30638e", "#6a994e")
 

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from bench.learning.arms import ARMS, DPO
-from tvkd_fast.training.intervals import bootstrap_interval, paired_p
+from tvkd_fast.evaluation.intervals import bootstrap_interval, paired_p
 
 
 def ahead(runs: list[dict[str, Any]], cell: str) -> list[dict[str, Any]]:

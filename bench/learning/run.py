@@ -10,15 +10,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from bench.learning.arms import ARMS, Arm, ArmScorer, kl_loss, length_slope
 from bench.learning.cells import MODEL_CONFIG, SELECTED_FROM, Cell
+from tvkd_fast.commands.models import freeze, load_policy
 from tvkd_fast.data import MicroBatching, PairBatch, PairDataset, pairs_of_step
+from tvkd_fast.evaluation.evaluate import measure
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.training.config import LossConfig, OptimConfig
-from tvkd_fast.training.evaluate import measure
-from tvkd_fast.training.optim import learning_rate, make_optimizer
-from tvkd_fast.training.run_models import freeze, load_policy
-from tvkd_fast.training.scoring import CachedScorer
-from tvkd_fast.training.step import length_differences, train_step
+from tvkd_fast.scoring.scorer import CachedScorer
+from tvkd_fast.training.optim import OptimConfig, learning_rate, make_optimizer
+from tvkd_fast.training.step import train_step
 
 OPTIM = OptimConfig(lr=3e-5, warmup_steps=15)
 BATCHING = MicroBatching(tokens=1024)
@@ -89,7 +88,7 @@ def margins_of(
         (chosen, rejected), (was_chosen, was_rejected) = logps.chunk(2), known.chunk(2)
         margin = chosen - rejected
         gained = margin - (was_chosen - was_rejected)
-        return torch.stack([x.double() for x in (margin, chosen - was_chosen, gained, length_differences(batch))])
+        return torch.stack([x.double() for x in (margin, chosen - was_chosen, gained, batch.length_differences)])
 
     return measure(policy, PairDataset(dataset[:most], dataset.report), columns, batching=WIDE)
 
@@ -116,12 +115,11 @@ def _stepper(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -
         assert teacher is not None
         slope = length_slope(train, teacher, list(BATCHING.batches(train, range(len(train)))))
     scorer = ArmScorer(arm, cell.reference("train"), teacher, slope, policy)
-    config: LossConfig = arm.loss
 
     def prefer(pairs: list[int], optimizer: torch.optim.Optimizer) -> float:
         policy.train()
         batches = list(BATCHING.batches(train, pairs))
-        out = train_step(policy, scorer, batches, optimizer, config, objective="tvkd", clip_norm=1.0)
+        out = train_step(policy, scorer, batches, optimizer, arm.loss, clip_norm=1.0)
         return float(out.loss)
 
     return prefer

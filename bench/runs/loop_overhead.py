@@ -23,12 +23,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from bench.harness.machine import made_by, write_report
 from bench.runs.soak import make_models
+from tvkd_fast.commands import build
+from tvkd_fast.commands.models import load_policy
+from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.losses import segment_sums
-from tvkd_fast.training import build, trainer
-from tvkd_fast.training.config import DataConfig, ModelConfig, TrainConfig
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.training import trainer
 from tvkd_fast.training.optim import make_optimizer
-from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.step import StepOutput
+from tvkd_fast.training.train_config import TrainConfig
 
 SETTLING = 20
 """Steps at the start that are not looked at."""

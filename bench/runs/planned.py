@@ -23,19 +23,15 @@ from typing import Any
 import torch
 
 from bench.harness.machine import made_by, write_report
+from tvkd_fast.commands import build, plan
+from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed import launch
+from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import load_tokenizer, model_shape
-from tvkd_fast.training import build, plan
-from tvkd_fast.training.config import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    from_record,
-    micro_batching,
-)
-from tvkd_fast.training.footprint import Footprint
+from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.planning.footprint import Footprint
+from tvkd_fast.training.record import from_record
+from tvkd_fast.training.train_config import TrainConfig, micro_batching
 from tvkd_fast.training.trainer import Trainer
 from tvkd_fast.training.usage import process_bytes
 
@@ -90,7 +86,7 @@ def measure(config: TrainConfig, folder: Path) -> None:
     parts = plan.on_a_cpu(config, parts)
     del dataset
     with build._world(config) as world:
-        made = build._prepared(config, world, say=False)
+        made = build.prepare(config, world, say=False)
         trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
         Path("/proc/self/clear_refs").write_text("5")
         before = process_bytes("VmRSS")

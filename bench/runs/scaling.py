@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.machine import made_by, write_report
+from tvkd_fast.data.data_config import DataConfig
+from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import model_shape
-from tvkd_fast.training.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from tvkd_fast.training.footprint import Footprint, PairTokens
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.planning.footprint import Footprint, PairTokens
+from tvkd_fast.training.train_config import TrainConfig
 
 POLICY = "meta-llama/Llama-3.1-8B-Instruct"
 PAIRS, TOKENS = 4, 2048

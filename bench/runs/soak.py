@@ -30,7 +30,7 @@ import yaml
 from safetensors.torch import load_file
 
 from bench.harness.machine import made_by, write_report
-from tvkd_fast.data.folders import sha256_of
+from tvkd_fast.files import sha256_of
 from tvkd_fast.training.checkpoint import STATE, read_state
 
 SAVE_POINTS = ("before its shard", "half a shard", "before the checksums", "before the move", "before old ones go")
@@ -258,8 +258,8 @@ def make_models(folder: Path) -> None:
 
 def work(arguments: list[str]) -> None:
     """What a process of the run does: `tvkd train`, held where it is to be killed."""
-    from tvkd_fast.cli import load_recipe
-    from tvkd_fast.training import build
+    from tvkd_fast.cli.main import load_recipe
+    from tvkd_fast.commands import build
 
     folder, name, place = Path(arguments[0]), arguments[1], arguments[2]
     torch.set_num_threads(1)
@@ -272,8 +272,9 @@ def hold_at(place: str, reached: Path) -> None:
     """Let the run say that it has come to a place, and wait there to be killed."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    from tvkd_fast.data import folders
-    from tvkd_fast.training import build, checkpoint
+    from tvkd_fast import files
+    from tvkd_fast.commands import build
+    from tvkd_fast.training import checkpoint
 
     def hold() -> None:
         reached.touch()
@@ -320,7 +321,7 @@ def hold_at(place: str, reached: Path) -> None:
     elif place == "half a model":
         after_half(build, "save_model", lambda model, tokenizer, partial, *_: Path(partial))
     elif place == "before the model moves":
-        before(folders, "put_in_place")
+        before(files, "put_in_place")
 
 
 if __name__ == "__main__":

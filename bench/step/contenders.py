@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.data import MicroBatching, PairBatch, Scores, TokenizedPair
+from tvkd_fast.commands.models import load_policy
+from tvkd_fast.data import MicroBatching, PairBatch, TokenizedPair
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.ops import HeadGradient
-from tvkd_fast.training.config import LossConfig, ModelConfig, OptimConfig
-from tvkd_fast.training.optim import make_optimizer
-from tvkd_fast.training.run_models import load_policy
+from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.training.optim import OptimConfig, make_optimizer
 from tvkd_fast.training.step import train_step
 from tvkd_fast.training.usage import process_bytes
 
@@ -157,8 +159,7 @@ def ours(gradient: HeadGradient, tokens: int | None, job: Job, turns: Turns) -> 
             Given(job.ref_logps),
             list(batching.batches(job.pairs, job.of_step(step))),
             optimizer,
-            LossConfig(beta=BETA),
-            objective="dpo",
+            DPO(beta=BETA),
             clip_norm=CLIP,
         )
         turns.stop()

@@ -24,9 +24,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.harness.machine import made_by, seconds, versions, write_report
 from bench.step.comparison import make_job
 from bench.step.contenders import BETA, CLIP, LR, Given
-from tvkd_fast.training.config import LossConfig, ModelConfig, OptimConfig
-from tvkd_fast.training.optim import make_optimizer
-from tvkd_fast.training.run_models import load_policy
+from tvkd_fast.commands.models import load_policy
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.training.optim import OptimConfig, make_optimizer
 from tvkd_fast.training.step import train_step
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -103,8 +104,7 @@ def main() -> None:
     def step(number: int) -> None:
         with record_function(DATA):
             batches = list(job.batching.batches(job.pairs, job.of_step(number)))
-        options: dict[str, Any] = {"objective": "dpo", "clip_norm": CLIP}
-        train_step(policy, Given(job.ref_logps), batches, optimizer, LossConfig(beta=BETA), **options)
+        train_step(policy, Given(job.ref_logps), batches, optimizer, DPO(beta=BETA), clip_norm=CLIP)
 
     step(0)
     options: dict[str, Any] = {"record_shapes": True, "with_flops": True}

@@ -26,12 +26,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.harness.machine import made_by, seconds, versions, write_report
 from bench.head.comparison import fastest_tiling, product
-from tvkd_fast.data import MicroBatching, PairDataset, ScoreCache, ScoreManifest, build_dataset, pairs_of_step
+from tvkd_fast.data import MicroBatching, PairDataset, build_dataset, pairs_of_step
 from tvkd_fast.distributed import World
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead, load_model, load_tokenizer
-from tvkd_fast.training.config import LossConfig, OptimConfig
-from tvkd_fast.training.optim import make_optimizer
-from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, score_dataset, score_to_disk
+from tvkd_fast.objectives import Objective
+from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.objectives.tvkd import TVKD
+from tvkd_fast.scoring.cache import ScoreCache, ScoreManifest
+from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, score_dataset, score_to_disk
+from tvkd_fast.training.optim import OptimConfig, make_optimizer
 from tvkd_fast.training.step import train_step
 
 PAIRS_PER_SHARD = 16
@@ -111,9 +114,13 @@ def training(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, A
     reference = tiny(vocabulary, 0).eval()
     teacher = TeacherWithHead(tiny(vocabulary, 1).model, packing="shared")
     steps: dict[str, Callable[[int], Any]] = {}
-    for objective, scorer in (("dpo", OnlineScorer(reference, None)), ("tvkd", OnlineScorer(reference, teacher))):
+    scorers: list[tuple[Objective, OnlineScorer]] = [
+        (DPO(), OnlineScorer(reference, None)),
+        (TVKD(gamma=0.9), OnlineScorer(reference, teacher)),
+    ]
+    for objective, scorer in scorers:
         cache = score_dataset(dataset, scorer, manifest(dataset, scorer), batching=batching, world=World(CPU))
-        steps[objective] = stepper(tiny(vocabulary, 0), cache, dataset, batching, objective)
+        steps[objective.name] = stepper(tiny(vocabulary, 0), cache, dataset, batching, objective)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for step in range(arguments.steps + 10):
         for name in sorted(steps, reverse=step % 2 == 1):
@@ -133,17 +140,16 @@ def training(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, A
 
 
 def stepper(
-    policy: PolicyWithHead, cache: ScoreCache, dataset: PairDataset, batching: MicroBatching, objective: str
+    policy: PolicyWithHead, cache: ScoreCache, dataset: PairDataset, batching: MicroBatching, objective: Objective
 ) -> Callable[[int], Any]:
     """Takes the step of a number, its pairs packed and its scores looked up."""
     optimizer = make_optimizer(policy, OptimConfig(lr=1e-6))
     scorer = CachedScorer(cache)
-    loss = LossConfig(gamma=0.9)
 
     def step(number: int) -> None:
         order = pairs_of_step(0, number, num_pairs=len(dataset), pairs_per_step=8)
         batches = list(batching.batches(dataset, order))
-        train_step(policy, scorer, batches, optimizer, loss, objective=objective, clip_norm=1.0)
+        train_step(policy, scorer, batches, optimizer, objective, clip_norm=1.0)
 
     return step
 

@@ -10,12 +10,12 @@ from threading import Timer
 import pytest
 import torch
 
-from tvkd_fast.data import MicroBatching, Scores, build_dataset
+from tvkd_fast.commands.models import load_policy
+from tvkd_fast.data import MicroBatching, build_dataset
 from tvkd_fast.losses import shaping_returns
 from tvkd_fast.models import load_tokenizer
-from tvkd_fast.training.config import ModelConfig
-from tvkd_fast.training.run_models import load_policy
-from tvkd_fast.training.step import values_of
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.scoring.cache import Scores
 
 needs_scipy = pytest.mark.skipif(
     find_spec("scipy") is None, reason="scipy is not installed: pip install 'tvkd_fast[bench]'"
@@ -140,7 +140,7 @@ def test_a_length_alone_is_as_wide_as_the_teachers_offset(pairs):
     for batch in batches:
         for found, source in ((offsets, scorer), (wanted, Teacher())):
             scores = source.of(batch)
-            values = values_of(Scores(lse=scores.lse, lse_kappa=scores.lse), PAPER)
+            values = PAPER.values(Scores(lse=scores.lse, lse_kappa=scores.lse))
             chosen, rejected = shaping_returns(values, batch.cu_states, ended=batch.ended).chunk(2)
             found.append(chosen - rejected)
         chosen, rejected = batch.cu_seqlens.diff().chunk(2)

@@ -10,9 +10,9 @@ from tokenizers import normalizers
 from tvkd_fast.data import BadPair, build_dataset, retokenize
 from tvkd_fast.data.dataset import PairDataset, report_of
 from tvkd_fast.data.formats import Preference
-from tvkd_fast.data.synthetic import preference_rows
 from tvkd_fast.data.tokenization import tokenize_pair, truncate_pair
 from tvkd_fast.models import load_tokenizer
+from tvkd_fast.synthetic.bundled import preference_rows
 
 TURNS = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"

@@ -13,8 +13,7 @@ from tvkd_fast.data import MicroBatching
 from tvkd_fast.distributed import World, joined, shard_policy, whole
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.checkpoint import CheckpointError, Checkpoints
-from tvkd_fast.training.config import OptimConfig
-from tvkd_fast.training.optim import make_optimizer
+from tvkd_fast.training.optim import OptimConfig, make_optimizer
 
 
 def weights(policy: PolicyWithHead) -> list[torch.Tensor]:

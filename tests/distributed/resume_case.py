@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from tvkd_fast.cli import load_recipe
-from tvkd_fast.training import build, trainer
-from tvkd_fast.training.stop import Stopped
+from tvkd_fast.cli.main import load_recipe
+from tvkd_fast.commands import build
+from tvkd_fast.training import trainer
+from tvkd_fast.training.signals import Stopped
 
 
 def main() -> None:

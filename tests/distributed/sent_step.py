@@ -7,13 +7,14 @@ import sys
 import torch
 import torch._C._distributed_c10d as c10d
 
-from tvkd_fast.cli import load_recipe
-from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.cli.main import load_recipe
+from tvkd_fast.commands import build
+from tvkd_fast.commands.plan import tokens_of
+from tvkd_fast.data import PairBatch
 from tvkd_fast.distributed import World, joined
 from tvkd_fast.models import model_shape
-from tvkd_fast.training import build
-from tvkd_fast.training.footprint import Footprint
-from tvkd_fast.training.plan import tokens_of
+from tvkd_fast.planning.footprint import Footprint
+from tvkd_fast.scoring.cache import Scores
 from tvkd_fast.training.trainer import Trainer
 
 SCALARS = 64
@@ -26,7 +27,7 @@ def main() -> None:
     (replicas,) = {config.parallel.replicas for config in configs}
     with joined(torch.device("cpu"), replicas=replicas, timeout_s=120) as world:
         for config in configs:
-            made = build._prepared(config, world, say=False)
+            made = build.prepare(config, world, say=False)
             trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
             sent: dict[str, float] = {}
             # A first step learns what goes where.

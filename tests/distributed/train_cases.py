@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from tvkd_fast.cli import load_recipe
+from tvkd_fast.cli.main import load_recipe
+from tvkd_fast.commands import build
+from tvkd_fast.commands.score import ScoreConfig
 from tvkd_fast.distributed import joined
-from tvkd_fast.training import build
-from tvkd_fast.training.config import ScoreConfig
 
 
 def main() -> None:

@@ -158,9 +158,13 @@ def test_shaping_is_a_shift_of_the_reference(
 def test_it_is_what_this_projects_own_trainer_computes(
     make: Callable[..., Any], folders: tuple[str, str], tmp_path: Path
 ) -> None:
-    from tvkd_fast.training.build import train
-    from tvkd_fast.training.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+    from tvkd_fast.commands.train import train
+    from tvkd_fast.data.data_config import DataConfig
+    from tvkd_fast.models.model_config import ModelConfig
+    from tvkd_fast.objectives.tvkd import TVKD
     from tvkd_fast.training.metrics import read_metrics
+    from tvkd_fast.training.optim import OptimConfig
+    from tvkd_fast.training.train_config import TrainConfig
 
     rows = pairs(8)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -169,7 +173,7 @@ def test_it_is_what_this_projects_own_trainer_computes(
         teacher=folders[1],
         output_dir=str(tmp_path / "own"),
         data=DataConfig(train=str(tmp_path / "pairs.jsonl"), max_length=40),
-        loss=LossConfig(beta=0.1, gamma=0.9, value_scale=20.0),
+        loss=TVKD(beta=0.1, gamma=0.9, value_scale=20.0),
         optim=OptimConfig(lr=1e-3, clip_norm=1.0, final_lr_ratio=1.0),
         model=ModelConfig(packing="shared"),
         pairs_per_step=8,
@@ -200,8 +204,8 @@ def test_it_is_what_this_projects_own_trainer_computes(
 @pytest.fixture
 def scored(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., str]:
     """A folder of what the teacher says of rows, by `tvkd score`."""
-    from tvkd_fast.training.build import score
-    from tvkd_fast.training.config import DataConfig, ScoreConfig
+    from tvkd_fast.commands.score import ScoreConfig, score
+    from tvkd_fast.data.data_config import DataConfig
 
     def make_scores(rows: list[dict[str, str]], *, max_length: int = 40, **changes: Any) -> str:
         folder = tmp_path / f"scores-{len(list(tmp_path.glob('scores-*.jsonl')))}"

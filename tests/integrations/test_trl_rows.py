@@ -11,14 +11,14 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'tvkd_fast[
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from tvkd_fast.commands.score import ScoreConfig, score
 from tvkd_fast.data import BadPair, build_dataset
+from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.integrations.rows import ROW, WithReturns
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
 from tvkd_fast.integrations.trl import RETURNS, TVKDConfig, TVKDTrainer
 from tvkd_fast.models import load_model
-from tvkd_fast.training.build import score
-from tvkd_fast.training.config import DataConfig, ScoreConfig
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}END{% endfor %}"

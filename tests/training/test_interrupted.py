@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tvkd_fast import cli
 from tvkd_fast.training import trainer as trainer_module
 from tvkd_fast.training.metrics import read_metrics
-from tvkd_fast.training.stop import Stopped
+from tvkd_fast.training.signals import Stopped
 
 
 def weights(config):
@@ -105,7 +105,7 @@ def test_it_is_replayed_pair_by_pair(broken, capsys):
 
 
 def test_a_replay_of_bad_weights_names_the_pairs(broken, monkeypatch, capsys):
-    from tvkd_fast.training import build
+    from tvkd_fast.commands import build
 
     real = build.replay_pairs
 

@@ -6,10 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tvkd_fast.data import MicroBatching, Scores, build_dataset, collate_packed, micro_batches
+from tvkd_fast.data import MicroBatching, build_dataset, collate_packed, micro_batches
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
-from tvkd_fast.training.config import LossConfig
-from tvkd_fast.training.scoring import OnlineScorer, RewardTeacher
+from tvkd_fast.objectives import Need
+from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.objectives.sft import SFT
+from tvkd_fast.objectives.tvkd import TVKD
+from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher
 from tvkd_fast.training.step import train_step
 
 
@@ -59,7 +63,11 @@ def reward_return(teacher, own, prompt, response, ended, config):
     return sum(config.gamma * after - before for before, after in pairwise(values))
 
 
-def twin_loss(models, dataset, config, objective):
+def rewards_of(config):
+    return Need.TEACHER_REWARDS in config.needs
+
+
+def twin_loss(models, dataset, config):
     policy, reference, teacher = models
     losses = []
     for pair in dataset:
@@ -70,13 +78,13 @@ def twin_loss(models, dataset, config, objective):
         ):
             with torch.no_grad():
                 ref = row_logp(reference, pair.prompt_ids, response)
-                psi = 0.0
-                if config.value_from == "implicit_reward":
-                    psi = reward_return(teacher, reference, pair.prompt_ids, response, ended, config)
-                elif objective == "tvkd":
-                    psi = row_return(teacher, pair.prompt_ids, response, ended, config)
+                shaping = 0.0
+                if rewards_of(config):
+                    shaping = config.alpha * reward_return(teacher, reference, pair.prompt_ids, response, ended, config)
+                elif isinstance(config, TVKD):
+                    shaping = config.alpha * row_return(teacher, pair.prompt_ids, response, ended, config)
             rho = row_logp(policy, pair.prompt_ids, response) - ref
-            margin = margin + sign * (config.beta * rho - config.alpha * psi)
+            margin = margin + sign * (config.beta * rho - shaping)
         smoothing = config.label_smoothing
         losses.append(
             -(1 - smoothing) * torch.nn.functional.logsigmoid(margin)
@@ -86,13 +94,13 @@ def twin_loss(models, dataset, config, objective):
 
 
 CONFIGS = [
-    ("dpo", LossConfig()),
-    ("tvkd", LossConfig()),
-    ("tvkd", LossConfig(gamma=0.9, terminal="eos", alpha=0.5, label_smoothing=0.1)),
-    ("tvkd", LossConfig(gamma=0.95, terminal="zero", kappa=0.7, value_scale=0.3, beta=0.2)),
-    ("tvkd", LossConfig(gamma=0.5, kappa=0.7, value_from="logprobs", alpha=-1.0)),
-    ("tvkd", LossConfig(value_from="implicit_reward")),
-    ("tvkd", LossConfig(value_from="implicit_reward", gamma=0.9, terminal="zero", value_scale=0.3)),
+    DPO(),
+    TVKD(),
+    TVKD(gamma=0.9, terminal="eos", alpha=0.5, label_smoothing=0.1),
+    TVKD(gamma=0.95, terminal="zero", kappa=0.7, value_scale=0.3, beta=0.2),
+    TVKD(gamma=0.5, kappa=0.7, value_from="logprobs", alpha=-1.0),
+    TVKD(value_from="implicit_reward"),
+    TVKD(value_from="implicit_reward", gamma=0.9, terminal="zero", value_scale=0.3),
 ]
 
 
@@ -102,17 +110,17 @@ BATCHINGS = [
 ]
 
 
-@pytest.mark.parametrize(("objective", "config"), CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.name} {config.describe()}")
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_loss_and_gradient_are_the_twins(objective, config, batching, models, dataset):
+def test_loss_and_gradient_are_the_twins(config, batching, models, dataset):
     policy, reference, teacher = models
-    expected = twin_loss(models, dataset, config, objective)
+    expected = twin_loss(models, dataset, config)
     expected.backward()
     wanted = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     frozen = PolicyWithHead(reference, packing=batching.packing)
-    if config.value_from == "implicit_reward":
+    if rewards_of(config):
         of_values = RewardTeacher(PolicyWithHead(teacher, packing=batching.packing), frozen)
     else:
         of_values = TeacherWithHead(teacher, kappa=config.kappa, packing=batching.packing)
@@ -122,7 +130,6 @@ def test_loss_and_gradient_are_the_twins(objective, config, batching, models, da
         list(batching.batches(dataset, range(len(dataset)))),
         torch.optim.SGD(policy.parameters(), lr=1.0),
         config,
-        objective=objective,
         clip_norm=0.0,
     )
     torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-10, atol=1e-12)
@@ -142,8 +149,7 @@ def test_sft_is_the_mean_over_chosen_tokens(batching, models, dataset):
         OnlineScorer(None, None),
         list(batching.batches(dataset, range(len(dataset)), chosen_only=True)),
         torch.optim.SGD(policy.parameters(), lr=0.1),
-        LossConfig(),
-        objective="sft",
+        SFT(),
         clip_norm=1.0,
     )
     torch.testing.assert_close(out.loss, expected.detach(), rtol=1e-10, atol=1e-12)
@@ -160,8 +166,7 @@ def test_an_empty_micro_batch_adds_nothing_and_goes_through_everything(models, d
             OnlineScorer(PolicyWithHead(reference, packing="shared"), TeacherWithHead(teacher, packing="shared")),
             batches,
             torch.optim.SGD(policy.parameters(), lr=0.0),
-            LossConfig(),
-            objective="tvkd",
+            TVKD(),
             clip_norm=1.0,
         )
         losses.append((out.loss, out.grad_norm))
@@ -180,8 +185,7 @@ def test_gradients_are_clipped_to_the_norm(models, dataset):
         OnlineScorer(PolicyWithHead(reference), None),
         list(micro_batches(dataset, range(len(dataset)), size=5)),
         torch.optim.SGD(policy.parameters(), lr=1.0),
-        LossConfig(),
-        objective="dpo",
+        DPO(),
         clip_norm=0.25,
     )
     moved = torch.cat([(b - p).detach().flatten() for b, p in zip(before, policy.parameters(), strict=True)])
@@ -203,8 +207,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_and_names_its_pairs(models
             BrokenReference(),
             list(micro_batches(dataset, [3, 0], size=1)),
             torch.optim.SGD(policy.parameters(), lr=1.0),
-            LossConfig(),
-            objective="dpo",
+            DPO(),
             clip_norm=1.0,
         )
     assert all(torch.equal(b, p) for b, p in zip(before, policy.parameters(), strict=True))

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from tvkd_fast.training.build import train
-from tvkd_fast.training.config import LoraConfig, ModelConfig, OptimConfig
-from tvkd_fast.training.optim import make_optimizer
-from tvkd_fast.training.run_models import load_policy
+from tvkd_fast.commands.models import load_policy
+from tvkd_fast.commands.train import train
+from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.training.optim import OptimConfig, make_optimizer
 from tvkd_fast.training.usage import StepFlops, memory_by_part
 
 

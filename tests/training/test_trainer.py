@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tvkd_fast.models.model_config import ModelConfig
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.training import trainer as trainer_module
 from tvkd_fast.training.checkpoint import SHARD_OF_ONE, CheckpointError
-from tvkd_fast.training.config import ModelConfig, OptimConfig, TrainConfig
 from tvkd_fast.training.metrics import MetricsLog, read_metrics
-from tvkd_fast.training.optim import learning_rate
+from tvkd_fast.training.optim import OptimConfig, learning_rate
+from tvkd_fast.training.train_config import TrainConfig
 
 
 def lines(config):
@@ -254,7 +255,7 @@ def test_a_full_disk_keeps_the_old_final_model(make_config, run, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tvkd_fast.training.build.save_model", full)
+    monkeypatch.setattr("tvkd_fast.commands.build.save_model", full)
     with pytest.raises(ValueError, match=r"could not save the model to .*Free some space .*final is as it was"):
         run(config)
     assert same(weights(config), before)

@@ -1,4 +1,4 @@
-"""Preference data, from files to micro-batches, and the scores that teacher and reference leave of it."""
+"""Preference data, from files to micro-batches."""
 
 from tvkd_fast.data.batch import Layout, PairBatch, collate_pairs, micro_batches
 from tvkd_fast.data.dataset import (
@@ -13,7 +13,6 @@ from tvkd_fast.data.formats import BadPair, Preference, load_preferences
 from tvkd_fast.data.order import pairs_of_epochs, pairs_of_step
 from tvkd_fast.data.packing import MicroBatching, Packing, collate_packed, first_fit, packed_length
 from tvkd_fast.data.retokenize import retokenize
-from tvkd_fast.data.scores import ScoreCache, ScoreLayout, ScoreManifest, Scores, ScoreWriter, describe, read_manifest
 from tvkd_fast.data.tokenization import TokenizedPair, tokenize_pair, truncate_pair
 
 __all__ = [
@@ -24,11 +23,6 @@ __all__ = [
     "PairBatch",
     "PairDataset",
     "Preference",
-    "ScoreCache",
-    "ScoreLayout",
-    "ScoreManifest",
-    "ScoreWriter",
-    "Scores",
     "TokenReport",
     "TokenizedPair",
     "build_dataset",
@@ -36,7 +30,6 @@ __all__ = [
     "check_token_ids",
     "collate_packed",
     "collate_pairs",
-    "describe",
     "fingerprint_tokenizer",
     "first_fit",
     "load_preferences",
@@ -44,7 +37,6 @@ __all__ = [
     "packed_length",
     "pairs_of_epochs",
     "pairs_of_step",
-    "read_manifest",
     "retokenize",
     "tokenize_pair",
     "truncate_pair",

@@ -55,6 +55,17 @@ class PairBatch:
     def num_pairs(self) -> int:
         return self.pairs.shape[0]
 
+    @property
+    def lengths(self) -> Tensor:
+        """(2P,) int64 tokens of each response; (P,) in SFT."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def length_differences(self) -> Tensor:
+        """(P,) chosen length − rejected length, in tokens."""
+        chosen, rejected = self.lengths.chunk(2)
+        return chosen - rejected
+
     def to(self, device: torch.device | str) -> PairBatch:
         moved: dict[str, Any] = {}
         for field in fields(self):

@@ -254,7 +254,7 @@ def _load(
 ) -> LoadedPreferences:
     if not (isinstance(source, str) and source.startswith("bundled:")):
         return load_preferences(source, split=split, subset=subset, limit=limit, bad_pairs=bad_pairs, read=read)
-    from tvkd_fast.data.synthetic import preference_rows
+    from tvkd_fast.synthetic.bundled import preference_rows
 
     matched = re.fullmatch(r"bundled:(train|eval)(?::([1-9]\d*))?", source)
     if matched is None:

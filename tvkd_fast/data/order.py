@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sized
 from functools import lru_cache
 
 import torch
@@ -33,3 +34,12 @@ def _epoch_order(seed: int, epoch: int, num_pairs: int) -> list[int]:
     digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(num_pairs, generator=generator).tolist()
+
+
+def check_step(pairs_per_step: int, dataset: Sized) -> None:
+    """ValueError where a step takes more pairs than there are."""
+    if pairs_per_step > len(dataset):
+        raise ValueError(
+            f"a step takes {pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "
+            "lower --pairs_per_step, or give more data"
+        )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from tvkd_fast.models import PolicyWithHead
-
-Recompute = Literal["none", "selective", "full"]
+from tvkd_fast.models.model_config import Recompute
 
 KEPT = (
     torch.ops.aten.mm.default,

@@ -13,16 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tvkd_fast.data import (
-    PairDataset,
-    ScoreCache,
-    TokenizedPair,
-    TokenReport,
-    collate_pairs,
-    read_manifest,
-)
-from tvkd_fast.data.scores import MANIFEST
+from tvkd_fast.data import PairDataset, TokenizedPair, TokenReport, collate_pairs
 from tvkd_fast.integrations.teacher import ShapingSettings
+from tvkd_fast.scoring.cache import MANIFEST, ScoreCache, read_manifest
 
 AT_ONCE = 256
 """Pairs that are looked up together."""

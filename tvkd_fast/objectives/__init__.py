@@ -1,18 +1,27 @@
 """Objectives: what a policy is trained for. One file each; nothing outside this folder knows their names."""
 
-from tvkd_fast.objectives.contract import TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers, known
-from tvkd_fast.objectives.registry import DEFAULT, as_objective, objective, objective_named, objectives
+from tvkd_fast.objectives.contract import SCORED, TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers, known
+from tvkd_fast.objectives.registry import (
+    DEFAULT,
+    objective,
+    objective_named,
+    objectives,
+    settings_of,
+    shared_settings,
+)
 
 __all__ = [
     "DEFAULT",
+    "SCORED",
     "TEACHER",
     "Need",
     "Objective",
     "ObjectiveOutput",
     "PolicyNumbers",
-    "as_objective",
     "known",
     "objective",
     "objective_named",
     "objectives",
+    "settings_of",
+    "shared_settings",
 ]

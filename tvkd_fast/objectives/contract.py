@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.data import PairBatch
+from tvkd_fast.scoring.cache import Scores
 
 
 class Need(Enum):
@@ -25,6 +26,8 @@ class Need(Enum):
 
 
 TEACHER = frozenset({Need.TEACHER_SUMS, Need.TEACHER_REWARDS})
+SCORED = TEACHER | {Need.REFERENCE}
+"""What frozen models are run for, or a cache is read for."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class ObjectiveOutput:
     """(P,): what shaping takes from the margin. None without shaping."""
 
 
+@dataclass(kw_only=True)
 class Objective:
     """The base of all objectives: each is a dataclass of its settings, in a file of its own, with `@objective(name)`.
 
@@ -64,8 +68,11 @@ class Objective:
     """On the command line and in recipes; `@objective` sets it."""
     divided_by: ClassVar[Literal["pairs", "tokens"]] = "pairs"
     """What the sum of the losses is divided by: the pairs of the step, or the response tokens of the step."""
-    kappa: float = 1.0
-    """κ at which TEACHER_SUMS are wanted."""
+
+    @property
+    def teacher_kappa(self) -> float:
+        """κ at which TEACHER_SUMS are wanted."""
+        return 1.0
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -99,3 +106,17 @@ def known(scores: Scores) -> frozenset[Need]:
     if scores.reward is not None:
         found.add(Need.TEACHER_REWARDS)
     return frozenset(found)
+
+
+def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:
+    """ValueError where a teacher's own reference is wanted and missing, or given and not wanted."""
+    wanted = Need.TEACHER_REWARDS in objective.needs
+    if teacher is not None and wanted and teacher_reference is None:
+        raise ValueError(
+            "value_from='implicit_reward' is what the teacher gained over its own reference, the model that it was "
+            "before DPO: set --teacher_reference"
+        )
+    if teacher_reference is not None and not (wanted and teacher is not None):
+        raise ValueError(
+            "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
+        )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvkd_fast.data import PairBatch, Scores
-from tvkd_fast.losses import check_preference_settings, dpo_loss
+from tvkd_fast.data import PairBatch
+from tvkd_fast.losses import dpo_loss
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
+from tvkd_fast.ranges import POSITIVE, Range, check_numbers, number
+from tvkd_fast.scoring.cache import Scores
 
 
 @objective("dpo")
@@ -18,13 +20,13 @@ from tvkd_fast.objectives.registry import objective
 class DPO(Objective):
     """−(1−λ) log σ(m) − λ log σ(−m), m = β[ρ_w − ρ_l], ρ = log π_θ(y) − log π_ref(y)."""
 
-    beta: float = 0.1
+    beta: float = number(0.1, POSITIVE)
     """β > 0: strength of the KL term."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, Range(0, 0.5, without_high=True))
     """λ in [0, 0.5): share of preferences taken to be wrong."""
 
     def __post_init__(self) -> None:
-        check_preference_settings(self.beta, 0.0, self.label_smoothing)
+        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tvkd_fast.objectives.contract import Objective
 
@@ -50,13 +50,22 @@ def objective_named(name: str) -> type[Objective]:
     return found[name]
 
 
-def as_objective(name: str, settings: Objective | Mapping[str, Any] | None = None) -> Objective:
-    """The objective of that name, under these settings: its own, or those that another one shares with it."""
+def settings_of(name: str, settings: Objective | None = None) -> Objective:
+    """The settings of that objective: those given, or its defaults. ValueError where they are another objective's."""
     cls = objective_named(name)
-    if isinstance(settings, cls):
-        return settings
-    if isinstance(settings, Objective):
-        settings = settings.settings()
+    if settings is None:
+        return cls()
+    if not isinstance(settings, cls):
+        raise ValueError(
+            f"the settings are of the objective {settings.name} and not of {name}: set objective={settings.name!r}, or "
+            f"give it {cls.__name__}(...)"
+        )
+    return settings
+
+
+def shared_settings(name: str, settings: Objective) -> Objective:
+    """The objective of that name under the settings that another one has in common with it."""
+    cls = objective_named(name)
     assert is_dataclass(cls)
     own = {field.name for field in fields(cls)}
-    return cls(**{key: value for key, value in (settings or {}).items() if key in own})
+    return cls(**{key: value for key, value in settings.settings().items() if key in own})

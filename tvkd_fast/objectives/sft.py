@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.data import PairBatch
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
+from tvkd_fast.scoring.cache import Scores
 
 
 @objective("sft")

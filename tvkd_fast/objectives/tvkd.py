@@ -11,12 +11,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from tvkd_fast.data import PairBatch, Scores
-from tvkd_fast.losses import check_discount, check_preference_settings, shaping_returns, tvkd_loss
+from tvkd_fast.data import PairBatch
+from tvkd_fast.losses import shaping_returns, tvkd_loss
 from tvkd_fast.objectives.contract import TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ops import check_kappa, soft_values
+from tvkd_fast.ops import soft_values
+from tvkd_fast.ranges import FINITE, POSITIVE, SHARE, Range, check_numbers, number
+from tvkd_fast.scoring.cache import Scores
 
 
 @objective("tvkd")
@@ -24,28 +26,26 @@ from tvkd_fast.ops import check_kappa, soft_values
 class TVKD(Objective):
     """−(1−λ) log σ(m) − λ log σ(−m), m = β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l], Ψ(y) = Σ_t γ V(s_{t+1}) − V(s_t)."""
 
-    beta: float = 0.1
+    beta: float = number(0.1, POSITIVE)
     """β > 0: strength of the KL term."""
-    alpha: float = 1.0
+    alpha: float = number(1.0, FINITE)
     """α: strength and sign of the teacher's shaping; 0 is DPO."""
-    gamma: float = 1.0
+    gamma: float = number(1.0, SHARE)
     """γ in [0, 1]: discount of the shaping."""
-    kappa: float = 1.0
+    kappa: float = number(1.0, POSITIVE)
     """κ > 0: inverse temperature of the teacher's soft value."""
-    value_scale: float | None = None
+    value_scale: float | None = number(None, FINITE)
     """b: scale of the soft value; β where not given, as in the paper."""
     value_from: Literal["logits", "logprobs", "implicit_reward"] = "logits"
     """Soft value from the teacher's logits (the paper), its log-probabilities (needs κ ≠ 1), or its DPO reward so far
     (needs teacher_reference)."""
     terminal: Literal["last_content", "eos", "zero"] = "last_content"
     """Which state ends the shaping sum."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, Range(0, 0.5, without_high=True))
     """λ in [0, 0.5): share of preferences taken to be wrong."""
 
     def __post_init__(self) -> None:
-        check_preference_settings(self.beta, self.alpha, self.label_smoothing)
-        check_discount(self.gamma)
-        check_kappa(self.kappa)
+        check_numbers(self, "loss")
         if self.value_from == "logprobs" and self.kappa == 1.0:
             raise ValueError(
                 "value_from='logprobs' is 0 everywhere at kappa=1: set --loss.kappa to another value, such as 0.7"
@@ -55,6 +55,10 @@ class TVKD(Objective):
     def needs(self) -> frozenset[Need]:
         teacher = Need.TEACHER_REWARDS if self.value_from == "implicit_reward" else Need.TEACHER_SUMS
         return frozenset({Need.REJECTED, Need.REFERENCE, teacher})
+
+    @property
+    def teacher_kappa(self) -> float:
+        return self.kappa
 
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
         assert scores.ref_logps is not None

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tvkd_fast.data.folders import sha256_of
 from tvkd_fast.distributed import World
+from tvkd_fast.files import sha256_of
 
 STATE = "state.json"
 SHARD_OF_ONE = "shard-00001-model-00001-of-00001.safetensors"
@@ -243,7 +243,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
     """Raises CheckpointError, with what differs, where the checkpoint is of another run than this one."""
-    found = read_state(path)["identity"]
+    found = dict(read_state(path)["identity"])
+    if isinstance(found.get("loss"), dict) and found.get("objective") == identity.get("objective"):
+        # Before objectives had settings of their own, every run recorded all of TVKD's.
+        found["loss"] = {key: x for key, x in found["loss"].items() if key in identity.get("loss", {})}
     for name, value in identity.items():
         if found.get(name) != value:
             raise CheckpointError(

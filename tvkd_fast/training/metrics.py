@@ -17,15 +17,15 @@ from tqdm import tqdm
 
 from tvkd_fast.data import PairBatch
 from tvkd_fast.distributed import World
+from tvkd_fast.evaluation.evaluate import shaping_metrics
+from tvkd_fast.files import written
 from tvkd_fast.losses import shaping_report
-from tvkd_fast.training.outputs import written
+from tvkd_fast.objectives import ObjectiveOutput
 from tvkd_fast.training.step import StepOutput
 
 
 class Interval:
     """What steps since the last line of metrics have said: left on the device until it is read, over all processes."""
-
-    COLUMNS = ("margins", "shaping_margins", "chosen_rewards", "rejected_rewards")
 
     def __init__(self) -> None:
         self._steps: list[StepOutput] = []
@@ -41,11 +41,11 @@ class Interval:
         """Waits for the device, and for the other processes; then begins anew."""
         taken = [out for out in self._steps if not out.skipped]
         columns = [
-            torch.stack([*(getattr(output, name).double() for name in self.COLUMNS), lengths.double()]).cpu()
+            compared_pairs(output, lengths).cpu()
             for out in taken
             for output, lengths in zip(out.outputs, out.length_differences, strict=True)
         ]
-        mine = torch.cat(columns, 1) if columns else torch.zeros(len(self.COLUMNS) + 1, 0, dtype=torch.float64)
+        mine = torch.cat(columns, 1) if columns else torch.zeros(5, 0, dtype=torch.float64)
         everyone = world.everyone((mine, self._counts))
         tokens, response_tokens, room = torch.stack([counts for _, counts in everyone]).sum(0).tolist()
         found = IntervalNumbers(
@@ -61,6 +61,16 @@ class Interval:
         return found
 
 
+def compared_pairs(output: ObjectiveOutput, lengths: torch.Tensor) -> torch.Tensor:
+    """[5, P] float64: margin, shaping margin (0 without shaping), chosen and rejected reward, length difference."""
+    assert output.margins is not None
+    assert output.chosen_rewards is not None
+    assert output.rejected_rewards is not None
+    shaping = torch.zeros_like(output.margins) if output.shaping_margins is None else output.shaping_margins
+    numbers = (output.margins, shaping, output.chosen_rewards, output.rejected_rewards, lengths)
+    return torch.stack([x.double() for x in numbers])
+
+
 @dataclass(frozen=True)
 class IntervalNumbers:
     """An interval's numbers, on the host."""
@@ -71,7 +81,8 @@ class IntervalNumbers:
     skipped: int
     """Steps that were not, their loss or gradient being NaN or inf."""
     pairs: torch.Tensor
-    """[5, P] of every pair: margin, shaping margin, chosen and rejected reward, length difference; P = 0 in sft."""
+    """[5, P] of every pair: margin, shaping margin, chosen and rejected reward, length difference; P = 0 where the
+    objective compares nothing."""
     tokens: int
     """That went through the policy."""
     response_tokens: int
@@ -104,17 +115,6 @@ class IntervalNumbers:
 
 def _mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def shaping_metrics(margins: torch.Tensor, shaping_margins: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    """The shaping's diagnostics (docs/method.md) beside its mean margin."""
-    report = shaping_report(margins, shaping_margins, lengths)
-    return {
-        "shaping_margin": float(shaping_margins.double().mean()),
-        "shaping_std_ratio": report.std_ratio,
-        "shaping_length_correlation": report.length_correlation,
-        "shaping_flipped": report.flipped,
-    }
 
 
 METRICS = "metrics.jsonl"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tvkd_fast.training.config import OptimConfig
+from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, check_numbers, number
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -35,3 +36,26 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     progress = (step - config.warmup_steps) / max(1, max_steps - 1 - config.warmup_steps)
     floor = config.final_lr_ratio
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW, a linear warm-up and a cosine down to `final_lr_ratio`."""
+
+    lr: float = number(1e-6, POSITIVE)
+    """Peak learning rate."""
+    betas: tuple[float, float] = number((0.9, 0.999), Range(0, 1, without_high=True))
+    """AdamW's decay rates."""
+    eps: float = number(1e-8, POSITIVE)
+    """AdamW's ε."""
+    weight_decay: float = number(0.0, NOT_NEGATIVE)
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    warmup_steps: int = number(0, at_least(0))
+    """Steps of linear warm-up."""
+    final_lr_ratio: float = number(0.1, SHARE)
+    """Learning rate at the last step over the peak."""
+    clip_norm: float = number(1.0, NOT_NEGATIVE)
+    """Largest gradient norm; 0 leaves it alone."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "optim")

@@ -1,5 +1,9 @@
 """The method on one page: from a step's micro-batches of pairs to one update of the policy.
 
+    policy's numbers (log π_θ(y), lengths), scores (reference, teacher) → objective.loss → losses, one per pair
+
+With the objective of TVKD, for example:
+
     ρ(y) = log π_θ(y) − log π_ref(y)                             policy, reference
     Ψ(y) = Σ_t γ V(s_{t+1}) − V(s_t)                             teacher
     L    = −log σ( β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l] ), mean over the step's pairs
@@ -16,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.data import PairBatch
 from tvkd_fast.distributed import World, sync_gradients, whole
-from tvkd_fast.losses import TVKDOutput, segment_sums, sft_loss, shaping_returns, tvkd_loss
+from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.ops import soft_values, unchecked
-from tvkd_fast.training.config import LossConfig
-from tvkd_fast.training.scoring import Scorer
+from tvkd_fast.objectives import Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.ops import unchecked
+from tvkd_fast.scoring import Scorer
 
 
 class NonFiniteStepError(FloatingPointError):
@@ -44,10 +48,10 @@ class StepOutput:
     """Of the whole step, the same in every process."""
     grad_norm: Tensor
     """Likewise, before it was clipped."""
-    outputs: list[TVKDOutput]
-    """One a micro-batch of this process; none in sft."""
+    outputs: list[ObjectiveOutput]
+    """One per micro-batch of this process whose pairs were compared."""
     length_differences: list[Tensor]
-    """One a micro-batch of this process, (P,): chosen length − rejected length, in tokens; none in sft."""
+    """(P,) each, beside `outputs`: chosen length − rejected length, in tokens."""
     skipped: bool = False
     """Whether the weights were left as they were, since loss or gradient was not finite."""
 
@@ -57,14 +61,13 @@ def train_step(
     scorer: Scorer,
     batches: Sequence[PairBatch],
     optimizer: torch.optim.Optimizer,
-    config: LossConfig,
+    objective: Objective,
     *,
-    objective: str,
     clip_norm: float,
     world: World | None = None,
     skip_nonfinite: bool = False,
 ) -> StepOutput:
-    """Accumulate the gradient of the mean over all pairs of the step, clip it, and update if it is finite.
+    """Accumulate the gradient of the objective's mean over the step, clip it, and update if it is finite.
 
     `batches` are this process's part of the step, as many as every other's in `world`. Raises NonFiniteStepError,
     unless such steps are to be passed over.
@@ -72,25 +75,23 @@ def train_step(
     world = World(batches[0].labels.device) if world is None else world
     counts = torch.tensor([[batch.num_pairs, batch.labels.numel()] for batch in batches], device=world.device)
     num_pairs, num_tokens = world.sum(counts.sum(0))
+    divisor = num_tokens if objective.divided_by == "tokens" else num_pairs
     losses, outputs, lengths = [], [], []
     # NaN and inf reach the loss of every process, and all of them decide on it together.
     with unchecked():
         for i, batch in enumerate(batches):
             sync_gradients(policy, now=i == len(batches) - 1)
-            policy_logps = segment_sums(policy(batch), batch.cu_seqlens)
-            if objective == "sft":
-                loss = sft_loss(policy_logps, num_tokens)
-            else:
-                scores = scorer.of(batch)
-                assert scores.ref_logps is not None
-                if batch.num_pairs:
-                    out = preference_output(policy_logps, batch, scores, config, objective)
-                    # Summed, then divided once by the step's pairs: micro-batches of any size weigh as their pairs do.
-                    loss = out.losses.sum() / num_pairs
+            numbers = PolicyNumbers(segment_sums(policy(batch), batch.cu_seqlens), batch.lengths)
+            scores = scorer.of(batch)
+            if batch.num_pairs:
+                out = objective.loss(numbers, scores, batch)
+                # Summed, then divided once by the whole step's: micro-batches of any size weigh as their pairs do.
+                loss = out.losses.sum() / divisor
+                if out.margins is not None:
                     outputs.append(out)
-                    lengths.append(length_differences(batch))
-                else:
-                    loss = policy_logps.sum()
+                    lengths.append(batch.length_differences)
+            else:
+                loss = numbers.logps.sum()
             # Sharded gradients are averaged over processes, and the loss is a sum over them.
             (loss * world.size).backward()
             losses.append(loss.detach())
@@ -105,41 +106,3 @@ def train_step(
         raise NonFiniteStepError(sorted(i for of_one in pairs for i in of_one))
     optimizer.zero_grad(set_to_none=True)
     return StepOutput(loss, grad_norm, outputs, lengths, skipped=not finite)
-
-
-def preference_output(
-    policy_logps: Tensor, batch: PairBatch, scores: Scores, config: LossConfig, objective: str
-) -> TVKDOutput:
-    """The shaped loss of one micro-batch, from (2P,) policy log-probabilities and what reference and teacher say."""
-    values = values_of(scores, config) if objective == "tvkd" else None
-    psi = None
-    if values is not None:
-        cu_states, ended = scores.boundaries(batch)
-        psi = shaping_returns(values, cu_states, gamma=config.gamma, terminal=config.terminal, ended=ended)
-    ref_logps = torch.zeros_like(policy_logps) if scores.ref_logps is None else scores.ref_logps
-    return tvkd_loss(
-        policy_logps,
-        ref_logps.to(policy_logps.dtype),
-        psi,
-        beta=config.beta,
-        alpha=config.alpha,
-        label_smoothing=config.label_smoothing,
-    )
-
-
-def values_of(scores: Scores, config: LossConfig) -> Tensor | None:
-    """(M,) soft values V of every response state; None where the scores hold nothing to make them of."""
-    scale = config.beta if config.value_scale is None else config.value_scale
-    if config.value_from == "implicit_reward":
-        return None if scores.reward is None else scores.reward * scale
-    if scores.lse is None or scores.lse_kappa is None:
-        return None
-    return soft_values(
-        scores.lse, scores.lse_kappa, kappa=config.kappa, value_scale=scale, value_from=config.value_from
-    )
-
-
-def length_differences(batch: PairBatch) -> Tensor:
-    """(P,) chosen length − rejected length, in tokens."""
-    chosen, rejected = batch.cu_seqlens.diff().chunk(2)
-    return chosen - rejected

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from tvkd_fast.training.config import TrainConfig
-from tvkd_fast.training.evaluate import Evaluation
+from tvkd_fast.evaluation.evaluate import Evaluation
+from tvkd_fast.objectives import TEACHER, Need
+from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.version import __version__
 
 _SHOWN = ("loss", "accuracy", "margin", "tokens_per_s", "mfu", "peak_memory_gb")
@@ -50,15 +51,18 @@ def model_card(config: TrainConfig, evaluation: Evaluation | None) -> str:
         "teacher": _name(config.teacher) or "its scores, made before",
         "reference": _name(config.reference) or "the policy at the start",
         "data": _name(config.data.train),
-        "loss": asdict(config.loss),
+        "loss": config.loss.settings(),
         "optim": asdict(config.optim),
         "pairs a step": config.pairs_per_step,
         "steps": config.max_steps or f"{config.epochs} epochs",
     }
-    if config.objective != "tvkd":
+    needs = config.loss.needs
+    if not needs & TEACHER:
         del made["teacher"]
-    if config.objective == "sft":
-        del made["reference"], made["loss"]
+    if Need.REFERENCE not in needs:
+        del made["reference"]
+    if not made["loss"]:
+        del made["loss"]
     if config.lora.rank:
         made["lora"] = asdict(config.lora)
     recipe = "\n".join(f"| {name} | {_cell(value)} |" for name, value in made.items())

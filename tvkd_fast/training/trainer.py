@@ -15,19 +15,21 @@ from typing import Any
 import torch
 
 from tvkd_fast.data import PairBatch, PairDataset, pairs_of_epochs, pairs_of_step
+from tvkd_fast.data.order import check_step
 from tvkd_fast.distributed import World
+from tvkd_fast.evaluation.evaluate import Evaluation, evaluate
+from tvkd_fast.files import written
 from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.objectives import Need
 from tvkd_fast.ops import HeadStats
+from tvkd_fast.scoring.scorer import Scorer
 from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state, set_aside
-from tvkd_fast.training.config import TrainConfig, micro_batching, to_record
-from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer
-from tvkd_fast.training.outputs import written
-from tvkd_fast.training.refusals import check_step
-from tvkd_fast.training.scoring import Scorer
+from tvkd_fast.training.record import to_record
+from tvkd_fast.training.signals import Stopped, StopSignal
 from tvkd_fast.training.step import NonFiniteStepError, StepOutput, train_step
-from tvkd_fast.training.stop import Stopped, StopSignal
+from tvkd_fast.training.train_config import TrainConfig, micro_batching
 from tvkd_fast.training.usage import StepFlops, peak_bytes
 
 CHECKPOINTS = "checkpoints"
@@ -140,7 +142,6 @@ class Trainer:
                 batches,
                 self.optimizer,
                 self.config.loss,
-                objective=self.config.objective,
                 clip_norm=self.config.optim.clip_norm,
                 world=self.world,
                 skip_nonfinite=self.config.nonfinite == "skip",
@@ -220,7 +221,7 @@ class Trainer:
             self._pairs(step),
             rank=self.world.rank,
             size=self.world.size,
-            chosen_only=self.config.objective == "sft",
+            chosen_only=Need.REJECTED not in self.config.loss.needs,
         )
         return [batch.to(self.world.device) for batch in batches]
 
@@ -250,8 +251,7 @@ class Trainer:
             self.policy,
             self.held_out,
             scorer=self.held_out_scorer,
-            loss=self.config.loss,
-            objective=self.config.objective,
+            objective=self.config.loss,
             batching=self.batching,
             world=self.world,
         )
@@ -261,7 +261,7 @@ def _trajectory(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide where a run goes: a resumed run must share them, or it would be neither."""
     names = ("objective", "seed", "pairs_per_step", "max_steps", "epochs")
     return {name: getattr(config, name) for name in names} | {
-        "loss": asdict(config.loss),
+        "loss": config.loss.settings(),
         "optim": _plain(config.optim),
         "head": asdict(config.head),
         "lora": asdict(config.lora),

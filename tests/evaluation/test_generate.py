@@ -1,0 +1,104 @@
+"""Greedy answers: what a model is asked with, and where its answers stop."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig
+
+from tvkd_fast.data.formats import to_preference
+from tvkd_fast.evaluation.generate import answers
+from tvkd_fast.models import load_model
+
+PROMPTS = [[{"role": "user", "content": text}] for text in ("Say red.", "A rather longer one, which is to say blue?")]
+
+
+@pytest.fixture
+def model(model_folder):
+    return load_model(model_folder(seed=3)).eval()
+
+
+def greedy(model, tokenizer, prompt, count):
+    """Token ids, one after the other, and never an end."""
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(torch.tensor([ids])).logits[0, -1]
+            logits[:5] = -torch.inf
+            ids.append(int(logits.argmax()))
+    return ids[start:]
+
+
+@pytest.fixture
+def endless(model):
+    """The model without a way to end: its special tokens are never the likeliest."""
+    model.generation_config.suppress_tokens = list(range(5))
+    return model
+
+
+def test_rows_of_a_batch_are_answered_as_alone(endless, chatml):
+    together = answers(endless, chatml, PROMPTS, max_new_tokens=6)
+    for prompt, said in zip(PROMPTS, together, strict=True):
+        assert said == chatml.decode(greedy(endless, chatml, prompt, 6)).strip()
+        assert answers(endless, chatml, [prompt], max_new_tokens=6) == [said]
+
+
+def test_an_answer_stops_at_any_stop_of_the_models_own(endless, chatml):
+    ids = greedy(endless, chatml, PROMPTS[0], 8)
+    stop = next(i for i, token in enumerate(ids) if token not in ids[:i] and i > 1)
+    endless.generation_config.eos_token_id = [2, ids[stop]]
+    assert answers(endless, chatml, PROMPTS[:1], max_new_tokens=8) == [chatml.decode(ids[:stop]).strip()]
+
+
+def test_an_answer_stops_where_the_template_ends_turns(model, make_tokenizer):
+    tokenizer = make_tokenizer(eos="<|endoftext|>")
+    seen = {}
+    model.generate = lambda **given: seen.update(given) or given["input_ids"]
+    model.generation_config.eos_token_id = 3
+    answers(model, tokenizer, PROMPTS)
+    assert seen["eos_token_id"] == sorted(
+        tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|eot_id|>"])
+    )
+
+
+def test_a_prompt_that_a_template_wrote_is_asked_as_it_stands(endless, chatml):
+    written = chatml.apply_chat_template(PROMPTS[0], tokenize=False, add_generation_prompt=True)
+    twice = [[{"role": "user", "content": written}], PROMPTS[0]]
+    said = answers(endless, chatml, twice, max_new_tokens=6)
+    assert said[0] == said[1]
+
+
+def test_what_the_model_has_no_positions_for_is_refused_by_prompt(model_folder, chatml):
+    short = load_model(model_folder(seed=3, max_position_embeddings=64))
+    with pytest.raises(ValueError, match=r"prompt 1 has \d+ tokens, .* the model's 64 positions: lower --max_new_tok"):
+        answers(short, chatml, PROMPTS)
+
+
+def test_a_prompt_is_asked_with_its_rows_tools_and_variables(make_tokenizer):
+    tokenizer = make_tokenizer("{{ tools | tojson }} {{ thinking }}: {{ messages[0].content }}")
+    row = {
+        "prompt": [{"role": "user", "content": "ab?"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+        "tools": [{"name": "f"}],
+        "chat_template_kwargs": {"thinking": False},
+    }
+    pair, asked = to_preference(row, "row 0"), []
+
+    def generate(input_ids, **_):
+        asked.append(tokenizer.decode(input_ids[0]))
+        return torch.cat([input_ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
+
+    model = SimpleNamespace(device="cpu", eval=lambda: None, modules=lambda: [], generate=generate)
+    model.config, model.generation_config = LlamaConfig(), GenerationConfig()
+    assert answers(model, tokenizer, [pair.prompt], of=[pair]) == [""]
+    assert asked == ['[{"name": "f"}] False: ab?']
+
+
+def test_every_part_of_the_model_keeps_its_mode(endless, chatml):
+    endless.train()
+    endless.model.norm.eval()
+    modes = [module.training for module in endless.modules()]
+    answers(endless, chatml, PROMPTS[:1], max_new_tokens=2)
+    assert [module.training for module in endless.modules()] == modes

@@ -1,0 +1,146 @@
+"""What holds for every objective: names, needs, and a loss whose gradient is one number per response."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tvkd_fast.data import PairBatch, TokenizedPair, collate_packed
+from tvkd_fast.objectives import (
+    SCORED,
+    TEACHER,
+    Need,
+    Objective,
+    PolicyNumbers,
+    known,
+    objective,
+    objective_named,
+    objectives,
+    settings_of,
+    shared_settings,
+)
+from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.objectives.sft import SFT
+from tvkd_fast.objectives.tvkd import TVKD
+from tvkd_fast.ranges import range_of
+from tvkd_fast.scoring import Scores
+
+EVERY = [make() for make in objectives().values()] + [TVKD(value_from="implicit_reward", gamma=0.9)]
+every = pytest.mark.parametrize("found", EVERY, ids=lambda found: f"{found.name} {found.describe()}")
+
+
+def batch_of(lengths: list[tuple[int, int]], *, chosen_only: bool = False) -> PairBatch:
+    pairs = [TokenizedPair([1, 2], [3] * chosen, [4] * rejected, True, True, "row") for chosen, rejected in lengths]
+    return collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
+
+
+def numbers_of(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
+    """Log-probabilities as leaves, and everything that an objective may need."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, generator=draw, dtype=torch.float64)
+
+    responses, states = len(batch.lengths), int(batch.cu_states[-1])
+    logps = (-10 + normal(responses)).requires_grad_()
+    lse = 5 + normal(states)
+    return PolicyNumbers(logps, batch.lengths), Scores(-10 + normal(responses), lse, lse, normal(states))
+
+
+@every
+def test_the_gradient_is_one_number_per_response(found: Objective) -> None:
+    batch = batch_of([(3, 5), (2, 2), (7, 1)], chosen_only=Need.REJECTED not in found.needs)
+    policy, scores = numbers_of(batch)
+    out = found.loss(policy, scores, batch)
+    assert out.losses.shape == (3,)
+    (grad,) = torch.autograd.grad(out.losses.sum(), policy.logps)
+    assert grad.isfinite().all()
+    # A pair's loss moves with its own responses alone.
+    (first,) = torch.autograd.grad(found.loss(policy, scores, batch).losses[0], policy.logps)
+    own = torch.zeros(len(grad), dtype=torch.bool)
+    own[0], own[3:4] = True, True
+    torch.testing.assert_close(first, grad.where(own, 0.0))
+
+
+@every
+def test_numbers_that_are_shown_carry_no_gradient(found: Objective) -> None:
+    batch = batch_of([(3, 5), (2, 2)], chosen_only=Need.REJECTED not in found.needs)
+    out = found.loss(*numbers_of(batch), batch)
+    shown = [getattr(out, field.name) for field in fields(out) if field.name != "losses"]
+    assert not any(x.requires_grad for x in shown if x is not None)
+    if Need.REJECTED in found.needs:
+        assert out.margins is not None
+        assert out.chosen_rewards is not None
+        assert out.rejected_rewards is not None
+        torch.testing.assert_close(out.margins, out.chosen_rewards - out.rejected_rewards)
+    else:
+        assert shown == [None] * len(shown)
+
+
+@every
+def test_what_is_not_needed_may_be_missing(found: Objective) -> None:
+    batch = batch_of([(3, 5), (2, 2)], chosen_only=Need.REJECTED not in found.needs)
+    policy, scores = numbers_of(batch)
+    given = {
+        Need.REFERENCE: ("ref_logps",),
+        Need.TEACHER_SUMS: ("lse", "lse_kappa"),
+        Need.TEACHER_REWARDS: ("reward",),
+    }
+    kept = {name: getattr(scores, name) for need in found.needs & SCORED for name in given[need]}
+    least = Scores(**kept)
+    assert found.needs & SCORED == known(least) - {Need.REJECTED}
+    assert torch.equal(found.loss(policy, least, batch).losses, found.loss(policy, scores, batch).losses)
+
+
+@every
+def test_without_a_need_another_objective_shows_margins_or_none(found: Objective) -> None:
+    for need in Need:
+        other = found.without({need})
+        assert other is None or need not in other.needs
+        if need not in found.needs:
+            assert other is found
+
+
+@every
+def test_every_number_has_a_range(found: Objective) -> None:
+    for field in fields(found):
+        if field.type in ("int", "float", "float | None", "int | None"):
+            limits = range_of(field)
+            assert limits is not None, f"{found.name}.{field.name} has no range: declare it with ranges.number"
+            with pytest.raises(ValueError, match=f"--loss.{field.name}"):
+                type(found)(**{field.name: float("nan")})
+
+
+def test_rewards_without_a_teacher_are_dpos() -> None:
+    shaped = TVKD(beta=0.3, label_smoothing=0.1)
+    assert shaped.without(TEACHER) == DPO(beta=0.3, label_smoothing=0.1)
+    assert shaped.without({*TEACHER, Need.REFERENCE}) is None
+
+
+def test_settings_belong_to_their_objective() -> None:
+    assert settings_of("dpo") == DPO()
+    assert settings_of("sft", SFT()) == SFT()
+    with pytest.raises(ValueError, match=r"of the objective tvkd and not of dpo: set objective='tvkd', or give it DPO"):
+        settings_of("dpo", TVKD())
+    assert shared_settings("dpo", TVKD(beta=0.4, alpha=2.0)) == DPO(beta=0.4)
+
+
+def test_a_name_that_no_objective_has_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"objective must be one of .*, got 'tkvd'; did you mean tvkd\?"):
+        objective_named("tkvd")
+
+
+def test_two_objectives_of_a_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"there are two objectives 'dpo': .*; rename one"):
+
+        @objective("dpo")
+        class Another(Objective):
+            pass
+
+
+def test_each_objective_is_a_file_of_its_own() -> None:
+    folder = Path(objectives.__code__.co_filename).parent
+    shared = {"__init__", "contract", "registry"}
+    assert {file.stem for file in folder.glob("*.py")} - shared == set(objectives())

@@ -1,0 +1,103 @@
+"""Which cache of scores serves a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tvkd_fast.commands.models import (
+    FrozenModels,
+    precision,
+)
+from tvkd_fast.data import PairDataset, fingerprint_tokenizer
+from tvkd_fast.models import (
+    PolicyWithHead,
+    fingerprint_model,
+)
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.objectives import TEACHER, Need, known
+from tvkd_fast.scoring.cache import ScoreCache, ScoreManifest
+from tvkd_fast.scoring.scorer import OnlineScorer
+from tvkd_fast.training.train_config import TrainConfig
+from tvkd_fast.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
+"""What a score cache knows of the teacher."""
+
+
+def expected_of_models(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: FrozenModels, policy_at_start: str
+) -> dict[str, Any]:
+    """What a cache of scores must have been made of to serve this run; None is not compared."""
+    return {
+        **expected_of_settings(config, tokenizer),
+        "precision": precision(config.model, models.world),
+        "reference": fingerprint_model(models.reference.model)
+        if isinstance(models.reference, PolicyWithHead)
+        else policy_at_start,
+        **models.teacher_fingerprints(),
+    }
+
+
+def expected_of_settings(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The part of it that no model has to be loaded for."""
+    return {
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "kappa": config.loss.teacher_kappa if Need.TEACHER_SUMS in config.loss.needs else None,
+    }
+
+
+def fitting_cache(
+    folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any], scorer: OnlineScorer
+) -> ScoreCache:
+    """The cache, if it holds what `scorer` would say of the dataset."""
+    return open_scores(folder, config, dataset, expected | {"teacher_tokens": scorer.teacher_reads(dataset)})
+
+
+def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
+    """The cache of scores of a dataset. ValueError where it was made of other things than expected, or holds no
+    values that the run's loss could be made of."""
+    cache = ScoreCache.load(folder, dataset)
+    cache.check(**expected)
+    missing = config.loss.needs & TEACHER - known(cache.pieces[0])
+    if missing:
+        without = config.loss.without(missing)
+        other = "" if without is None else f", or train with --objective {without.name}"
+        raise ValueError(
+            f"the scores at {folder} do not hold {' and '.join(need.value for need in missing)}: run `tvkd score` with "
+            f"--teacher (and --teacher_reference for rewards){other}"
+        )
+    return cache
+
+
+def manifest_of(
+    dataset: PairDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: OnlineScorer,
+    *,
+    teacher: str | None,
+    teacher_reference: str | None,
+    reference: str | None,
+    kappa: float,
+    model: ModelConfig,
+) -> ScoreManifest:
+    import transformers
+
+    return ScoreManifest(
+        dataset=dataset.fingerprint,
+        tokenizer=fingerprint_tokenizer(tokenizer),
+        teacher=teacher,
+        teacher_reference=teacher_reference,
+        reference=reference,
+        precision=precision(model, scorer.world),
+        kappa=kappa,
+        pairs=len(dataset),
+        states=scorer.layout(dataset).num_states,
+        versions={"tvkd_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        teacher_tokens=scorer.teacher_reads(dataset),
+    )

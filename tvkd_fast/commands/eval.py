@@ -1,0 +1,112 @@
+"""`tvkd eval`: a policy on held-out pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from tvkd_fast.commands.models import (
+    check_readable,
+    load_frozen,
+    load_policy,
+)
+from tvkd_fast.commands.processes import sharing_of, world_of
+from tvkd_fast.data.data_config import DataConfig, load_dataset
+from tvkd_fast.distributed import World
+from tvkd_fast.distributed.parallel_config import ParallelConfig
+from tvkd_fast.evaluation.evaluate import Evaluation, evaluate
+from tvkd_fast.files import at_home
+from tvkd_fast.models import (
+    load_stop_ids,
+    load_tokenizer,
+)
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.objectives import DEFAULT, Objective, settings_of
+from tvkd_fast.objectives.contract import check_teacher_reference
+from tvkd_fast.ranges import at_least, check_numbers, number
+from tvkd_fast.training.train_config import micro_batching
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """One evaluation: `tvkd eval`."""
+
+    policy: str
+    """Model to evaluate."""
+    reference: str | None = None
+    """Reference for the rewards; without it log-probabilities themselves are compared."""
+    teacher: str | None = None
+    """Teacher for the shaping margins and their diagnostics; needs a reference."""
+    teacher_reference: str | None = None
+    """The teacher's own reference, for loss.value_from implicit_reward."""
+    output: str | None = None
+    """File to append the JSON line to, beside printing it."""
+    format: Literal["pairs", "rewardbench"] = "pairs"
+    """`rewardbench`: columns prompt, chosen, rejected and subset; a table of its subsets and sections. Of lists of
+    answers, as RewardBench 2 has them, each chosen one must beat each rejected one."""
+    compare: list[str] = field(default_factory=list)
+    """More models, over the same reference: a table of all, and a paired test of each beside the policy."""
+    reference_free: Literal["mean", "sum", "norm"] = "mean"
+    """What a response scores in such a table without a reference: its tokens' mean log-probability, their sum, or the
+    negative of their norm."""
+    generate: str | None = None
+    """Folder for answers.md and answers.html: greedy answers to held-out prompts, the models side by side."""
+    generate_prompts: int = number(20, at_least(1))
+    """How many prompts are answered, evenly spaced over the held-out ones."""
+    max_new_tokens: int = number(128, at_least(1))
+    """Most tokens of an answer."""
+    tokens_per_micro_batch: int = number(2048, at_least(1))
+    """Most tokens that go through a model at once, of whole pairs."""
+    pairs_per_micro_batch: int = number(8, at_least(1))
+    """The same in pairs, where model.packing is `padded`."""
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: str = DEFAULT
+    """Whose rewards and loss are shown; each objective has its own --loss settings (docs/objectives.md)."""
+    loss: Objective = None  # type: ignore[assignment]
+    """The objective's settings; its defaults where not given."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    nproc: int = number(1, at_least(1))
+    """Processes to start on this machine; pairs and weights are shared among them."""
+
+    def __post_init__(self) -> None:
+        at_home(self)
+        self.loss = settings_of(self.objective, self.loss)
+        check_numbers(self)
+        check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
+        if self.tabled and self.teacher is not None:
+            raise ValueError("a table of models tells who is right, and has no shaping: leave out --teacher")
+
+    @property
+    def tabled(self) -> bool:
+        """Whether models are told by a table of who is right, and not by one policy's figures."""
+        return self.format == "rewardbench" or bool(self.compare)
+
+
+def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evaluation:
+    """`tvkd eval`: a policy, with or without a reference, on data.eval."""
+    if config.teacher is not None and config.reference is None:
+        raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
+    with world_of(config) as world:
+        return _evaluated(config, world, say=show_progress and world.first)
+
+
+def _evaluated(config: EvalConfig, world: World, *, say: bool) -> Evaluation:
+    tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
+    stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), stop_ids=stops, say=say)
+    sharing = sharing_of(config, world)
+    policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
+    check_readable(dataset, policy, "policy")
+    models = load_frozen(config, tokenizer, kappa=config.loss.teacher_kappa, sharing=sharing)
+    return evaluate(
+        policy,
+        dataset,
+        scorer=models.scorer(dataset, config, say=say),
+        objective=config.loss.without(config.loss.needs - models.known()),
+        batching=micro_batching(config),
+        world=world,
+    )

@@ -1,0 +1,335 @@
+"""A run's models: the policy as its config wants it, and the frozen ones that it is taught by and held to."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+
+from tvkd_fast.commands.refusals import check_device, check_lora, lora_of
+from tvkd_fast.data import PairDataset, check_positions, check_token_ids, packed_length, retokenize
+from tvkd_fast.data.data_config import DataConfig
+from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, shard_policy
+from tvkd_fast.distributed.parallel_config import ParallelConfig
+from tvkd_fast.models import (
+    EmptyModel,
+    PolicyWithHead,
+    TeacherWithHead,
+    WithoutAdapters,
+    add_lora,
+    empty_model,
+    fingerprint_model,
+    load_model,
+    load_stop_ids,
+    load_tokenizer,
+    longest_sequence,
+    prune_layers,
+    pruned_from,
+    stop_ids_of,
+)
+from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.objectives import Need
+from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher, TeacherTokens
+from tvkd_fast.training.train_config import micro_batching
+from tvkd_fast.training.usage import return_freed_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+P = TypeVar("P", bound=PolicyWithHead)
+
+
+class RunConfig(Protocol):
+    """What the configs of train, score and eval have in common."""
+
+    policy: str
+    reference: str | None
+    teacher: str | None
+    teacher_reference: str | None
+    data: DataConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    tokens_per_micro_batch: int
+    pairs_per_micro_batch: int
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the processes of a run share its models."""
+
+    world: World
+    parallel: ParallelConfig
+    tokens: int
+    """Most that a process sends through a model at once."""
+
+    def of_vocabulary(self, policy: PolicyWithHead) -> bool:
+        """Whether the head stays in shards: it is that or every process's tokens that have to be sent."""
+        if self.parallel.vocabulary != "auto":
+            return self.parallel.vocabulary == "shared"
+        group = self.world.size // self.parallel.replicas
+        possible = can_share_vocabulary(policy) and not self.parallel.cpu_offload
+        return possible and policy.packing != "padded" and group * self.tokens < policy.vocab_size
+
+
+@dataclass
+class FrozenModels:
+    """Reference and teacher, where there are such."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The policy's."""
+    reference: PolicyWithHead | WithoutAdapters | None = None
+    teacher: TeacherWithHead | RewardTeacher | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    """None where the teacher reads the policy's tokens."""
+    world: World | None = None
+    """Over which they are sharded."""
+
+    def known(self) -> frozenset[Need]:
+        """What of an objective's needs these models can score."""
+        found = {Need.REJECTED}
+        if self.reference is not None:
+            found.add(Need.REFERENCE)
+        if self.teacher is not None:
+            found.add(Need.TEACHER_REWARDS if isinstance(self.teacher, RewardTeacher) else Need.TEACHER_SUMS)
+        return frozenset(found)
+
+    def scorer(self, dataset: PairDataset, config: RunConfig, *, say: bool = False) -> OnlineScorer:
+        """What scores this dataset's batches, if it can read them. `say` prints on stderr what the teacher reads."""
+        if isinstance(self.reference, PolicyWithHead):
+            check_readable(dataset, self.reference, "reference")
+        if self.teacher is not None and self.teacher_tokenizer is None:
+            for model in self.teacher.policies:
+                check_readable(
+                    dataset, model, "teacher" if model is self.teacher.policies[0] else "teacher's reference"
+                )
+        tokens = None
+        if self.teacher is not None and self.teacher_tokenizer is not None:
+            tokens = self._tokens(self.teacher, self.teacher_tokenizer, dataset, config)
+            if tokens.dataset.fingerprint == dataset.fingerprint:
+                tokens = None
+            elif say:
+                print(tokens.dataset.report, file=sys.stderr)
+        return OnlineScorer(self.reference, self.teacher, tokens, self.world)
+
+    def _tokens(
+        self,
+        teacher: TeacherWithHead | RewardTeacher,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: PairDataset,
+        config: RunConfig,
+    ) -> TeacherTokens:
+        own = retokenize(
+            dataset,
+            self.tokenizer,
+            tokenizer,
+            max_length=min(longest_sequence(policy.model.config) for policy in teacher.policies),
+            chat_template=config.data.chat_template,
+            other_chat_template=config.data.teacher_chat_template,
+            stop_ids=load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code),
+            other_stop_ids=stop_ids_of(teacher.model),
+        )
+        check_token_ids(own, teacher.vocab_size)
+        batching = micro_batching(config)
+        # It goes forward only, so a row may be as long as its longest pair.
+        longest = max(packed_length(pair, shared=batching.packing == "shared") for pair in own)
+        return TeacherTokens(own, replace(batching, tokens=max(batching.tokens, longest)))
+
+    def teacher_fingerprints(self) -> dict[str, str | None]:
+        """Of the weights of the teacher and of its own reference."""
+        own = self.teacher.reference.model if isinstance(self.teacher, RewardTeacher) else None
+        return {
+            "teacher": None if self.teacher is None else fingerprint_model(self.teacher.model),
+            "teacher_reference": None if own is None else fingerprint_model(own),
+        }
+
+
+def load_policy(
+    name: str,
+    config: ModelConfig,
+    *,
+    layers: int | None = None,
+    sharing: Sharing | None = None,
+    frozen: bool = False,
+    lora: LoraConfig | None = None,
+) -> PolicyWithHead:
+    """A model on the run's device and in its precision, pruned to `layers` where given, and shared by processes.
+
+    With `lora.rank` its adapters are what learns.
+    """
+    return _made(PolicyWithHead, name, config, layers, sharing, frozen=frozen, lora=lora)
+
+
+def load_frozen(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kappa: float,
+    with_teacher: bool = True,
+    sharing: Sharing | None = None,
+) -> FrozenModels:
+    """The reference and the teacher that the config names, with what each must read."""
+    found = FrozenModels(tokenizer, world=None if sharing is None else sharing.world)
+    if config.reference is not None:
+        found.reference = _load_reference(config.reference, config.model, tokenizer, sharing, whose="policy")
+    if config.teacher is None or not with_teacher:
+        return found
+    theirs = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        found.teacher_tokenizer = theirs
+    if config.teacher_reference is not None:
+        own = _load_reference(config.teacher_reference, config.model, theirs, sharing, whose="teacher")
+        teacher = load_policy(config.teacher, config.model, sharing=sharing, frozen=True)
+        found.teacher = RewardTeacher(teacher, own)
+    else:
+        make = partial(TeacherWithHead, kappa=kappa)
+        found.teacher = _made(make, config.teacher, config.model, None, sharing, frozen=True)
+    return found
+
+
+def check_readable(dataset: PairDataset, policy: PolicyWithHead, whose: str) -> None:
+    """Raises a ValueError that names the first row which the model cannot read: a token it does not have, or more of
+    them than it has positions."""
+    check_token_ids(dataset, policy.vocab_size)
+    check_positions(dataset, longest_sequence(policy.model.config), whose)
+
+
+def freeze(policy: P) -> P:
+    """Without dropout or gradients."""
+    return policy.eval().requires_grad_(False)
+
+
+def frozen_copy(policy: PolicyWithHead) -> PolicyWithHead:
+    """What the policy is now."""
+    return freeze(copy.deepcopy(policy))
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """Where the run's models live; ValueError where the device asked for is not there."""
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    if config.return_memory:
+        return_freed_memory()
+    check_device(config)
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available: set --model.device cpu, or install a CUDA build of torch")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there are {torch.cuda.device_count()} GPUs here, and no {config.device}: set --model.device")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no {config.device} device can be used ({reason}): set --model.device cpu") from error
+    return device
+
+
+def precision(config: ModelConfig, world: World | None = None) -> str:
+    """Dtype of the weights and of the products, in words that are compared."""
+    if config.autocast == "off":
+        return config.dtype
+    # Sharded weights are gathered in the products' dtype, those of norms and of the embedding too.
+    gathered = f", gathered in {config.autocast}" if world is not None and world.size > 1 else ""
+    return f"{config.dtype}, products in {config.autocast}{gathered}"
+
+
+def _made(
+    make: Callable[..., P],
+    name: str,
+    config: ModelConfig,
+    layers: int | None,
+    sharing: Sharing | None,
+    *,
+    frozen: bool,
+    lora: LoraConfig | None = None,
+) -> P:
+    """Loaded whole and sharded where there is something to shard over; better, made without weights, and each process
+    given its own, where the files allow it."""
+    if sharing is not None and sharing.world.mesh is None:
+        sharing = None
+    quantize = lora is not None and lora.quantize == "nf4"
+    if lora is not None:
+        check_lora(lora, processes=1 if sharing is None else sharing.world.size, layers=layers)
+    empty = None if sharing is None else _empty(name, config, layers)
+    model = _load(name, config, layers=layers, nf4=quantize) if empty is None else empty.model
+    policy = make(model, packing=config.packing, autocast=_autocast(config))
+    if frozen:
+        freeze(policy)
+    elif lora is not None and lora.rank:
+        add_lora(policy, lora_of(lora))
+    if not frozen:
+        checkpoint_activations(policy, config.activation_checkpointing)
+    if sharing is not None:
+        offload = sharing.parallel.cpu_offload
+        shard_policy(
+            policy,
+            sharing.world,
+            cpu_offload=offload,
+            vocabulary=sharing.of_vocabulary(policy),
+            reduce_always=sharing.parallel.reduce == "micro_batch",
+        )
+        if empty is not None:
+            fill(policy.model, empty.places, torch.device("cpu") if offload else sharing.world.device)
+    return policy
+
+
+def _empty(name: str, config: ModelConfig, layers: int | None) -> EmptyModel | None:
+    empty = empty_model(
+        name,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if empty is None or layers is None:
+        return empty
+    student = prune_layers(empty.model, layers)
+    return EmptyModel(student, {n: empty.places[old] for n, old in pruned_from(empty.model, student).items()})
+
+
+def _load(name: str, config: ModelConfig, *, layers: int | None = None, nf4: bool = False) -> PreTrainedModel:
+    dtype = getattr(torch, config.dtype)
+    model = load_model(
+        name,
+        dtype=dtype,
+        device=resolve_device(config),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        nf4=(_autocast(config) or dtype) if nf4 else None,
+    )
+    return model if layers is None else prune_layers(model, layers)
+
+
+def _load_reference(
+    name: str,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sharing: Sharing | None,
+    *,
+    whose: str,
+) -> PolicyWithHead:
+    check_same_tokenizer(tokenizer, name, config, whose=whose)
+    return load_policy(name, config, sharing=sharing, frozen=True)
+
+
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig, *, whose: str) -> None:
+    """ValueError where the reference `name` has another tokenizer than the model whose tokens it is asked about."""
+    other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
+    odd = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
+    raise ValueError(
+        f"the {whose}'s reference {name} has another tokenizer than the {whose} ({len(theirs):,} tokens against "
+        f"{len(ours):,}; they differ at {odd!r}): what it says would be of other tokens. Choose a reference of the "
+        f"{whose}'s family"
+    )
+
+
+def _autocast(config: ModelConfig) -> torch.dtype | None:
+    return torch.bfloat16 if config.autocast == "bfloat16" else None

@@ -1,0 +1,164 @@
+"""From a training config to what a trainer is given: models, data and scores that fit each other."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tvkd_fast.commands.caches import (
+    OF_TEACHER,
+    expected_of_models,
+    fitting_cache,
+    manifest_of,
+)
+from tvkd_fast.commands.models import (
+    FrozenModels,
+    check_readable,
+    frozen_copy,
+    load_frozen,
+    load_policy,
+    precision,
+)
+from tvkd_fast.commands.processes import sharing_of
+from tvkd_fast.data import PairDataset
+from tvkd_fast.data.data_config import load_dataset
+from tvkd_fast.distributed import World
+from tvkd_fast.models import (
+    PolicyWithHead,
+    WithoutAdapters,
+    fingerprint_model,
+    load_stop_ids,
+    load_tokenizer,
+)
+from tvkd_fast.objectives import SCORED, TEACHER, Need
+from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer, score_dataset
+from tvkd_fast.training.train_config import TrainConfig, micro_batching
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Prepared:
+    """What a trainer is given."""
+
+    tokenizer: PreTrainedTokenizerBase
+    policy: PolicyWithHead
+    scorer: Scorer
+    dataset: PairDataset
+    held_out: PairDataset | None
+    held_out_scorer: Scorer | None
+    identity: dict[str, Any]
+
+
+def prepare(config: TrainConfig, world: World, *, say: bool) -> Prepared:
+    tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
+    batching = micro_batching(config)
+    stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, say=say)
+    held_out = None
+    if config.data.eval:
+        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, say=say)
+    policy = _policy(config, world)
+    for pairs in (dataset, held_out):
+        if pairs is not None:
+            check_readable(pairs, policy, "policy")
+    identity: dict[str, Any] = {
+        "policy": fingerprint_model(policy.model),
+        "precision": precision(config.model, world),
+    }
+    scorer: Scorer = OnlineScorer(None, None)
+    held_out_scorer = None
+    if say and config.unkept_evaluations:
+        warnings.warn(
+            f"keep_best goes by every {config.save_every // config.eval_every}th evaluation alone, which is at a "
+            f"checkpoint: set --save_every {config.eval_every} for all of them",
+            stacklevel=2,
+        )
+    if config.loss.needs & SCORED:
+        models = frozen_models(config, policy, tokenizer, world)
+        scorer = online = models.scorer(dataset, config, say=say)
+        expected = expected_of_models(config, tokenizer, models, identity["policy"])
+        expected["teacher_tokens"] = online.teacher_reads(dataset)
+        if config.scores is not None:
+            cache = fitting_cache(config.scores, config, dataset, expected, online)
+            expected |= {name: getattr(cache.manifest, name) for name in OF_TEACHER}
+            scorer = CachedScorer(cache)
+        if held_out is not None:
+            held_out_scorer = held_out_scorer_of(config, policy, models, held_out, tokenizer, expected, world, say)
+        identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
+        if config.scores is not None:
+            # What was loaded to be compared or to score the held-out pairs is not needed any longer.
+            models.reference = models.teacher = online.reference = online.teacher = None
+    for pairs in (dataset, held_out):
+        if pairs is not None:
+            # Only another tokenizer's tokens are made of them, and those are made.
+            pairs.texts.clear()
+    return Prepared(tokenizer, policy, scorer, dataset, held_out, held_out_scorer, identity)
+
+
+def _policy(config: TrainConfig, world: World, *, frozen: bool = False) -> PolicyWithHead:
+    """The policy as it is at the start."""
+    return load_policy(
+        config.policy,
+        config.model,
+        layers=config.student_layers,
+        sharing=sharing_of(config, world),
+        frozen=frozen,
+        lora=config.lora,
+    )
+
+
+def frozen_models(
+    config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, world: World
+) -> FrozenModels:
+    """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
+    needs, sharing = config.loss.needs, sharing_of(config, world)
+    models = load_frozen(
+        config, tokenizer, kappa=config.loss.teacher_kappa, with_teacher=bool(needs & TEACHER), sharing=sharing
+    )
+    if models.reference is None and config.scores is None and Need.REFERENCE in needs:
+        models.reference = policy_at_start(config, policy, world)
+    return models
+
+
+def policy_at_start(config: TrainConfig, policy: PolicyWithHead, world: World) -> PolicyWithHead | WithoutAdapters:
+    if config.lora.rank:
+        return WithoutAdapters(policy)
+    return frozen_copy(policy) if world.mesh is None else _policy(config, world, frozen=True)
+
+
+def held_out_scorer_of(
+    config: TrainConfig,
+    policy: PolicyWithHead,
+    models: FrozenModels,
+    held_out: PairDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    expected: dict[str, Any],
+    world: World,
+    say: bool,
+) -> CachedScorer:
+    """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
+    # Here the policy is still its own reference, also when the run is resumed later on.
+    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, say=say)
+    if config.eval_scores is not None:
+        return CachedScorer(fitting_cache(config.eval_scores, config, held_out, expected, scorer))
+    if config.loss.needs & TEACHER and models.teacher is None and world.first:
+        warnings.warn(
+            "held-out pairs have no teacher's values: evaluation leaves the loss and the shaping out. Score them too, "
+            "`tvkd score --which eval`, and give --eval_scores",
+            stacklevel=2,
+        )
+    names = {name: expected[name] for name in ("teacher", "teacher_reference", "reference")}
+    names["kappa"] = config.loss.teacher_kappa
+    return CachedScorer(
+        score_dataset(
+            held_out,
+            scorer,
+            manifest_of(held_out, tokenizer, scorer, **names, model=config.model),
+            batching=micro_batching(config),
+            world=world,
+            progress=say,
+        )
+    )

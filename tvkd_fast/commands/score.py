@@ -1,0 +1,115 @@
+"""`tvkd score`: reference and teacher once over the data, and what they say on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tvkd_fast.commands.caches import (
+    manifest_of,
+)
+from tvkd_fast.commands.models import (
+    load_frozen,
+    load_policy,
+)
+from tvkd_fast.commands.processes import sharing_of, world_of
+from tvkd_fast.data.data_config import DataConfig, load_dataset
+from tvkd_fast.distributed import World
+from tvkd_fast.distributed.parallel_config import ParallelConfig
+from tvkd_fast.files import at_home
+from tvkd_fast.models import (
+    PolicyWithHead,
+    fingerprint_model,
+    load_stop_ids,
+    load_tokenizer,
+)
+from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
+from tvkd_fast.scoring.cache import ScoreCache, check_score_folder
+from tvkd_fast.scoring.scorer import score_to_disk
+from tvkd_fast.training.train_config import micro_batching
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """One scoring pass: `tvkd score`."""
+
+    output_dir: str
+    """Folder to write the scores to."""
+    policy: str
+    """The policy to be trained: its tokenizer makes the tokens."""
+    teacher: str | None = None
+    """Teacher whose soft values to keep; none for DPO's reference alone."""
+    teacher_reference: str | None = None
+    """The teacher's own reference: keep the teacher's rewards instead, for loss.value_from implicit_reward."""
+    reference: str | None = None
+    """Reference whose log-probabilities to keep; the policy where not given."""
+    student_layers: int | None = number(None, at_least(1))
+    """As in `tvkd train`: the reference is the policy pruned to so many layers."""
+    kappa: float = number(1.0, POSITIVE)
+    """κ of the soft values; alpha, gamma, terminal and value_scale can be chosen later."""
+    which: Literal["train", "eval"] = "train"
+    """Which of data.train and data.eval to score."""
+    value_dtype: Literal["float32", "float16"] = "float32"
+    """Dtype in which the teacher's sums are kept: 4 or 2 bytes a response state, twice that where kappa is not 1."""
+    pairs_per_shard: int = number(512, at_least(1))
+    """Pairs a file: a pass that was killed goes on after the last whole one."""
+    tokens_per_micro_batch: int = number(2048, at_least(1))
+    """Most tokens that go through a model at once, of whole pairs."""
+    pairs_per_micro_batch: int = number(8, at_least(1))
+    """The same in pairs, where model.packing is `padded`."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    nproc: int = number(1, at_least(1))
+    """Processes to start on this machine; pairs and weights are shared among them."""
+
+    def __post_init__(self) -> None:
+        at_home(self)
+        check_numbers(self)
+        if self.teacher_reference is not None and self.teacher is None:
+            raise ValueError("--teacher_reference is the reference of a teacher: set --teacher")
+
+
+def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
+    """`tvkd score`: run reference and teacher once over the data and keep what they say."""
+    check_score_folder(Path(config.output_dir))
+    with world_of(config) as world:
+        return _score(config, world, say=show_progress and world.first)
+
+
+def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
+    tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
+    stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
+    dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, say=say)
+    models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=sharing_of(config, world))
+    if models.reference is None:
+        models.reference = load_policy(
+            config.policy, config.model, layers=config.student_layers, sharing=sharing_of(config, world), frozen=True
+        )
+    assert isinstance(models.reference, PolicyWithHead)
+    scorer = models.scorer(dataset, config, say=say)
+    dataset.texts.clear()
+    manifest = manifest_of(
+        dataset,
+        tokenizer,
+        scorer,
+        **models.teacher_fingerprints(),
+        reference=fingerprint_model(models.reference.model),
+        kappa=config.kappa,
+        model=config.model,
+    )
+    return score_to_disk(
+        dataset,
+        scorer,
+        replace(manifest, value_dtype=config.value_dtype),
+        config.output_dir,
+        pairs_per_shard=config.pairs_per_shard,
+        batching=micro_batching(config),
+        world=world,
+        progress=say,
+    )

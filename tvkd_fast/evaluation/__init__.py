@@ -1,0 +1,1 @@
+"""A policy on held-out pairs: figures, comparisons with intervals, and answers side by side."""

@@ -1,0 +1,175 @@
+"""Places on disk: tried before the work whose results go there, and folders that are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+def ready_folder(path: str | Path, *, holds: tuple[str, ...] = ()) -> Path:
+    """The folder, made with those above it and written into once; `holds` names the folders that will be in it.
+
+    Raises ValueError where it cannot be.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".trial-{os.getpid()}"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise refuse_place(folder, "folder", error) from error
+    _check_holds(folder, holds)
+    return folder
+
+
+def check_folder(path: str | Path, *, holds: tuple[str, ...] = ()) -> None:
+    """Raise what `ready_folder` would, as far as that can be told without making anything."""
+    folder = Path(path)
+    there = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+    if not there.is_dir():
+        raise refuse_place(folder, "folder", NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise refuse_place(folder, "folder", PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there)))
+    _check_holds(folder, holds)
+
+
+def _check_holds(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a file, where a folder is to be: move it, or give another place")
+
+
+def ready_file(path: str | Path) -> Path:
+    """The file, opened to be appended to, and the folders above it made. Raises ValueError where it cannot be."""
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise refuse_place(file, "file", error) from error
+    return file
+
+
+@contextmanager
+def written(path: Path, then: str = "run the same command again") -> Iterator[None]:
+    """Says what to do where the disk does not take a small file. Raises ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"could not write {path}: {error}. Free some space, or see who may write there, and {then}"
+        ) from error
+
+
+def in_a_line(error: OSError) -> str:
+    """What went wrong with which file."""
+    if error.filename is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    where = f"{error.filename} to {error.filename2}" if error.filename2 is not None else error.filename
+    return f"{where}: {error.strerror or type(error).__name__}"
+
+
+def unfinished(target: Path) -> Path:
+    """Where a folder lies until it is whole."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def put_in_place(target: Path, what: str) -> None:
+    """Let what is whole now take `target`'s place; the old one is put back where it cannot. ValueError then."""
+    old = _put_back(target)
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        unfinished(target).rename(target)
+    except OSError as error:
+        _put_back(target)
+        raise _refused(target, what, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(target: Path, what: str) -> Iterator[Path]:
+    """A folder to write into that takes `target`'s place only once the block is through.
+
+    The old one stands until then, and is put back where the new one cannot take its place. Raises ValueError, with what
+    to do about it, where the disk refuses; nothing half-written is left.
+    """
+    partial = unfinished(target)
+    # A kill may have come between two renames.
+    _put_back(target)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _refused(target, what, error) from error
+    put_in_place(target, what)
+
+
+def _put_back(target: Path) -> Path:
+    """Where the old folder stands aside, once it is back in its place if that is empty."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    return old
+
+
+def refuse_place(path: Path, what: str, error: OSError) -> ValueError:
+    """The error of a place where nothing can be written: which one, why, and what to do."""
+    why = error.strerror or type(error).__name__
+    at = "" if error.filename is None or Path(error.filename) == path else f" ({error.filename})"
+    return ValueError(f"no {what} can be written at {path}: {why}{at}. Give another place, or see who may write there")
+
+
+def _refused(target: Path, what: str, error: Exception) -> ValueError:
+    kept = f"; {target} is as it was" if target.exists() else ""
+    return ValueError(f"could not save {what} to {target}: {error}. Free some space and run it again{kept}")
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+PATHS = frozenset(
+    {
+        "compare",
+        "eval",
+        "eval_scores",
+        "generate",
+        "out",
+        "output",
+        "output_dir",
+        "policy",
+        "recipe",
+        "reference",
+        "scores",
+        "teacher",
+        "teacher_reference",
+        "train",
+    }
+)
+"""Fields, of whichever config, that may name a place on this machine."""
+
+
+def at_home(config: Any) -> None:
+    """`~` in a config's paths becomes the home directory, in place: neither YAML nor `--option=~/x` is a shell's."""
+    for name in PATHS & vars(config).keys():
+        value = getattr(config, name)
+        if isinstance(value, str):
+            setattr(config, name, expanduser(value))
+        elif isinstance(value, list):
+            setattr(config, name, [expanduser(x) for x in value])

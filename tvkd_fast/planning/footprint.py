@@ -1,0 +1,320 @@
+"""What each process of a run holds and sends, counted from shapes: nothing is loaded, downloaded or run.
+
+Letters: P pairs of a step, S processes that share weights, D hidden, F intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from tvkd_fast.distributed.vocabulary import states_held
+from tvkd_fast.models import BITS_A_WEIGHT, ModelShape
+from tvkd_fast.models.shared_prompt import HANDLED, Layout
+from tvkd_fast.objectives import SCORED, Need
+from tvkd_fast.planning.activations import count_activations
+from tvkd_fast.training.train_config import TrainConfig
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_HEAD_WORKSPACE = 64 * 2**20
+"""Of the head's tiles; a bound that its tests hold."""
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """Tokens of a pair, means over the data, and of the longest sequence."""
+
+    prompt: float
+    chosen: float
+    rejected: float
+    longest: float
+
+    def of(self, packing: str, both: bool) -> float:
+        """Those that go through the model, of both responses or the chosen one alone."""
+        return (2 if both and packing != "shared" else 1) * self.prompt + self.responses(both)
+
+    def responses(self, both: bool) -> float:
+        """Those that reach the head."""
+        return self.chosen + self.rejected if both else self.chosen
+
+
+def compares(config: TrainConfig) -> bool:
+    """Whether rejected responses go through the models as well."""
+    return Need.REJECTED in config.loss.needs
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A training run of `processes`, seen from one of them. Sizes are in bytes."""
+
+    config: TrainConfig
+    policy: ModelShape
+    teacher: ModelShape | None
+    """None where its scores are on disk, or where there is none."""
+    tokens: PairTokens
+    processes: int
+
+    def memory(self) -> tuple[str, dict[str, float]]:
+        """When a step holds most, and what the device holds then, by part; Python and its libraries apart.
+
+        Activations are most as a backward begins, gradients as it ends: a head's dW is then whole, and a tied weight
+        has its embedding's beside it. A shared embedding looks up all processes' tokens as a forward begins.
+        """
+        kept = self._gathered if self._offloads else self._kept | self._gathered
+        moments = {
+            "as a forward begins": kept | self._looked_up | self._so_far,
+            "as a backward begins": kept | self._forward | self._so_far,
+            "as a backward ends": kept | self._gradients | ({} if self.config.lora.rank else self._looked_up),
+        }
+        return max(moments.items(), key=lambda moment: sum(moment[1].values()))
+
+    def host_memory(self) -> dict[str, float]:
+        """What lies in the host's memory, by part, where shards are offloaded; nothing otherwise."""
+        return self._kept | {"gradients": self._own_gradients} if self._offloads else {}
+
+    def communication(self) -> dict[str, float]:
+        """Bytes that a process sends in a step of the policy, and receives, in rings: (S−1)/S of all."""
+        config, ring = self.config, (self._group - 1) / self._group
+        reductions = self.micro_batches if config.parallel.reduce == "micro_batch" else 1
+        # Blocks are gathered for the forward and again for the backward, the root once for both.
+        weights = 2 * self.policy.blocks + self.policy.root - self._stays
+        parts = {
+            "weights, gathered": ring * self.micro_batches * self._compute * weights,
+            "gradients, reduced": ring * reductions * 4 * self._reduced,
+        }
+        if self.shares_vocabulary:
+            # The few numbers a token by which its parts are merged are left out. The head's gradients are float32.
+            pairs = config.pairs_per_step / self.processes
+            everyone = ring * self._group * self.policy.hidden
+            answers = pairs * self.tokens.responses(compares(config))
+            parts["states of tokens"] = everyone * answers * (self._compute + 4)
+            if self.policy.tied:
+                padded = config.model.packing == "padded"
+                looked_up = self.micro_batches * self.row if padded else pairs * self._a_pair
+                # A frozen table has no way back.
+                ways = 2 if config.lora.rank == 0 else 1
+                parts["embeddings of tokens"] = everyone * looked_up * ways * _BYTES[config.model.dtype]
+        replicas = config.parallel.replicas
+        if replicas > 1:
+            own = reductions * 4 * self._reduced
+            if self.shares_vocabulary and config.lora.rank == 0:
+                # Its rows' gradients are summed in each micro-batch, the head's and the embedding's apart.
+                uses = 2 if self.policy.tied else 1
+                own += self.micro_batches * uses * _BYTES[config.model.dtype] * self.policy.head
+            parts["gradients, replicas"] = 2 * (1 - 1 / replicas) * own / self._group
+        return parts
+
+    def arithmetic(self) -> float:
+        """Floating-point operations of a step by its products with weights, of all processes together.
+
+        A weight takes 2 a token forward, 2 for its input's gradient and 2 for its own; the head sees response tokens
+        alone. What is computed again counts once, and attention's own products are left out.
+        """
+        config, policy, teacher = self.config, self.policy, self.teacher
+        tokens = config.pairs_per_step * self._a_pair
+        answers = config.pairs_per_step * self.tokens.responses(compares(config))
+        trained = 6 if config.lora.rank == 0 else 4
+        total = trained * (policy.blocks * tokens + policy.head * answers)
+        if not config.loss.needs & SCORED or config.scores is not None:
+            return total
+        if Need.REFERENCE in config.loss.needs:
+            total += 2 * (policy.blocks * tokens + policy.head * answers)
+        if teacher is not None:
+            teachers = 1 if config.teacher_reference is None else 2
+            total += 2 * teachers * (teacher.blocks * tokens + teacher.head * answers)
+        return total
+
+    @cached_property
+    def learning(self) -> int:
+        """Parameters that do."""
+        lora = self.config.lora
+        if lora.rank == 0:
+            return self.policy.parameters
+        sizes = (
+            size for name, size in self.policy.adapted if lora.targets is None or name.split(".")[-1] in lora.targets
+        )
+        return lora.rank * sum(sizes)
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """Of each process in a step."""
+        config = self.config
+        if config.model.packing == "padded":
+            return math.ceil(config.pairs_per_step / config.pairs_per_micro_batch / self.processes)
+        return math.ceil(config.pairs_per_step * self._a_pair / config.tokens_per_micro_batch / self.processes)
+
+    @property
+    def row(self) -> float:
+        """Tokens that go through the policy at once, padding among them."""
+        config = self.config
+        if config.model.packing == "padded":
+            sequences = 2 if compares(config) else 1
+            return config.pairs_per_micro_batch * sequences * self.tokens.longest
+        return min(config.tokens_per_micro_batch, config.pairs_per_step * self._a_pair / self.processes)
+
+    @cached_property
+    def shares_vocabulary(self) -> bool:
+        """As `run_models.Sharing` decides it, but for families whose embedding cannot be shared."""
+        config = self.config
+        if self._group == 1 or config.parallel.vocabulary != "auto":
+            return self._group > 1 and config.parallel.vocabulary == "shared"
+        possible = config.model.packing != "padded" and not config.parallel.cpu_offload
+        return possible and self._group * config.tokens_per_micro_batch < self.policy.vocab
+
+    @cached_property
+    def activations(self) -> float:
+        """Of the policy's blocks and of what lies around them, and the states that the head is given."""
+        config, policy = self.config, self.policy
+        tokens = self._tokens
+        autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
+        trust = config.model.trust_remote_code
+        counted = count_activations(
+            policy.name, tokens, self._layout(tokens), sequences=self._rows, autocast=autocast, trust_remote_code=trust
+        )
+        size = counted.of(policy.layers, config.model.activation_checkpointing, tokens * policy.hidden * self._compute)
+        if autocast is not None and self._group > 1:
+            # Sharded weights are gathered in that dtype, and no cast of them is kept.
+            size -= 2 * policy.blocks
+        return size + self._answers * policy.hidden * self._compute
+
+    @property
+    def _rows(self) -> int:
+        """Sequences that go through the policy at once and pad each other; 0 where they are packed."""
+        if self.config.model.packing != "padded":
+            return 0
+        return self.config.pairs_per_micro_batch * (2 if compares(self.config) else 1)
+
+    @property
+    def _tokens(self) -> int:
+        """Of a row, in whole ones."""
+        return max(1, round(self.row))
+
+    @property
+    def _answers(self) -> float:
+        """Response tokens among those of a row."""
+        return self._tokens * self.tokens.responses(compares(self.config)) / self._a_pair
+
+    def _layout(self, tokens: int) -> Layout | None:
+        """As many pairs of the data's mean lengths as fill a row."""
+        implementation = self.config.model.attn_implementation
+        handled = implementation is None or implementation in HANDLED
+        if self.config.model.packing != "shared" or not compares(self.config) or not handled:
+            return None
+        pairs = max(1, round(tokens / self._a_pair))
+        ends = [round(tokens * i / pairs) for i in range(pairs + 1)]
+        rows = []
+        for start, end in pairwise(ends):
+            chosen = start + round((end - start) * self.tokens.prompt / self._a_pair)
+            rejected = chosen + round((end - start) * self.tokens.chosen / self._a_pair)
+            rows.append((start, chosen, rejected, end))
+        return tuple(rows)
+
+    @property
+    def _kept(self) -> dict[str, float]:
+        """From step to step."""
+        config, size = self.config, _BYTES[self.config.model.dtype] / self._group
+        adapters = self.learning if config.lora.rank else 0
+        packed = self.policy.blocks if config.lora.quantize == "nf4" else 0
+        parts = {
+            "policy weights": (self.policy.parameters - packed + adapters) * size + packed * BITS_A_WEIGHT / 8,
+            "AdamW's two moments": 2 * self.learning * size,
+        }
+        if Need.REFERENCE in config.loss.needs and config.scores is None and not config.lora.rank:
+            parts["reference weights"] = self.policy.parameters * size
+        if self.teacher is not None:
+            parts["teacher weights"] = self.teacher.parameters * size
+            if config.teacher_reference is not None:
+                parts["its reference's weights"] = self.teacher.parameters * size
+        return parts
+
+    @property
+    def _gathered(self) -> dict[str, float]:
+        if self._group == 1:
+            return {}
+        # The block that runs, and the one that is fetched meanwhile.
+        blocks = 2 * self.policy.blocks / self.policy.layers
+        return {"gathered weights": self._compute * (self.policy.root - self._stays + blocks)}
+
+    @property
+    def _forward(self) -> dict[str, float]:
+        parts = {
+            "activations": self.activations,
+            "head's workspace": float(_HEAD_WORKSPACE + self.config.head.workspace_mb * 2**20),
+        }
+        if self.shares_vocabulary:
+            parts["states of all tokens"] = states_held(self._group, self._answers, self.policy.hidden, self._compute)
+        if self.config.lora.rank == 0:
+            # Of a shared one by targets and by softmaxes, until they are summed.
+            parts["head's gradient"] = self._head_gradient * (2 if self.shares_vocabulary else 1)
+        return parts
+
+    @property
+    def _so_far(self) -> dict[str, float]:
+        return {"gradients so far": self._gradients_so_far} if self.micro_batches > 1 else {}
+
+    @property
+    def _gradients(self) -> dict[str, float]:
+        parts = {} if self._offloads else {"gradients": self._own_gradients}
+        if self._group > 1:
+            parts |= self._so_far
+        if self.config.lora.rank == 0:
+            # Of a tied weight the embedding's and the head's are summed; both are there before, and the sum so far.
+            beside = (1 if self.policy.tied else 0) + (1 if self.micro_batches > 1 else 0)
+            parts["embedding's gradient"] = beside * self._head_gradient
+        return parts
+
+    @property
+    def _looked_up(self) -> dict[str, float]:
+        """What a shared table found of all tokens, or what comes back to it, and this process's own."""
+        if not self.shares_vocabulary or not self.policy.tied:
+            return {}
+        size = self.row * self.policy.hidden * _BYTES[self.config.model.dtype]
+        return {"embeddings of all tokens": (self._group + 1) * size}
+
+    @property
+    def _own_gradients(self) -> float:
+        """Of the weights that this process keeps."""
+        return 4.0 * self.learning / self._group
+
+    @property
+    def _offloads(self) -> bool:
+        """As it is only done to shards."""
+        return self.config.parallel.cpu_offload and self.processes > 1
+
+    @property
+    def _gradients_so_far(self) -> float:
+        """Of the micro-batches before."""
+        if self._group == 1 or self.config.parallel.reduce == "micro_batch":
+            return 0.0 if self._offloads else self._own_gradients
+        return 4.0 * self._reduced
+
+    @property
+    def _head_gradient(self) -> float:
+        return 4.0 * self.policy.head / (self._group if self.shares_vocabulary else 1)
+
+    @property
+    def _a_pair(self) -> float:
+        return self.tokens.of(self.config.model.packing, compares(self.config))
+
+    @property
+    def _group(self) -> int:
+        return self.processes // self.config.parallel.replicas
+
+    @property
+    def _compute(self) -> int:
+        """Bytes of a number that products read."""
+        return 2 if self.config.model.autocast == "bfloat16" else _BYTES[self.config.model.dtype]
+
+    @property
+    def _stays(self) -> int:
+        """Parameters that are gathered by nobody."""
+        return self.policy.head if self.shares_vocabulary else 0
+
+    @property
+    def _reduced(self) -> int:
+        """Parameters whose gradients are summed over processes: those that learn, but for a head that stays."""
+        return self.learning - (self._stays if self.config.lora.rank == 0 else 0)

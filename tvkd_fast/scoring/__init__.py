@@ -1,0 +1,19 @@
+"""What reference and teacher say of pairs: from the models themselves, or from a cache on disk."""
+
+from tvkd_fast.scoring.cache import ScoreCache, ScoreLayout, ScoreManifest, Scores, ScoreWriter, describe, read_manifest
+from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
+
+__all__ = [
+    "CachedScorer",
+    "OnlineScorer",
+    "ScoreCache",
+    "ScoreLayout",
+    "ScoreManifest",
+    "ScoreWriter",
+    "Scorer",
+    "Scores",
+    "describe",
+    "read_manifest",
+    "score_dataset",
+    "score_to_disk",
+]

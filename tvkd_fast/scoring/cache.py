@@ -1,0 +1,415 @@
+"""The score cache: what teacher and reference say of a dataset, made once, as a folder of shards and a manifest.
+
+A shard holds the numbers of consecutive pairs; the manifest names the shards that are whole, with their checksums, and
+what the numbers were made of. It is written anew after each shard, so that a killed run goes on from there.
+
+Letters: P pairs, M response states; responses are stored pair by pair, chosen then rejected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tvkd_fast.data.batch import PairBatch
+from tvkd_fast.data.dataset import PairDataset
+from tvkd_fast.data.tokenization import TokenizedPair
+from tvkd_fast.files import put_in_place, refuse_place, sha256_of, unfinished
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the cache: pairs that follow those of the shard before."""
+
+    file: str
+    pairs: int
+    states: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ScoreManifest:
+    """What the numbers were made of. Fingerprints are sha256 in hex, a model's with what it holds before it; None where
+    there was no such model. Those of older versions are of a model's weights alone: they are read, and no model is
+    compared with them."""
+
+    dataset: str
+    """Of the token ids, `PairDataset.fingerprint`: truncation and tokenizer are in it."""
+    tokenizer: str
+    teacher: str | None
+    """Of the teacher: weights, config, and the adapter that it came with."""
+    reference: str | None
+    """Of the reference."""
+    precision: str
+    """Dtype of the weights and of the products: scores in one are not those in another."""
+    kappa: float
+    pairs: int
+    states: int
+    versions: dict[str, str]
+    """Of this library, torch and transformers, for the record."""
+    value_dtype: Literal["float32", "float16"] = "float32"
+    """Dtype of what is kept a state; log-probabilities are float32."""
+    teacher_reference: str | None = None
+    """Of the teacher's own reference, where its rewards are kept and not its sums."""
+    teacher_tokens: str | None = None
+    """Of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
+    shards: tuple[Shard, ...] = ()
+    format: int = FORMAT
+
+    @property
+    def own_tokens(self) -> bool:
+        """Whether the teacher read tokens of its own."""
+        return self.teacher_tokens not in (None, self.dataset)
+
+    @property
+    def finished(self) -> bool:
+        return sum(shard.pairs for shard in self.shards) == self.pairs
+
+    def same_numbers(self, other: ScoreManifest) -> bool:
+        """Whether both tell of the same numbers, however many of them are there and whoever wrote them."""
+        return replace(self, shards=(), versions={}) == replace(other, shards=(), versions={})
+
+    def text(self) -> str:
+        """As it stands in its file, byte by byte, with a checksum of its own: what reads otherwise is damaged."""
+        body = asdict(self)
+        checksum = sha256(json.dumps(body).encode()).hexdigest()
+        return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Numbers of consecutive pairs of a dataset, or of a batch of it (then chosen rows first, then rejected)."""
+
+    ref_logps: Tensor | None = None
+    """[P, 2] float32 in a dataset, (2P,) in a batch: summed reference log-probabilities."""
+    lse: Tensor | None = None
+    """(M,) float32: LSE(z) of every response state under the teacher."""
+    lse_kappa: Tensor | None = None
+    """(M,) float32: LSE(κz); the same tensor as `lse` where κ=1."""
+    reward: Tensor | None = None
+    """(M,) float32: Σ_{k<t} log π_φ − log π_φref up to every response state, teacher φ and its own reference."""
+    teacher_states: Tensor | None = None
+    """[P, 2] int64 in a dataset, (2P,) in a batch: states of each response, where the teacher has a tokenizer of its
+    own and M counts them; None where they are the policy's."""
+    teacher_ended: Tensor | None = None
+    """The same shape, bool: whether the response ends in the teacher's tokens."""
+
+    def boundaries(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """(2P+1,) boundaries of the responses in the teacher's states, and (2P,) which of them ended."""
+        if self.teacher_states is None or self.teacher_ended is None:
+            return batch.cu_states, batch.ended
+        return torch.cat([self.teacher_states.new_zeros(1), self.teacher_states.cumsum(0)]), self.teacher_ended
+
+
+class ScoreLayout:
+    """Where the numbers of a pair stand in a dataset's flat arrays, from [P, 2] states of its responses."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.num_pairs = states.shape[0]
+        self.bounds = torch.cat([torch.zeros(1, dtype=torch.int64), states.flatten().cumsum(0)])
+
+    @classmethod
+    def of(cls, dataset: Sequence[TokenizedPair]) -> ScoreLayout:
+        return cls(states_of(dataset))
+
+    @property
+    def num_states(self) -> int:
+        return int(self.bounds[-1])
+
+    def between(self, first: int, last: int) -> int:
+        """States of the pairs first..last−1."""
+        return int(self.bounds[2 * last] - self.bounds[2 * first])
+
+    def responses(self, pairs: Tensor) -> Tensor:
+        """(P,) pairs to the (2P,) places of their responses, in a batch's order: chosen first, then rejected."""
+        return torch.cat([2 * pairs, 2 * pairs + 1])
+
+    def states(self, pairs: Tensor) -> Tensor:
+        """(P,) pairs to the (M,) places of their responses' states, in a batch's order."""
+        responses = self.responses(pairs)
+        ends = zip(self.bounds[responses].tolist(), self.bounds[responses + 1].tolist(), strict=True)
+        nothing = torch.empty(0, dtype=torch.int64)
+        return torch.cat([nothing, *(torch.arange(start, end) for start, end in ends)])
+
+
+def states_of(dataset: Sequence[TokenizedPair]) -> Tensor:
+    """[P, 2] int64: how many states the responses have."""
+    return torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in dataset], dtype=torch.int64).view(-1, 2) + 1
+
+
+class ScoreCache:
+    """Scores of a dataset that can be asked for by pair. Its shards are mapped, and read where they are asked for."""
+
+    def __init__(self, manifest: ScoreManifest, pieces: Sequence[Scores], layout: ScoreLayout) -> None:
+        self.manifest, self.pieces, self.layout = manifest, list(pieces), layout
+        self._firsts = [0]
+        for piece in self.pieces:
+            assert piece.ref_logps is not None
+            self._firsts.append(self._firsts[-1] + piece.ref_logps.shape[0])
+
+    def of(self, pairs: Tensor) -> Scores:
+        """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses."""
+        kept = [name for name in NAMES if getattr(self.pieces[0], name) is not None]
+        # An empty micro-batch has numbers too, none of each kind.
+        found = {name: [getattr(self.pieces[0], name).flatten()[:0]] for name in kept}
+        for response in self.layout.responses(pairs.cpu()).tolist():
+            which = bisect_right(self._firsts, response // 2) - 1
+            piece, first = self.pieces[which], 2 * self._firsts[which]
+            start, end = (int(self.layout.bounds[r] - self.layout.bounds[first]) for r in (response, response + 1))
+            for name in kept:
+                numbers, place = getattr(piece, name).flatten(), slice(start, end)
+                if name in RESPONSE_NAMES:
+                    place = slice(response - first, response - first + 1)
+                found[name].append(numbers[place])
+        whole = {name: torch.cat(parts) for name, parts in found.items()}
+        return Scores(**{name: x.float() if x.is_floating_point() else x for name, x in whole.items()})
+
+    @classmethod
+    def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
+        """Map a folder that a `ScoreWriter` finished, for the dataset it was made of.
+
+        Raises ValueError, with the file's name, where it is not whole: every byte is held to a checksum.
+        """
+        folder = Path(folder).expanduser()
+        manifest = read_manifest(folder)
+        if isinstance(dataset, PairDataset) and dataset.fingerprint != manifest.dataset:
+            raise ValueError(f"{folder} was made of other data: run `tvkd score` again")
+        pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
+        layout = ScoreLayout(_teacher_states(pieces, states_of(dataset)))
+        if (manifest.pairs, manifest.states) != (len(dataset), layout.num_states):
+            raise ValueError(
+                f"{folder} holds {manifest.pairs} pairs and {manifest.states} states, the data {len(dataset)} and "
+                f"{layout.num_states}: it was made of other data; run `tvkd score` again"
+            )
+        cache = cls(manifest, pieces, layout)
+        for shard, (first, last) in zip(manifest.shards, pairwise(cache._firsts), strict=True):
+            if layout.between(first, last) != shard.states:
+                raise ValueError(f"{folder / shard.file} holds other pairs than the data: run `tvkd score` again")
+        return cache
+
+    def check(self, **expected: str | float | None) -> None:
+        """Refuse a cache of something else: every given manifest field must be equal; None is not compared."""
+        known = {f.name for f in fields(ScoreManifest)}
+        for name, value in expected.items():
+            assert name in known
+            found = getattr(self.manifest, name)
+            if value is None:
+                continue
+            if name in OF_MODELS and found is not None and _kind(found) != _kind(value):
+                raise ValueError(
+                    f"whether the score cache is of this run's {name} cannot be told: it was written by an older "
+                    "version, whose fingerprints hold neither a model's config nor the adapter that it came with; run "
+                    "`tvkd score` again"
+                )
+            if found != value:
+                raise ValueError(
+                    f"the score cache was made with another {name} ({_short(found)}, wanted {_short(value)}): run "
+                    "`tvkd score` again with this run's settings, or give --scores the folder that belongs to it"
+                )
+
+
+class ScoreWriter:
+    """Writes a cache shard by shard beside `folder`, whose place it takes once the last shard is whole.
+
+    What a killed run left there is gone on with, if it tells of the same numbers: whole shards are kept, a torn one and
+    what follows it are made again. An older cache in `folder` stands until then.
+    """
+
+    def __init__(self, folder: str | Path, manifest: ScoreManifest, layout: ScoreLayout) -> None:
+        self.folder, self.layout = Path(folder).expanduser(), layout
+        check_score_folder(self.folder)
+        self.partial = unfinished(self.folder)
+        self.manifest = replace(manifest, shards=self._kept(manifest))
+        self.pairs = sum(shard.pairs for shard in self.manifest.shards)
+        self._drop_unnamed()
+
+    def _kept(self, manifest: ScoreManifest) -> tuple[Shard, ...]:
+        try:
+            found = read_manifest(self.partial, finished=False)
+        except ValueError:
+            return ()
+        kept = []
+        for shard in found.shards if found.same_numbers(manifest) else ():
+            path = self.partial / shard.file
+            if not path.is_file() or sha256_of(path) != shard.sha256:
+                break
+            kept.append(shard)
+        return tuple(kept)
+
+    def write(self, scores: Scores) -> None:
+        """The next shard. ValueError where the disk refuses; the shards before it are kept."""
+        assert scores.ref_logps is not None
+        tensors = {name: x for name in NAMES if (x := getattr(scores, name)) is not None}
+        if self.manifest.kappa == 1.0:
+            tensors.pop("lse_kappa", None)
+        dtype = getattr(torch, self.manifest.value_dtype)
+        count = scores.ref_logps.shape[0]
+        path = self.partial / f"scores-{len(self.manifest.shards):05d}.safetensors"
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            save_file({k: x.to(dtype) if k in STATE_NAMES else x for k, x in tensors.items()}, path)
+            _to_disk(path)
+            states = self.layout.between(self.pairs, self.pairs + count)
+            shard = Shard(path.name, count, states, sha256_of(path))
+            self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
+            self.pairs += count
+            self._write_manifest()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"could not save scores to {self.partial}: {error}. Free some space and run it again: it goes on from "
+                f"pair {self.pairs:,} of {self.manifest.pairs:,}"
+            ) from error
+
+    def _write_manifest(self) -> None:
+        fresh = self.partial / f".{MANIFEST}"
+        fresh.write_text(self.manifest.text())
+        _to_disk(fresh)
+        os.replace(fresh, self.partial / MANIFEST)
+
+    def _drop_unnamed(self) -> None:
+        """Torn shards, and those of another pass."""
+        names = {MANIFEST, *(shard.file for shard in self.manifest.shards)}
+        for path in self.partial.glob("*"):
+            if path.name not in names:
+                path.unlink()
+
+    def finish(self) -> None:
+        """Put the whole cache in its place."""
+        assert self.manifest.finished
+        put_in_place(self.folder, "scores")
+
+
+OF_MODELS = ("teacher", "teacher_reference", "reference")
+"""Fields of a manifest that are fingerprints of models."""
+NAMES = tuple(f.name for f in fields(Scores))
+STATE_NAMES = ("lse", "lse_kappa", "reward")
+"""Of the numbers that there are one a state of; of the others there is one a response."""
+RESPONSE_NAMES = tuple(name for name in NAMES if name not in STATE_NAMES)
+
+
+def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest:
+    """The manifest as it stands in the folder.
+
+    Raises ValueError where there is none, it is damaged, of another format, or of a run that is not finished.
+    """
+    path = Path(folder).expanduser() / MANIFEST
+    try:
+        text = path.read_bytes().decode()
+        body = json.loads(text)
+        if isinstance(body, dict) and body.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is of format {body.get('format')}, this library reads {FORMAT}: run `tvkd score` again"
+            )
+        del body["checksum"]
+        manifest = ScoreManifest(**body | {"shards": tuple(Shard(**shard) for shard in body["shards"])})
+        if manifest.text() != text:
+            raise TypeError("it is not what was written")
+    except FileNotFoundError:
+        raise ValueError(f"no score cache at {folder}: make one with `tvkd score --output_dir {folder} …`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); run `tvkd score` again") from error
+    if finished and not manifest.finished:
+        raise ValueError(f"{path} names {len(manifest.shards)} shards of a run that is not finished: run it again")
+    return manifest
+
+
+def describe(folder: str | Path) -> str:
+    """What is in a cache, to read: what it was made of, how much there is, and the numbers' ranges. All is checked."""
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
+    size = sum((folder / shard.file).stat().st_size for shard in manifest.shards)
+    made_of = ("dataset", "tokenizer", "reference", "teacher", "teacher_reference", "teacher_tokens")
+    lines = {name: value for name in made_of if (value := getattr(manifest, name)) is not None}
+    lines["precision"] = f"{manifest.precision}; what is kept a state is in {manifest.value_dtype}"
+    lines["kappa"] = str(manifest.kappa)
+    lines["size"] = (
+        f"{manifest.pairs:,} pairs, {manifest.states:,} response states, {len(manifest.shards):,} shards, "
+        f"{size:,} bytes"
+    )
+    lines["made by"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    for name, what in zip(
+        ("ref_logps", *STATE_NAMES), ("reference logps", "LSE(z)", "LSE(kappa z)", "teacher's reward"), strict=True
+    ):
+        found = [x for piece in pieces if (x := getattr(piece, name)) is not None]
+        if found and (name != "lse_kappa" or manifest.kappa != 1.0):
+            x = torch.cat([part.flatten() for part in found]).double()
+            lines[what] = (
+                f"{float(x.mean()):.3f} ± {float(x.std()):.3f} nats, {float(x.min()):.3f} … {float(x.max()):.3f}"
+            )
+    return "\n".join(f"{name:<18}{text}" for name, text in lines.items())
+
+
+def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
+    try:
+        if sha256_of(path) != shard.sha256:
+            raise ValueError(f"{path} does not match its checksum: it is damaged; run `tvkd score` again")
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); run `tvkd score` again") from error
+    scores = Scores(**{name: tensors.get(name, tensors.get("lse") if name == "lse_kappa" else None) for name in NAMES})
+    shapes = {
+        "ref_logps": (shard.pairs, 2),
+        "teacher_states": (shard.pairs, 2),
+        "teacher_ended": (shard.pairs, 2),
+        **dict.fromkeys(STATE_NAMES, (shard.states,)),
+    }
+    fits = all(x is None or x.shape == shapes[name] for name, x in vars(scores).items())
+    own = {scores.teacher_states is not None, scores.teacher_ended is not None}
+    if not fits or scores.ref_logps is None or own != {manifest.own_tokens}:
+        raise ValueError(f"{path} does not hold what {MANIFEST} says of it; run `tvkd score` again")
+    return scores
+
+
+def _teacher_states(pieces: Sequence[Scores], otherwise: Tensor) -> Tensor:
+    """[P, 2] states of the responses in the teacher's own tokens, if it has some."""
+    found = [x for piece in pieces if (x := piece.teacher_states) is not None]
+    return torch.cat(found) if found else otherwise
+
+
+def check_score_folder(folder: Path) -> None:
+    """ValueError where scores cannot be written there, or something else would have to give way to them."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give --output_dir a folder of its own")
+    if folder.exists() and not _only_scores(folder):
+        raise ValueError(f"{folder} holds other things than scores: give --output_dir a folder of its own")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished(folder).mkdir(exist_ok=True)
+    except OSError as error:
+        raise refuse_place(folder, "folder", error) from error
+
+
+def _only_scores(folder: Path) -> bool:
+    return all(path.name == MANIFEST or path.match("scores*.safetensors") for path in folder.iterdir())
+
+
+def _to_disk(path: Path) -> None:
+    """Not only to the system's memory: a plug that is pulled takes what is there."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _kind(fingerprint: object) -> str:
+    """What stands before a fingerprint's digest: what it is made of. Nothing, where it is of weights alone."""
+    return str(fingerprint).rpartition(":")[0]
+
+
+def _short(value: object) -> str:
+    text = str(value).rpartition(":")[2]
+    return f"{text[:12]}…" if isinstance(value, str) and len(text) > 12 else str(value)

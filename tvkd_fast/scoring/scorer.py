@@ -1,0 +1,221 @@
+"""What reference and teacher say of a batch: from the models themselves, or from a cache of them.
+
+Letters: P pairs, M response states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tvkd_fast.data import MicroBatching, PairBatch, PairDataset
+from tvkd_fast.distributed import World
+from tvkd_fast.losses import running_sums, segment_sums
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead, WithoutAdapters
+from tvkd_fast.scoring.cache import NAMES, STATE_NAMES, ScoreCache, ScoreLayout, ScoreManifest, Scores, ScoreWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Scorer(Protocol):
+    """Answers with (2P,) reference log-probabilities and (M,) teacher sums; None for what it has no model of."""
+
+    def of(self, batch: PairBatch) -> Scores: ...
+
+
+class RewardTeacher(nn.Module):
+    """The teacher of `value_from="implicit_reward"`: what it gained over its own reference, up to every response state.
+
+    `forward(batch)` returns Σ_{k<t} log π_φ(y_{k+1}|s_k) − log π_φref(y_{k+1}|s_k), (M,) float32; 0 at s_0.
+    """
+
+    def __init__(self, teacher: PolicyWithHead, reference: PolicyWithHead) -> None:
+        super().__init__()
+        self.teacher, self.reference = teacher, reference
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.teacher.model
+
+    @property
+    def policies(self) -> tuple[PolicyWithHead, ...]:
+        return self.teacher, self.reference
+
+    @property
+    def vocab_size(self) -> int:
+        return min(policy.vocab_size for policy in self.policies)
+
+    def forward(self, batch: PairBatch) -> Tensor:
+        return running_sums(self.teacher(batch) - self.reference(batch), batch.cu_seqlens)
+
+
+@dataclass(frozen=True)
+class TeacherTokens:
+    """A dataset in the tokens of a teacher that has a tokenizer of its own, and how many of them it takes at once."""
+
+    dataset: PairDataset
+    batching: MicroBatching
+
+
+class OnlineScorer:
+    """Runs the frozen models on every batch; the teacher on tokens of its own, where it is given some."""
+
+    def __init__(
+        self,
+        reference: PolicyWithHead | WithoutAdapters | None,
+        teacher: TeacherWithHead | RewardTeacher | None,
+        teacher_tokens: TeacherTokens | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
+        self.world = world
+
+    def layout(self, dataset: PairDataset) -> ScoreLayout:
+        """Of the numbers that it gives of a dataset."""
+        return ScoreLayout.of(self._read(dataset))
+
+    def teacher_reads(self, dataset: PairDataset) -> str | None:
+        """Fingerprint of the tokens that the teacher reads of a dataset; None without a teacher."""
+        return None if self.teacher is None else self._read(dataset).fingerprint
+
+    def _read(self, dataset: PairDataset) -> PairDataset:
+        return dataset if self.teacher_tokens is None else self.teacher_tokens.dataset
+
+    @torch.no_grad()
+    def of(self, batch: PairBatch) -> Scores:
+        ref_logps = None if self.reference is None else segment_sums(self.reference(batch), batch.cu_seqlens)
+        if self.teacher is None:
+            return Scores(ref_logps)
+        if self.teacher_tokens is None:
+            return replace(self._of_teacher(batch), ref_logps=ref_logps)
+        return replace(self._in_its_own_tokens(batch, self.teacher_tokens), ref_logps=ref_logps)
+
+    def _of_teacher(self, batch: PairBatch) -> Scores:
+        if isinstance(self.teacher, RewardTeacher):
+            return Scores(reward=self.teacher(batch))
+        assert self.teacher is not None
+        lse, lse_kappa = self.teacher(batch)
+        return Scores(lse=lse, lse_kappa=lse_kappa)
+
+    def _in_its_own_tokens(self, batch: PairBatch, tokens: TeacherTokens) -> Scores:
+        """The teacher's rows are packed anew: of the same pairs it may have more tokens than fit one row."""
+        pairs = [tokens.dataset[i] for i in batch.pairs.tolist()]
+        layout = ScoreLayout.of(pairs)
+        found: dict[str, Tensor] = {}
+        rows = list(tokens.batching.batches(pairs, range(len(pairs))))
+        # A sharded teacher is called by every process as often as by the others.
+        for own in tokens.batching.filled(rows, len(rows) if self.world is None else self.world.most(len(rows))):
+            places = layout.states(own.pairs)
+            for name, numbers in vars(self._of_teacher(own.to(batch.labels.device))).items():
+                if numbers is not None:
+                    found.setdefault(name, numbers.new_zeros(layout.num_states))[places] = numbers
+        everyone = torch.arange(len(pairs))
+        order = layout.states(everyone)
+        ended = torch.tensor([[pair.chosen_ended, pair.rejected_ended] for pair in pairs], dtype=torch.bool)
+        of_responses = {
+            "teacher_states": layout.bounds.diff()[layout.responses(everyone)],
+            "teacher_ended": ended.view(len(pairs), 2).T.flatten(),
+        }
+        of_states = {name: found[name][order] if name in found else None for name in STATE_NAMES}
+        return Scores(**of_states, **{name: x.to(batch.labels.device) for name, x in of_responses.items()})
+
+
+class CachedScorer:
+    """Looks the batch up."""
+
+    def __init__(self, cache: ScoreCache) -> None:
+        self.cache = cache
+
+    def of(self, batch: PairBatch) -> Scores:
+        scores = self.cache.of(batch.pairs)
+        device = batch.labels.device
+        return Scores(*(None if x is None else x.to(device) for x in vars(scores).values()))
+
+
+def score_dataset(
+    dataset: PairDataset,
+    scorer: OnlineScorer,
+    manifest: ScoreManifest,
+    *,
+    batching: MicroBatching,
+    world: World,
+    progress: bool = False,
+) -> ScoreCache:
+    """Run the scorer once over the dataset and keep what it says in memory, in the dataset's order.
+
+    Each process of `world` scores its part, and all have the whole.
+    """
+    layout = scorer.layout(dataset)
+    with _bar(len(dataset), 0, progress) as bar:
+        scores = _score_pairs(dataset, layout, range(len(dataset)), scorer, batching, world, bar)
+    return ScoreCache(manifest, [scores], layout)
+
+
+def score_to_disk(
+    dataset: PairDataset,
+    scorer: OnlineScorer,
+    manifest: ScoreManifest,
+    folder: str,
+    *,
+    pairs_per_shard: int,
+    batching: MicroBatching,
+    world: World,
+    progress: bool = False,
+) -> ScoreCache:
+    """The same shard by shard into a folder, which the first process writes. Killed, it goes on after the last whole
+    shard when it is run again."""
+    layout = scorer.layout(dataset)
+    writer = ScoreWriter(folder, manifest, layout) if world.first else None
+    start = world.told(0 if writer is None else writer.pairs)
+    with _bar(len(dataset), start, progress) as bar:
+        for first in range(start, len(dataset), pairs_per_shard):
+            pairs = range(first, min(first + pairs_per_shard, len(dataset)))
+            scores = _score_pairs(dataset, layout, pairs, scorer, batching, world, bar)
+            if writer is not None:
+                writer.write(scores)
+    if writer is not None:
+        writer.finish()
+    world.wait()
+    return ScoreCache.load(folder, dataset)
+
+
+def _score_pairs(
+    dataset: PairDataset,
+    layout: ScoreLayout,
+    pairs: range,
+    scorer: OnlineScorer,
+    batching: MicroBatching,
+    world: World,
+    bar: tqdm,
+) -> Scores:
+    """What the scorer says of consecutive pairs, in their order."""
+    kept: dict[str, Tensor] = {}
+    states = layout.between(pairs.start, pairs.stop)
+    batches = batching.share(dataset, pairs, rank=world.rank, size=world.size)
+    for i, batch in enumerate(batches):
+        scores = scorer.of(batch.to(world.device))
+        of_states = layout.states(batch.pairs) - layout.bounds[2 * pairs.start]
+        of_responses = layout.responses(batch.pairs) - 2 * pairs.start
+        for name, numbers in vars(scores).items():
+            if numbers is not None:
+                x = numbers.float().cpu() if numbers.is_floating_point() else numbers.cpu()
+                size, place = (states, of_states) if name in STATE_NAMES else (2 * len(pairs), of_responses)
+                kept.setdefault(name, x.new_zeros(size))[place] = x
+        bar.update(len(pairs) * (i + 1) // len(batches) - len(pairs) * i // len(batches))
+    # Each number is in one process and 0 in the others.
+    whole = {name: sum(parts[1:], start=parts[0]) for name, parts in _by_name(world.everyone(kept)).items()}
+    whole = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in whole.items()}
+    return Scores(**{name: whole.get(name) for name in NAMES})
+
+
+def _by_name(found: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: [of_one[name] for of_one in found] for name in found[0]}
+
+
+def _bar(num_pairs: int, done: int, progress: bool) -> tqdm:
+    return tqdm(total=num_pairs, initial=done, desc="scoring", unit="pair", disable=not progress)

@@ -1,0 +1,1 @@
+"""The bundled preference set, drawn from a seed, and the judge of answers to it."""
