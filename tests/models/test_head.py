@@ -182,15 +182,15 @@ def test_a_refused_head_is_named_with_its_remedy(tiny_model):
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
     model = tiny_model()
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Linear, .* merge a LoRA adapter"):
+    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Linear, .* merge a LoRA"):
         PolicyWithHead(model)
     model = tiny_model()
     model.set_output_embeddings(nn.Sequential(nn.Linear(32, 262)))
-    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Sequential, .*set_output_embedd"):
+    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Sequential, .*set_output_em"):
         PolicyWithHead(model)
     Linear4bit = type("Linear4bit", (nn.Linear,), {})
     model.set_output_embeddings(Linear4bit(32, 262))
-    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Linear4bit, .*load the head unqu"):
+    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Linear4bit, .*load the head un"):
         PolicyWithHead(model)
 
 

@@ -187,18 +187,24 @@ class TVKDTrainer(DPOTrainer):
         reference, first, self._has_models = self.ref_model, not self._has_models, True
         if first and reference is not None:
             check_reference(reference, self.model)
+        policy = model_inside(self.model)
+        own_base = reference is not None and model_inside(reference) is policy
         if not self._ours:
+            if own_base:
+                raise ValueError(
+                    "ref_model is the policy's own base, which TRL's head answers for once: leave ref_model out, or "
+                    "set fused_head='tvkd'"
+                )
             return
         if first:
             self._check_head()
             for model in (self.model, reference):
                 if model is not None:
                     without_trls_head(model)
-        policy = model_inside(self.model)
         patch = patch_of(policy)
         if patch is None or patch.settings != self._head:
             patch_lm_head(policy, gradient=self._head.gradient, stats=self._stats, output=TRLOutput)
-        if first and reference is not None and model_inside(reference) is not policy:
+        if first and reference is not None and not own_base:
             self._lent_reference = LentHead(reference, HeadSettings(HeadGradient(), None, TRLOutput))
 
     def _check_head(self) -> None:
