@@ -9,8 +9,8 @@ Letters: P pairs of a batch (2P rows, chosen first), L row length.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from os import PathLike, fspath
 from typing import Any, ClassVar
@@ -27,9 +27,7 @@ from trl import DPOTrainer
 from trl.data_utils import is_conversational
 
 from tvkd_fast.data.response_end import ResponseEnds
-from tvkd_fast.integrations.answer import HeadSettings
-from tvkd_fast.integrations.lm_head import LentHead, patch_lm_head
-from tvkd_fast.integrations.patched import model_inside, patch_of
+from tvkd_fast.integrations.patched import model_inside
 from tvkd_fast.integrations.returns import MARK, RETURNS, Maker, without_returns
 from tvkd_fast.integrations.rows import (
     RESPONSES,
@@ -42,22 +40,17 @@ from tvkd_fast.integrations.rows import (
 from tvkd_fast.integrations.scores import CachedReturns
 from tvkd_fast.integrations.teacher import TeacherReturns
 from tvkd_fast.integrations.trl_config import TVKDConfig, check_shaping, shaping_settings
+from tvkd_fast.integrations.trl_head import LEFT_OUT, AskedModel, HeardModel, TrainerHeads
 from tvkd_fast.integrations.trl_models import (
     ANOTHER_TOKENIZER,
-    AskedModel,
-    HeardModel,
-    TRLOutput,
-    check_reference,
     check_tokens,
     config_of,
     lent_model,
     stops_of,
     teacher_or_folders,
-    without_trls_head,
 )
 from tvkd_fast.models import fingerprint_settings, load_model, load_tokenizer, longest_sequence
-from tvkd_fast.models.lent import adapters_off, moves_with, on_base_of, undone
-from tvkd_fast.ops import HeadGradient, HeadStats
+from tvkd_fast.models.lent import moves_with, on_base_of, undone
 
 __all__ = ["TVKDConfig", "TVKDTrainer"]
 
@@ -78,8 +71,8 @@ class TVKDTrainer(DPOTrainer):
 
     Raises:
         ValueError: what TRL can do and this cannot, by name: losses of more than the margin, other divergences,
-            `ld_alpha`, images, a teacher with another tokenizer; and with this library's head WPO's weighting, router
-            losses, DeepSpeed and FSDP.
+            `ld_alpha`, images, a teacher with another tokenizer, a teacher or reference that training would change; and
+            with this library's head WPO's weighting, DeepSpeed and FSDP. The models are then as they were.
     """
 
     data_collator: Any
@@ -140,12 +133,7 @@ class TVKDTrainer(DPOTrainer):
         self._cached = CachedReturns(folders, shaping_settings(args)) if self._shapes and folders else None
         if self._shapes:
             check_shaping(args, has_reference=teacher_reference is not None, cached=self._cached is not None)
-        self._ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
-        self._stats = HeadStats() if self._ours and args.grad_mode != "exact" else None
-        gradient = HeadGradient(grad_mode=args.grad_mode, eps=args.eps)
-        self._head = HeadSettings(gradient, self._stats, TRLOutput)
-        self._has_models = False
-        self._lent_reference: LentHead | None = None
+        self._heads = TrainerHeads(args)
         self._teacher: TeacherReturns | None = None
         named = {"policy": model, "reference": ref_model}
         if self._shapes and self._cached is None:
@@ -156,7 +144,7 @@ class TVKDTrainer(DPOTrainer):
         self._found_ends: ResponseEnds | None = None
         self._named_reference = False
         super().__init__(model, ref_model, args, **options)
-        self._take_models()
+        self._heads.take(self)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "no weight of the model requires a gradient, so that nothing would be learned: give one that does, or "
@@ -179,56 +167,10 @@ class TVKDTrainer(DPOTrainer):
         if args.precompute_teacher and not isinstance(self.train_dataset, IterableDataset):
             self._precompute(args, from_module=not isinstance(teacher, str))
 
-    def _take_models(self) -> None:
-        """Check the reference, and put this library's head into the policy, wherever it is not there as it should be.
-
-        Called before a model is, so that a policy that was unpatched or patched anew in between is patched again.
-        """
-        reference, first, self._has_models = self.ref_model, not self._has_models, True
-        if first and reference is not None:
-            check_reference(reference, self.model)
-        policy = model_inside(self.model)
-        own_base = reference is not None and model_inside(reference) is policy
-        if not self._ours:
-            if own_base:
-                raise ValueError(
-                    "ref_model is the policy's own base, which TRL's head answers for once: leave ref_model out, or "
-                    "set fused_head='tvkd'"
-                )
-            return
-        if first:
-            self._check_head()
-            for model in (self.model, reference):
-                if model is not None:
-                    without_trls_head(model)
-        patch = patch_of(policy)
-        if patch is None or patch.settings != self._head:
-            patch_lm_head(policy, gradient=self._head.gradient, stats=self._stats, output=TRLOutput)
-        if first and reference is not None and not own_base:
-            self._lent_reference = LentHead(reference, HeadSettings(HeadGradient(), None, TRLOutput))
-
-    def _check_head(self) -> None:
-        whose = "is not for this library's head: set fused_head='trl'"
-        if self.use_weighting:
-            raise ValueError(f"use_weighting {whose}")
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(f"DeepSpeed and FSDP {whose}, or train by `tvkd train --nproc N`")
-
-    @contextmanager
-    def _reference_asked(self, reference: Any) -> Iterator[None]:
-        """The reference as it is asked, while the block lasts: with this library's head, and without the policy's
-        adapters where it is the base that they are on."""
-        with ExitStack() as stack:
-            if reference is not None and on_base_of(reference, self.model):
-                stack.enter_context(adapters_off(reference))
-            if reference is not None and self._lent_reference is not None:
-                stack.enter_context(self._lent_reference.asked(reference))
-            yield
-
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        self._take_models()
+        self._heads.take(self)
         # What is there for a teacher is none of the model's inputs.
-        with self._reference_asked(self.ref_model):
+        with self._heads.asked(self.ref_model, self.model):
             return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in RESPONSES})
 
     def _load_teacher(
@@ -357,7 +299,7 @@ class TVKDTrainer(DPOTrainer):
         return rows
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        self._take_models()
+        self._heads.take(self)
         held = self.ref_model
         # TRL asks whether there is one by its truth, and torch.compile's wrapper has none: it is a container's length.
         self.ref_model = getattr(held, "_orig_mod", held)
@@ -382,25 +324,26 @@ class TVKDTrainer(DPOTrainer):
         self._signature_columns += [name for name in (*RETURNS, MARK) if name not in self._signature_columns]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        self._take_models()
+        self._heads.take(self)
         mode = "train" if self.model.training else "eval"
         if self._shapes:
             found = self._shaped(HeardModel(model), dict(inputs), return_outputs, self._metrics[mode])
         else:
             held = self.ref_model
             if held is not None:
-                self.ref_model = AskedModel(held, partial(self._reference_asked, held))
+                self.ref_model = AskedModel(held, partial(self._heads.asked, held, self.model))
             try:
                 found = super()._compute_loss(model, inputs, return_outputs)
             finally:
                 self.ref_model = held
-        if self._ours:
-            for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
+        if self._heads.ours:
+            for name in LEFT_OUT:
                 self._metrics[mode].pop(name, None)
-        if self._stats is not None and mode == "train" and self.accelerator.sync_gradients:
-            for name, number in self._stats.read().items():
+        stats = self._heads.stats
+        if stats is not None and mode == "train" and self.accelerator.sync_gradients:
+            for name, number in stats.read().items():
                 self._metrics[mode][f"tvkd/{name}"].append(number)
-            self._stats.reset()
+            stats.reset()
         return found
 
     def _shaped(self, model: HeardModel, inputs: dict[str, Any], return_outputs: bool, metrics: Any) -> Any:
