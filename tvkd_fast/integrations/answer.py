@@ -1,4 +1,4 @@
-"""What a patched model answers with: log-probabilities and a loss, from its backbone's states and its head.
+"""The fused answer of a patched model: log-probabilities and a loss, from its backbone's states and its head.
 
 Letters: B rows, L row length, N labels, D hidden, V vocabulary.
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**24
-"""Of a head that answers with logits alone: how many are held at a time."""
+"""Most logits that are held at a time for a head that computes nothing else."""
 
 
 @dataclass
 class FusedLMOutput(ModelOutput):
-    """What a patched model answers with; the names are those of TRL's fused head."""
+    """The answer of a patched model; the names are those of TRL's fused head."""
 
     loss: Tensor | None = None
     """−Σ log_probs over the number of labels, or over `num_items_in_batch` where it is given; and `aux_loss`, times the
@@ -40,12 +40,12 @@ class FusedLMOutput(ModelOutput):
     label_mask: Tensor | None = None
     """[B, L−1] bool: where there are labels."""
     aux_loss: Tensor | None = None
-    """Of a mixture of experts that is asked for its router's logits: its loss, which transformers adds to its own."""
+    """The router's loss of a mixture of experts, as transformers computes it, where `output_router_logits` is set."""
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How a patched model answers."""
+    """Settings of a patched model's head and answer."""
 
     gradient: HeadGradient
     stats: HeadStats | None
@@ -94,7 +94,7 @@ def answer(
 
 
 def is_empty(head: Any) -> bool:
-    """Whether it is on the meta device, and no hook of accelerate's brings its weights in."""
+    """Whether the head is on the meta device, and no hook of accelerate's loads its weights."""
     linears = (linear for linear in head_layers(head) if isinstance(linear, nn.Linear))
     return any(linear.weight.is_meta and not hasattr(linear, "_hf_hook") for linear in linears)
 

@@ -1,4 +1,4 @@
-"""The fused head in a transformers model as it stands: one model at a time, put in and taken out by a call.
+"""Patching one transformers model with the fused head, and unpatching it.
 
 Letters: B rows, L row length, D hidden, V vocabulary.
 """
@@ -71,7 +71,7 @@ def patch_lm_head(
 
 
 def _patch(model: PreTrainedModel, settings: HeadSettings) -> torch.dtype | None:
-    """Try the model and patch it; returns what its forward multiplies in where that brings mixed precision."""
+    """Probe and patch the model; returns the autocast dtype of its own forward, None where it has none."""
     quiet = HeadSettings(settings.gradient, None, FusedLMOutput)
     head = model.get_output_embeddings()
     if model.base_model is model or head is None or model.config.is_encoder_decoder:
@@ -94,10 +94,7 @@ def _patch(model: PreTrainedModel, settings: HeadSettings) -> torch.dtype | None
 
 
 class LentHead:
-    """A fused head for a model that belongs to somebody else, which has it only while it is asked.
-
-    Raises ValueError as `patch_lm_head` does.
-    """
+    """A fused head that a lent model has only while it is called; raises ValueError as `patch_lm_head` does."""
 
     def __init__(self, model: nn.Module, settings: HeadSettings) -> None:
         self.settings = settings
@@ -106,7 +103,7 @@ class LentHead:
 
     @contextmanager
     def asked(self, model: nn.Module) -> Iterator[None]:
-        """The model, in whatever it has been wrapped since, patched while the block lasts."""
+        """Patch the model, or the one in its wrappers, while the block lasts."""
         inside = model_inside(model)
         with undone(inside):
             put_in(inside, self.settings, self._autocast)
@@ -114,7 +111,7 @@ class LentHead:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_lm_head` has been at it."""
+    """Whether the model is patched."""
     return patch_of(model_inside(model)) is not None
 
 
@@ -142,7 +139,7 @@ def unpatch_lm_head(model: Model) -> Model:
 
 
 def _own_answer(model: PreTrainedModel) -> OwnAnswer:
-    """What the model says by itself, before anything is changed; ValueError where a fused head could not say it."""
+    """The unpatched model's answer; ValueError where its logits do not come from its head."""
     own = own_answer(model, with_loss=True)
     if not own.calls_head:
         raise ValueError(
@@ -154,7 +151,7 @@ def _own_answer(model: PreTrainedModel) -> OwnAnswer:
 
 @torch.no_grad()
 def _compare(model: PreTrainedModel, own: OwnAnswer) -> None:
-    """Raise ValueError where the patched model's answers are not those that it had by itself."""
+    """Raise ValueError where the patched model's answers differ from its own."""
     ids, precision = probe_ids(model), own.precision
 
     def logps(labels: Tensor) -> Tensor:

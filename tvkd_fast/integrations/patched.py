@@ -1,4 +1,4 @@
-"""A patched model: its `forward`, which finds all that it needs on the instance it is called with, and how it travels.
+"""The state and the `forward` of a patched model, and how both follow copies, pickles and wrappers of it.
 
 The patch and its `forward`, a bound method of a function that belongs to no model, are entries in the model's own
 attributes. A deep copy binds it to the copy, and so does a pickle; what wraps the method, as accelerate does, calls the
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 _CALLED = "_tvkd_fast_called"
 """Argument by which the original's forward learns that a shallow copy was called."""
 _KINDS: dict[type, Callable[..., Any]] = {}
-"""By class of models, its patched forward."""
+"""The patched forward of each class of models."""
 
 
 @dataclass(eq=False)
 class Patch:
-    """What a model carries while it is patched."""
+    """State that a model carries while it is patched."""
 
     model: PreTrainedModel
     settings: HeadSettings | None
-    """None once it was taken out from under a wrapper that cannot be opened, or by way of one."""
+    """None after unpatching where a wrapper around the forward cannot be opened, or through a wrapper of the model."""
     own: Callable[..., Any] | None
     """The forward that the instance had of its own; None where it had its class's."""
     names: tuple[str, ...]
@@ -51,7 +51,7 @@ class Patch:
     heads: dict[FusedLMHead, dict[str, Any]] = field(default_factory=dict)
     """Heads that were fused before the model was patched, and their settings then."""
     outside: bool = False
-    """Whether it was taken out by way of what is wrapped around the model: whoever holds the model may do so too."""
+    """Whether it was unpatched through a wrapper of the model, so that unpatching the model itself is no error."""
     within: bool = False
     """While `own` is called, which may have this forward beneath it."""
 
@@ -154,7 +154,7 @@ def model_inside(model: nn.Module) -> PreTrainedModel:
 
 
 def patch_of(model: PreTrainedModel) -> Patch | None:
-    """What the model was patched with, if it is."""
+    """The model's patch, None where it has none."""
     settle(model)
     patch: Patch | None = vars(model).get(PATCH)
     return None if patch is None or patch.settings is None else patch
@@ -195,7 +195,7 @@ def put_in(model: PreTrainedModel, settings: HeadSettings, autocast: torch.dtype
 
 
 def take_out(model: PreTrainedModel, *, outside: bool) -> None:
-    """Undo `put_in`; `outside` says that it was asked of what is wrapped around the model."""
+    """Undo `put_in`; `outside` where the caller gave a wrapper of the model."""
     settle(model)
     carried = vars(model)
     patch: Patch = carried.pop(PATCH)
@@ -222,7 +222,7 @@ def take_out(model: PreTrainedModel, *, outside: bool) -> None:
 
 
 def taken_out_outside(model: PreTrainedModel) -> bool:
-    """Whether the model was unpatched by way of what is wrapped around it; True is said once."""
+    """Whether the model was unpatched through a wrapper; the answer is True once."""
     patch: Patch | None = vars(model).get(PATCH)
     if patch is None or not patch.outside:
         return False
@@ -302,7 +302,7 @@ def _is_ours(forward: Any) -> bool:
 
 
 def _reached(forward: Any) -> bool:
-    """Whether a forward is ours, or says that it is wrapped around ours."""
+    """Whether a forward is ours, or wraps ours by `functools.wraps`."""
     while forward is not None and not _is_ours(forward):
         forward = getattr(forward, "__wrapped__", None)
     return forward is not None

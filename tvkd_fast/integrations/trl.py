@@ -200,7 +200,7 @@ class TVKDTrainer(DPOTrainer):
         return model.to(self.accelerator.device)
 
     def _precompute(self, args: TVKDConfig, *, from_module: bool) -> None:
-        """Two numbers a pair, of all data that there is; a teacher that was loaded for it is let go."""
+        """Compute Ψ of all data, two numbers per pair, and release a teacher that was loaded for it."""
         self.data_collator.maker = self._maker()
         sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
         self.train_dataset = self._with_returns(self.train_dataset, "train", sizes[0])
@@ -214,7 +214,7 @@ class TVKDTrainer(DPOTrainer):
             self._teacher = None
 
     def _maker(self) -> Maker:
-        """Whoever makes Ψ here, by all that decides it but the row's own tokens."""
+        """The source of this trainer's Ψ, identified by all that determines it but the row's tokens."""
         source = self._teacher if self._cached is None else self._cached
         assert source is not None
         args = self.args
@@ -222,7 +222,7 @@ class TVKDTrainer(DPOTrainer):
         return Maker(Hasher.hash((source.made_of, how)))
 
     def _precision(self) -> str:
-        """Of the products, over weights whose dtype their fingerprints hold."""
+        """The autocast precision; the weights' own dtypes are in their fingerprints."""
         return str(self.accelerator.mixed_precision)
 
     def _with_returns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:

@@ -52,7 +52,7 @@ def teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, l
 
 
 def config_of(model: Any, args: TVKDConfig) -> Any:
-    """A model's config, None where there is no model or none of this name: whoever loads it says so."""
+    """The model's config, None where there is no model or none of this name, which loading it reports."""
     if not isinstance(model, str | PathLike):
         return getattr(model, "config", None)
     try:

@@ -33,7 +33,7 @@ _DIVISORS = {"logits_scaling": ("granite",)}
 
 
 def head_transforms(config: Any) -> HeadTransforms:
-    """What a family's config says it does after its head: Gemma's cap, Cohere's scale, Granite's divisor, and so on.
+    """The transforms after the head in a family's config: Gemma's cap, Cohere's scale, Granite's divisor, and so on.
 
     The names mean different things in different families (`logits_scaling` divides in Granite and multiplies in
     HyperCLOVA X), so they are read by model type; `probe_head` holds the answer to the model's own logits.
@@ -104,7 +104,7 @@ class FusedLMHead(nn.Linear):
 
 
 def fuse_head(model: PreTrainedModel) -> list[FusedLMHead]:
-    """Make a model's head, and what peft trains in its place, fused heads where they stand.
+    """Turn a model's head, and the copies that peft trains in its place, into fused heads in place.
 
     Raises ValueError, with nothing changed, where one of them is no plain `nn.Linear`.
     """
@@ -122,7 +122,7 @@ def head_layers(head: Any) -> list[Any]:
 
 
 def answering_layer(head: Any) -> Any:
-    """Which of `head_layers` is called now: what stands for it while adapters are on, and the head itself otherwise."""
+    """The one of `head_layers` that is called now: the active adapter's copy, or the head where adapters are off."""
     layers = head_layers(head)
     if len(layers) == 1:
         return layers[0]

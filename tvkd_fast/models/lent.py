@@ -1,4 +1,4 @@
-"""Models that belong to somebody else: what changes them for a while, and how they are put back."""
+"""Temporary changes of models that belong to the caller, and how they are undone."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What these layers have of their own, beside what they were put around."""
+    """The parameters of these layers, without those of the layers inside them."""
     for layer in adapter_layers(model):
         for name in layer.adapter_layer_names:
             yield from getattr(layer, name).parameters()
@@ -143,13 +143,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def on_base_of(lent: nn.Module, policy: nn.Module) -> bool:
-    """Whether a lent model has adapters that are the policy's: it is, or lies in, what they were put around."""
+    """Whether a lent model contains the policy's adapters, because it is the policy's base or shares its layers."""
     ours = {id(module) for module in policy.modules()}
     return any(id(layer) in ours for layer in adapter_layers(lent))
 
 
 def moves_with(lent: nn.Module, policy: nn.Module) -> bool:
-    """Whether training the policy changes a lent model, its adapters left aside."""
+    """Whether training the policy changes weights of a lent model other than its adapters."""
     trained = _ids(parameter for parameter in policy.parameters() if parameter.requires_grad)
     return not (trained - _ids(adapter_parameters(lent))).isdisjoint(_ids(lent.parameters()))
 

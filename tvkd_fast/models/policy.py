@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ModelBatch(Protocol):
-    """What a model is given of a batch."""
+    """The inputs that a model reads from a batch."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -129,7 +129,7 @@ class TeacherWithHead(PolicyWithHead):
 
     @property
     def policies(self) -> tuple[PolicyWithHead, ...]:
-        """The models that it asks."""
+        """The models that this teacher calls."""
         return (self,)
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]

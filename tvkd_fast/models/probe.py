@@ -1,4 +1,4 @@
-"""The start-up probes: does our head say what the model's own logits say, and does a packed row change any state?
+"""The start-up probes: does our head reproduce the model's own logits, and does a packed row change any state?
 
 Letters: T probe tokens, V vocabulary, D hidden.
 """
@@ -31,16 +31,16 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, to
 
 @dataclass(frozen=True)
 class OwnAnswer:
-    """What a model says of the probe's tokens by itself."""
+    """A model's own answer for the probe's tokens."""
 
     logits: Tensor
     """[T, V]"""
     loss: Tensor | None
     """For its own tokens as labels, where it was asked for one."""
     precision: torch.dtype
-    """In which its head answered."""
+    """The dtype of its head's output."""
     autocast: torch.dtype | None
-    """What its own forward multiplies in, where it brings mixed precision."""
+    """The autocast dtype that its own forward sets, None where it sets none."""
     calls_head: bool
     """Whether its logits are what its output embeddings returned."""
 
@@ -98,7 +98,7 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
 
 @contextmanager
 def as_probed(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode, in the model's own precision whatever autocast it is called under, and answering by name."""
+    """Evaluation mode, no autocast from outside, and answers by name, while the block lasts."""
     by_name = model.config.return_dict
     with in_eval(model), torch.autocast(_device(model).type, enabled=False):
         # A family's head reads its backbone's answer by name, and fails over a config that says otherwise.
