@@ -87,7 +87,8 @@ class _ModuleState:
                 del own[name]
             own.update(self.changed)
         for name, (table, before) in self.tables.items():
-            if (everything or name not in _REGISTERED) and not _same(table, before):
+            # Nearly all tables are empty.
+            if (table or before) and (everything or name not in _REGISTERED) and not _same(table, before):
                 table.clear()
                 table.update(before)
 
