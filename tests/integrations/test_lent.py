@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -12,19 +11,16 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'tvkd_fast[trl]'")
 pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
 
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tvkd_fast.integrations import patch_lm_head
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
-from tvkd_fast.integrations.trl import TVKDConfig, TVKDTrainer
 from tvkd_fast.models.lent import adapters_off, dropouts, undone
 
 ROWS = torch.randint(3, 262, (4, 9), generator=torch.Generator().manual_seed(0))
 COMPLETIONS = torch.arange(9).expand(4, 9) > 4
 ENDED = torch.ones(len(ROWS), dtype=torch.bool)
-ROWS_OF_TEXT = [{"prompt": f"{i}: say it.", "chosen": " it" * (1 + i % 3), "rejected": f" no {i}"} for i in range(6)]
 
 
 def settings(value_from: Any = "logits") -> ShapingSettings:
@@ -126,38 +122,17 @@ def test_adapters_are_off_for_a_while(tiny_model: Callable[..., Any]) -> None:
         torch.testing.assert_close(adapted(ROWS).logits, wanted)
 
 
-@pytest.fixture
-def make(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., Any]:
-    def trainer(model: Any, teacher: Any, **changes: Any) -> Any:
-        peft_config, ref_model = changes.pop("peft_config", None), changes.pop("ref_model", None)
-        options = {
-            "max_length": 40,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": [],
-            "disable_tqdm": True,
-            "max_steps": 1,
-        }
-        args = TVKDConfig(str(tmp_path), **options | changes, save_strategy="no", gradient_checkpointing=False)
-        tokenizer = AutoTokenizer.from_pretrained(folders[0])
-        data = Dataset.from_list(ROWS_OF_TEXT)
-        given = {"args": args, "train_dataset": data, "processing_class": tokenizer, "peft_config": peft_config}
-        return TVKDTrainer(model, ref_model, teacher_model=teacher, **given)
-
-    return trainer
-
-
 def loaded(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("precomputed", [True, False])
 def test_a_policys_own_base_is_its_teacher(
-    make: Callable[..., Any], folders: tuple[str, str], precomputed: bool
+    make_trainer: Callable[..., Any], folders: tuple[str, str], precomputed: bool
 ) -> None:
     base = loaded(folders[0])
     config = LoraConfig(r=2, target_modules=["q_proj"])
-    trainer = make(base, base, peft_config=config, precompute_teacher=precomputed, learning_rate=0.5)
+    trainer = make_trainer(base, base, peft_config=config, precompute_teacher=precomputed, learning_rate=0.5)
     trainer.train()
     learned = [p for p in trainer.model.parameters() if p.requires_grad]
     assert learned
@@ -167,10 +142,10 @@ def test_a_policys_own_base_is_its_teacher(
     assert torch.equal(trainer._teacher.of(ROWS, COMPLETIONS, ENDED), other.of(ROWS, COMPLETIONS, ENDED))
 
 
-def test_a_reference_comes_back_as_it_was(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+def test_a_reference_comes_back_as_it_was(make_trainer: Callable[..., Any], folders: tuple[str, str]) -> None:
     reference = loaded(folders[0])
     before = state_of(reference)
-    trainer = make(loaded(folders[0]), folders[1], ref_model=reference)
+    trainer = make_trainer(loaded(folders[0]), folders[1], ref_model=reference)
     trainer.train()
     trainer.evaluate(trainer.train_dataset)
     after = state_of(reference)
@@ -178,27 +153,29 @@ def test_a_reference_comes_back_as_it_was(make: Callable[..., Any], folders: tup
     assert after["carried"].pop("_is_accelerate_prepared") is True
     assert after == before
     # It may be the teacher, too.
-    make(loaded(folders[0]), reference, ref_model=reference, precompute_teacher=False).train()
+    make_trainer(loaded(folders[0]), reference, ref_model=reference, precompute_teacher=False).train()
 
 
-def test_a_teacher_that_would_move_is_refused(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+def test_a_teacher_that_would_move_is_refused(make_trainer: Callable[..., Any], folders: tuple[str, str]) -> None:
     base, teacher = loaded(folders[0]), loaded(folders[1])
     with pytest.raises(ValueError, match="shares weights with, the model that is trained"):
-        make(base, base)
+        make_trainer(base, base)
     teacher.model.embed_tokens.weight = base.model.embed_tokens.weight
     with pytest.raises(ValueError, match="shares weights with, the model that is trained"):
-        make(base, teacher)
+        make_trainer(base, teacher)
 
 
-def test_nothing_to_train_is_refused(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+def test_nothing_to_train_is_refused(make_trainer: Callable[..., Any], folders: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="nothing would be learned"):
-        make(loaded(folders[0]).requires_grad_(False), loaded(folders[1]))
+        make_trainer(loaded(folders[0]).requires_grad_(False), loaded(folders[1]))
 
 
-def test_a_trainers_policy_is_copied_with_its_own_weights(make: Callable[..., Any], folders: tuple[str, str]) -> None:
+def test_a_trainers_policy_is_copied_with_its_own_weights(
+    make_trainer: Callable[..., Any], folders: tuple[str, str]
+) -> None:
     """TRL's own head, which this library's stands in place of, is a closure over the policy."""
     policy = patch_lm_head(loaded(folders[0]))
-    trainer = make(policy, loaded(folders[1]))
+    trainer = make_trainer(policy, loaded(folders[1]))
     other = copy.deepcopy(trainer.model).eval()
     before = other(ROWS).logits
     with torch.no_grad():
@@ -209,9 +186,9 @@ def test_a_trainers_policy_is_copied_with_its_own_weights(make: Callable[..., An
 
 @torch.compiler.set_stance("force_eager")
 @pytest.mark.parametrize("changes", [{}, {"precompute_ref_log_probs": True}])
-def test_compiled_models_are_asked(make: Callable[..., Any], folders: tuple[str, str], changes: Any) -> None:
+def test_compiled_models_are_asked(make_trainer: Callable[..., Any], folders: tuple[str, str], changes: Any) -> None:
     def steps(**more: Any) -> Any:
-        trainer = make(loaded(folders[0]), folders[1], logging_steps=1, **changes, **more)
+        trainer = make_trainer(loaded(folders[0]), folders[1], logging_steps=1, **changes, **more)
         trainer.train()
         return trainer.state.log_history[0]["loss"]
 

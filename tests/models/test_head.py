@@ -20,6 +20,7 @@ from transformers import (
 from tvkd_fast.data import collate_pairs
 from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.models import FusedLMHead, HeadTransforms, PolicyWithHead, TeacherWithHead, head_transforms, probe_head
+from tvkd_fast.models.lent import adapters_off
 from tvkd_fast.ops import linear_lse
 
 SHAPE = {
@@ -175,3 +176,44 @@ def test_a_head_that_is_no_plain_linear_is_refused(tiny_model):
 def test_families_name_their_transforms_differently(model_type, fields, expected):
     text = SimpleNamespace(model_type=model_type, **fields)
     assert head_transforms(SimpleNamespace(get_text_config=lambda: text)) == expected
+
+
+def test_a_refused_head_is_named_with_its_remedy(tiny_model):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
+    model = tiny_model()
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Linear, .* merge a LoRA"):
+        PolicyWithHead(model)
+    model = tiny_model()
+    model.set_output_embeddings(nn.Sequential(nn.Linear(32, 262)))
+    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Sequential, .*set_output_em"):
+        PolicyWithHead(model)
+    Linear4bit = type("Linear4bit", (nn.Linear,), {})
+    model.set_output_embeddings(Linear4bit(32, 262))
+    with pytest.raises(ValueError, match=r"lm_head of LlamaForCausalLM: the head is a Linear4bit, .*load the head un"):
+        PolicyWithHead(model)
+
+
+def test_a_head_that_peft_trains_a_copy_of(tiny_model, batch):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
+    model = tiny_model(0).eval()
+    wanted = PolicyWithHead(model)(batch).detach()
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    policy = PolicyWithHead(model)
+    with torch.no_grad():
+        policy.head.weight.mul_(2.0)
+    found = policy(batch).detach()
+    assert not torch.allclose(found, wanted)
+    with adapters_off(model):
+        torch.testing.assert_close(policy(batch).detach(), wanted)
+    assert torch.equal(policy(batch).detach(), found)
+
+
+def test_a_forward_that_brings_mixed_precision_is_probed_in_it(tiny_model):
+    model = tiny_model(0)
+    own = model.forward
+    model.forward = lambda *args, **options: torch.autocast("cpu", torch.bfloat16)(own)(*args, **options)
+    probe_head(PolicyWithHead(model).model)
+    model.lm_head.register_forward_hook(lambda _head, _args, logits: logits * 1.1)
+    with pytest.raises(ValueError, match="transforms its logits in a way this library does not"):
+        PolicyWithHead(model)

@@ -1,4 +1,4 @@
-"""What a patched model answers with: log-probabilities and a loss, from its backbone's states and its head.
+"""The fused answer of a patched model: log-probabilities and a loss, from its backbone's states and its head.
 
 Letters: B rows, L row length, N labels, D hidden, V vocabulary.
 """
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from tvkd_fast.models import FusedLMHead, HeadTransforms, head_transforms
-from tvkd_fast.models.head import check_linear
+from tvkd_fast.models import FusedLMHead, head_transforms
+from tvkd_fast.models.head import fuse_head, head_layers
 from tvkd_fast.ops import HeadGradient, HeadStats
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**24
-"""Of a head that answers with logits alone: how many are held at a time."""
+"""Most logits that are held at a time for a head that computes nothing else."""
 
 
 @dataclass
 class FusedLMOutput(ModelOutput):
-    """What a patched model answers with; the names are those of TRL's fused head."""
+    """The answer of a patched model; the names are those of TRL's fused head."""
 
     loss: Tensor | None = None
     """−Σ log_probs over the number of labels, or over `num_items_in_batch` where it is given; and `aux_loss`, times the
@@ -40,12 +40,12 @@ class FusedLMOutput(ModelOutput):
     label_mask: Tensor | None = None
     """[B, L−1] bool: where there are labels."""
     aux_loss: Tensor | None = None
-    """Of a mixture of experts that is asked for its router's logits: its loss, which transformers adds to its own."""
+    """The router's loss of a mixture of experts, as transformers computes it, where `output_router_logits` is set."""
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How a patched model answers."""
+    """Settings of a patched model's head and answer."""
 
     gradient: HeadGradient
     stats: HeadStats | None
@@ -94,30 +94,15 @@ def answer(
 
 
 def is_empty(head: Any) -> bool:
-    """Whether it is on the meta device, and no hook of accelerate's brings its weights in."""
-    linears = (linear for linear in _linears(head) if isinstance(linear, nn.Linear))
+    """Whether the head is on the meta device, and no hook of accelerate's loads its weights."""
+    linears = (linear for linear in head_layers(head) if isinstance(linear, nn.Linear))
     return any(linear.weight.is_meta and not hasattr(linear, "_hf_hook") for linear in linears)
 
 
-def check_head(head: nn.Module) -> None:
-    """Raise ValueError with the remedy where a head cannot be made to answer."""
-    for linear in _linears(head):
-        check_linear(linear)
-
-
-def fuse(head: nn.Module, transforms: HeadTransforms, settings: HeadSettings) -> None:
-    """Make the head answer for labels where it stands, and what peft trains in its place."""
-    check_head(head)
-    for linear in _linears(head):
-        fused = FusedLMHead.from_linear(linear, transforms)
-        fused.gradient, fused.stats = settings.gradient, settings.stats
-
-
-def _linears(head: Any) -> list[Any]:
-    """The head; or, where peft trains a copy of it in its place (`modules_to_save`), it and its copies."""
-    copies = getattr(head, "modules_to_save", None)
-    own = getattr(head, "original_module", None)
-    return [own, *copies.values()] if isinstance(copies, nn.ModuleDict) and own is not None else [head]
+def fuse(model: PreTrainedModel, settings: HeadSettings) -> None:
+    """Make the model's head answer for labels where it stands, and what peft trains in its place."""
+    for head in fuse_head(model):
+        head.gradient, head.stats = settings.gradient, settings.stats
 
 
 def _states(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
@@ -131,16 +116,16 @@ def _logps(model: PreTrainedModel, settings: HeadSettings, hidden: Tensor, label
     """(N,) log-probabilities, from hidden [N, D]."""
     # Looked up at every call: FSDP, PEFT and a new vocabulary replace modules.
     head = model.get_output_embeddings()
-    if not all(isinstance(linear, FusedLMHead) for linear in _linears(head)) and not _fuse_anew(model, settings, head):
+    if not all(isinstance(linear, FusedLMHead) for linear in head_layers(head)) and not _fuse_anew(model, settings):
         return torch.cat([*_by_logits(model, head, hidden, labels)])
     return head(hidden, labels=labels)
 
 
 @torch.compiler.disable
-def _fuse_anew(model: PreTrainedModel, settings: HeadSettings, head: nn.Module) -> bool:
-    """Of a head that was put in after the model was patched; once."""
+def _fuse_anew(model: PreTrainedModel, settings: HeadSettings) -> bool:
+    """Fuse a head that was put in after the model was patched; False where it cannot be."""
     try:
-        fuse(head, head_transforms(model.config), settings)
+        fuse(model, settings)
     except ValueError as error:
         warnings.warn(
             f"no fused head is in place of this one, and its own logits are taken a few rows at a time, which is right "

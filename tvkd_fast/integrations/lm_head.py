@@ -1,4 +1,4 @@
-"""The fused head in a transformers model as it stands: one model at a time, put in and taken out by a call.
+"""Patching one transformers model with the fused head, and unpatching it.
 
 Letters: B rows, L row length, D hidden, V vocabulary.
 """
@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tvkd_fast.integrations.answer import FusedLMOutput, HeadSettings, check_head, fuse, is_empty
-from tvkd_fast.integrations.patched import model_inside, patch_of, put_in, take_out
-from tvkd_fast.models import FusedLMHead, head_transforms
-from tvkd_fast.models.probe import as_probed, compare_logps, probe_ids, tolerance
+from tvkd_fast.integrations.answer import FusedLMOutput, HeadSettings, is_empty
+from tvkd_fast.integrations.patched import model_inside, patch_of, put_in, take_out, taken_out_outside
+from tvkd_fast.models.head import check_head_layer, head_layers
+from tvkd_fast.models.lent import undone
+from tvkd_fast.models.probe import OwnAnswer, as_probed, compare_logps, own_answer, probe_ids, tolerance
 from tvkd_fast.models.prune import few_layers
 from tvkd_fast.ops import HeadGradient, HeadStats
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Model = TypeVar("Model", bound=nn.Module)
-_UNDONE_OUTSIDE: WeakSet[nn.Module] = WeakSet()
-"""Models that were unpatched by way of what is wrapped around them: whoever holds the model itself may do so too."""
 
 
 def patch_lm_head(
@@ -68,49 +65,53 @@ def patch_lm_head(
         >>> out.log_probs.shape, hasattr(out, "logits")
         (torch.Size([2, 5]), False)
     """
-    inside = model_inside(model)
     settings = HeadSettings(HeadGradient() if gradient is None else gradient, stats, output)
-    quiet = HeadSettings(settings.gradient, None, FusedLMOutput)
-    head = inside.get_output_embeddings()
-    if inside.base_model is inside or head is None or inside.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(inside).__name__} is no causal language model with a backbone and a head of its own: give one"
-        )
-    check_head(head)
-    empty = is_empty(head)
-    if empty:
-        # Nothing can be computed without weights, and what is tried is the family's code.
-        patch_lm_head(few_layers(inside), gradient=gradient)
-    with _undone_on_error(inside):
-        own = None if empty else _own_answer(inside)
-        fuse(head, head_transforms(inside.config), quiet)
-        put_in(inside, quiet, None if own is None else own.autocast)
-        if own is not None:
-            _compare(inside, own)
-        fuse(head, head_transforms(inside.config), settings)
-        put_in(inside, settings, None if own is None else own.autocast)
-    _UNDONE_OUTSIDE.discard(inside)
+    _patch(model_inside(model), settings)
     return model
 
 
-@contextmanager
-def answering(model: nn.Module, *, output: type[FusedLMOutput]) -> Iterator[None]:
-    """Patched while the block lasts: a lent model that `patch_lm_head` has taken before, which is not tried again."""
-    inside = model_inside(model)
-    if patch_of(inside) is not None:
-        yield
-        return
-    settings = HeadSettings(HeadGradient(), None, output)
-    fuse(inside.get_output_embeddings(), head_transforms(inside.config), settings)
-    put_in(inside, settings, None)
-    try:
-        yield
-    finally:
-        unpatch_lm_head(inside)
+def _patch(model: PreTrainedModel, settings: HeadSettings) -> torch.dtype | None:
+    """Probe and patch the model; returns the autocast dtype of its own forward, None where it has none."""
+    quiet = HeadSettings(settings.gradient, None, FusedLMOutput)
+    head = model.get_output_embeddings()
+    if model.base_model is model or head is None or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model with a backbone and a head of its own: give one"
+        )
+    for layer in head_layers(head):
+        check_head_layer(layer, model)
+    if is_empty(head):
+        # Nothing can be computed without weights, and what is tried is the family's code.
+        _patch(few_layers(model), quiet)
+        put_in(model, settings, None)
+        return None
+    with undone(model, on_error=True):
+        own = _own_answer(model)
+        put_in(model, quiet, own.autocast)
+        _compare(model, own)
+        put_in(model, settings, own.autocast)
+    return own.autocast
+
+
+class LentHead:
+    """A fused head that a lent model has only while it is called; raises ValueError as `patch_lm_head` does."""
+
+    def __init__(self, model: nn.Module, settings: HeadSettings) -> None:
+        self.settings = settings
+        with undone(model_inside(model)):
+            self._autocast = _patch(model_inside(model), settings)
+
+    @contextmanager
+    def asked(self, model: nn.Module) -> Iterator[None]:
+        """Patch the model, or the one in its wrappers, while the block lasts."""
+        inside = model_inside(model)
+        with undone(inside):
+            put_in(inside, self.settings, self._autocast)
+            yield
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_lm_head` has been at it."""
+    """Whether the model is patched."""
     return patch_of(model_inside(model)) is not None
 
 
@@ -130,83 +131,27 @@ def unpatch_lm_head(model: Model) -> Model:
     """
     inside = model_inside(model)
     if patch_of(inside) is None:
-        if inside is model and inside in _UNDONE_OUTSIDE:
-            _UNDONE_OUTSIDE.discard(inside)
+        if inside is model and taken_out_outside(inside):
             return model
         raise ValueError("this model is not patched: there is nothing to undo")
-    for module in inside.modules():
-        if isinstance(module, FusedLMHead):
-            module.as_linear()
-    take_out(inside)
-    if inside is not model:
-        _UNDONE_OUTSIDE.add(inside)
+    take_out(inside, outside=inside is not model)
     return model
 
 
-@contextmanager
-def _undone_on_error(model: PreTrainedModel) -> Iterator[None]:
-    """Whatever is raised, the model's own attributes and its heads are as they were before."""
-    carried = dict(vars(model))
-    heads = [(module, dict(vars(module))) for module in model.modules() if isinstance(module, FusedLMHead)]
-    try:
-        yield
-    except BaseException:
-        fused = {module for module, _ in heads}
-        for module in model.modules():
-            if isinstance(module, FusedLMHead) and module not in fused:
-                module.as_linear()
-        for module, attributes in [(model, carried), *heads]:
-            vars(module).clear()
-            vars(module).update(attributes)
-        raise
-
-
-@dataclass(frozen=True)
-class _OwnAnswer:
-    """What a model says of the probe's tokens by itself."""
-
-    logits: Tensor
-    """[T, V]"""
-    loss: Tensor | None
-    """For its own tokens as labels."""
-    precision: torch.dtype
-    """In which its head answered."""
-    autocast: torch.dtype | None
-    """What its own forward multiplies in, where it brings mixed precision."""
-
-
-@torch.no_grad()
-def _own_answer(model: PreTrainedModel) -> _OwnAnswer:
-    """By a plain call, before anything is changed; ValueError where there is none."""
-    ids = probe_ids(model)
-    kind = ids.device.type
-    seen: list[tuple[torch.dtype, torch.dtype | None]] = []
-
-    def note(_head: nn.Module, _inputs: Any, logits: Tensor) -> None:
-        seen.append((logits.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None))
-
-    # Before FSDP2's own hook, which may cast them.
-    handle = model.get_output_embeddings().register_forward_hook(note, prepend=True)
-    try:
-        with as_probed(model):
-            out = model(input_ids=ids, labels=ids, use_cache=False)
-    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be called with input_ids and labels as it is: {error}. Patch it once it can"
-        ) from error
-    finally:
-        handle.remove()
-    if not seen:
+def _own_answer(model: PreTrainedModel) -> OwnAnswer:
+    """The unpatched model's answer; ValueError where its logits do not come from its head."""
+    own = own_answer(model, with_loss=True)
+    if not own.calls_head:
         raise ValueError(
             f"{type(model).__name__} ({model.config.model_type}) makes its logits without calling its output "
             "embeddings, where a fused head would stand: train it with a trainer that keeps its logits"
         )
-    return _OwnAnswer(out.logits[0], out.loss, *seen[0])
+    return own
 
 
 @torch.no_grad()
-def _compare(model: PreTrainedModel, own: _OwnAnswer) -> None:
-    """Raise ValueError where the patched model's answers are not those that it had by itself."""
+def _compare(model: PreTrainedModel, own: OwnAnswer) -> None:
+    """Raise ValueError where the patched model's answers differ from its own."""
     ids, precision = probe_ids(model), own.precision
 
     def logps(labels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Columns Ψ of a dataset's rows, and a mark in every row of what made them.
+"""Columns of Ψ in a dataset, and a mark in every row that identifies how they were computed.
 
-A row is taken at its word only by a trainer that would have made the same numbers of the same tokens: rows that were
-selected, shuffled, joined or saved keep their marks, and rows whose tokens were changed lose their worth.
+A trainer uses the columns of a row only if it would compute the same numbers from the same tokens: rows that were
+selected, shuffled, joined or saved keep valid marks, and rows whose tokens were changed do not.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 RETURNS = ("psi_chosen", "psi_rejected")
-"""Columns of a dataset whose teacher's pass is made."""
+"""Columns of a dataset that the teacher has read."""
 MARK = "psi_made_of"
-"""The column that says of what."""
+"""The column that identifies the tokens, teacher and settings that Ψ was computed from."""
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Who makes Ψ: `key` names teacher, settings and precision; two of one key make the same numbers of a row."""
+    """The source of Ψ: `key` identifies teacher, settings and precision, and equal keys give equal numbers."""
 
     key: str
 
     def mark(self, row: Mapping[str, Sequence[int]]) -> str:
-        """Of Ψ that this maker makes of a row's tokens."""
+        """The mark of Ψ that this source computes from a row's tokens."""
         digest = hashlib.sha256(self.key.encode())
         for name in IDS:
             digest.update(f";{name}:{','.join(map(str, row[name]))}".encode())
         return digest.hexdigest()[:32]
 
     def made(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row's Ψ is what this maker would make of it."""
+        """Whether the row's Ψ is what this source would compute."""
         return all(name in row for name in (*RETURNS, *IDS)) and row.get(MARK) == self.mark(row)
 
     def columns(self, rows: Dataset, returns: tuple[Tensor, Tensor]) -> dict[str, list[Any]]:
-        """The columns of rows whose Ψ are `returns`, (P,) each."""
+        """The columns for rows with Ψ `returns`, (P,) each."""
         found: dict[str, list[Any]] = {name: x.tolist() for name, x in zip(RETURNS, returns, strict=True)}
         return found | {MARK: [self.mark(row) for row in rows.select_columns(list(IDS))]}
 
@@ -51,5 +51,5 @@ class Maker:
 
 
 def without_returns(rows: Dataset) -> Dataset:
-    """The dataset before any Ψ."""
+    """The dataset without its columns of Ψ."""
     return rows.remove_columns([name for name in (*RETURNS, MARK) if name in rows.column_names])

@@ -22,7 +22,7 @@ AT_ONCE = 256
 
 
 def is_score_folder(name: str | PathLike[str]) -> bool:
-    """Whether it is a folder that `tvkd score` wrote, and no model."""
+    """Whether `tvkd score` wrote this folder."""
     return (Path(name).expanduser() / MANIFEST).is_file()
 
 
@@ -56,7 +56,7 @@ class CachedReturns:
 
     @property
     def made_of(self) -> tuple[object, ...]:
-        """What decides Ψ of a row's tokens: the teacher that made the numbers, how it read them, and the settings."""
+        """Everything but a row's tokens that determines its Ψ: the teacher, how it read them, and the settings."""
         first = self.manifests[0]
         made = sorted((m.dataset, m.teacher_tokens or "", m.precision, m.value_dtype) for m in self.manifests)
         return first.teacher, first.teacher_reference, made, self.settings

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShapingSettings:
-    """Which potential, and how it is summed; docs/method.md."""
+    """The potential and its sum; docs/method.md."""
 
     gamma: float
     kappa: float
@@ -71,7 +71,7 @@ class PaddedRows:
 
     @property
     def layout(self) -> None:
-        """Of packed rows, which these are not."""
+        """None: these rows are not packed."""
 
     @property
     def predicting(self) -> Tensor:
@@ -108,10 +108,10 @@ class PaddedRows:
 
 
 class TeacherReturns:
-    """Ψ of every row, by a teacher in the policy's tokens.
+    """Computes Ψ of every row, by a teacher in the policy's tokens.
 
-    Teacher and reference are lent: each is in evaluation mode, with a fused head and without its adapters where
-    `without_adapters` says so, while it is asked, and what it was at all other times.
+    Teacher and reference are lent. Only while one is called, it is in evaluation mode and has a fused head, and the
+    models in `without_adapters` have their adapters off.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class TeacherReturns:
         self._without_adapters = {id(model) for model in without_adapters}
         for model in self.models:
             with self._lent(model, probe=True):
-                """One that cannot be asked is refused here."""
+                """Refuses a model that cannot be called."""
 
     @cached_property
     def fingerprints(self) -> list[str]:
-        """Of both: a pass over all weights, so made once however many datasets there are."""
+        """Fingerprints of `models`, computed once, since each is a pass over all weights."""
         found = []
         for model in self.models:
             with self._without(model):
@@ -142,7 +142,7 @@ class TeacherReturns:
 
     @property
     def made_of(self) -> tuple[object, ...]:
-        """What decides Ψ of a row's tokens."""
+        """Everything but a row's tokens that determines its Ψ."""
         return self.fingerprints, self.settings
 
     def _without(self, model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -150,7 +150,7 @@ class TeacherReturns:
 
     @contextmanager
     def _lent(self, model: PreTrainedModel, *, probe: bool = False) -> Iterator[PolicyWithHead]:
-        """The model as it is asked, while the block lasts."""
+        """Prepare the model for a call while the block lasts."""
         with undone(model), self._without(model):
             kind: type[PolicyWithHead] = PolicyWithHead
             options: dict[str, Any] = {}

@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from inspect import getclosurevars
+from contextlib import ExitStack
+from functools import partial
 from os import PathLike, fspath
-from types import FunctionType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from transformers import PreTrainedModel
+from trl import DPOTrainer
 from trl.trainer.dpo_trainer import global_then_local_main_first
 
 from tvkd_fast.data.response_end import ResponseEnds
-from tvkd_fast.integrations.lm_head import FusedLMOutput, answering, patch_lm_head, unpatch_lm_head
 from tvkd_fast.integrations.patched import model_inside
 from tvkd_fast.integrations.returns import IDS, MARK, RETURNS, Maker, without_returns
 from tvkd_fast.integrations.rows import (
@@ -42,72 +39,22 @@ from tvkd_fast.integrations.rows import (
     long_prompts_dropped,
     read_rows,
 )
-from tvkd_fast.integrations.scores import CachedReturns, is_score_folder
-from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
-from tvkd_fast.losses import Terminal, check_discount, check_preference_settings
-from tvkd_fast.models import (
-    fingerprint_settings,
-    load_model,
-    load_stop_ids,
-    load_tokenizer,
-    longest_sequence,
-    read_config,
-    stop_ids_of,
+from tvkd_fast.integrations.scores import CachedReturns
+from tvkd_fast.integrations.teacher import TeacherReturns
+from tvkd_fast.integrations.trl_config import TVKDConfig, check_shaping, shaping_settings
+from tvkd_fast.integrations.trl_head import LEFT_OUT, AskedModel, HeardModel, TrainerHeads
+from tvkd_fast.integrations.trl_models import (
+    ANOTHER_TOKENIZER,
+    check_tokens,
+    config_of,
+    lent_model,
+    stops_of,
+    teacher_or_folders,
 )
-from tvkd_fast.models.lent import adapter_layers, adapter_parameters
-from tvkd_fast.ops import HeadGradient, HeadStats, check_kappa
+from tvkd_fast.models import fingerprint_settings, load_model, load_tokenizer, longest_sequence
+from tvkd_fast.models.lent import moves_with, on_base_of, undone
 
-OF_MARGINS = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
-"""TRL's losses that see the pair's margin alone, or no reference at all."""
-
-
-@dataclass
-class TVKDConfig(DPOConfig):
-    """DPOConfig and the shaping; with `alpha=0`, or without a teacher, a run is DPO's own."""
-
-    alpha: float = field(default=1.0, metadata={"help": "α: strength and sign of the teacher's shaping; 0 is DPO."})
-    gamma: float = field(default=1.0, metadata={"help": "γ in [0, 1]: discount of the shaping."})
-    kappa: float = field(default=1.0, metadata={"help": "κ > 0: inverse temperature of the teacher's soft value."})
-    value_scale: float | None = field(
-        default=None, metadata={"help": "b: scale of the soft value; `beta` where not given, as in the paper."}
-    )
-    value_from: Literal["logits", "logprobs", "implicit_reward"] = field(
-        default="logits", metadata={"help": "What the soft value is made of; docs/method.md."}
-    )
-    terminal: Terminal = field(default="last_content", metadata={"help": "Which state ends the shaping sum."})
-    precompute_teacher: bool = field(
-        default=True,
-        metadata={
-            "help": "Run the teacher once over the data before training, and keep two numbers a pair; otherwise it "
-            "runs on every batch, as it must over an IterableDataset."
-        },
-    )
-    fused_head: Literal["auto", "tvkd", "trl"] = field(
-        default="auto",
-        metadata={
-            "help": "Whose vocabulary head computes log-probabilities: `auto` takes this library's on a CPU and TRL's "
-            "elsewhere."
-        },
-    )
-    grad_mode: Literal["exact", "sparse", "auto"] = field(
-        default="exact", metadata={"help": "How this library's head is differentiated; docs/sparse.md."}
-    )
-    eps: float | None = field(default=None, metadata={"help": "ε of sparse gradients."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_preference_settings(self.beta, self.alpha, 0.0)
-        check_discount(self.gamma)
-        check_kappa(self.kappa)
-        if self.value_from == "logprobs" and self.kappa == 1.0:
-            raise ValueError(
-                "value_from='logprobs' is 0 everywhere at kappa=1: set kappa to another value, such as 0.7"
-            )
-        if (self.grad_mode, self.eps) != ("exact", None) and self.fused_head == "trl":
-            raise ValueError("grad_mode and eps are of this library's head: set fused_head='tvkd', or leave them out")
-
-
-ANOTHER_TOKENIZER = "give teacher_model the folder that `tvkd score` writes with it, which reads any teacher's tokens"
+__all__ = ["TVKDConfig", "TVKDTrainer"]
 
 
 class TVKDTrainer(DPOTrainer):
@@ -126,8 +73,8 @@ class TVKDTrainer(DPOTrainer):
 
     Raises:
         ValueError: what TRL can do and this cannot, by name: losses of more than the margin, other divergences,
-            `ld_alpha`, images, a teacher with another tokenizer; and with this library's head WPO's weighting, router
-            losses, DeepSpeed and FSDP.
+            `ld_alpha`, images, a teacher with another tokenizer, a teacher or reference that training would change; and
+            with this library's head WPO's weighting, DeepSpeed and FSDP. The models are then as they were.
     """
 
     data_collator: Any
@@ -167,25 +114,39 @@ class TVKDTrainer(DPOTrainer):
                 f"args is a {type(args).__name__}: TVKDTrainer takes a TVKDConfig, which has its fields: "
                 "from tvkd_fast.integrations.trl import TVKDConfig"
             )
+        with ExitStack() as stack:
+            for given in (model, ref_model, teacher_model, teacher_reference):
+                if isinstance(given, nn.Module):
+                    stack.enter_context(undone(given, on_error=True))
+            self._build(model, ref_model, args, teacher_model, teacher_reference, **options)
+
+    def _build(
+        self,
+        model: Any,
+        ref_model: PreTrainedModel | None,
+        args: TVKDConfig,
+        teacher_model: Any,
+        teacher_reference: str | PathLike[str] | PreTrainedModel | None,
+        **options: Any,
+    ) -> None:
         self._shapes = teacher_model is not None and args.alpha != 0
-        teacher, folders = _teacher_or_folders(teacher_model)
-        self._cached = CachedReturns(folders, _settings(args)) if self._shapes and folders else None
+        teacher, folders = teacher_or_folders(teacher_model)
+        teacher_reference = lent_model(teacher_reference, "teacher_reference")
+        self._cached = CachedReturns(folders, shaping_settings(args)) if self._shapes and folders else None
         if self._shapes:
-            _refuse(args, has_reference=teacher_reference is not None, cached=self._cached is not None)
-        self._ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
-        self._stats = HeadStats() if self._ours and args.grad_mode != "exact" else None
-        self._has_head = False
+            check_shaping(args, has_reference=teacher_reference is not None, cached=self._cached is not None)
+        self._heads = TrainerHeads(args)
         self._teacher: TeacherReturns | None = None
         named = {"policy": model, "reference": ref_model}
         if self._shapes and self._cached is None:
             named |= {"teacher": teacher, "teacher's reference": teacher_reference}
-        configs = {whose: _config(one, args) for whose, one in named.items()}
+        configs = {whose: config_of(one, args) for whose, one in named.items()}
         self._positions = {whose: longest_sequence(config) for whose, config in configs.items() if config is not None}
-        self._stop_ids = _stops(model, args)
+        self._stop_ids = stops_of(model, args)
         self._found_ends: ResponseEnds | None = None
         self._named_reference = False
         super().__init__(model, ref_model, args, **options)
-        self._take_head()
+        self._heads.take(self)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 "no weight of the model requires a gradient, so that nothing would be learned: give one that does, or "
@@ -208,58 +169,27 @@ class TVKDTrainer(DPOTrainer):
         if args.precompute_teacher and not isinstance(self.train_dataset, IterableDataset):
             self._precompute(args, from_module=not isinstance(teacher, str))
 
-    def _take_head(self) -> None:
-        """This library's head in policy and reference, once, before either is called."""
-        if not self._ours or self._has_head:
-            return
-        args = self.args
-        whose = "is not for this library's head: set fused_head='trl'"
-        if self.use_weighting:
-            raise ValueError(f"use_weighting {whose}")
-        if self.aux_loss_enabled:
-            raise ValueError(f"the loss of a mixture's router {whose}, or router_aux_loss_coef=0")
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(f"DeepSpeed and FSDP {whose}, or train by `tvkd train --nproc N`")
-        gradient = HeadGradient(grad_mode=args.grad_mode, eps=args.eps)
-        _without_trls_head(self.model)
-        patch_lm_head(self.model, gradient=gradient, stats=self._stats, output=_Output)
-        if self.ref_model is not None:
-            _without_trls_head(self.ref_model)
-            # It is lent: tried once, and patched while it is asked.
-            unpatch_lm_head(patch_lm_head(self.ref_model, output=_Output))
-        self._has_head = True
-
-    def _reference_asked(self) -> AbstractContextManager[None]:
-        """This library's head in the reference, where there is one, while the block lasts."""
-        return answering(self.ref_model, output=_Output) if self._ours and self.ref_model is not None else nullcontext()
-
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        self._heads.take(self)
         # What is there for a teacher is none of the model's inputs.
-        with self._reference_asked():
+        with self._heads.asked(self.ref_model, self.model):
             return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in RESPONSES})
 
     def _load_teacher(
         self, teacher: str | PreTrainedModel, reference: str | PathLike[str] | PreTrainedModel | None
     ) -> TeacherReturns:
         lent, before = self._loaded(teacher), None if reference is None else self._loaded(reference)
-        ours = {id(module) for module in self.model.modules()}
         # Adapters of the policy's own base are the policy's.
-        based = [
-            model
-            for model in (lent, before)
-            if model is not None and any(id(layer) in ours for layer in adapter_layers(model))
-        ]
-        return TeacherReturns(lent, before, _settings(self.args), without_adapters=based)
+        based = [model for model in (lent, before) if model is not None and on_base_of(model, self.model)]
+        return TeacherReturns(lent, before, shaping_settings(self.args), without_adapters=based)
 
     def _loaded(self, model: str | PathLike[str] | PreTrainedModel) -> PreTrainedModel:
         if isinstance(model, str | PathLike):
             model = fspath(model)
             theirs = load_tokenizer(model, trust_remote_code=self.args.trust_remote_code)
-            _check_tokens(self._tokenizer, theirs, model)
+            check_tokens(self._tokenizer, theirs, model)
             model = load_model(model, dtype=self.model.dtype, trust_remote_code=self.args.trust_remote_code)
-        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
-        trained -= {id(parameter) for parameter in adapter_parameters(model)}
-        if model is self.model or not trained.isdisjoint(map(id, model.parameters())):
+        if model is self.model or moves_with(model, self.model):
             raise ValueError("the teacher is, or shares weights with, the model that is trained: give one of its own")
         if model.config.get_text_config().vocab_size < len(self._tokenizer):
             raise ValueError(
@@ -272,7 +202,7 @@ class TVKDTrainer(DPOTrainer):
         return model.to(self.accelerator.device)
 
     def _precompute(self, args: TVKDConfig, *, from_module: bool) -> None:
-        """Two numbers a pair, of all data that there is; a teacher that was loaded for it is let go."""
+        """Compute Ψ of all data, two numbers per pair, and release a teacher that was loaded for it."""
         self.data_collator.maker = self._maker()
         sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
         self.train_dataset = self._with_returns(self.train_dataset, "train", sizes[0])
@@ -286,7 +216,7 @@ class TVKDTrainer(DPOTrainer):
             self._teacher = None
 
     def _maker(self) -> Maker:
-        """Whoever makes Ψ here, by all that decides it but the row's own tokens."""
+        """The source of this trainer's Ψ, identified by all that determines it but the row's tokens."""
         source = self._teacher if self._cached is None else self._cached
         assert source is not None
         args = self.args
@@ -294,7 +224,7 @@ class TVKDTrainer(DPOTrainer):
         return Maker(Hasher.hash((source.made_of, how)))
 
     def _precision(self) -> str:
-        """Of the products, over weights whose dtype their fingerprints hold."""
+        """The autocast precision; the weights' own dtypes are in their fingerprints."""
         return str(self.accelerator.mixed_precision)
 
     def _with_returns(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -370,7 +300,7 @@ class TVKDTrainer(DPOTrainer):
         return rows
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        self._take_head()
+        self._heads.take(self)
         held = self.ref_model
         # TRL asks whether there is one by its truth, and torch.compile's wrapper has none: it is a container's length.
         self.ref_model = getattr(held, "_orig_mod", held)
@@ -395,22 +325,29 @@ class TVKDTrainer(DPOTrainer):
         self._signature_columns += [name for name in (*RETURNS, MARK, ROW) if name not in self._signature_columns]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        self._heads.take(self)
         mode = "train" if self.model.training else "eval"
-        with self._reference_asked():
-            if not self._shapes:
+        if self._shapes:
+            found = self._shaped(HeardModel(model), dict(inputs), return_outputs, self._metrics[mode])
+        else:
+            held = self.ref_model
+            if held is not None:
+                self.ref_model = AskedModel(held, partial(self._heads.asked, held, self.model))
+            try:
                 found = super()._compute_loss(model, inputs, return_outputs)
-            else:
-                found = self._shaped(_Heard(model), dict(inputs), return_outputs, self._metrics[mode])
-        if self._ours:
-            for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
+            finally:
+                self.ref_model = held
+        if self._heads.ours:
+            for name in LEFT_OUT:
                 self._metrics[mode].pop(name, None)
-        if self._stats is not None and mode == "train" and self.accelerator.sync_gradients:
-            for name, number in self._stats.read().items():
+        stats = self._heads.stats
+        if stats is not None and mode == "train" and self.accelerator.sync_gradients:
+            for name, number in stats.read().items():
                 self._metrics[mode][f"tvkd/{name}"].append(number)
-            self._stats.reset()
+            stats.reset()
         return found
 
-    def _shaped(self, model: _Heard, inputs: dict[str, Any], return_outputs: bool, metrics: Any) -> Any:
+    def _shaped(self, model: HeardModel, inputs: dict[str, Any], return_outputs: bool, metrics: Any) -> Any:
         """TRL's loss over shifted reference log-probabilities; its reward metrics over those that were not shifted."""
         columns = [inputs.pop(name, None) for name in RETURNS]
         psi = torch.stack(columns if columns[0] is not None else list(self._asked(inputs)))
@@ -438,129 +375,3 @@ class TVKDTrainer(DPOTrainer):
         for name, mean in zip(("shaping_margins", "flipped"), means[4:], strict=True):
             metrics[f"tvkd/{name}"].append(mean)
         return found
-
-
-@dataclass
-class _Output(FusedLMOutput):
-    """Stands where TRL looks for more than log-probabilities; what is made of it is left out of the metrics."""
-
-    entropy: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    aux_loss: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.log_probs is not None and self.label_mask is not None:
-            self.entropy = self.mean_logits = torch.zeros_like(self.log_probs)
-            self.is_top1 = torch.zeros_like(self.label_mask)
-        super().__post_init__()
-
-
-class _Heard:
-    """A model that is called, and the sums of the log-probabilities that it answered with."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.logps: Tensor
-
-    def __call__(self, **inputs: Any) -> Any:
-        out = self._model(**inputs)
-        if inputs.get("fused_lm_head"):
-            # Prompt tuning puts virtual tokens before the real ones; they have no labels.
-            self.logps = out.log_probs.sum(1)
-        return out
-
-
-def _teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, list[str]]:
-    """A model, its name, or folders of scores, whichever it is."""
-    if teacher is None or isinstance(teacher, PreTrainedModel):
-        return teacher, []
-    if isinstance(teacher, torch.nn.Module):
-        raise ValueError(
-            f"teacher_model is a {type(teacher).__name__}, which is no transformers model: of a PEFT model give what "
-            "its merge_and_unload() returns"
-        )
-    named = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-    names = [fspath(name) for name in named if isinstance(name, str | PathLike)]
-    if not named or len(names) < len(named):
-        kinds = ", ".join(type(name).__name__ for name in named) or "an empty list"
-        raise ValueError(
-            f"teacher_model is or holds {kinds}: give a model, its name, a folder that `tvkd score` wrote, or a list "
-            "of such folders"
-        )
-    found = [name for name in names if is_score_folder(name)]
-    if isinstance(teacher, list | tuple) and len(found) < len(names):
-        odd = next(name for name in names if name not in found)
-        raise ValueError(
-            f"{odd} is no folder that `tvkd score` wrote: a list is of such folders, and a model is given by itself"
-        )
-    return (None, found) if found else (names[0], [])
-
-
-def _config(model: Any, args: TVKDConfig) -> Any:
-    """A model's config, None where there is no model or none of this name: whoever loads it says so."""
-    if not isinstance(model, str | PathLike):
-        return getattr(model, "config", None)
-    try:
-        return read_config(fspath(model), trust_remote_code=args.trust_remote_code)
-    except ValueError:
-        return None
-
-
-def _stops(model: Any, args: TVKDConfig) -> frozenset[int]:
-    if not isinstance(model, str | PathLike):
-        return stop_ids_of(model)
-    try:
-        return load_stop_ids(fspath(model), trust_remote_code=args.trust_remote_code)
-    except ValueError:
-        return frozenset()
-
-
-def _without_trls_head(model: torch.nn.Module) -> None:
-    """Take off the forward that TRL put over the model's, a closure that copies of the model would share."""
-    carried = vars(model_inside(model))
-    for name in ("forward", "_original_forward"):
-        function = getattr(carried.get(name), "__func__", None)
-        if isinstance(function, FunctionType) and function.__globals__["__name__"].startswith("trl."):
-            carried[name] = getclosurevars(function).nonlocals["original_forward"]
-
-
-def _settings(args: TVKDConfig) -> ShapingSettings:
-    return ShapingSettings(
-        gamma=args.gamma,
-        kappa=args.kappa,
-        value_scale=args.beta if args.value_scale is None else args.value_scale,
-        value_from=args.value_from,
-        terminal=args.terminal,
-    )
-
-
-def _refuse(args: TVKDConfig, *, has_reference: bool, cached: bool) -> None:
-    """What is no function of the margin alone, which a shifted reference shifts; before a model is loaded."""
-    if cached and has_reference:
-        raise ValueError("scores were made with the teacher's reference or without it: leave out teacher_reference")
-    if cached and not args.precompute_teacher:
-        raise ValueError("scores are on disk, and no teacher is there to run on a batch: leave precompute_teacher True")
-    if cached and args.truncation_mode != "keep_start":
-        raise ValueError("scores are of responses cut at their ends: set truncation_mode='keep_start', TRL's default")
-    if not cached and has_reference != (args.value_from == "implicit_reward"):
-        raise ValueError(
-            "value_from='implicit_reward' is what the teacher gained over the model that it was before DPO: give "
-            "teacher_reference with it, and with it alone"
-        )
-    odd = [loss for loss in args.loss_type if loss not in OF_MARGINS]
-    if odd:
-        raise ValueError(
-            f"loss_type {', '.join(odd)} sees more of a pair than its margin, and a teacher cannot shape that: take "
-            f"{', '.join(OF_MARGINS)}, or no teacher_model"
-        )
-    if args.f_divergence_type != "reverse_kl":
-        raise ValueError("a teacher shapes rewards of the reverse KL divergence: set f_divergence_type='reverse_kl'")
-    if args.ld_alpha is not None:
-        raise ValueError("ld_alpha weighs tokens, and Ψ is of whole responses: leave ld_alpha out, or teacher_model")
-
-
-def _check_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, name: str) -> None:
-    if ours.get_vocab() != theirs.get_vocab():
-        raise ValueError(f"the teacher {name} has another tokenizer than the policy: {ANOTHER_TOKENIZER}")

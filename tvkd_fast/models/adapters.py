@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 ADAPTER = "tvkd_run"
-"""Of a run's own adapter. One that a model brought along has another name, and is part of that model."""
+"""Name of a run's own adapter. One that a model came with has another name, and is part of that model."""
 _OF_ADAPTER = re.compile(rf".*\.lora_[AB]\.{ADAPTER}\.weight")
 
 

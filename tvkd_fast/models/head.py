@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_lse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ _DIVISORS = {"logits_scaling": ("granite",)}
 
 
 def head_transforms(config: Any) -> HeadTransforms:
-    """What a family's config says it does after its head: Gemma's cap, Cohere's scale, Granite's divisor, and so on.
+    """The transforms after the head in a family's config: Gemma's cap, Cohere's scale, Granite's divisor, and so on.
 
     The names mean different things in different families (`logits_scaling` divides in Granite and multiplies in
     HyperCLOVA X), so they are read by model type; `probe_head` holds the answer to the model's own logits.
@@ -100,6 +103,46 @@ class FusedLMHead(nn.Linear):
         return {**asdict(self.gradient), "stats": self.stats}
 
 
+def fuse_head(model: PreTrainedModel) -> list[FusedLMHead]:
+    """Turn a model's head, and the copies that peft trains in its place, into fused heads in place.
+
+    Raises ValueError, with nothing changed, where one of them is no plain `nn.Linear`.
+    """
+    layers, transforms = head_layers(model.get_output_embeddings()), head_transforms(model.config)
+    for layer in layers:
+        check_head_layer(layer, model)
+    return [FusedLMHead.from_linear(layer, transforms) for layer in layers]
+
+
+def head_layers(head: Any) -> list[Any]:
+    """The head; or, where peft trains a copy of it in its place (`modules_to_save`), it and its copies."""
+    copies = getattr(head, "modules_to_save", None)
+    own = getattr(head, "original_module", None)
+    return [own, *copies.values()] if isinstance(copies, nn.ModuleDict) and own is not None else [head]
+
+
+def answering_layer(head: Any) -> Any:
+    """The one of `head_layers` that is called now: the active adapter's copy, or the head where adapters are off."""
+    layers = head_layers(head)
+    if len(layers) == 1:
+        return layers[0]
+    active = head.active_adapters
+    off = head.disable_adapters or not active or any(name not in head.modules_to_save for name in active)
+    return layers[0] if off else head.modules_to_save[active[0]]
+
+
+def check_head_layer(layer: nn.Module, model: nn.Module) -> None:
+    """Raise ValueError, naming the layer of the model and the remedy, where it cannot become a fused head."""
+    try:
+        if isinstance(layer, FusedLMHead):
+            _holder(layer, type(layer))
+        else:
+            _check(layer, nn.Linear, FusedLMHead)
+    except ValueError as error:
+        name = next((name for name, module in model.named_modules() if module is layer), "the head")
+        raise ValueError(f"{name} of {type(model).__name__}: {error}") from error
+
+
 def turned(kind: type, old: type, new: type) -> type | None:
     """`new` where `kind` is `old`, FSDP2's class of `new` where it is FSDP2's of `old`, and None for all others."""
     if kind is old:
@@ -110,14 +153,6 @@ def turned(kind: type, old: type, new: type) -> type | None:
         own = {name: value for name, value in vars(kind).items() if name == "__deepcopy__"}
         return type(kind.__name__.replace(old.__name__, new.__name__), (mixin, new), own)
     return None
-
-
-def check_linear(module: nn.Module) -> None:
-    """Raise ValueError with the remedy where a module cannot become a fused head."""
-    if isinstance(module, FusedLMHead):
-        _holder(module, type(module))
-    else:
-        _check(module, nn.Linear, FusedLMHead)
 
 
 def _turn(module: nn.Module, old: type[nn.Linear], new: type[nn.Linear]) -> None:
@@ -132,11 +167,17 @@ def _check(module: nn.Module, old: type[nn.Linear], new: type[nn.Linear]) -> tup
     """The class that an `old` module is to have as a `new` one, and the attribute that holds a forward of its own."""
     kind = turned(type(module), old, new)
     if kind is None:
-        raise ValueError(
-            f"the head is a {type(module).__name__}, not a plain nn.Linear: merge a LoRA adapter on the head first "
-            "(merge_and_unload), leave lm_head out of target_modules, or load the head unquantised"
-        )
+        raise ValueError(f"the head is a {type(module).__name__}, not a plain nn.Linear: {_remedy(module)}")
     return kind, _holder(module, old)
+
+
+def _remedy(module: nn.Module) -> str:
+    kind = f"{type(module).__module__}.{type(module).__name__}".lower()
+    if "peft." in kind or "lora" in kind:
+        return "merge a LoRA adapter on the head first (merge_and_unload), or leave lm_head out of its target_modules"
+    if "bit" in kind or "quant" in kind:
+        return "load the head unquantised (llm_int8_skip_modules=['lm_head'] in a BitsAndBytesConfig)"
+    return "put an nn.Linear of its weights there (set_output_embeddings), or use a trainer that keeps its logits"
 
 
 def _holder(module: nn.Module, kind: type[nn.Linear]) -> str:

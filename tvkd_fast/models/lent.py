@@ -1,19 +1,27 @@
-"""Models that belong to somebody else: what is done to one for a while, and how it is put back."""
+"""Temporary changes of models that belong to the caller, and how they are undone."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from tvkd_fast.models.head import OF_A_FUSED_HEAD, FusedLMHead
+from tvkd_fast.models.head import OF_A_FUSED_HEAD
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+PATCH = "_tvkd_fast_patch"
+"""Attribute that holds what a patched model was patched with."""
+REPLICATE = "_replicate_for_data_parallel"
+"""torch's method by which DataParallel copies a module."""
+FORWARDS = ("forward", "_old_forward", "_original_forward")
+"""Attributes of an instance that hold a forward: its own, and those that accelerate's hooks and its mixed precision
+wrapped."""
+_OF_A_PATCH = (PATCH, REPLICATE, *FORWARDS)
+_OF_A_HEAD = (*OF_A_FUSED_HEAD, *FORWARDS)
+_REGISTERED = ("_modules", "_parameters", "_buffers")
 
 
 @contextmanager
@@ -29,38 +37,70 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undone(model: PreTrainedModel, *, on_error: bool = False) -> Iterator[None]:
-    """Put back what `PolicyWithHead` changes of a model: its head's class, modes, dropout, attention, requires_grad.
+def undone(model: nn.Module, *, on_error: bool = False) -> Iterator[None]:
+    """Put back what the block changed: heads, patches, forwards, hooks, modes, dropout, attention, requires_grad.
 
-    With `on_error` only where the block raises.
+    With `on_error` only where the block raises. Whatever raises, submodules, parameters, buffers and all other
+    attributes of modules are put back too; no tensor is copied, so that values stay what they became.
     """
-    head = model.get_output_embeddings()
-    kept = {name: vars(head)[name] for name in OF_A_FUSED_HEAD if name in vars(head)}
-    was_fused = isinstance(head, FusedLMHead)
-    modules = [(module, module.training, dropouts(module)) for module in model.modules()]
+    config: Any = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    modules = [_ModuleState(module) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    attention = model.config._attn_implementation
     failed = True
     try:
         yield
         failed = False
     finally:
         if failed or not on_error:
-            if was_fused:
-                for name in OF_A_FUSED_HEAD:
-                    vars(head).pop(name, None)
-                vars(head).update(kept)
-            elif isinstance(head, FusedLMHead):
-                head.as_linear()
-            for module, training, dropout in modules:
-                module.training = training
-                for name, value in dropout.items():
-                    setattr(module, name, value)
+            for module in modules:
+                module.restore(everything=failed)
             for parameter, requires_grad in trained:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
-            if model.config._attn_implementation != attention:
-                model.set_attn_implementation(attention)
+            if attention is not None and config._attn_implementation != attention:
+                model.set_attn_implementation(attention)  # type: ignore[operator]
+
+
+class _ModuleState:
+    """One module's class, attributes, hooks and registered tensors and submodules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind, self.attributes = module, type(module), dict(vars(module))
+        self.changed = _changed(module)
+        self.tables = {
+            name: (table, dict(table))
+            for name, table in self.attributes.items()
+            if isinstance(table, dict) and ("_hooks" in name or name in _REGISTERED)
+        }
+
+    def restore(self, *, everything: bool) -> None:
+        own = vars(self.module)
+        if type(self.module) is not self.kind:
+            self.module.__class__ = self.kind
+        if everything:
+            if not _same(own, self.attributes):
+                own.clear()
+                own.update(self.attributes)
+        elif not _same(now := _changed(self.module), self.changed):
+            for name in now:
+                del own[name]
+            own.update(self.changed)
+        for name, (table, before) in self.tables.items():
+            # Nearly all tables are empty.
+            if (table or before) and (everything or name not in _REGISTERED) and not _same(table, before):
+                table.clear()
+                table.update(before)
+
+
+def _changed(module: nn.Module) -> dict[str, Any]:
+    """The attributes that this library sets on a module, as they are now and in their order, which pickles need."""
+    names = {"training", *dropouts(module), *(_OF_A_HEAD if isinstance(module, nn.Linear) else _OF_A_PATCH)}
+    return {name: value for name, value in vars(module).items() if name in names}
+
+
+def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    return list(now) == list(before) and all(now[name] is value for name, value in before.items())
 
 
 def dropouts(module: nn.Module) -> dict[str, float]:
@@ -83,7 +123,7 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What these layers have of their own, beside what they were put around."""
+    """The parameters of these layers, without those of the layers inside them."""
     for layer in adapter_layers(model):
         for name in layer.adapter_layer_names:
             yield from getattr(layer, name).parameters()
@@ -101,6 +141,22 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, disabled in layers:
             layer._disable_adapters = disabled
+
+
+def on_base_of(lent: nn.Module, policy: nn.Module) -> bool:
+    """Whether a lent model contains the policy's adapters, because it is the policy's base or shares its layers."""
+    ours = {id(module) for module in policy.modules()}
+    return any(id(layer) in ours for layer in adapter_layers(lent))
+
+
+def moves_with(lent: nn.Module, policy: nn.Module) -> bool:
+    """Whether training the policy changes weights of a lent model other than its adapters."""
+    trained = _ids(parameter for parameter in policy.parameters() if parameter.requires_grad)
+    return not (trained - _ids(adapter_parameters(lent))).isdisjoint(_ids(lent.parameters()))
+
+
+def _ids(parameters: Iterable[nn.Parameter]) -> set[int]:
+    return {id(parameter) for parameter in parameters}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tvkd_fast.models.head import FusedLMHead, head_transforms
+from tvkd_fast.models.head import FusedLMHead, answering_layer, fuse_head
 from tvkd_fast.models.lent import undone
 from tvkd_fast.models.probe import probe_head, probe_packing, states_alone
 from tvkd_fast.models.prune import disable_dropout, few_layers
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ModelBatch(Protocol):
-    """What a model is given of a batch."""
+    """The inputs that a model reads from a batch."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -74,7 +74,7 @@ class PolicyWithHead(nn.Module):
             type(self)(few_layers(model), packing=packing, autocast=autocast)
             probe = False
         with undone(model, on_error=True):
-            FusedLMHead.from_linear(model.get_output_embeddings(), head_transforms(model.config))
+            fuse_head(model)
             disable_dropout(model)
             alone = states_alone(model) if probe and packing != "padded" else None
             if packing == "shared":
@@ -93,7 +93,13 @@ class PolicyWithHead(nn.Module):
     @property
     def head(self) -> FusedLMHead:
         # Looked up at every call: FSDP and PEFT replace modules.
-        return self.model.get_output_embeddings()
+        head = answering_layer(self.model.get_output_embeddings())
+        if not isinstance(head, FusedLMHead):
+            raise ValueError(
+                f"the head of this {type(self.model).__name__} was made a {type(head).__name__} after it became a "
+                f"{type(self).__name__}: make the {type(self).__name__} anew"
+            )
+        return head
 
     @property
     def vocab_size(self) -> int:
@@ -123,7 +129,7 @@ class TeacherWithHead(PolicyWithHead):
 
     @property
     def policies(self) -> tuple[PolicyWithHead, ...]:
-        """The models that it asks."""
+        """The models that this teacher calls."""
         return (self,)
 
     def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]

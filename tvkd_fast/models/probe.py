@@ -1,4 +1,4 @@
-"""The start-up probes: does our head say what the model's own logits say, and does a packed row change any state?
+"""The start-up probes: does our head reproduce the model's own logits, and does a packed row change any state?
 
 Letters: T probe tokens, V vocabulary, D hidden.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tvkd_fast.models.head import FusedLMHead, head_transforms
+from tvkd_fast.models.head import FusedLMHead, answering_layer, head_transforms
 from tvkd_fast.models.lent import in_eval
 from tvkd_fast.models.shared_prompt import Layout, states_of
 
@@ -28,20 +29,66 @@ is 2e-6 in float32, but 2e-4 in a trained model's state that has little before i
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
+@dataclass(frozen=True)
+class OwnAnswer:
+    """A model's own answer for the probe's tokens."""
+
+    logits: Tensor
+    """[T, V]"""
+    loss: Tensor | None
+    """For its own tokens as labels, where it was asked for one."""
+    precision: torch.dtype
+    """The dtype of its head's output."""
+    autocast: torch.dtype | None
+    """The autocast dtype that its own forward sets, None where it sets none."""
+    calls_head: bool
+    """Whether its logits are what its output embeddings returned."""
+
+
+@torch.no_grad()
+def own_answer(model: PreTrainedModel, *, with_loss: bool = False) -> OwnAnswer:
+    """Call the model as it is. Raises ValueError where it cannot be called."""
+    ids = probe_ids(model)
+    kind = ids.device.type
+    seen: list[tuple[torch.dtype, torch.dtype | None]] = []
+
+    def note(_head: nn.Module, _inputs: Any, logits: Tensor) -> None:
+        seen.append((logits.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None))
+
+    # Before FSDP2's own hook, which may cast them.
+    handle = model.get_output_embeddings().register_forward_hook(note, prepend=True)
+    try:
+        with as_probed(model):
+            out = model(input_ids=ids, **({"labels": ids} if with_loss else {}), use_cache=False)
+    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
+        given = "input_ids and labels" if with_loss else "input_ids"
+        raise ValueError(
+            f"{type(model).__name__} cannot be called with {given} as it is: {error}. Patch it once it can"
+        ) from error
+    finally:
+        handle.remove()
+    precision, autocast = seen[0] if seen else (out.logits.dtype, None)
+    return OwnAnswer(out.logits[0], out.loss if with_loss else None, precision, autocast, bool(seen))
+
+
 @torch.no_grad()
 def probe_head(model: PreTrainedModel) -> None:
     """Compare the fused head's log-probabilities with those of the model's own logits on a few tokens.
 
-    The logits are asked for in full, [T, V] of 8 tokens, once. Raises ValueError on a mismatch: the family transforms
-    its logits in a way that the config's known names do not tell. Nothing of the model stays changed.
+    Both are computed in the precision that the model's own forward brings, such as that of accelerate's mixed
+    precision. The logits are asked for in full, [T, V] of 8 tokens, once. Raises ValueError on a mismatch: the family
+    transforms its logits in a way that the config's known names do not tell. Nothing of the model stays changed.
     """
-    head = model.get_output_embeddings()
+    head = answering_layer(model.get_output_embeddings())
     assert isinstance(head, FusedLMHead)
-    ids = probe_ids(model)
-    with as_probed(model):
-        own = model(input_ids=ids, use_cache=False).logits[0]
+    ids, own = probe_ids(model), own_answer(model)
+    with as_probed(model), torch.autocast(ids.device.type, dtype=own.autocast, enabled=own.autocast is not None):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        compare_logps(model, own, lambda labels: torch.stack([head(hidden, one) for one in labels]), head.weight.dtype)
+
+        def logps(labels: Tensor) -> Tensor:
+            return torch.stack([head(hidden, one) for one in labels])
+
+        compare_logps(model, own.logits, logps, own.precision)
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
@@ -51,7 +98,7 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
 
 @contextmanager
 def as_probed(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode, in the model's own precision whatever autocast it is called under, and answering by name."""
+    """Evaluation mode, no autocast from outside, and answers by name, while the block lasts."""
     by_name = model.config.return_dict
     with in_eval(model), torch.autocast(_device(model).type, enabled=False):
         # A family's head reads its backbone's answer by name, and fails over a config that says otherwise.
@@ -65,7 +112,7 @@ def as_probed(model: PreTrainedModel) -> Iterator[None]:
 def compare_logps(
     model: PreTrainedModel, own: Tensor, answer: Callable[[Tensor], Tensor], precision: torch.dtype
 ) -> None:
-    """Hold the log-probabilities [2, T] that `answer` has for labels [2, T] to the model's own logits [T, V].
+    """Compare the log-probabilities [2, T] that `answer` has for labels [2, T] with the model's own logits [T, V].
 
     Raises ValueError where they differ by more than `precision` explains.
     """
@@ -79,7 +126,7 @@ def compare_logps(
     head = model.get_output_embeddings()
     hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
     named = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
-    transforms = getattr(head, "transforms", None) or head_transforms(model.config)
+    transforms = getattr(answering_layer(head), "transforms", None) or head_transforms(model.config)
     raise ValueError(
         f"{type(model).__name__} ({model.config.model_type}) transforms its logits in a way this library does not "
         f"know: its log-probabilities differ from the head's by {error:.1e} under {transforms}. "
