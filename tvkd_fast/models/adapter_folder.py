@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from tvkd_fast.models.tied import config_as_tied
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -117,9 +119,7 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
             "and holds no embedding or no head of the new ones: save it again with save_embedding_layers=True, or give "
             "a merged model"
         )
-    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
-        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
-        merged.all_tied_weights_keys = {}
+    config_as_tied(merged)
     merged.requires_grad_(True)
     # What is saved beside this model must not take its base for it.
     merged.name_or_path = merged.config._name_or_path = adapter.name

@@ -23,6 +23,7 @@ from torch import nn
 
 from tvkd_fast.models.adapter_folder import AdapterFolder, adapter_folder, has_tokenizer, merge_adapter
 from tvkd_fast.models.quantized import keep_packed, nf4_options
+from tvkd_fast.models.tied import are_equal, config_as_tied, tied_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,6 +113,7 @@ def _load_whole(
         )
     except (OSError, ImportError) as error:
         raise ValueError(unreadable("model", name, error)) from error
+    config_as_tied(model)
     if nf4 is not None:
         keep_packed(model)
         return model
@@ -138,7 +140,8 @@ def empty_model(
     trust_remote_code: bool = False,
 ) -> EmptyModel | None:
     """What `load_model` would load, to be filled piece by piece; None where its files are not safetensors by the names
-    and shapes of the model's own parameters (GGUF, adapters, families whose weights are converted as they are read)."""
+    and shapes of the model's own parameters (GGUF, adapters, families whose weights are converted as they are read, a
+    head of its own under a config that ties it)."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     source = locate(name)
@@ -184,7 +187,8 @@ def _holds(files: dict[str, Path], model: PreTrainedModel) -> bool:
     for name, tensor in saved_tensors(model).items():
         if name not in files or opened(files[name]).get_slice(name).get_shape() != list(tensor.shape):
             return False
-    return True
+    tied = tied_names(model)
+    return tied is None or not set(tied) <= files.keys() or are_equal(files, tied, opened)
 
 
 def once_opened() -> Callable[[Path], Any]:
@@ -230,6 +234,8 @@ def save_model(
 
     `weights` stand in for the model's own, where those are shards.
     """
+    if weights is None:
+        config_as_tied(model)
     model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
