@@ -36,6 +36,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
     "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }
+ONLY_HELD_OUT = ("eval", "explain")
+"""Commands that read data.eval and no data.train."""
 BENCHMARKS = ("head", "values", "step")
 """Of the checkout's bench/: those that `tvkd bench` runs."""
 _NAMES = (*COMMANDS, "scores", "replay", "plot", "bench", "export")
@@ -60,6 +62,8 @@ class Parser(ArgumentParser):
         )
         words = [word.lstrip("-").split("=")[0] for word in unknown.groups() if word] if unknown else []
         name = f"tvkd {command[1]}" if command else "tvkd"
+        if command and command[1] in ONLY_HELD_OUT:
+            known = tuple(option for option in known if not option.startswith("data.train"))
         more = hint(words[0], known) if words else ""
         said = f"{said.rstrip('.')}.{more}" if more else said
         print(f"{name}: error: {said}\nAll options: {name} --help", file=sys.stderr)
@@ -357,6 +361,9 @@ def _recipe_path(name: str) -> Path:
         return packaged
     if not Path(name).exists():
         print(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}", file=sys.stderr)
+        raise SystemExit(2)
+    if Path(name).is_dir():
+        print(f"tvkd: error: --config {name} is a folder: give a YAML file, or a recipe's name", file=sys.stderr)
         raise SystemExit(2)
     return Path(name)
 
