@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from tvkd_fast.data import describe
 from tvkd_fast.data.scores import check_score_folder
-from tvkd_fast.distributed import check_replicas, launch
+from tvkd_fast.distributed import check_replicas, launch, print_once
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.options import hint, in_options
@@ -66,7 +66,7 @@ class Parser(ArgumentParser):
             known = tuple(option for option in known if not option.startswith("data.train"))
         more = hint(words[0], known) if words else ""
         said = f"{said.rstrip('.')}.{more}" if more else said
-        print(f"{name}: error: {said}\nAll options: {name} --help", file=sys.stderr)
+        print_once(f"{name}: error: {said}\nAll options: {name} --help")
         raise SystemExit(2)
 
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if given[0] in WITHOUT_OPTIONS:
         _be_quiet()
-        with _errors_in_a_line(given[0]):
+        with _errors_in_a_line(given[0]), _warnings_in_a_line():
             WITHOUT_OPTIONS[given[0]](given[1:])
         return
     arguments = _expand(given)
@@ -88,15 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     _be_quiet()
     try:
-        with _errors_in_a_line(parsed.command), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+        with _errors_in_a_line(parsed.command), _warnings_in_a_line():
             fields = _fields(parser.instantiate(parsed)[parsed.command])
             if fields.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ and not fields.get("dry_run"):
                 _open_outputs(parsed.command, fields)
                 raise SystemExit(launch([sys.executable, "-m", "tvkd_fast", *given], fields["nproc"]))
             run(parsed.command, fields)
     except Stopped as stopped:
-        if _speaks():
+        if _is_main_process():
             print(f"tvkd {parsed.command}: {stopped}", file=sys.stderr)
         raise SystemExit(stopped.status) from stopped
 
@@ -120,15 +119,23 @@ def _open_outputs(command: str, fields: dict[str, Any]) -> None:
 
 @contextmanager
 def _errors_in_a_line(command: str) -> Iterator[None]:
-    """What a user can mend is told in a line; what is wrong with a file or folder is among it."""
+    """Print an error that a user can mend, that of a file or folder among them, as one line; exit with status 2."""
     try:
         yield
     except OSError as error:
-        print(f"tvkd {command}: error: {in_a_line(error)}", file=sys.stderr)
+        print_once(f"tvkd {command}: error: {in_a_line(error)}")
         raise SystemExit(2) from error
     except (ValueError, FloatingPointError, CheckpointError) as error:
-        print(f"tvkd {command}: error: {error}", file=sys.stderr)
+        print_once(f"tvkd {command}: error: {error}")
         raise SystemExit(2) from error
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print warnings to a user as one line, and leave out those that libraries have for programmers."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        yield
 
 
 def run(command: str, fields: dict[str, Any]) -> None:
@@ -143,7 +150,7 @@ def run(command: str, fields: dict[str, Any]) -> None:
     elif command == "score":
         config = ScoreConfig(**fields)
         manifest = build.score(config).manifest
-        if _speaks():
+        if _is_main_process():
             print(
                 f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): "
                 f"{config.output_dir}"
@@ -157,11 +164,11 @@ def run(command: str, fields: dict[str, Any]) -> None:
     else:
         train = TrainConfig(**fields)
         if train.dry_run:
-            if _speaks():
+            if _is_main_process():
                 print(plan.plan(train))
             return
         figures = build.train(train)
-        if not _speaks():
+        if not _is_main_process():
             return
         print(f"final model: {Path(train.output_dir) / build.FINAL}")
         best = build.best_checkpoint(train)
@@ -176,16 +183,16 @@ def run(command: str, fields: dict[str, Any]) -> None:
 def _evaluate(config: EvalConfig) -> None:
     from tvkd_fast.training import build, judged, side_by_side
 
-    if _speaks():
+    if _is_main_process():
         side_by_side.open_outputs(config)
     side_by_side.check_can_answer(config)
     if config.tabled:
         found = side_by_side.compare_models(config)
-        if _speaks():
+        if _is_main_process():
             print(judged.table(found) + "\n")
     else:
         found = build.evaluate_policy(config).known()
-    if not _speaks():
+    if not _is_main_process():
         return
     line = json.dumps({"policy": config.policy, **found})
     print(line)
@@ -210,15 +217,16 @@ def _which_command(given: list[str]) -> NoReturn:
     raise SystemExit(2)
 
 
-def _speaks() -> bool:
-    """Whether this process is the one, of however many torchrun started, that speaks to the user."""
+def _is_main_process() -> bool:
+    """Whether this process is the first of those that were started, the one that prints results."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def scores(arguments: list[str]) -> None:
-    """`tvkd scores FOLDER` prints what is in a score cache, and holds every byte of it to its checksums."""
+    """`tvkd scores FOLDER`, or a file in it: what is in a score cache, once every byte matches its checksum."""
     _usage(arguments, "tvkd scores FOLDER: what is in a folder that `tvkd score` wrote", most=1)
-    print(describe(arguments[0]))
+    path = Path(os.path.expanduser(arguments[0]))
+    print(describe(path.parent if path.is_file() else path))
 
 
 def replay(arguments: list[str]) -> None:
@@ -235,7 +243,7 @@ def plot(arguments: list[str]) -> None:
     from tvkd_fast.training.plot import plot_runs
 
     _usage(arguments, "tvkd plot OUTPUT_DIR [OUTPUT_DIR ...]: draws their curves as curves.png in the first")
-    print(plot_runs([Path(folder).expanduser() for folder in arguments]))
+    print(plot_runs([Path(os.path.expanduser(folder)) for folder in arguments]))
 
 
 def export(arguments: list[str]) -> None:
@@ -360,10 +368,10 @@ def _recipe_path(name: str) -> Path:
     if not Path(name).exists() and packaged.exists():
         return packaged
     if not Path(name).exists():
-        print(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}", file=sys.stderr)
+        print_once(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}")
         raise SystemExit(2)
     if Path(name).is_dir():
-        print(f"tvkd: error: --config {name} is a folder: give a YAML file, or a recipe's name", file=sys.stderr)
+        print_once(f"tvkd: error: --config {name} is a folder: give a YAML file, or a recipe's name")
         raise SystemExit(2)
     return Path(name)
 
@@ -400,7 +408,7 @@ def _expand(arguments: list[str]) -> list[str]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """What is said to a user, in a line; where in the code it was said is nothing to them."""
+    """Print a warning to the user without its place in the code."""
     if issubclass(category, UserWarning):
         print(f"\ntvkd: warning: {message}", file=sys.stderr)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from os import PathLike
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ AT_ONCE = 256
 
 def is_score_folder(name: str | PathLike[str]) -> bool:
     """Whether it is a folder that `tvkd score` wrote, and no model."""
-    return (Path(name).expanduser() / MANIFEST).is_file()
+    return (Path(expanduser(name)) / MANIFEST).is_file()
 
 
 class CachedReturns:

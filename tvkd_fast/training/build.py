@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,7 @@ def replay(record: str) -> list[Replayed]:
     config.model.trust_remote_code = False
     world = World(resolve_device(config.model))
     made = _prepared(config, world, say=False)
-    checkpoints = Checkpoints(Path(record).expanduser().parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
+    checkpoints = Checkpoints(Path(expanduser(record)).parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
     newest = checkpoints.newest()
     if newest is not None and read_state(newest)["step"] <= step:
         check_same_run(newest, made.identity)

@@ -261,8 +261,9 @@ def _changed(before: Any, now: Any) -> str:
 
 
 def set_aside(path: Path) -> None:
-    """Move what an earlier run left out of the way of one that starts again; nothing is deleted."""
-    if not path.exists():
+    """Move what an earlier run left out of the way of one that starts again; nothing is deleted, and an empty folder,
+    which holds nothing to keep, stays where it is."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     number = 1
     while (aside := path.with_name(f"{path.name}.before-{number}")).exists():

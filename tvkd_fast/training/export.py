@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ def export(
     is another now. Raises ValueError where there is no whole checkpoint, where the policy is not the one that the run
     was of, and where `folder` is not empty.
     """
-    path = Path(checkpoint).expanduser()
+    path = Path(expanduser(checkpoint))
     config, step = _run_of(path)
     if policy is not None:
         config = replace(config, policy=str(policy))
-    target = path.resolve().parents[1] / EXPORTED / path.name if folder is None else Path(folder).expanduser()
+    target = path.resolve().parents[1] / EXPORTED / path.name if folder is None else Path(expanduser(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already: give another folder, or remove it")
     ready_folder(target.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Replayed:
 def read_record(path: str | Path) -> tuple[int, list[int], TrainConfig]:
     """What a run wrote of a step: its number, its pairs, and the run. ValueError where the file is no such record."""
     try:
-        record: dict[str, Any] = json.loads(Path(path).expanduser().read_text())
+        record: dict[str, Any] = json.loads(Path(expanduser(path)).read_text())
         config = from_record(TrainConfig, record["config"])
         return int(record["step"]), list(record["pairs"]), config
     except (OSError, ValueError, KeyError, TypeError) as error:

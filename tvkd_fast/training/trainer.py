@@ -33,6 +33,8 @@ from tvkd_fast.training.usage import StepFlops, peak_bytes
 CHECKPOINTS = "checkpoints"
 NONFINITE = "nonfinite-step-{:06d}.json"
 """The step, its pairs and the run's config, for `tvkd replay`."""
+NAMED_ROWS = 8
+"""Of a step that is not finite; its record has all of them."""
 
 
 class Trainer:
@@ -147,13 +149,26 @@ class Trainer:
             )
         except NonFiniteStepError as error:
             self.checkpoints.wait()
+            path = self.folder / NONFINITE.format(step)
             if self.world.first:
                 record = {"step": step, "pairs": error.pairs, "config": to_record(self.config)}
-                path = self.folder / NONFINITE.format(step)
                 with written(path, RESUMES):
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(record, indent=2) + "\n")
-            raise
+            raise FloatingPointError(self._nonfinite(step, error.pairs, path)) from error
+
+    def _nonfinite(self, step: int, pairs: list[int], record: Path) -> str:
+        """What happened at a step that is not finite, to which rows, and what to do about it."""
+        rows = list(dict.fromkeys(self.dataset[i].row for i in pairs))
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        newest = self.checkpoints.newest()
+        kept = "there is no checkpoint to go on from" if newest is None else f"the newest checkpoint is {newest.name}"
+        replay = "" if self.config.objective == "sft" else f"`tvkd replay {record}` says which of them it is. "
+        return (
+            f"the loss or the gradient of step {step + 1} is NaN or inf, and the weights were left as they were before "
+            f"it. Its rows: {', '.join(rows[:NAMED_ROWS])}{more}. {replay}Take out a row that is not finite alone; "
+            f"else lower --optim.lr or raise --optim.warmup_steps, or pass such steps over by --nonfinite skip ({kept})"
+        )
 
     def _speed(self, tokens: int, response_tokens: int, pairs: int, busy: float, waited: float) -> dict[str, float]:
         """Of an interval that took `busy` seconds, of which `waited` went by before there were batches."""
