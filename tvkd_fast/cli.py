@@ -39,13 +39,13 @@ COMMANDS: dict[str, tuple[type, str]] = {
 ONLY_HELD_OUT = ("eval", "explain")
 """Commands that read data.eval and no data.train."""
 BENCHMARKS = ("head", "values", "step")
-"""Of the checkout's bench/: those that `tvkd bench` runs."""
+"""Modules of the checkout's bench/ that `tvkd bench` runs."""
 _NAMES = (*COMMANDS, "scores", "replay", "plot", "bench", "export")
 _SWITCHES = ("--dry_run", "--quick")
 
 
 class Parser(ArgumentParser):
-    """Short errors that say what to type instead."""
+    """An argument parser with short errors that suggest what to type instead."""
 
     known: tuple[str, ...] = ()
     """Options of the command; of the outer parser none."""
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _open_outputs(command: str, fields: dict[str, Any]) -> None:
-    """Once, before several processes are started that would all find what is wrong."""
+    """Make the checks that need no process group once, before several processes are started."""
     from tvkd_fast.training import build, side_by_side
     from tvkd_fast.training.refusals import check_device, check_run
 
@@ -204,7 +204,7 @@ def _evaluate(config: EvalConfig) -> None:
 
 
 def _which_command(given: list[str]) -> NoReturn:
-    """No command, or none that there is."""
+    """Exit with a message for a missing or an unknown command."""
     if not given:
         make_parser().print_help(sys.stderr)
         raise SystemExit(2)
@@ -358,7 +358,7 @@ def load_recipe(name: str) -> TrainConfig:
 
 
 def _fields(parsed: Any) -> dict[str, Any]:
-    """A command's fields, typed, without the file that they may have come from."""
+    """Return a command's typed fields, without the path of the recipe."""
     return {name: value for name, value in vars(parsed).items() if name != "config"}
 
 
@@ -377,7 +377,8 @@ def _recipe_path(name: str) -> Path:
 
 
 def _renamed(arguments: list[str]) -> list[str]:
-    """Of eval: `--model` is the policy, and each further one is compared with it; `--data FILE` the held-out pairs."""
+    """Rename eval's short options: the first `--model` is the policy, each further one is compared with it, and
+    `--data FILE` is the held-out pairs."""
     renamed, models = [arguments[0]], sum(a.partition("=")[0] == "--policy" for a in arguments)
     for argument in arguments[1:]:
         name, equals, value = argument.partition("=")
@@ -391,7 +392,7 @@ def _renamed(arguments: list[str]) -> list[str]:
 
 
 def _expand(arguments: list[str]) -> list[str]:
-    """Bare switches get their value, and names of recipes their path."""
+    """Add the value of bare switches, and replace names of recipes by their paths."""
     if arguments[:1] == ["eval"]:
         arguments = _renamed(arguments)
     expanded: list[str] = []
@@ -414,7 +415,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 
 def _be_quiet() -> None:
-    """Loading bars and notices of the libraries beneath would drown the run's own lines."""
+    """Silence the loading bars and notices of libraries, which would drown the run's own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

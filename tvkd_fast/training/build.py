@@ -74,9 +74,9 @@ if TYPE_CHECKING:
 
 FINAL, ADAPTER = "final", "adapter"
 EXPORTED = "exported.json"
-"""Of which run the model in final/ is."""
+"""The file beside final/ that says which run its model is from."""
 OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
-"""What a score cache knows of the teacher."""
+"""The fields of a score cache that describe the teacher."""
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | None:
@@ -109,7 +109,7 @@ def world_of(config: TrainConfig | ScoreConfig | EvalConfig) -> AbstractContextM
 
 
 def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluation | None:
-    made = _prepared(config, world, say=show_progress and world.first)
+    made = _prepared(config, world, verbose=show_progress and world.first)
     with StopSignal() as stop:
         trainer = Trainer(
             config,
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
 
 
 def _of_run(trainer: Trainer) -> dict[str, Any]:
-    """What tells the run whose model lies in final/ from an earlier one in the same folder."""
+    """Identify the run whose model is in final/, so that an earlier run of the same folder is not taken for it."""
     return {"steps": trainer.max_steps, "identity": trainer.identity}
 
 
@@ -153,7 +153,7 @@ def _exported(folder: Path, trainer: Trainer) -> bool:
 
 
 def best_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint that keep_best keeps of a run that is through; None where none was to be kept."""
+    """Return the checkpoint that keep_best kept in a finished run, or None where it kept none."""
     if config.keep_best == "none":
         return None
     return Checkpoints(Path(config.output_dir) / CHECKPOINTS, World(torch.device("cpu")), keep=1).best()
@@ -166,7 +166,7 @@ def replay(record: str) -> list[Replayed]:
     # A file does not decide that code from a hub is run.
     config.model.trust_remote_code = False
     world = World(resolve_device(config.model))
-    made = _prepared(config, world, say=False)
+    made = _prepared(config, world, verbose=False)
     checkpoints = Checkpoints(Path(expanduser(record)).parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
     newest = checkpoints.newest()
     if newest is not None and read_state(newest)["step"] <= step:
@@ -178,7 +178,7 @@ def replay(record: str) -> list[Replayed]:
 
 @dataclass
 class _Prepared:
-    """What a trainer is given."""
+    """The arguments of a trainer."""
 
     tokenizer: PreTrainedTokenizerBase
     policy: PolicyWithHead
@@ -189,14 +189,14 @@ class _Prepared:
     identity: dict[str, Any]
 
 
-def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
+def _prepared(config: TrainConfig, world: World, *, verbose: bool) -> _Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     batching = micro_batching(config)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, say=say)
+    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose)
     held_out = None
     if config.data.eval:
-        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, say=say)
+        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose)
     policy = _policy(config, world)
     for pairs in (dataset, held_out):
         if pairs is not None:
@@ -207,7 +207,7 @@ def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
     }
     scorer: Scorer = OnlineScorer(None, None)
     held_out_scorer = None
-    if say and config.unkept_evaluations:
+    if verbose and config.unkept_evaluations:
         warnings.warn(
             f"keep_best goes by every {config.save_every // config.eval_every}th evaluation alone, which is at a "
             f"checkpoint: set --save_every {config.eval_every} for all of them",
@@ -215,7 +215,7 @@ def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
         )
     if config.objective != "sft":
         models = _frozen_models(config, policy, tokenizer, world)
-        scorer = online = models.scorer(dataset, config, say=say)
+        scorer = online = models.scorer(dataset, config, verbose=verbose)
         expected = _expected(config, tokenizer, models, identity["policy"])
         expected["teacher_tokens"] = online.teacher_reads(dataset)
         if config.scores is not None:
@@ -223,7 +223,7 @@ def _prepared(config: TrainConfig, world: World, *, say: bool) -> _Prepared:
             expected |= {name: getattr(cache.manifest, name) for name in OF_TEACHER}
             scorer = CachedScorer(cache)
         if held_out is not None:
-            held_out_scorer = _held_out_scorer(config, policy, models, held_out, tokenizer, expected, world, say)
+            held_out_scorer = _held_out_scorer(config, policy, models, held_out, tokenizer, expected, world, verbose)
         identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
         if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
@@ -252,21 +252,23 @@ def sharing_of(config: TrainConfig | ScoreConfig | EvalConfig, world: World) -> 
 
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
-    """`tvkd score`: run reference and teacher once over the data and keep what they say."""
+    """`tvkd score`: run reference and teacher once over the data and keep their scores."""
     check_score_folder(Path(config.output_dir))
     with world_of(config) as world:
-        return _score(config, world, say=show_progress and world.first)
+        return _score(config, world, verbose=show_progress and world.first)
 
 
-def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
+def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, say=say)
+    dataset = load_dataset(
+        config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, verbose=verbose
+    )
     models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=sharing_of(config, world))
     if models.reference is None:
         models.reference = _policy(config, world, frozen=True)
     assert isinstance(models.reference, PolicyWithHead)
-    scorer = models.scorer(dataset, config, say=say)
+    scorer = models.scorer(dataset, config, verbose=verbose)
     dataset.texts.clear()
     manifest = _manifest(
         dataset,
@@ -285,7 +287,7 @@ def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
         pairs_per_shard=config.pairs_per_shard,
         batching=micro_batching(config),
         world=world,
-        progress=say,
+        progress=verbose,
     )
 
 
@@ -294,13 +296,13 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
     if config.teacher is not None and config.reference is None:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     with world_of(config) as world:
-        return _evaluated(config, world, say=show_progress and world.first)
+        return _evaluated(config, world, verbose=show_progress and world.first)
 
 
-def _evaluated(config: EvalConfig, world: World, *, say: bool) -> Evaluation:
+def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), stop_ids=stops, say=say)
+    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), stop_ids=stops, verbose=verbose)
     sharing = sharing_of(config, world)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
     check_readable(dataset, policy, "policy")
@@ -308,7 +310,7 @@ def _evaluated(config: EvalConfig, world: World, *, say: bool) -> Evaluation:
     return evaluate(
         policy,
         dataset,
-        scorer=models.scorer(dataset, config, say=say),
+        scorer=models.scorer(dataset, config, verbose=verbose),
         loss=config.loss,
         objective="dpo" if models.teacher is None else "tvkd",
         batching=micro_batching(config),
@@ -333,7 +335,8 @@ def save_final(
 def _save_trained(
     policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World, card: str
 ) -> None:
-    """The same of a policy that processes share; the first of them writes. Adapters are merged, and kept beside it."""
+    """Save a policy that processes share, as `save_final` does; the first process writes. Adapters are merged, and also
+    saved by themselves beside the model."""
     adapted = any(is_adapter(name) for name, _ in policy.named_parameters())
     weights = whole_weights(policy) if world.mesh is not None or adapted else None
     problem = None
@@ -362,15 +365,14 @@ def load_dataset(
     batching: MicroBatching | None = None,
     *,
     stop_ids: Collection[int] = (),
-    say: bool = False,
+    verbose: bool = False,
     read: ReadRow = to_preference,
 ) -> PairDataset:
     """The training ("train") or held-out ("eval") pairs that the config names, tokenized, truncated, and fit to be
     batched so.
 
-    `stop_ids` are `models.load_stop_ids` of the model that reads them; `say` prints on stderr what was cut and what was
-    dropped; `read` makes a pair of a row, as in `load_preferences`.
-    """
+    `stop_ids` are `models.load_stop_ids` of the model that reads them; `verbose` prints on stderr what was cut and what
+    was dropped; `read` makes a pair of a row, as in `load_preferences`."""
     source = config.train if which == "train" else config.eval
     if source is None:
         raise ValueError(
@@ -392,7 +394,7 @@ def load_dataset(
         batching=batching,
         read=read,
     )
-    if say:
+    if verbose:
         print(f"{which}: {dataset.report}", file=sys.stderr)
     return dataset
 
@@ -418,7 +420,7 @@ def _policy_at_start(config: TrainConfig, policy: PolicyWithHead, world: World) 
 def _expected(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: FrozenModels, policy_at_start: str
 ) -> dict[str, Any]:
-    """What a cache of scores must have been made of to serve this run; None is not compared."""
+    """Return the fields that a score cache must share with this run; a field that is None is not compared."""
     return {
         **expected_of_settings(config, tokenizer),
         "precision": precision(config.model, models.world),
@@ -430,7 +432,7 @@ def _expected(
 
 
 def expected_of_settings(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The part of it that no model has to be loaded for."""
+    """Return those of `_expected` that are known before any model is loaded."""
     needs_sums = config.objective == "tvkd" and config.loss.value_from != "implicit_reward"
     return {
         "tokenizer": fingerprint_tokenizer(tokenizer),
@@ -441,13 +443,13 @@ def expected_of_settings(config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 def _fitting_cache(
     folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any], scorer: OnlineScorer
 ) -> ScoreCache:
-    """The cache, if it holds what `scorer` would say of the dataset."""
+    """Open the cache, and check that it holds the scores that `scorer` would compute for the dataset."""
     return open_scores(folder, config, dataset, expected | {"teacher_tokens": scorer.teacher_reads(dataset)})
 
 
 def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
-    """The cache of scores of a dataset. ValueError where it was made of other things than expected, or holds no
-    values that the run's loss could be made of."""
+    """Open the score cache of a dataset. Raises ValueError where a field differs from `expected`, or where the cache
+    lacks the values that the run's loss needs."""
     cache = ScoreCache.load(folder, dataset)
     cache.check(**expected)
     if config.objective == "tvkd" and not cache.has_values(config.loss.value_from):
@@ -466,11 +468,11 @@ def _held_out_scorer(
     tokenizer: PreTrainedTokenizerBase,
     expected: dict[str, Any],
     world: World,
-    say: bool,
+    verbose: bool,
 ) -> CachedScorer:
     """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
     # Here the policy is still its own reference, also when the run is resumed later on.
-    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, say=say)
+    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
     if config.eval_scores is not None:
         return CachedScorer(_fitting_cache(config.eval_scores, config, held_out, expected, scorer))
     if config.objective == "tvkd" and models.teacher is None and world.first:
@@ -488,7 +490,7 @@ def _held_out_scorer(
             _manifest(held_out, tokenizer, scorer, **names, model=config.model),
             batching=micro_batching(config),
             world=world,
-            progress=say,
+            progress=verbose,
         )
     )
 

@@ -38,7 +38,7 @@ _PATHS = frozenset(
 
 
 def at_home(config: Any) -> None:
-    """`~` in a config's paths becomes the home directory, in place: neither YAML nor `--option=~/x` is a shell's."""
+    """Expand `~` in a config's paths, in place: no shell does that for YAML or for `--option=~/x`."""
     for name in _PATHS & vars(config).keys():
         value = getattr(config, name)
         if isinstance(value, str):
@@ -290,7 +290,7 @@ class TrainConfig:
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
 
     def check_keep_best(self) -> None:
-        """ValueError where no checkpoint is of a step that is evaluated, or no evaluation has the figure."""
+        """ValueError where no step is both evaluated and saved, or no evaluation has the figure."""
         if self.keep_best == "none":
             return
         if self.save_every < 1:
@@ -407,7 +407,7 @@ class EvalConfig:
 
     @property
     def tabled(self) -> bool:
-        """Whether models are told by a table of who is right, and not by one policy's figures."""
+        """Whether the result is a table of models, rather than one policy's figures."""
         return self.format == "rewardbench" or bool(self.compare)
 
 
@@ -434,7 +434,7 @@ class ExplainConfig:
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, loss: LossConfig) -> None:
-    """Both or neither: rewards are of a teacher over its own reference."""
+    """ValueError where only one of teacher_reference and value_from=implicit_reward is set: each needs the other."""
     wanted = loss.value_from == "implicit_reward"
     if teacher is not None and wanted and teacher_reference is None:
         raise ValueError(
@@ -453,8 +453,8 @@ def micro_batching(config: TrainConfig | ScoreConfig | EvalConfig) -> MicroBatch
 
 
 def to_record(config: Any) -> dict[str, Any]:
-    """The config as JSON keeps it. Files and folders of this machine are absolute paths, so that they are found from
-    another working directory too; hub names stay as they are."""
+    """Return the config as it is kept in JSON. Local files and folders become absolute paths, so that they are found
+    from another working directory too; hub names stay as they are."""
     return {
         f.name: to_record(value)
         if is_dataclass(value := getattr(config, f.name))
@@ -473,7 +473,7 @@ def _absolute(value: Any) -> Any:
 
 
 def from_record(kind: type[C], record: Mapping[str, Any]) -> C:
-    """A config out of what `to_record` made of it, and JSON kept."""
+    """Make a config from a record of `to_record` that was kept in JSON."""
     types = get_type_hints(kind)
     given: dict[str, Any] = {}
     for name, value in record.items():

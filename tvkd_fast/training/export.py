@@ -20,7 +20,7 @@ from tvkd_fast.training.summary import model_card
 from tvkd_fast.training.trainer import CHECKPOINTS
 
 EXPORTED = "exported"
-"""Of a run's folder: where its checkpoints become models, unless said."""
+"""The folder inside a run's that exported models go to by default."""
 
 
 def export(
@@ -74,7 +74,7 @@ def _run_of(path: Path) -> tuple[TrainConfig, int]:
     try:
         state = read_state(path)
         config: dict[str, Any] = state["config"]
-        # Which checkpoints were to be kept is nothing to one of them.
+        # Which checkpoints a run keeps does not concern an export of one of them.
         return from_record(TrainConfig, config | {"keep_best": "none"}), int(state["step"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         steps = [*path.glob("step-*"), *path.glob(f"{CHECKPOINTS}/step-*")]

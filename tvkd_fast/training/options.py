@@ -1,4 +1,4 @@
-"""What the command line says of an option that it does not have, or of a value that does not fit."""
+"""Messages of the command line for an unknown option, or for a value that does not fit."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def hint(word: str, known: Sequence[str]) -> str:
-    """What to write instead of an option that there is not: " Did you mean --x?", a plain sentence, or nothing.
+    """Suggest what to type instead of an unknown option: " Did you mean --x?", a plain sentence, or nothing.
 
     Names of the same meaning come first, then an option of that name in a group, then one that is spelt alike.
     """
@@ -142,7 +142,7 @@ def hint(word: str, known: Sequence[str]) -> str:
 
 
 def _letters(name: str) -> str:
-    """A name without what separates its words, which is the first thing to be typed wrong."""
+    """Return a name without the characters that separate its words, which are the most often mistyped."""
     return re.sub(r"[._]", "", name).lower()
 
 
@@ -152,7 +152,7 @@ def _likeness(word: str, option: str) -> float:
 
 
 def in_options(message: str, config: type | None, known: Sequence[str]) -> str:
-    """The parser's message with options as they are typed, and what a value should be, in a line.
+    """Rewrite the parser's message in one line, with options as they are typed and what a value should be.
 
     `config` is the command's, whose types and defaults say what a value looks like.
     """
@@ -177,7 +177,7 @@ def in_options(message: str, config: type | None, known: Sequence[str]) -> str:
 
 
 def _wants(message: str, name: str, given: str, config: type | None) -> str:
-    """What a value of the option should be; nothing where the message does not say."""
+    """Describe what a value of the option should be; empty where the message does not tell."""
     choice = re.search(r"Literal\[([^\]]*)\]", message)
     kinds = [kind for kind in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)) if kind != "NoneType"]
     inside = [part for part in re.split(r"[\s,;]+", given.strip("()[]{} ")) if part]
@@ -197,7 +197,7 @@ def _wants(message: str, name: str, given: str, config: type | None) -> str:
 
 
 def _owner(config: Any, name: str) -> tuple[Any, str]:
-    """The config that an option by its dotted name is a field of, and the field."""
+    """Return the config that has the option of this dotted name as a field, and the field's name."""
     group, _, leaf = name.rpartition(".")
     for part in group.split(".") if group else ():
         config = get_type_hints(config).get(part) if is_dataclass(config) else None
