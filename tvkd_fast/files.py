@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 
 def ready_folder(path: str | Path, *, holds: tuple[str, ...] = ()) -> Path:
-    """The folder, made with those above it and written into once; `holds` names the folders that will be in it.
+    """Make the folder and those above it, and try to write there; `holds` names the folders that will be in it.
 
     Raises ValueError where it cannot be.
     """
@@ -33,7 +33,7 @@ def ready_folder(path: str | Path, *, holds: tuple[str, ...] = ()) -> Path:
 
 
 def check_folder(path: str | Path, *, holds: tuple[str, ...] = ()) -> None:
-    """Raise what `ready_folder` would, as far as that can be told without making anything."""
+    """Raise the errors of `ready_folder` that can be found without creating anything."""
     folder = Path(path)
     there = next(above for above in (folder, *folder.absolute().parents) if above.exists())
     if not there.is_dir():
@@ -50,7 +50,7 @@ def _check_holds(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def ready_file(path: str | Path) -> Path:
-    """The file, opened to be appended to, and the folders above it made. Raises ValueError where it cannot be."""
+    """Open the file for appending, once, and make the folders above it. Raises ValueError where that fails."""
     file = Path(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def ready_file(path: str | Path) -> Path:
 
 @contextmanager
 def written(path: Path, then: str = "run the same command again") -> Iterator[None]:
-    """Says what to do where the disk does not take a small file. Raises ValueError."""
+    """Turn an OSError of the block into a ValueError that says what to do next."""
     try:
         yield
     except OSError as error:
@@ -72,7 +72,7 @@ def written(path: Path, then: str = "run the same command again") -> Iterator[No
 
 
 def in_a_line(error: OSError) -> str:
-    """What went wrong with which file."""
+    """Describe the error in one line: the file and the reason."""
     if error.filename is None:
         return " ".join(str(error).split()) or type(error).__name__
     where = f"{error.filename} to {error.filename2}" if error.filename2 is not None else error.filename
@@ -166,7 +166,7 @@ PATHS = frozenset(
 
 
 def at_home(config: Any) -> None:
-    """`~` in a config's paths becomes the home directory, in place: neither YAML nor `--option=~/x` is a shell's."""
+    """Expand `~` in a config's paths, in place: no shell does that for YAML or for `--option=~/x`."""
     for name in PATHS & vars(config).keys():
         value = getattr(config, name)
         if isinstance(value, str):

@@ -86,7 +86,7 @@ def measure(config: TrainConfig, folder: Path) -> None:
     parts = plan.on_a_cpu(config, parts)
     del dataset
     with build._world(config) as world:
-        made = build.prepare(config, world, say=False)
+        made = build.prepare(config, world, verbose=False)
         trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
         Path("/proc/self/clear_refs").write_text("5")
         before = process_bytes("VmRSS")

@@ -30,6 +30,16 @@ MEANS = {
     "optim.learning_rate": "--optim.lr",
     "alpha": "--loss.alpha or --lora.alpha",
     "gradient_checkpointing": "--model.activation_checkpointing full",
+    "max-steps": "--max_steps",
+    "learning-rate": "--optim.lr",
+    "lr": "--optim.lr",
+    "lora-r": "--lora.rank",
+    "optim-lr": "--optim.lr",
+    "data_train": "--data.train",
+    "seeds": "--seed",
+    "wandb": "--trackers [wandb]",
+    "attn": "--model.attn_implementation",
+    "model.attn": "--model.attn_implementation",
 }
 SAYS = {
     "gradient_accumulation_steps": "Accumulation follows from --pairs_per_step",
@@ -51,7 +61,29 @@ def test_an_option_of_the_same_meaning_is_named(known):
         assert sentence in hint(word, known), word
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "wanted"),
+    [
+        ("eval --policy p", "--dataset", "Did you mean --data.eval?"),
+        ("eval --policy p", "--dataset-name", "Did you mean --data.eval?"),
+        ("eval --policy p", "--split", "Did you mean --data.eval_split?"),
+        ("eval --policy p", "--batch-size", "Did you mean --pairs_per_micro_batch?"),
+        ("explain --teacher p --output_dir o", "--dataset", "Did you mean --data.eval?"),
+        ("score --policy p --output_dir o", "--dataset", "Did you mean --data.train?"),
+        ("train --policy p --output_dir o", "--dry-run", "Did you mean --dry_run?"),
+    ],
+)
+def test_what_is_named_is_what_the_command_reads(command, option, wanted, capsys):
+    assert wanted in error_of(capsys, *command.split(), option, "x")
+
+
+def test_a_folder_is_no_recipe(tmp_path, capsys):
+    error = error_of(capsys, "train", "--config", str(tmp_path))
+    assert error == f"tvkd: error: --config {tmp_path} is a folder: give a YAML file, or a recipe's name\n"
+
+
 def test_nothing_is_made_up(known):
+    assert hint("lora_x", known) == ""
     assert hint("zzz", known) == ""
     assert hint("workspace_kind_of", known) == ""
 

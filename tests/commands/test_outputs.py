@@ -17,6 +17,7 @@ from tvkd_fast.commands.explain import ExplainConfig
 from tvkd_fast.commands.export import export
 from tvkd_fast.commands.score import ScoreConfig
 from tvkd_fast.commands.train import best_checkpoint
+from tvkd_fast.data import build_dataset
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.evaluation.evaluate import Evaluation
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer
@@ -106,6 +107,35 @@ def test_a_tilde_is_home(monkeypatch, tmp_path, model_folder, files):
     os.rename(model_folder(seed=8), tmp_path / "model")
     assert load_model("~/model").name_or_path == f"{home}/model"
     assert load_tokenizer("~/model")
+    row = {"prompt": "say ab.", "chosen": "ab", "rejected": "no"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(build_dataset("~/pairs.jsonl", load_tokenizer("~/model"))) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --policy {policy} --objective sft --output_dir {out} --data.train ~nobody_here/x.jsonl",
+        "train --policy ~nobody_here/m --objective sft --output_dir {out} --data.train bundled:train:2",
+        "train --policy {policy} --scores ~nobody_here/s --output_dir {out} --data.train bundled:train:64 --dry_run",
+        "scores ~nobody_here/s",
+        "replay ~nobody_here/nonfinite-step-000001.json",
+        "export ~nobody_here/checkpoints/step-000001",
+        "plot ~nobody_here/run",
+    ],
+)
+def test_the_home_of_nobody_is_refused_in_a_line(arguments, error_of, model_folder, capsys, tmp_path):
+    given = arguments.format(policy=model_folder(seed=0), out=tmp_path / "out").split()
+    capsys.readouterr()
+    assert "~nobody_here/" in error_of(*given)
+
+
+def test_a_file_of_a_cache_stands_for_its_folder(tmp_path, error_of):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert f"{tmp_path / 'manifest.json'} is of format None" in error_of("scores", tmp_path / "manifest.json")
+    (tmp_path / "pairs.jsonl").write_text("")
+    (tmp_path / "manifest.json").unlink()
+    assert f"no score cache at {tmp_path}" in error_of("scores", tmp_path / "pairs.jsonl")
 
 
 KEEPS = {"keep_best": "accuracy", "eval_every": 2, "max_steps": 4}

@@ -1,6 +1,7 @@
 """What a run refuses before it loads a model, its dry run refuses in the same words."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ SETTINGS = {
     "device": ({"model": ModelConfig(device="foo")}, r"'foo' is no device: set --model\.device to auto, cpu, cuda"),
     "meta": ({"model": ModelConfig(device="meta")}, "'meta' is no device"),
     "teacher": ({"teacher": None}, "tvkd needs a teacher: set --teacher"),
+    "trackers": ({"trackers": ["trackio"]}, "trackio is not installed: pip install trackio"),
     "best": ({"keep_best": "margin", "eval_every": 2}, "with --save_every 0 there is none but the last"),
     "packed": (
         {"lora": LoraConfig(rank=2, quantize="nf4"), "student_layers": 2},
@@ -45,7 +47,8 @@ def refused(config, message):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_are_refused_by_both(name, make_config):
+def test_settings_are_refused_by_both(name, make_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
     changes, message = SETTINGS[name]
     if "lora" in changes:
         pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")

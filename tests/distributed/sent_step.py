@@ -27,7 +27,7 @@ def main() -> None:
     (replicas,) = {config.parallel.replicas for config in configs}
     with joined(torch.device("cpu"), replicas=replicas, timeout_s=120) as world:
         for config in configs:
-            made = build.prepare(config, world, say=False)
+            made = build.prepare(config, world, verbose=False)
             trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
             sent: dict[str, float] = {}
             # A first step learns what goes where.

@@ -22,7 +22,7 @@ def main() -> None:
             if config.scores is not None:
                 config.scores = f"{config.output_dir}-scores"
                 made = {name: getattr(config, name) for name in ("policy", "teacher", "data")}
-                build._score(ScoreConfig(output_dir=config.scores, pairs_per_shard=8, **made), world, say=False)
+                build._score(ScoreConfig(output_dir=config.scores, pairs_per_shard=8, **made), world, verbose=False)
                 config.teacher = None
             build._train(config, world, show_progress=False)
             if world.first:

@@ -116,5 +116,5 @@ def test_the_readmes_commands_exist():
     from tvkd_fast.cli.main import BENCHMARKS, COMMANDS
 
     commands = re.findall(r"^tvkd (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert set(commands) == {*COMMANDS, "scores", "bench", "plot"}
+    assert set(commands) == {*COMMANDS, "scores", "bench", "plot", "export"}
     assert re.findall(r"^tvkd bench (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE) == list(BENCHMARKS)

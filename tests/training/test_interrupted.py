@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 
@@ -75,14 +76,32 @@ def poison(policy):
 
 
 @pytest.fixture
-def broken(make_config, run, monkeypatch):
-    """A run whose fourth step is not finite; its last checkpoint is of the second."""
+def ended(make_config, run, monkeypatch):
+    """A run whose fourth step is not finite, and its error; its last checkpoint is of the second."""
     config = make_config(save_every=2)
     with monkeypatch.context() as patch:
         during_step(patch, 4, poison)
-        with pytest.raises(FloatingPointError, match=r"not finite in the step of pairs \[.*the newest checkpoint is"):
+        with pytest.raises(FloatingPointError) as error:
             run(config)
-    return config
+    return config, str(error.value)
+
+
+@pytest.fixture
+def broken(ended):
+    return ended[0]
+
+
+def test_a_step_that_is_not_finite_says_which_rows_and_what_to_try(ended):
+    config, error = ended
+    assert error.startswith("the loss or the gradient of step 4 is NaN or inf, and the weights were left as they were")
+    assert len(re.findall(r"train\.jsonl row \d+", error)) == 4
+    for told in (
+        f"`tvkd replay {config.output_dir}/nonfinite-step-000003.json`",
+        "--optim.lr",
+        "--nonfinite skip",
+        "the newest checkpoint is step-000002",
+    ):
+        assert told in error
 
 
 def test_a_step_that_is_not_finite_leaves_its_pairs(broken):

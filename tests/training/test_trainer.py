@@ -3,6 +3,7 @@ import math
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,6 +209,14 @@ def test_a_run_can_start_again_in_its_folder(make_config, run):
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000004"]
     assert [p.name for p in (folder / "checkpoints.before-1").iterdir()] == ["step-000006"]
     assert len(read_metrics(folder / "metrics.jsonl.before-1")) > len(lines(config))
+
+
+def test_nothing_is_set_aside_where_there_was_nothing(make_config, run):
+    config = make_config(objective="sft", resume=False, max_steps=1, save_every=-1)
+    (Path(config.output_dir) / "checkpoints").mkdir(parents=True)
+    run(config)
+    run(replace(config, save_every=0))
+    assert not list(Path(config.output_dir).glob("checkpoints.before-*"))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tvkd_fast.commands.demo import DemoConfig
 from tvkd_fast.commands.eval import EvalConfig
 from tvkd_fast.commands.explain import ExplainConfig
 from tvkd_fast.commands.score import ScoreConfig
-from tvkd_fast.distributed import check_replicas, launch
+from tvkd_fast.distributed import check_replicas, launch, print_once
 from tvkd_fast.files import in_a_line, written
 from tvkd_fast.objectives import DEFAULT, Objective, objective_named, objectives
 from tvkd_fast.scoring.cache import check_score_folder, describe
@@ -40,6 +40,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
     "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }
+ONLY_HELD_OUT = ("eval", "explain")
+"""Commands that read data.eval and no data.train."""
 BENCHMARKS = {"head": "bench.head", "values": "bench.head.values", "step": "bench.step"}
 """What `tvkd bench` runs of the checkout's bench/, by name."""
 _NAMES = (*COMMANDS, "scores", "replay", "plot", "bench", "export")
@@ -47,7 +49,7 @@ _SWITCHES = ("--dry_run", "--quick")
 
 
 class Parser(ArgumentParser):
-    """Short errors that say what to type instead."""
+    """An argument parser with short errors that suggest what to type instead."""
 
     known: tuple[str, ...] = ()
     """Options of the command; of the outer parser none."""
@@ -64,9 +66,11 @@ class Parser(ArgumentParser):
         )
         words = [word.lstrip("-").split("=")[0] for word in unknown.groups() if word] if unknown else []
         name = f"tvkd {command[1]}" if command else "tvkd"
+        if command and command[1] in ONLY_HELD_OUT:
+            known = tuple(option for option in known if not option.startswith("data.train"))
         more = hint(words[0], known) if words else ""
         said = f"{said.rstrip('.')}.{more}" if more else said
-        print(f"{name}: error: {said}\nAll options: {name} --help", file=sys.stderr)
+        print_once(f"{name}: error: {said}\nAll options: {name} --help")
         raise SystemExit(2)
 
 
@@ -80,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if given[0] in WITHOUT_OPTIONS:
         _be_quiet()
-        with _errors_in_a_line(given[0]):
+        with _errors_in_a_line(given[0]), _warnings_in_a_line():
             WITHOUT_OPTIONS[given[0]](given[1:])
         return
     arguments = _expand(given)
@@ -88,21 +92,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     _be_quiet()
     try:
-        with _errors_in_a_line(parsed.command), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+        with _errors_in_a_line(parsed.command), _warnings_in_a_line():
             fields = _fields(parser.instantiate(parsed)[parsed.command])
             if fields.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ and not fields.get("dry_run"):
                 _open_outputs(parsed.command, fields)
                 raise SystemExit(launch([sys.executable, "-m", "tvkd_fast", *given], fields["nproc"]))
             run(parsed.command, fields)
     except Stopped as stopped:
-        if _speaks():
+        if _is_main_process():
             print(f"tvkd {parsed.command}: {stopped}", file=sys.stderr)
         raise SystemExit(stopped.status) from stopped
 
 
 def _open_outputs(command: str, fields: dict[str, Any]) -> None:
-    """Once, before several processes are started that would all find what is wrong."""
+    """Make the checks that need no process group once, before several processes are started."""
     from tvkd_fast.commands import compare, train
     from tvkd_fast.commands.refusals import check_device, check_run
 
@@ -120,15 +123,23 @@ def _open_outputs(command: str, fields: dict[str, Any]) -> None:
 
 @contextmanager
 def _errors_in_a_line(command: str) -> Iterator[None]:
-    """What a user can mend is told in a line; what is wrong with a file or folder is among it."""
+    """Print an error that a user can mend, that of a file or folder among them, as one line; exit with status 2."""
     try:
         yield
     except OSError as error:
-        print(f"tvkd {command}: error: {in_a_line(error)}", file=sys.stderr)
+        print_once(f"tvkd {command}: error: {in_a_line(error)}")
         raise SystemExit(2) from error
     except (ValueError, FloatingPointError, CheckpointError) as error:
-        print(f"tvkd {command}: error: {error}", file=sys.stderr)
+        print_once(f"tvkd {command}: error: {error}")
         raise SystemExit(2) from error
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print warnings to a user as one line, and leave out those that libraries have for programmers."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        yield
 
 
 def run(command: str, fields: dict[str, Any]) -> None:
@@ -145,7 +156,7 @@ def run(command: str, fields: dict[str, Any]) -> None:
     elif command == "score":
         config = ScoreConfig(**fields)
         manifest = score(config).manifest
-        if _speaks():
+        if _is_main_process():
             print(
                 f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): "
                 f"{config.output_dir}"
@@ -159,11 +170,11 @@ def run(command: str, fields: dict[str, Any]) -> None:
     else:
         asked = TrainConfig(**fields)
         if asked.dry_run:
-            if _speaks():
+            if _is_main_process():
                 print(plan.plan(asked))
             return
         figures = train.train(asked)
-        if not _speaks():
+        if not _is_main_process():
             return
         print(f"final model: {Path(asked.output_dir) / FINAL}")
         best = train.best_checkpoint(asked)
@@ -180,16 +191,16 @@ def _evaluate(config: EvalConfig) -> None:
     from tvkd_fast.commands.eval import evaluate_policy
     from tvkd_fast.evaluation import judged
 
-    if _speaks():
+    if _is_main_process():
         compare.open_outputs(config)
     compare.check_can_answer(config)
     if config.tabled:
         found = compare.compare_models(config)
-        if _speaks():
+        if _is_main_process():
             print(judged.table(found) + "\n")
     else:
         found = evaluate_policy(config).known()
-    if not _speaks():
+    if not _is_main_process():
         return
     line = json.dumps({"policy": config.policy, **found})
     print(line)
@@ -201,7 +212,7 @@ def _evaluate(config: EvalConfig) -> None:
 
 
 def _which_command(given: list[str]) -> NoReturn:
-    """No command, or none that there is."""
+    """Exit with a message for a missing or an unknown command."""
     if not given:
         make_parser().print_help(sys.stderr)
         raise SystemExit(2)
@@ -214,15 +225,16 @@ def _which_command(given: list[str]) -> NoReturn:
     raise SystemExit(2)
 
 
-def _speaks() -> bool:
-    """Whether this process is the one, of however many torchrun started, that speaks to the user."""
+def _is_main_process() -> bool:
+    """Whether this process is the first of those that were started, the one that prints results."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def scores(arguments: list[str]) -> None:
-    """`tvkd scores FOLDER` prints what is in a score cache, and holds every byte of it to its checksums."""
+    """`tvkd scores FOLDER`, or a file in it: what is in a score cache, once every byte matches its checksum."""
     _usage(arguments, "tvkd scores FOLDER: what is in a folder that `tvkd score` wrote", most=1)
-    print(describe(arguments[0]))
+    path = Path(os.path.expanduser(arguments[0]))
+    print(describe(path.parent if path.is_file() else path))
 
 
 def replay(arguments: list[str]) -> None:
@@ -239,7 +251,7 @@ def plot(arguments: list[str]) -> None:
     from tvkd_fast.commands.plot import plot_runs
 
     _usage(arguments, "tvkd plot OUTPUT_DIR [OUTPUT_DIR ...]: draws their curves as curves.png in the first")
-    print(plot_runs([Path(folder).expanduser() for folder in arguments]))
+    print(plot_runs([Path(os.path.expanduser(folder)) for folder in arguments]))
 
 
 def export(arguments: list[str]) -> None:
@@ -394,7 +406,7 @@ def load_recipe(name: str) -> TrainConfig:
 
 
 def _fields(parsed: Any) -> dict[str, Any]:
-    """A command's fields, typed, without the file that they may have come from."""
+    """Return a command's typed fields, without the path of the recipe."""
     return {name: value for name, value in vars(parsed).items() if name != "config"}
 
 
@@ -404,13 +416,17 @@ def _recipe_path(name: str) -> Path:
     if not Path(name).exists() and packaged.exists():
         return packaged
     if not Path(name).exists():
-        print(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}", file=sys.stderr)
+        print_once(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}")
+        raise SystemExit(2)
+    if Path(name).is_dir():
+        print_once(f"tvkd: error: --config {name} is a folder: give a YAML file, or a recipe's name")
         raise SystemExit(2)
     return Path(name)
 
 
 def _renamed(arguments: list[str]) -> list[str]:
-    """Of eval: `--model` is the policy, and each further one is compared with it; `--data FILE` the held-out pairs."""
+    """Rename eval's short options: the first `--model` is the policy, each further one is compared with it, and
+    `--data FILE` is the held-out pairs."""
     renamed, models = [arguments[0]], sum(a.partition("=")[0] == "--policy" for a in arguments)
     for argument in arguments[1:]:
         name, equals, value = argument.partition("=")
@@ -424,7 +440,7 @@ def _renamed(arguments: list[str]) -> list[str]:
 
 
 def _expand(arguments: list[str]) -> list[str]:
-    """Bare switches get their value, and names of recipes their path."""
+    """Add the value of bare switches, and replace names of recipes by their paths."""
     if arguments[:1] == ["eval"]:
         arguments = _renamed(arguments)
     expanded: list[str] = []
@@ -441,13 +457,13 @@ def _expand(arguments: list[str]) -> list[str]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """What is said to a user, in a line; where in the code it was said is nothing to them."""
+    """Print a warning to the user without its place in the code."""
     if issubclass(category, UserWarning):
         print(f"\ntvkd: warning: {message}", file=sys.stderr)
 
 
 def _be_quiet() -> None:
-    """Loading bars and notices of the libraries beneath would drown the run's own lines."""
+    """Silence the loading bars and notices of libraries, which would drown the run's own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

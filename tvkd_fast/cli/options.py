@@ -1,4 +1,4 @@
-"""What the command line says of an option that it does not have, or of a value that does not fit."""
+"""Messages of the command line for an unknown option, or for a value that does not fit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ ELSEWHERE = {
     "reference": "ref ref_model ref_model_name_or_path model_ref reference_model reference_model_name_or_path",
     "teacher": "model policy teacher_model teacher_model_name_or_path teacher_name_or_path",
     "data.train": "data dataset dataset_name dataset_path datasets data_path train_data train_dataset train_file",
-    "data.eval": "data eval_data eval_dataset eval_file test_file val_file validation_file dataset",
+    "data.eval": (
+        "data data_path dataset dataset_name dataset_path datasets eval_data eval_dataset eval_file test_file val_file "
+        "validation_file"
+    ),
     "data.subset": "dataset_config dataset_config_name config_name dataset_subset",
     "data.train_split": "dataset_train_split dataset_split split",
-    "data.eval_split": "dataset_test_split dataset_eval_split",
+    "data.eval_split": "dataset_eval_split dataset_split dataset_test_split split",
     "data.train_limit": "max_train_samples max_samples num_train_samples",
-    "data.eval_limit": "max_eval_samples num_eval_samples",
+    "data.eval_limit": "limit max_eval_samples max_samples num_eval_samples",
     "data.max_length": "cutoff_len max_len max_seq_len max_seq_length model_max_length seq_len seq_length sequence_len",
     "data.truncation": "truncation_mode truncation_side",
     "loss.beta": "dpo_beta kl_coef pref_beta",
@@ -34,7 +37,7 @@ ELSEWHERE = {
     "max_steps": "max_train_steps num_steps num_train_steps steps total_steps train_steps",
     "pairs_per_step": "batch_size effective_batch_size global_batch_size train_batch_size",
     "pairs_per_micro_batch": (
-        "micro_batch_size per_device_batch_size per_device_eval_batch_size per_device_train_batch_size "
+        "batch_size micro_batch_size per_device_batch_size per_device_eval_batch_size per_device_train_batch_size "
         "train_micro_batch_size_per_gpu per_gpu_train_batch_size eval_batch_size"
     ),
     "log_every": "log_steps logging_steps logging_strategy",
@@ -45,7 +48,9 @@ ELSEWHERE = {
     "resume": "overwrite_output_dir resume_from resume_from_checkpoint",
     "seed": "data_seed random_seed",
     "trackers": "log_with report_to use_wandb",
-    "output_dir": "out output output_path save_dir save_path",
+    "trackers [wandb]": "wandb",
+    "trackers [trackio]": "trackio",
+    "output_dir": "out out_dir output output_path save_dir save_path",
     "output": "out output_dir output_file output_path",
     "out": "output output_dir",
     "head.grad_mode": "sparse_gradients",
@@ -60,9 +65,14 @@ ELSEWHERE = {
         "activation_checkpointing disable_gradient_checkpointing enable_gradient_checkpointing gradient_checkpointing"
     ),
     "model.attn_implementation flash_attention_2": "flash_attention flash_attn use_flash_attention_2",
-    "model.device cpu": "no_cuda use_cpu",
+    "model.device cpu": "cpu no_cuda use_cpu",
+    "model.device cuda": "cuda gpu use_gpu",
+    "model.attn_implementation": "attention attention_implementation attn attn_impl",
     "model.threads": "num_threads",
-    "nproc": "ddp deepspeed fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap nproc_per_node num_gpus num_processes",
+    "nproc": (
+        "ddp deepspeed fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap gpus n_gpus nproc_per_node num_gpus "
+        "num_processes"
+    ),
     "loss.value_from": "value_type",
     "max_new_tokens": "max_completion_length max_tokens",
     "compare": "models",
@@ -85,7 +95,7 @@ SAID = {
     "weights are packed in four bits alone: --lora.quantize nf4": "load_in_8bit",
     "there is no likelihood beside the preference loss": "nll_coef pref_ftx rpo_alpha sft_coef sft_weight",
     "nothing is uploaded: `hf upload NAME OUTPUT_DIR/final`": "hub_model_id hub_token push_to_hub",
-    "a run is named by its --output_dir": "run_name wandb_name experiment_name",
+    "a run is named by its --output_dir": "experiment_name name run_name wandb_name",
     "the policy's own tokenizer makes the tokens: save the one that you want in its folder": (
         "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_path processing_class"
     ),
@@ -107,10 +117,11 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def hint(word: str, known: Sequence[str]) -> str:
-    """What to write instead of an option that there is not: " Did you mean --x?", a plain sentence, or nothing.
+    """Suggest what to type instead of an unknown option: " Did you mean --x?", a plain sentence, or nothing.
 
     Names of the same meaning come first, then an option of that name in a group, then one that is spelt alike.
     """
+    word = word.replace("-", "_")
     leaf = word.rpartition(".")[2]
     for names in (word, leaf):
         for option, theirs in ELSEWHERE.items():
@@ -119,11 +130,20 @@ def hint(word: str, known: Sequence[str]) -> str:
         for sentence, theirs in SAID.items():
             if names in theirs.split() and all(x in known for x in re.findall(r"--([\w.]*\w)", sentence)):
                 return f" {sentence[0].upper()}{sentence[1:]}."
-    same = [option for option in known if option.rpartition(".")[2] == leaf]
+    same = [option for option in known if _letters(option) == _letters(word)] or [
+        option for option in known if option.rpartition(".")[2] == leaf
+    ]
     if same:
         return f" Did you mean {' or '.join(f'--{option}' for option in same)}?"
-    alike = max(known, key=lambda option: _likeness(word, option), default="")
-    return f" Did you mean --{alike}?" if _likeness(word, alike) >= 0.8 else ""
+    # Of options that are as like, the one outside the groups: --seed, and not --head.seed.
+    alike = max(known, key=lambda option: (_likeness(word, option), -option.count(".")), default="")
+    is_group = any(option.startswith(f"{alike}.") for option in known)
+    return f" Did you mean --{alike}?" if _likeness(word, alike) >= (0.85 if is_group else 0.8) else ""
+
+
+def _letters(name: str) -> str:
+    """Return a name without the characters that separate its words, which are the most often mistyped."""
+    return re.sub(r"[._]", "", name).lower()
 
 
 def _likeness(word: str, option: str) -> float:
@@ -132,7 +152,7 @@ def _likeness(word: str, option: str) -> float:
 
 
 def in_options(message: str, config: type | None, known: Sequence[str]) -> str:
-    """The parser's message with options as they are typed, and what a value should be, in a line.
+    """Rewrite the parser's message in one line, with options as they are typed and what a value should be.
 
     `config` is the command's, whose types and defaults say what a value looks like.
     """
@@ -157,7 +177,7 @@ def in_options(message: str, config: type | None, known: Sequence[str]) -> str:
 
 
 def _wants(message: str, name: str, given: str, config: type | None) -> str:
-    """What a value of the option should be; nothing where the message does not say."""
+    """Describe what a value of the option should be; empty where the message does not tell."""
     choice = re.search(r"Literal\[([^\]]*)\]", message)
     kinds = [kind for kind in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)) if kind != "NoneType"]
     inside = [part for part in re.split(r"[\s,;]+", given.strip("()[]{} ")) if part]
@@ -177,7 +197,7 @@ def _wants(message: str, name: str, given: str, config: type | None) -> str:
 
 
 def _owner(config: Any, name: str) -> tuple[Any, str]:
-    """The config that an option by its dotted name is a field of, and the field."""
+    """Return the config that has the option of this dotted name as a field, and the field's name."""
     group, _, leaf = name.rpartition(".")
     for part in group.split(".") if group else ():
         config = get_type_hints(config).get(part) if is_dataclass(config) else None

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
-"""What a score cache knows of the teacher."""
+"""The fields of a score cache that describe the teacher."""
 
 
 def expected_of_models(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: FrozenModels, policy_at_start: str
 ) -> dict[str, Any]:
-    """What a cache of scores must have been made of to serve this run; None is not compared."""
+    """Return the fields that a score cache must share with this run; a field that is None is not compared."""
     return {
         **expected_of_settings(config, tokenizer),
         "precision": precision(config.model, models.world),
@@ -45,7 +45,7 @@ def expected_of_models(
 
 
 def expected_of_settings(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The part of it that no model has to be loaded for."""
+    """Return those of `expected_of_models` that are known before any model is loaded."""
     return {
         "tokenizer": fingerprint_tokenizer(tokenizer),
         "kappa": config.loss.teacher_kappa if Need.TEACHER_SUMS in config.loss.needs else None,
@@ -55,13 +55,13 @@ def expected_of_settings(config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 def fitting_cache(
     folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any], scorer: OnlineScorer
 ) -> ScoreCache:
-    """The cache, if it holds what `scorer` would say of the dataset."""
+    """Open the cache, and check that it holds the scores that `scorer` would compute for the dataset."""
     return open_scores(folder, config, dataset, expected | {"teacher_tokens": scorer.teacher_reads(dataset)})
 
 
 def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
-    """The cache of scores of a dataset. ValueError where it was made of other things than expected, or holds no
-    values that the run's loss could be made of."""
+    """Open the score cache of a dataset. Raises ValueError where a field differs from `expected`, or where the cache
+    lacks the values that the run's loss needs."""
     cache = ScoreCache.load(folder, dataset)
     cache.check(**expected)
     missing = config.loss.needs & TEACHER - known(cache.pieces[0])

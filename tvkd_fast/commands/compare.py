@@ -31,8 +31,8 @@ AT_ONCE = 8
 def compare_models(config: EvalConfig, *, show_progress: bool = True) -> dict[str, Any]:
     """The policy and `config.compare` on the held-out pairs, each in tokens of its own; see `judged.compared`."""
     with world_of(config) as world:
-        say = show_progress and world.first
-        datasets = [_dataset(name, config, say=say and i == 0) for i, name in enumerate(_models(config))]
+        verbose = show_progress and world.first
+        datasets = [_dataset(name, config, verbose=verbose and i == 0) for i, name in enumerate(_models(config))]
         _check_same_rows(datasets, _models(config))
         rows = [pair.row for pair in datasets[0]]
         judged = [
@@ -76,7 +76,7 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
 
 
 def open_outputs(config: EvalConfig) -> None:
-    """What the evaluation will be written to, before it is made. Raises ValueError where that cannot be."""
+    """Open the outputs of the evaluation before it begins. Raises ValueError where one cannot be written."""
     if config.output is not None:
         ready_file(config.output)
     if config.generate is not None:
@@ -98,16 +98,16 @@ def _models(config: EvalConfig) -> list[str]:
     return [config.policy, *config.compare]
 
 
-def _dataset(name: str, config: EvalConfig, *, say: bool = False) -> PairDataset:
+def _dataset(name: str, config: EvalConfig, *, verbose: bool = False) -> PairDataset:
     tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
     data, batching = config.data, micro_batching(config)
     stops = load_stop_ids(name, trust_remote_code=config.model.trust_remote_code)
     if config.format == "pairs":
-        return load_dataset("eval", data, tokenizer, batching, stop_ids=stops, say=say)
+        return load_dataset("eval", data, tokenizer, batching, stop_ids=stops, verbose=verbose)
     if data.eval == HUB and data.eval_split == "test":
         # The set has no split of that name, which is the default of others.
         data = replace(data, eval_split=SPLIT)
-    return load_dataset("eval", data, tokenizer, batching, stop_ids=stops, say=say, read=to_rewardbench)
+    return load_dataset("eval", data, tokenizer, batching, stop_ids=stops, verbose=verbose, read=to_rewardbench)
 
 
 def _one_a_row(dataset: PairDataset) -> list[Preference]:

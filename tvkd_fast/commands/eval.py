@@ -82,7 +82,7 @@ class EvalConfig:
 
     @property
     def tabled(self) -> bool:
-        """Whether models are told by a table of who is right, and not by one policy's figures."""
+        """Whether the result is a table of models, rather than one policy's figures."""
         return self.format == "rewardbench" or bool(self.compare)
 
 
@@ -91,13 +91,13 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
     if config.teacher is not None and config.reference is None:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     with world_of(config) as world:
-        return _evaluated(config, world, say=show_progress and world.first)
+        return _evaluated(config, world, verbose=show_progress and world.first)
 
 
-def _evaluated(config: EvalConfig, world: World, *, say: bool) -> Evaluation:
+def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), stop_ids=stops, say=say)
+    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), stop_ids=stops, verbose=verbose)
     sharing = sharing_of(config, world)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
     check_readable(dataset, policy, "policy")
@@ -105,7 +105,7 @@ def _evaluated(config: EvalConfig, world: World, *, say: bool) -> Evaluation:
     return evaluate(
         policy,
         dataset,
-        scorer=models.scorer(dataset, config, say=say),
+        scorer=models.scorer(dataset, config, verbose=verbose),
         objective=config.loss.without(config.loss.needs - models.known()),
         batching=micro_batching(config),
         world=world,

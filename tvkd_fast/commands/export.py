@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.training.trainer import CHECKPOINTS
 
 EXPORTED = "exported"
-"""Of a run's folder: where its checkpoints become models, unless said."""
+"""The folder inside a run's that exported models go to by default."""
 
 
 def export(
@@ -37,11 +38,11 @@ def export(
     is another now. Raises ValueError where there is no whole checkpoint, where the policy is not the one that the run
     was of, and where `folder` is not empty.
     """
-    path = Path(checkpoint).expanduser()
+    path = Path(expanduser(checkpoint))
     config, step = _run_of(path)
     if policy is not None:
         config = replace(config, policy=str(policy))
-    target = path.resolve().parents[1] / EXPORTED / path.name if folder is None else Path(folder).expanduser()
+    target = path.resolve().parents[1] / EXPORTED / path.name if folder is None else Path(expanduser(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already: give another folder, or remove it")
     ready_folder(target.parent)
@@ -75,7 +76,7 @@ def _run_of(path: Path) -> tuple[TrainConfig, int]:
     try:
         state = read_state(path)
         config: dict[str, Any] = state["config"]
-        # Which checkpoints were to be kept is nothing to one of them.
+        # Which checkpoints a run keeps does not concern an export of one of them.
         return from_record(TrainConfig, config | {"keep_best": "none"}), int(state["step"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         steps = [*path.glob("step-*"), *path.glob(f"{CHECKPOINTS}/step-*")]

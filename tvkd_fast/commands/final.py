@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FINAL, ADAPTER = "final", "adapter"
 
 EXPORTED = "exported.json"
-"""Of which run the model in final/ is."""
+"""The file beside final/ that says which run its model is from."""
 
 
 def save_final(
@@ -44,7 +44,8 @@ def save_final(
 def save_trained(
     policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World, card: str
 ) -> None:
-    """The same of a policy that processes share; the first of them writes. Adapters are merged, and kept beside it."""
+    """Save a policy that processes share, as `save_final` does; the first process writes. Adapters are merged, and also
+    saved by themselves beside the model."""
     adapted = any(is_adapter(name) for name, _ in policy.named_parameters())
     weights = whole_weights(policy) if world.mesh is not None or adapted else None
     problem = None

@@ -68,7 +68,7 @@ class Sharing:
     """Most that a process sends through a model at once."""
 
     def of_vocabulary(self, policy: PolicyWithHead) -> bool:
-        """Whether the head stays in shards: it is that or every process's tokens that have to be sent."""
+        """Whether the head stays in shards, and the tokens of every process are sent to it."""
         if self.parallel.vocabulary != "auto":
             return self.parallel.vocabulary == "shared"
         group = self.world.size // self.parallel.replicas
@@ -98,8 +98,11 @@ class FrozenModels:
             found.add(Need.TEACHER_REWARDS if isinstance(self.teacher, RewardTeacher) else Need.TEACHER_SUMS)
         return frozenset(found)
 
-    def scorer(self, dataset: PairDataset, config: RunConfig, *, say: bool = False) -> OnlineScorer:
-        """What scores this dataset's batches, if it can read them. `say` prints on stderr what the teacher reads."""
+    def scorer(self, dataset: PairDataset, config: RunConfig, *, verbose: bool = False) -> OnlineScorer:
+        """Return a scorer of this dataset's batches, once the models are known to be able to read them.
+
+        `verbose` prints on stderr what the teacher reads.
+        """
         if isinstance(self.reference, PolicyWithHead):
             check_readable(dataset, self.reference, "reference")
         if self.teacher is not None and self.teacher_tokenizer is None:
@@ -112,7 +115,7 @@ class FrozenModels:
             tokens = self._tokens(self.teacher, self.teacher_tokenizer, dataset, config)
             if tokens.dataset.fingerprint == dataset.fingerprint:
                 tokens = None
-            elif say:
+            elif verbose:
                 print(tokens.dataset.report, file=sys.stderr)
         return OnlineScorer(self.reference, self.teacher, tokens, self.world)
 
@@ -140,7 +143,7 @@ class FrozenModels:
         return TeacherTokens(own, replace(batching, tokens=max(batching.tokens, longest)))
 
     def teacher_fingerprints(self) -> dict[str, str | None]:
-        """Of the weights of the teacher and of its own reference."""
+        """Return the fingerprints of the teacher and of its own reference; None for one that there is not."""
         own = self.teacher.reference.model if isinstance(self.teacher, RewardTeacher) else None
         return {
             "teacher": None if self.teacher is None else fingerprint_model(self.teacher.model),
@@ -199,12 +202,12 @@ def check_readable(dataset: PairDataset, policy: PolicyWithHead, whose: str) -> 
 
 
 def freeze(policy: P) -> P:
-    """Without dropout or gradients."""
+    """Put the policy in evaluation mode, without gradients."""
     return policy.eval().requires_grad_(False)
 
 
 def frozen_copy(policy: PolicyWithHead) -> PolicyWithHead:
-    """What the policy is now."""
+    """Return a frozen copy of the policy as it is now."""
     return freeze(copy.deepcopy(policy))
 
 
@@ -231,7 +234,7 @@ def resolve_device(config: ModelConfig) -> torch.device:
 
 
 def precision(config: ModelConfig, world: World | None = None) -> str:
-    """Dtype of the weights and of the products, in words that are compared."""
+    """Describe the dtypes of weights and products, as scores and checkpoints record and compare them."""
     if config.autocast == "off":
         return config.dtype
     # Sharded weights are gathered in the products' dtype, those of norms and of the embedding too.
@@ -249,8 +252,8 @@ def _made(
     frozen: bool,
     lora: LoraConfig | None = None,
 ) -> P:
-    """Loaded whole and sharded where there is something to shard over; better, made without weights, and each process
-    given its own, where the files allow it."""
+    """Make a model, and shard it over the processes where there are several. Each process reads its own shards alone
+    where the model's files allow it; otherwise each loads the whole model first."""
     if sharing is not None and sharing.world.mesh is None:
         sharing = None
     quantize = lora is not None and lora.quantize == "nf4"

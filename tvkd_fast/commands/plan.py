@@ -1,4 +1,4 @@
-"""What a run would take: `tvkd train --dry_run`. Counted from shapes and data; no weights are loaded or downloaded."""
+"""`tvkd train --dry_run`: what a run would need, counted from shapes and data. No weights are loaded or downloaded."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 _KEPT_BY_MALLOC = 0.25
-"""Of what is asked of it: the C library's heap has holes that nothing fits into. Measured, `bench/runs/planned.py`."""
+"""Share of the allocated memory that the C library's heap keeps beside it as holes (`bench/runs/planned.py`)."""
 
 _LOADED_LATER = 0.15 * GIB
-"""What models, optimizer and threads bring with them that a dry run has not loaded. Measured likewise."""
+"""Memory of models, optimizer and threads that a dry run has not loaded (measured likewise)."""
 
 
 def plan(config: TrainConfig) -> str:
-    """The plan as text: models, tokens, memory by part, steps. ValueError for what the run itself would refuse, as far
-    as that can be told without weights and downloads."""
+    """Return the plan as text: models, tokens, memory by part, steps. Raises ValueError for what the run itself would
+    refuse, as far as that can be found without weights and downloads."""
     check_run(config)
     check_folder(config.output_dir, holds=(FINAL, ADAPTER))
     check_family(config)
@@ -110,7 +110,7 @@ def _held(found: Footprint) -> tuple[str, dict[str, float]]:
 
 
 def on_a_cpu(config: TrainConfig, held: dict[str, float]) -> dict[str, float]:
-    """And what a process has there beside what a run asks for, once its data and libraries are loaded."""
+    """Add the memory of a CPU process that the run did not ask for: libraries, data, and what malloc keeps."""
     more = {"Python, libraries, data": _LOADED_LATER + process_bytes("VmRSS")}
     if not config.model.return_memory:
         more["freed, kept by malloc"] = _KEPT_BY_MALLOC * sum(held.values())
@@ -126,7 +126,7 @@ def _verdict(found: Footprint, peak: float, room: float) -> str:
 
 
 def _smaller(found: Footprint) -> Iterator[tuple[str, Footprint]]:
-    """The same run in less memory, the cheapest way first."""
+    """Yield changes of the run that need less memory, the cheapest first."""
     config = found.config
     full = replace(config, model=replace(config.model, activation_checkpointing="full"))
     yield "--model.activation_checkpointing full", replace(found, config=full)
@@ -154,7 +154,7 @@ def _on_gpu(config: TrainConfig) -> bool:
 
 
 def _room(config: TrainConfig) -> float | None:
-    """Bytes that a process's device has: as said, or of the GPU that is here."""
+    """Return the memory of a process's device in bytes: as configured, or that of the GPU found here."""
     if config.device_memory_gib is not None:
         return config.device_memory_gib * GIB
     if _on_gpu(config) and torch.cuda.is_available():
@@ -163,7 +163,7 @@ def _room(config: TrainConfig) -> float | None:
 
 
 def _tokens(config: TrainConfig, policy: ModelShape) -> tuple[PairTokens, int, str]:
-    """Tokens of a pair, pairs, and a line on where the figures come from."""
+    """Return the tokens per pair, the number of pairs, and a line on where the figures come from."""
     source = config.data.train
     if source is None:
         raise ValueError("no train data: set --data.train")
@@ -183,14 +183,14 @@ def _tokens(config: TrainConfig, policy: ModelShape) -> tuple[PairTokens, int, s
 
 
 def _counted(source: str) -> bool:
-    """Whether data are here to be counted. A name that ends as a file's does is no hub's, even where it is missing."""
+    """Whether the data can be counted on this machine. A name with a file's suffix is never looked up on the hub."""
     return source.startswith("bundled:") or Path(source).exists() or source.endswith(FILE_SUFFIXES)
 
 
 def _read(
     which: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, policy: ModelShape, scores: str | None
 ) -> PairDataset:
-    """The pairs, which every model of the run that is on this machine can read."""
+    """Read the pairs, and check that every model of the run that is on this machine can read them."""
     trust = config.model.trust_remote_code
     stops = load_stop_ids(config.policy, trust_remote_code=trust)
     dataset = load_dataset(which, config.data, tokenizer, micro_batching(config), stop_ids=stops)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prepared:
-    """What a trainer is given."""
+    """The arguments of a trainer."""
 
     tokenizer: PreTrainedTokenizerBase
     policy: PolicyWithHead
@@ -52,14 +52,14 @@ class Prepared:
     identity: dict[str, Any]
 
 
-def prepare(config: TrainConfig, world: World, *, say: bool) -> Prepared:
+def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     batching = micro_batching(config)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, say=say)
+    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose)
     held_out = None
     if config.data.eval:
-        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, say=say)
+        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose)
     policy = _policy(config, world)
     for pairs in (dataset, held_out):
         if pairs is not None:
@@ -70,7 +70,7 @@ def prepare(config: TrainConfig, world: World, *, say: bool) -> Prepared:
     }
     scorer: Scorer = OnlineScorer(None, None)
     held_out_scorer = None
-    if say and config.unkept_evaluations:
+    if verbose and config.unkept_evaluations:
         warnings.warn(
             f"keep_best goes by every {config.save_every // config.eval_every}th evaluation alone, which is at a "
             f"checkpoint: set --save_every {config.eval_every} for all of them",
@@ -78,7 +78,7 @@ def prepare(config: TrainConfig, world: World, *, say: bool) -> Prepared:
         )
     if config.loss.needs & SCORED:
         models = frozen_models(config, policy, tokenizer, world)
-        scorer = online = models.scorer(dataset, config, say=say)
+        scorer = online = models.scorer(dataset, config, verbose=verbose)
         expected = expected_of_models(config, tokenizer, models, identity["policy"])
         expected["teacher_tokens"] = online.teacher_reads(dataset)
         if config.scores is not None:
@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, world: World, *, say: bool) -> Prepared:
             expected |= {name: getattr(cache.manifest, name) for name in OF_TEACHER}
             scorer = CachedScorer(cache)
         if held_out is not None:
-            held_out_scorer = held_out_scorer_of(config, policy, models, held_out, tokenizer, expected, world, say)
+            held_out_scorer = held_out_scorer_of(config, policy, models, held_out, tokenizer, expected, world, verbose)
         identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
         if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
@@ -137,11 +137,11 @@ def held_out_scorer_of(
     tokenizer: PreTrainedTokenizerBase,
     expected: dict[str, Any],
     world: World,
-    say: bool,
+    verbose: bool,
 ) -> CachedScorer:
     """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
     # Here the policy is still its own reference, also when the run is resumed later on.
-    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, say=say)
+    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
     if config.eval_scores is not None:
         return CachedScorer(fitting_cache(config.eval_scores, config, held_out, expected, scorer))
     if config.loss.needs & TEACHER and models.teacher is None and world.first:
@@ -159,6 +159,6 @@ def held_out_scorer_of(
             manifest_of(held_out, tokenizer, scorer, **names, model=config.model),
             batching=micro_batching(config),
             world=world,
-            progress=say,
+            progress=verbose,
         )
     )

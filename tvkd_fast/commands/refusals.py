@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -20,6 +21,9 @@ def check_run(config: TrainConfig) -> None:
     config.check_keep_best()
     check_device(config.model)
     check_replicas(config.parallel.replicas, processes)
+    for name in config.trackers:
+        if not _is_installed(name):
+            raise ValueError(f"{name} is not installed: pip install {name}, or leave it out of --trackers")
     check_lora(config.lora, processes=processes, layers=config.student_layers)
     if config.loss.needs & TEACHER and config.teacher is None and config.scores is None:
         other = config.loss.without(TEACHER)
@@ -43,13 +47,19 @@ def check_device(config: ModelConfig) -> None:
 
 def check_lora(lora: LoraConfig, *, processes: int, layers: int | None) -> None:
     """ValueError where adapters cannot be made whatever the model is."""
-    if lora.rank and find_spec("peft") is None:
+    if lora.rank and not _is_installed("peft"):
         raise ValueError("LoRA is peft's: pip install 'tvkd_fast[lora]'")
     if lora.quantize != "no" and (processes > 1 or layers is not None):
         what, remedy = "shared among processes", "--nproc 1"
         if layers is not None:
             what, remedy = "pruned", "--policy to a student that is pruned already, and no student_layers"
         raise ValueError(f"a backbone in four bits cannot be {what}: set {remedy}, or leave --lora.quantize out")
+
+
+def _is_installed(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return find_spec(package) is not None
 
 
 def check_family(config: TrainConfig) -> None:

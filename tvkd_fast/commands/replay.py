@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class Replayed:
 def read_record(path: str | Path) -> tuple[int, list[int], TrainConfig]:
     """What a run wrote of a step: its number, its pairs, and the run. ValueError where the file is no such record."""
     try:
-        record: dict[str, Any] = json.loads(Path(path).expanduser().read_text())
+        record: dict[str, Any] = json.loads(Path(expanduser(path)).read_text())
         config = from_record(TrainConfig, record["config"])
         return int(record["step"]), list(record["pairs"]), config
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -69,8 +70,8 @@ def replay(record: str) -> list[Replayed]:
     # A file does not decide that code from a hub is run.
     config.model.trust_remote_code = False
     world = World(resolve_device(config.model))
-    made = prepare(config, world, say=False)
-    checkpoints = Checkpoints(Path(record).expanduser().parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
+    made = prepare(config, world, verbose=False)
+    checkpoints = Checkpoints(Path(expanduser(record)).parent / CHECKPOINTS, world, keep=config.keep_checkpoints)
     newest = checkpoints.newest()
     if newest is not None and read_state(newest)["step"] <= step:
         check_same_run(newest, made.identity)

@@ -76,23 +76,25 @@ class ScoreConfig:
 
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
-    """`tvkd score`: run reference and teacher once over the data and keep what they say."""
+    """`tvkd score`: run reference and teacher once over the data and keep their scores."""
     check_score_folder(Path(config.output_dir))
     with world_of(config) as world:
-        return _score(config, world, say=show_progress and world.first)
+        return _score(config, world, verbose=show_progress and world.first)
 
 
-def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
+def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset(config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, say=say)
+    dataset = load_dataset(
+        config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, verbose=verbose
+    )
     models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=sharing_of(config, world))
     if models.reference is None:
         models.reference = load_policy(
             config.policy, config.model, layers=config.student_layers, sharing=sharing_of(config, world), frozen=True
         )
     assert isinstance(models.reference, PolicyWithHead)
-    scorer = models.scorer(dataset, config, say=say)
+    scorer = models.scorer(dataset, config, verbose=verbose)
     dataset.texts.clear()
     manifest = manifest_of(
         dataset,
@@ -111,5 +113,5 @@ def _score(config: ScoreConfig, world: World, *, say: bool) -> ScoreCache:
         pairs_per_shard=config.pairs_per_shard,
         batching=micro_batching(config),
         world=world,
-        progress=say,
+        progress=verbose,
     )

@@ -52,7 +52,7 @@ def open_outputs(config: TrainConfig) -> None:
 
 
 def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluation | None:
-    made = prepare(config, world, say=show_progress and world.first)
+    made = prepare(config, world, verbose=show_progress and world.first)
     with StopSignal() as stop:
         trainer = Trainer(
             config,
@@ -83,7 +83,7 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
 
 
 def _of_run(trainer: Trainer) -> dict[str, Any]:
-    """What tells the run whose model lies in final/ from an earlier one in the same folder."""
+    """Identify the run whose model is in final/, so that an earlier run of the same folder is not taken for it."""
     return {"steps": trainer.max_steps, "identity": trainer.identity}
 
 
@@ -96,7 +96,7 @@ def _exported(folder: Path, trainer: Trainer) -> bool:
 
 
 def best_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint that keep_best keeps of a run that is through; None where none was to be kept."""
+    """Return the checkpoint that keep_best kept in a finished run, or None where it kept none."""
     if config.keep_best == "none":
         return None
     return Checkpoints(Path(config.output_dir) / CHECKPOINTS, World(torch.device("cpu")), keep=1).best()

@@ -60,15 +60,14 @@ def load_dataset(
     batching: MicroBatching | None = None,
     *,
     stop_ids: Collection[int] = (),
-    say: bool = False,
+    verbose: bool = False,
     read: ReadRow = to_preference,
 ) -> PairDataset:
     """The training ("train") or held-out ("eval") pairs that the config names, tokenized, truncated, and fit to be
     batched so.
 
-    `stop_ids` are `models.load_stop_ids` of the model that reads them; `say` prints on stderr what was cut and what was
-    dropped; `read` makes a pair of a row, as in `load_preferences`.
-    """
+    `stop_ids` are `models.load_stop_ids` of the model that reads them; `verbose` prints on stderr what was cut and what
+    was dropped; `read` makes a pair of a row, as in `load_preferences`."""
     source = config.train if which == "train" else config.eval
     if source is None:
         raise ValueError(
@@ -90,6 +89,6 @@ def load_dataset(
         batching=batching,
         read=read,
     )
-    if say:
+    if verbose:
         print(f"{which}: {dataset.report}", file=sys.stderr)
     return dataset

@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w./-]+)?")
 
 def records(source: str | Path, split: str, subset: str | None) -> Rows:
     """The rows of a source, as `load_preferences` says. ValueError where it cannot be read."""
-    path = Path(source).expanduser()
+    path = Path(expanduser(source))
     if path.is_file():
         if subset is not None:
             raise ValueError(f"{path} is a single file and has no subset {subset!r}: leave the subset out")

@@ -2,6 +2,7 @@
 
 from tvkd_fast.distributed.launcher import launch
 from tvkd_fast.distributed.load import fill, local
+from tvkd_fast.distributed.once import print_once
 from tvkd_fast.distributed.recompute import Recompute, checkpoint_activations
 from tvkd_fast.distributed.shard import shard_policy, sync_gradients, whole, whole_weights
 from tvkd_fast.distributed.vocabulary import can_share_vocabulary
@@ -17,6 +18,7 @@ __all__ = [
     "joined",
     "launch",
     "local",
+    "print_once",
     "shard_policy",
     "sync_gradients",
     "whole",

@@ -43,7 +43,7 @@ class Evaluation:
     shaping_flipped: float | None = None
 
     def known(self) -> dict[str, float]:
-        """The figures that there are, and are finite: JSON has no other."""
+        """Return the figures that are finite; JSON has no other numbers."""
         return {name: value for name, value in asdict(self).items() if value is not None and math.isfinite(value)}
 
 
@@ -148,7 +148,7 @@ def measure(
 
 
 def _larger_than_0(x: Tensor) -> Tensor:
-    """1 or 0 where that can be told, NaN where x is: a pair that was not judged is not one that was judged wrong."""
+    """Return 1 where x > 0, 0 where it is not, and NaN where x is NaN: a pair without a number is not a wrong one."""
     return torch.where(x.isnan(), x, (x > 0).double())
 
 

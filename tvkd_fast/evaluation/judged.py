@@ -131,7 +131,7 @@ def compared(models: Sequence[Judged], subsets: Sequence[str], *, sections: bool
 
 
 def table(found: dict[str, Any]) -> str:
-    """The same as Markdown."""
+    """Format the comparison as a Markdown table."""
     models = found["models"]
     lines = [
         "| | pairs | " + " | ".join(row["model"] for row in models) + " |",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from os import PathLike
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ AT_ONCE = 256
 
 
 def is_score_folder(name: str | PathLike[str]) -> bool:
-    """Whether `tvkd score` wrote this folder."""
-    return (Path(name).expanduser() / MANIFEST).is_file()
+    """Whether it is a folder that `tvkd score` wrote, and no model."""
+    return (Path(expanduser(name)) / MANIFEST).is_file()
 
 
 class CachedReturns:

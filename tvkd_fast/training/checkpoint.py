@@ -65,7 +65,7 @@ class Checkpoints:
         return None
 
     def best(self) -> Path | None:
-        """The one whose score is the largest, of those that have a finite one; None where none has."""
+        """Return the checkpoint with the largest finite score, or None where no score is finite."""
         return _best(_checkpoints(self.folder))
 
     def save(
@@ -93,18 +93,18 @@ class Checkpoints:
         self._saving = step, self._saver.submit(self._write, _staged(tensors, partial, self.world), partial, state)
 
     def wait(self) -> None:
-        """Until what is being saved is in its place. Raises CheckpointError where it could not be."""
+        """Wait until the checkpoint that is being saved is in place. Raises CheckpointError where that failed."""
         if self._saving is None:
             return
         (step, saving), self._saving = self._saving, None
         self._agree(step, saving.result)
 
     def close(self) -> None:
-        """Ends the thread that saves."""
+        """End the thread that saves."""
         self._saver.shutdown(wait=True)
 
     def _agree(self, step: int, act: Callable[..., Any] | None, *arguments: Any) -> None:
-        """Do it, and raise in every process what went wrong in any."""
+        """Call `act`, and raise in every process an error of any of them."""
         problem = None
         try:
             if act is not None:
@@ -130,7 +130,7 @@ class Checkpoints:
         partial.mkdir()
 
     def _write(self, write: Callable[[], None], partial: Path, state: dict[str, Any]) -> None:
-        """In a thread of its own: each process its shard, and the first one what makes them whole."""
+        """Write this process's shard, in the saving thread; the first process then writes all checksums."""
         write()
         problem, sums = None, {}
         try:
@@ -170,7 +170,7 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
 
     def flaw(self, path: Path) -> str | None:
-        """Why a checkpoint is not whole, or None; every process reads its part, and all know what any of them found."""
+        """Return why a checkpoint is not whole, or None. Every process checks its part, and all get the same answer."""
         try:
             recorded = read_state(path)["sha256"]
             mine = sorted(recorded)[self.world.rank :: self.world.size]
@@ -180,7 +180,7 @@ class Checkpoints:
         return next((text for text in self.world.everyone(flaw) if text is not None), None)
 
     def load_weights(self, path: Path, model: nn.Module) -> None:
-        """Put what the run has learned into a model as it was at the start, and nothing else."""
+        """Load the trained weights into a model as it was at the start, and nothing else."""
         reader, saved = _opened(path)
         parameters = _parameters(model)
         _check_same_model(path, saved, parameters)
@@ -219,14 +219,14 @@ class Checkpoints:
 
 
 def _opened(path: Path) -> tuple[HuggingFaceStorageReader, dict[str, torch.Size]]:
-    """A checkpoint to read from, and the sizes of what is in it."""
+    """Open a checkpoint, and return a reader of it and the sizes of its tensors."""
     reader = HuggingFaceStorageReader(str(path))
     entries = reader.read_metadata().state_dict_metadata.items()
     return reader, {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Tensor]:
-    """What a process saves: its shards of weights and optimizer, by name, and its generators."""
+    """Return the tensors that a process saves: its shards of weights and optimizer, by name, and its generators."""
     parameters = _parameters(model)
     tensors = {f"{MODEL}/{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
@@ -236,7 +236,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `state.json` holds: `step`, `score`, `processes`, checksums, and the caller's `extra`."""
+    """Read `state.json`: `step`, `score`, `processes`, checksums, and the caller's `extra`."""
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     return state
 
@@ -256,7 +256,7 @@ def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _changed(before: Any, now: Any) -> str:
-    """What differs, and nothing else of it."""
+    """Describe the values that differ, and only those."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return f"{before}, now {now}"
     names = [name for name in before | now if before.get(name) != now.get(name)]
@@ -264,8 +264,9 @@ def _changed(before: Any, now: Any) -> str:
 
 
 def set_aside(path: Path) -> None:
-    """Move what an earlier run left out of the way of one that starts again; nothing is deleted."""
-    if not path.exists():
+    """Move what an earlier run left out of the way of one that starts again; nothing is deleted, and an empty folder,
+    which holds nothing to keep, stays where it is."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     number = 1
     while (aside := path.with_name(f"{path.name}.before-{number}")).exists():
@@ -274,7 +275,7 @@ def set_aside(path: Path) -> None:
 
 
 def _staged(tensors: dict[str, Tensor], partial: Path, world: World) -> Callable[[], None]:
-    """What writes the tensors as they are now, however they change meanwhile."""
+    """Return a function that writes the tensors as they are now, however they change until it is called."""
     if world.mesh is None:
         copies = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
         return lambda: save_file(copies, partial / SHARD_OF_ONE)
@@ -300,13 +301,14 @@ def _check_same_model(path: Path, saved: Mapping[str, torch.Size], parameters: M
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Return the checkpoints in a folder, newest first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
     return sorted(found, key=_step, reverse=True)
 
 
 def _best(paths: list[Path]) -> Path | None:
-    """Of the newest first; scores of other held-out pairs, or by another figure, are not held against each other."""
+    """Return the best of the checkpoints, which come newest first. Only scores by the same figure on the same held-out
+    pairs as the newest scored checkpoint's are compared."""
     scored = {path: state for path in paths if _comparable((state := _state_or_nothing(path)).get("score"))}
     of = next((state.get("scored_on") for state in scored.values()), None)
     same = [path for path in scored if scored[path].get("scored_on") == of]
@@ -330,12 +332,12 @@ def _state_or_nothing(path: Path) -> dict[str, Any]:
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What learns, by name, tied ones once."""
+    """Return the trainable parameters by name, tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _generators() -> dict[str, Tensor]:
-    """States of this process's generators, as bytes."""
+    """Return the states of this process's generators, as bytes."""
     version, internal, gauss = random.getstate()
     python = json.dumps([version, list(internal), gauss]).encode()
     states = {"torch": torch.get_rng_state(), "python": torch.frombuffer(bytearray(python), dtype=torch.uint8)}
@@ -353,7 +355,7 @@ def _restore_generators(states: Mapping[str, Tensor]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """In a line; what DCP gathers of several processes by the first of them."""
+    """Describe the error in one line; of the errors that DCP gathers from several processes, the first."""
     if isinstance(error, dcp.CheckpointException):
         return next(str(wrapped[0]) for wrapped in error.failures.values())
     return str(error)

@@ -15,8 +15,8 @@ C = TypeVar("C")
 
 
 def to_record(config: Any) -> dict[str, Any]:
-    """The config as JSON keeps it. Files and folders of this machine are absolute paths, so that they are found from
-    another working directory too; hub names stay as they are."""
+    """Return the config as it is kept in JSON. Local files and folders become absolute paths, so that they are found
+    from another working directory too; hub names stay as they are."""
     return {
         f.name: to_record(value)
         if is_dataclass(value := getattr(config, f.name))
@@ -35,7 +35,7 @@ def _absolute(value: Any) -> Any:
 
 
 def from_record(kind: type[C], record: Mapping[str, Any]) -> C:
-    """A config out of what `to_record` made of it, and JSON kept."""
+    """Make a config from a record of `to_record` that was kept in JSON."""
     types = get_type_hints(kind)
     given: dict[str, Any] = {}
     for name, value in record.items():

@@ -35,6 +35,8 @@ from tvkd_fast.training.usage import StepFlops, peak_bytes
 CHECKPOINTS = "checkpoints"
 NONFINITE = "nonfinite-step-{:06d}.json"
 """The step, its pairs and the run's config, for `tvkd replay`."""
+NAMED_ROWS = 8
+"""How many rows of a step that is not finite its error names; the record lists all of them."""
 
 
 class Trainer:
@@ -43,7 +45,7 @@ class Trainer:
     Args:
         config: the run. Its data and model fields were used to make the other arguments and are only recorded.
         policy: on its device; its parameters are what is trained.
-        scorer: what reference and teacher say of training pairs.
+        scorer: scores training pairs by reference and teacher.
         dataset: training pairs.
         held_out: pairs to evaluate on, with a scorer of their own (or None: the policy alone is evaluated).
         identity: names and fingerprints that a checkpoint must share to be resumed from.
@@ -148,16 +150,29 @@ class Trainer:
             )
         except NonFiniteStepError as error:
             self.checkpoints.wait()
+            path = self.folder / NONFINITE.format(step)
             if self.world.first:
                 record = {"step": step, "pairs": error.pairs, "config": to_record(self.config)}
-                path = self.folder / NONFINITE.format(step)
                 with written(path, RESUMES):
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(record, indent=2) + "\n")
-            raise
+            raise FloatingPointError(self._nonfinite(step, error.pairs, path)) from error
+
+    def _nonfinite(self, step: int, pairs: list[int], record: Path) -> str:
+        """Describe a step that is not finite: which step, which rows, and what to try."""
+        rows = list(dict.fromkeys(self.dataset[i].row for i in pairs))
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        newest = self.checkpoints.newest()
+        kept = "there is no checkpoint to go on from" if newest is None else f"the newest checkpoint is {newest.name}"
+        replay = "" if self.config.objective == "sft" else f"`tvkd replay {record}` says which of them it is. "
+        return (
+            f"the loss or the gradient of step {step + 1} is NaN or inf, and the weights were left as they were before "
+            f"it. Its rows: {', '.join(rows[:NAMED_ROWS])}{more}. {replay}Take out a row that is not finite alone; "
+            f"else lower --optim.lr or raise --optim.warmup_steps, or pass such steps over by --nonfinite skip ({kept})"
+        )
 
     def _speed(self, tokens: int, response_tokens: int, pairs: int, busy: float, waited: float) -> dict[str, float]:
-        """Of an interval that took `busy` seconds, of which `waited` went by before there were batches."""
+        """Return the speed over an interval of `busy` seconds, of which `waited` were spent waiting for batches."""
         speed = {
             "tokens_per_s": tokens / busy,
             "pairs_per_s": pairs / busy,
@@ -178,7 +193,7 @@ class Trainer:
             log.write(metrics)
 
     def _resume(self) -> int:
-        """Steps that a whole checkpoint of this run has done already; its state is put back."""
+        """Restore the newest whole checkpoint of this run, and return the number of steps that it has done."""
         torch.manual_seed(self.config.seed)
         random.seed(self.config.seed)
         if not self.config.resume and self.world.first:
@@ -209,7 +224,7 @@ class Trainer:
         self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
 
     def _pairs(self, step: int) -> list[int]:
-        """What a step takes, of all processes together."""
+        """Return the pairs of a step, over all processes."""
         each = self.config.pairs_per_step
         return pairs_of_step(
             self.config.seed, step, num_pairs=len(self.dataset), pairs_per_step=each, total=self.total_pairs
@@ -232,9 +247,9 @@ class Trainer:
         return lr
 
     def _head_metrics(self) -> dict[str, float]:
-        """What the sparse gradients since the last line were made of; nothing where they were exact.
+        """Return statistics of the sparse gradients since the last line; none where gradients were exact.
 
-        Of a process's own rows where the vocabulary is shared.
+        Where the vocabulary is shared, they are those of each process's own rows.
         """
         stats = self.policy.head.stats
         assert stats is not None
@@ -258,7 +273,7 @@ class Trainer:
 
 
 def _trajectory(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide where a run goes: a resumed run must share them, or it would be neither."""
+    """Return the settings that determine a run's course. Resume requires identical values."""
     names = ("objective", "seed", "pairs_per_step", "max_steps", "epochs")
     return {name: getattr(config, name) for name in names} | {
         "loss": config.loss.settings(),
@@ -269,7 +284,7 @@ def _trajectory(config: TrainConfig) -> dict[str, Any]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """As JSON reads it back: lists for tuples."""
+    """Return the config as JSON reads it back, with lists for tuples."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
