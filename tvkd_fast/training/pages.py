@@ -46,7 +46,7 @@ def html_page(prompts: Sequence[str | list[Message]], said: Mapping[str, Sequenc
 def _side_by_side(
     prompts: Sequence[str | list[Message]], said: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str | list[Message], dict[str, str]]]:
-    """Each prompt with what every model answered to it. Raises ValueError where a model has not answered all of them."""
+    """Each prompt with what every model answered to it. Raises ValueError where one has not answered all of them."""
     for prompt, *answers in zip(prompts, *said.values(), strict=True):
         yield prompt, dict(zip(said, answers, strict=True))
 
