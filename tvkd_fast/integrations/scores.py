@@ -21,6 +21,7 @@ from tvkd_fast.data import (
     collate_pairs,
     read_manifest,
 )
+from tvkd_fast.data.score_pairs import first_difference
 from tvkd_fast.data.scores import MANIFEST
 from tvkd_fast.integrations.teacher import ShapingSettings
 
@@ -73,8 +74,10 @@ class CachedReturns:
         dataset = PairDataset(pairs, TokenReport("", 0, 0, "keep_start"))
         made = [manifest.dataset == dataset.fingerprint for manifest in self.manifests]
         if not any(made):
+            where = first_difference(self.folders, dataset)
             raise ValueError(
-                f"none of {', '.join(self.folders)} was made of these {len(dataset):,} pairs in these tokens: run "
+                f"none of {', '.join(self.folders)} was made of these {len(dataset):,} pairs in these tokens"
+                f"{where and f' ({where})'}: run "
                 "`tvkd score` with the same data, tokenizer and max_length (`--which eval` for evaluation data), give "
                 "every dataset's folder, or the teacher itself"
             )
