@@ -9,7 +9,7 @@ Letters: P pairs of a batch (2P rows, chosen first), L row length.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from inspect import getclosurevars
@@ -499,22 +499,24 @@ def _teacher_or_folders(teacher: object) -> tuple[str | PreTrainedModel | None, 
 
 
 def _config(model: Any, args: TVKDConfig) -> Any:
-    """A model's config, None where there is no model or none of this name: whoever loads it says so."""
-    if not isinstance(model, str | PathLike):
-        return getattr(model, "config", None)
-    try:
-        return read_config(fspath(model), trust_remote_code=args.trust_remote_code)
-    except ValueError:
-        return None
+    """A model's config, and None where it has none."""
+    return _of_model(model, args, lambda module: getattr(module, "config", None), read_config, None)
 
 
 def _stops(model: Any, args: TVKDConfig) -> frozenset[int]:
+    return _of_model(model, args, stop_ids_of, load_stop_ids, frozenset())
+
+
+def _of_model(
+    model: Any, args: TVKDConfig, of_module: Callable[[Any], Any], of_name: Callable[..., Any], otherwise: Any
+) -> Any:
+    """Reads something of a module, or by a name; `otherwise` where none has this name, which whoever loads it says."""
     if not isinstance(model, str | PathLike):
-        return stop_ids_of(model)
+        return of_module(model)
     try:
-        return load_stop_ids(fspath(model), trust_remote_code=args.trust_remote_code)
+        return of_name(fspath(model), trust_remote_code=args.trust_remote_code)
     except ValueError:
-        return frozenset()
+        return otherwise
 
 
 def _without_trls_head(model: torch.nn.Module) -> None:
