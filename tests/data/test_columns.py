@@ -24,7 +24,8 @@ HELPSTEER = {"prompt": "Why?", "response_1": "No.", "response_2": "Because.", "s
     [
         pytest.param({"question": "Why?", **ANSWERS}, PLAIN, id="question"),
         pytest.param({"instruction": "Why?", "input": "", **ANSWERS}, PLAIN, id="instruction"),
-        pytest.param({"prompt": "Why?", "question": "How?", "context": "x", **ANSWERS}, PLAIN, id="prompt stands"),
+        pytest.param({"prompt": "Why?", "question": "How?", "context": " Why", **ANSWERS}, PLAIN, id="prompt stands"),
+        pytest.param({"prompt": "Why?", "input": "", "history": [], "context": None, **ANSWERS}, PLAIN, id="blank"),
         pytest.param({"prompt": None, "question": "Why?", **ANSWERS}, PLAIN, id="null prompt"),
         pytest.param({"prompt": "Why?", "score_chosen": 1.0, "score_rejected": 9.0, **ANSWERS}, PLAIN, id="scores"),
         pytest.param(
@@ -45,6 +46,32 @@ HELPSTEER = {"prompt": "Why?", "response_1": "No.", "response_2": "Because.", "s
         ),
         pytest.param({"system": "Be brief.", "question": "Why?", **ANSWERS}, AFTER_SYSTEM, id="Orca"),
         pytest.param({"system": "", "question": "Why?", **ANSWERS}, CHAT, id="Orca without a system turn"),
+        pytest.param({"system": " \n", "question": "Why?", **ANSWERS}, CHAT, id="a blank system turn"),
+        pytest.param(
+            {"system": " ", "system_prompt": "Be brief.", "prompt": "Why?", **ANSWERS}, AFTER_SYSTEM, id="one is blank"
+        ),
+        pytest.param({"system_message": "Be brief.", "prompt": "Why?", **ANSWERS}, AFTER_SYSTEM, id="message"),
+        pytest.param({"system_instruction": "Be brief.", "prompt": "Why?", **ANSWERS}, AFTER_SYSTEM, id="instruction"),
+        pytest.param(
+            {"system": "W", "prompt": "Why?", **ANSWERS},
+            Preference([{**SYSTEM, "content": "W"}, USER], [GOOD], [POOR], "row 0"),
+            id="letters of the prompt",
+        ),
+        pytest.param(
+            {"system": "Be brief.", "prompt": [{**SYSTEM, "name": "x"}, USER], "chosen": [GOOD], "rejected": [POOR]},
+            Preference([{**SYSTEM, "name": "x"}, USER], [GOOD], [POOR], "row 0"),
+            id="a system turn with a name",
+        ),
+        pytest.param(
+            {"system": "Be brief.", "prompt": "<|system|>\nBe brief.<|end|>\nWhy?", **ANSWERS},
+            Preference("<|system|>\nBe brief.<|end|>\nWhy?", "Because.", "No.", "row 0"),
+            id="a system turn that a template wrote",
+        ),
+        pytest.param(
+            {"system": "", "source": "a set", "tools": [], "chosen": "Why? Because.", "rejected": "Why? No."},
+            Preference("Why?", " Because.", " No.", "row 0", template={"tools": []}),
+            id="implicit beside columns that hold no prompt",
+        ),
         pytest.param(
             {"system": "Be brief.", "chosen": [USER, GOOD], "rejected": [USER, POOR]}, AFTER_SYSTEM, id="turns"
         ),
@@ -92,6 +119,49 @@ def test_a_set_is_read_by_its_own_names(record: dict[str, Any], pair: Preference
             {"trajectory": [{"from": "user", "value": "Why?"}], "chosen": "A: so", "rejected": "A: no"},
             r"no column is the prompt by its name \(found: trajectory\)\. Rename the column",
             id="UltraInteract",
+        ),
+        *(
+            pytest.param(
+                {name: "Why is that?", "chosen": "It is.", "rejected": "It is not."}, rf"\(found: {name}\)", id=name
+            )
+            for name in ("source", "topic", "task", "category", "kind")
+        ),
+        pytest.param(
+            {"messages": [USER], "chosen": [GOOD], "rejected": [POOR]},
+            r"by its name \(found: messages\)",
+            id="messages",
+        ),
+        pytest.param(
+            {"chosen": [GOOD], "rejected": [POOR]}, r"empty prompt \(no column is the prompt, and", id="no prompt"
+        ),
+        *(
+            pytest.param({"prompt": "Why?", name: "It rains.", **ANSWERS}, rf"beside .* part of it \({name}\)", id=name)
+            for name in ("input", "history", "context")
+        ),
+        pytest.param(
+            {"prompt": [USER], "history": [{"role": "user", "content": "How?"}], "chosen": [GOOD], "rejected": [POOR]},
+            r"part of it \(history\)",
+            id="history of messages",
+        ),
+        pytest.param(
+            {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": [GOOD], "rejected": [POOR]},
+            "turns are text, and would be written as one turn",
+            id="a dialogue beside messages",
+        ),
+        pytest.param(
+            {"prompt": "\n\nHuman: Why?\n\nAssistant:", "system": "Be brief.", **ANSWERS},
+            "turns are text, and would be written as one turn",
+            id="a dialogue after a system turn",
+        ),
+        pytest.param(
+            {"system": "Be brief.", "chosen": "Why? Because.", "rejected": "Why? No."},
+            "a system turn has no place before answers that hold their prompt",
+            id="implicit after a system turn",
+        ),
+        pytest.param(
+            {"tools": [{"a": 1}], "functions": [{"b": 1}], "prompt": [USER], "chosen": [GOOD], "rejected": [POOR]},
+            "two lists of tools",
+            id="tools twice",
         ),
         pytest.param({"request": "Why?", **ANSWERS}, r"by its name \(found: request\)", id="a prompt of another name"),
         pytest.param(
@@ -188,3 +258,7 @@ def test_what_the_template_is_given() -> None:
     assert pair.template == {"tools": [{"name": "f"}], "thinking": False}
     assert pair.unread == ("id",)
     assert to_preference({**row, "tools": None, "chat_template_kwargs": ""}, "row 0").template == {}
+    wrapped = {"type": "function", "function": {"name": "f"}}
+    for functions in ([{"name": "f"}], [wrapped], '[{"name": "f"}]'):
+        again = {**row, "tools": None, "functions": functions}
+        assert to_preference(again, "row 0").template == {"tools": [wrapped]}

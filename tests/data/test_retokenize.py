@@ -212,7 +212,7 @@ def test_rows_that_are_refused_are_counted(chatml, trained, bundled):
 
 def test_a_template_that_cannot_be_used_is_the_teachers(chatml, trained):
     odd = trained(["say"], chat_template=TURNS.replace("[assistant] ", "[assistant] <think>"))
-    with pytest.raises(ValueError, match=r"of the teacher's tokens: row 7.*--data.teacher_chat_template"):
+    with pytest.raises(ValueError, match=r"row 7: the teacher's tokens .*--data.teacher_chat_template never"):
         own_of(conversation("yes"), chatml, odd)
     _, own = own_of(conversation("yes"), chatml, odd, other_chat_template="never")
     assert says(odd, own[0].prompt_ids).endswith("\n\nAssistant:")

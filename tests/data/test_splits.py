@@ -148,8 +148,28 @@ def test_cards_that_leave_it_open(make_folder: MakeFolder) -> None:
     with pytest.raises(ValueError, match=r"the YAML of its README.md cannot be read \(.*\): mend it"):
         read(folder, "train")
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: gone.jsonl\n---\n")
-    with pytest.raises(ValueError, match=r"no file of the split 'train': .*it holds README.md, base, online"):
+    with pytest.raises(ValueError, match=r"no file of the split 'train': .*gone.jsonl .*it holds README.md, base"):
         read(folder, "train")
+
+
+def test_a_name_of_the_card_that_matches_nothing_is_refused(make_folder: MakeFolder) -> None:
+    card = "---\nconfigs:\n- config_name: a\n  data_files:\n"
+    card += "  - split: train\n    path: [a.jsonl, 'more/*.jsonl']\n  - split: test\n    path: b.jsonl\n---\n"
+    folder = make_folder("a.jsonl", "b.jsonl", card=card)
+    with pytest.raises(ValueError, match=r"README.md names more/\*.jsonl for the split 'train', which match no file"):
+        read(folder, "train")
+    assert read(folder, "test") == ["b.jsonl"]
+
+
+@pytest.mark.parametrize("where", ["", "data/"])
+def test_a_shard_that_is_not_there_is_named(make_folder: MakeFolder, where: str) -> None:
+    names = [f"{where}train-0000{i}-of-00003.jsonl" for i in range(3)]
+    folder = make_folder(names[0], names[2], f"{where}test-00000-of-00001-4f5e.jsonl")
+    with pytest.raises(ValueError, match=r"the split 'train' lacks train-00001-of-00003: copy or download"):
+        read(folder, "train")
+    assert read(folder, "test") == [f"{where}test-00000-of-00001-4f5e.jsonl"]
+    assert read(folder / names[0], "train") == [names[0]]
+    assert sorted(read(make_folder(names[1]), "train")) == names
 
 
 def test_a_folder_may_have_any_name(tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ def test_whatever_a_template_raises_names_the_row(make_tokenizer: MakeTokenizer,
     [
         ({"chat_template_kwargs": {"tokenize": True}}, r"no variable of the template \(tokenize\)\. Remove it"),
         ({"chat_template_kwargs": {"add_generation_prompt": True}}, r"\(add_generation_prompt\)"),
+        *(
+            ({"chat_template_kwargs": {name: "x"}}, rf"no variable of the template \({name}\)\. Remove it")
+            for name in ("messages", "tokenizer", "conversation", "conversations", "chat_template")
+        ),
         (
             {"thinking": False},
             r"variable of the chat template \(thinking\)\. Put it into a column chat_template_kwargs",
@@ -110,6 +114,32 @@ def test_variables_of_templates(make_tokenizer: MakeTokenizer) -> None:
     )
     assert variables_of(tokenizer) == {"a", "b"}
     assert variables_of(make_tokenizer("{% if %}")) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("template", "variables"),
+    [
+        ("{% for m in messages %}{% if m %}{% set content = m %}{% endif %}{{ content }}{% endfor %}", set()),
+        ("{% for m in messages %}{{ m }}{% endfor %}{{ m }}", set()),
+        ("{% macro f(x) %}{{ x }}{{ y }}{% endmacro %}{{ f(1) }}", {"y"}),
+        ("{% if day is not defined %}{% set day = 1 %}{% endif %}{{ day }}", {"day"}),
+        ("{% if messages %}{% set style = style or 'x' %}{% endif %}{{ style }}", {"style"}),
+        ("{{ raise_exception('x') }}{{ strftime_now('x') }}{% set n = namespace(a=1) %}{{ n.a }}", set()),
+    ],
+)
+def test_a_name_that_the_template_sets_is_none_of_its_variables(
+    make_tokenizer: MakeTokenizer, template: str, variables: set[str]
+) -> None:
+    assert variables_of(make_tokenizer(template)) == variables
+
+
+def test_empty_lists_carry_nothing(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    plain = {"prompt": "a ", "chosen": "b", "rejected": "c", "tools": [], "documents": []}
+    turns = {name: [{"role": "user", "content": "a"}] for name in ("prompt",)}
+    turns |= {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, (plain, {**plain, **turns}))))
+    dataset = build_dataset(tmp_path / "pairs.jsonl", make_tokenizer(None))
+    assert len(retokenize(dataset, make_tokenizer(None), make_tokenizer(None), max_length=99)) == 2
 
 
 @pytest.mark.parametrize("mode", ["auto", "never"])

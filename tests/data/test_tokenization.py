@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from tvkd_fast.data.formats import BadPair, Preference
+from tvkd_fast.data.formats import BadPair, Preference, to_preference
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, tokenize_pair, truncate_pair
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -135,9 +135,8 @@ def test_never_puts_the_template_aside(chatml: PreTrainedTokenizerFast) -> None:
 def test_template_that_rewrites_the_prompt_is_an_error_with_a_remedy(make_tokenizer: MakeTokenizer) -> None:
     rewriting = "{{ messages | length }} {% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     message = r"train.jsonl row 4: .*writes the prompt otherwise.*--data.chat_template never"
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(BadPair, match=message):
         tokenize_pair(CHAT, make_tokenizer(rewriting))
-    assert not isinstance(caught.value, BadPair)
 
 
 def test_template_that_refuses_a_conversation_makes_it_a_bad_pair(make_tokenizer: MakeTokenizer) -> None:
@@ -325,3 +324,35 @@ def test_a_template_that_asks_for_the_date_is_told_a_fixed_one(make_tokenizer, c
         [{"role": "user", "content": "a"}], *([{"role": "assistant", "content": c}] for c in "xy"), "row 0"
     )
     assert tokenizer.decode(tokenize_pair(pair, tokenizer).prompt_ids).startswith("26 Jul 2024")
+
+
+WRITTEN = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": WRITTEN, "chosen": [{"role": "assistant", "content": "a"}], "rejected": CHAT.rejected},
+        {"prompt": WRITTEN, "system": "Be brief.", "chosen": "a", "rejected": "b"},
+        {"prompt": f" \n{WRITTEN}", "system": "", "chosen": "a", "rejected": "b"},
+        {"prompt": "Why?<|im_end|>\n<|im_start|>assistant\n", "system": "", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_text_that_a_template_wrote_is_not_written_again(chatml: PreTrainedTokenizerFast, row: dict[str, Any]) -> None:
+    with pytest.raises(BadPair, match="row 3: a chat template has written the prompt, and would write it again"):
+        tokenize_pair(to_preference(row, "row 3"), chatml)
+
+
+def test_a_special_token_that_a_text_speaks_of_is_not_a_templates(chatml: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "What does <|im_end|> mean, or <s>? ", "chosen": "An end.", "rejected": "b"}
+    assert not tokenize_pair(to_preference(row, "row 3"), chatml).written_before
+    assert not tokenize_pair(to_preference(row | {"system": ""}, "row 3"), chatml).written_before
+    assert tokenize_pair(to_preference(row | {"prompt": WRITTEN}, "row 3"), chatml).written_before
+
+
+def test_a_prompt_alone_needs_a_template_for_what_it_carries(templateless: PreTrainedTokenizerFast) -> None:
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]
+    with pytest.raises(BadPair, match=r"row 3: only a chat template .*\(tool_calls in messages\)"):
+        PairTokenizer(templateless).prompt_ids(asked, "row 3")
+    with pytest.raises(BadPair, match=r"row 3: only a chat template .*\(tools\)"):
+        PairTokenizer(templateless).prompt_ids(asked[:1], "row 3", {"tools": [{"name": "f"}]})

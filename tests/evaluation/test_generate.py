@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
-from tvkd_fast.data.formats import to_preference
+from tvkd_fast.data.formats import Preference, to_preference
 from tvkd_fast.evaluation.generate import answers
 from tvkd_fast.models import load_model
 
@@ -33,7 +33,11 @@ def greedy(model, tokenizer, prompt, count):
 @pytest.fixture
 def endless(model):
     """The model without a way to end: its special tokens are never the likeliest."""
-    model.generation_config.suppress_tokens = list(range(5))
+
+    def without_special(head, inputs, logits):
+        return logits.index_fill(-1, torch.arange(5), -torch.inf)
+
+    model.get_output_embeddings().register_forward_hook(without_special)
     return model
 
 
@@ -57,25 +61,64 @@ def test_an_answer_stops_where_the_template_ends_turns(model, make_tokenizer):
     model.generate = lambda **given: seen.update(given) or given["input_ids"]
     model.generation_config.eos_token_id = 3
     answers(model, tokenizer, PROMPTS)
-    assert seen["eos_token_id"] == sorted(
+    assert seen["generation_config"].eos_token_id == sorted(
         tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|eot_id|>"])
     )
 
 
 def test_a_prompt_that_a_template_wrote_is_asked_as_it_stands(endless, chatml):
     written = chatml.apply_chat_template(PROMPTS[0], tokenize=False, add_generation_prompt=True)
-    twice = [[{"role": "user", "content": written}], PROMPTS[0]]
-    said = answers(endless, chatml, twice, max_new_tokens=6)
+    said = answers(endless, chatml, [written, PROMPTS[0]], max_new_tokens=6)
     assert said[0] == said[1]
+
+
+def test_a_conversation_is_written_by_the_template_whatever_it_says(chatml, echo):
+    turn = {"role": "user", "content": "<|im_start|>user\na<|im_end|>\n"}
+    call = [PROMPTS[0][0], {"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "3"}]
+    for prompt in ([turn], call, [{**turn, "content": None, "reasoning_content": "ab"}]):
+        wanted = chatml.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        assert echo(chatml, prompt) == wanted
+    assert echo(chatml, "a plain text") == "a plain text"
+
+
+def test_settings_of_the_models_own_generation_are_left_aside(endless, chatml):
+    said = answers(endless, chatml, PROMPTS, max_new_tokens=6)
+    own = endless.generation_config
+    own.update(num_beams=2, num_return_sequences=2, return_dict_in_generate=True, min_new_tokens=3, do_sample=True)
+    own.update(stop_strings=["a"], repetition_penalty=9.0, max_length=3)
+    assert answers(endless, chatml, PROMPTS, max_new_tokens=6) == said
+    assert endless.generation_config is own
 
 
 def test_what_the_model_has_no_positions_for_is_refused_by_prompt(model_folder, chatml):
     short = load_model(model_folder(seed=3, max_position_embeddings=64))
     with pytest.raises(ValueError, match=r"prompt 1 has \d+ tokens, .* the model's 64 positions: lower --max_new_tok"):
         answers(short, chatml, PROMPTS)
+    pairs = [Preference(prompt, [], [], f"eval.jsonl row {i + 8}") for i, prompt in enumerate(PROMPTS)]
+    with pytest.raises(ValueError, match=r"eval.jsonl row 9 has \d+ tokens"):
+        answers(short, chatml, PROMPTS, of=pairs)
 
 
-def test_a_prompt_is_asked_with_its_rows_tools_and_variables(make_tokenizer):
+@pytest.fixture
+def echo():
+    """The text that a model is asked with."""
+
+    def asked(tokenizer, prompt, **options):
+        seen = []
+
+        def generate(input_ids, **_):
+            seen.append(tokenizer.decode(input_ids[0]))
+            return torch.cat([input_ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
+
+        model = SimpleNamespace(device="cpu", eval=lambda: None, modules=lambda: [], generate=generate)
+        model.config, model.generation_config = LlamaConfig(), GenerationConfig()
+        assert answers(model, tokenizer, [prompt], **options) == [""]
+        return seen[0]
+
+    return asked
+
+
+def test_a_prompt_is_asked_with_its_rows_tools_and_variables(make_tokenizer, echo):
     tokenizer = make_tokenizer("{{ tools | tojson }} {{ thinking }}: {{ messages[0].content }}")
     row = {
         "prompt": [{"role": "user", "content": "ab?"}],
@@ -84,16 +127,8 @@ def test_a_prompt_is_asked_with_its_rows_tools_and_variables(make_tokenizer):
         "tools": [{"name": "f"}],
         "chat_template_kwargs": {"thinking": False},
     }
-    pair, asked = to_preference(row, "row 0"), []
-
-    def generate(input_ids, **_):
-        asked.append(tokenizer.decode(input_ids[0]))
-        return torch.cat([input_ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
-
-    model = SimpleNamespace(device="cpu", eval=lambda: None, modules=lambda: [], generate=generate)
-    model.config, model.generation_config = LlamaConfig(), GenerationConfig()
-    assert answers(model, tokenizer, [pair.prompt], of=[pair]) == [""]
-    assert asked == ['[{"name": "f"}] False: ab?']
+    pair = to_preference(row, "row 0")
+    assert echo(tokenizer, pair.prompt, of=[pair]) == '[{"name": "f"}] False: ab?'
 
 
 def test_every_part_of_the_model_keeps_its_mode(endless, chatml):

@@ -268,3 +268,10 @@ def test_prompts_with_several_answers_count_once(model_folder, tmp_path, capsys)
         "Math": (2, sum(right[:2]) / 2),
         "Ties": (1, right[2]),
     }
+
+
+def test_pages_of_models_that_answered_other_prompts_are_refused():
+    for page in (html_page, markdown_page):
+        with pytest.raises(ValueError, match="shorter"):
+            page(["Why?", "How?"], {"a": ["x", "y"], "b": ["x"]})
+        assert "Why?" in page(["Why?"], {"a": ["x"]})

@@ -248,10 +248,20 @@ def test_scores_of_a_teachers_rewards(make: Callable[..., Any], folders: tuple[s
     [
         ({"kappa": 0.7}, "made with kappa=1, not 0.7"),
         ({"value_from": "implicit_reward"}, "run `tvkd score` with --teacher_reference"),
-        ({"max_length": 12}, "none of .* was made of these"),
+        (
+            {"max_length": 12},
+            r"none of .* was made of these .*\(row \d+ is the first that differs",
+        ),
         ({"precompute_teacher": False}, "leave precompute_teacher True"),
         ({"truncation_mode": "keep_end"}, "set truncation_mode='keep_start'"),
-        ({"eval_dataset": Dataset.from_list(pairs(4, 50))}, "give every dataset's folder"),
+        (
+            {"eval_dataset": Dataset.from_list(pairs(4, 50))},
+            r"\(row 0 is the first that differs from .*give every dataset's folder",
+        ),
+        (
+            {"eval_dataset": Dataset.from_list(pairs(9))},
+            r"holds 16 pairs, of which the first 9 are the same\).*give every dataset's folder",
+        ),
     ],
 )
 def test_scores_of_something_else_are_refused(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tvkd_fast.data import collate_pairs
+from tvkd_fast.data import PairDataset, TokenReport, collate_pairs
 from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.files import unfinished
 from tvkd_fast.scoring.cache import (
@@ -19,6 +19,7 @@ from tvkd_fast.scoring.cache import (
     describe,
     read_manifest,
 )
+from tvkd_fast.scoring.score_pairs import first_difference
 
 SHARD = "scores-00000.safetensors"
 
@@ -276,3 +277,20 @@ def test_a_thousand_corruptions_are_refused_by_the_file(write, dataset, tmp_path
             continue
         with pytest.raises(ValueError, match=re.escape(str(folder / name))):
             ScoreCache.load(folder, dataset)
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_the_first_pair_that_differs_is_named(shard, dataset, make_manifest, tmp_path):
+    whole = PairDataset(dataset, TokenReport("", 3, 9, "keep_start"))
+    for name, digests in (("new", whole.pair_digests), ("old", ())):
+        writer = ScoreWriter(tmp_path / name, make_manifest(), ScoreLayout.of(dataset), digests)
+        for first in range(0, 3, shard):
+            writer.write(numbers(dataset, first=first, last=min(first + shard, 3)))
+        writer.finish()
+        assert len(ScoreCache.load(tmp_path / name, dataset).pieces) == -(-3 // shard)
+    folders = [str(tmp_path / "new"), str(tmp_path / "old")]
+    for last, ended in ((dataset[2], False), (replace(dataset[2], prompt_ids=[1, 2]), True)):
+        other = PairDataset([*dataset[:2], replace(last, rejected_ended=ended)], whole.report)
+        assert first_difference(folders, other) == f"row 2 is the first that differs from {folders[0]}"
+        assert first_difference(folders[1:], other) == ""
+    assert first_difference(folders, PairDataset(dataset[:1], whole.report)).endswith("the first 1 are the same")

@@ -22,7 +22,7 @@ from tvkd_fast.models import load_stop_ids, load_tokenizer
 from tvkd_fast.training.train_config import micro_batching
 
 if TYPE_CHECKING:
-    from tvkd_fast.data.formats import Message, Preference
+    from tvkd_fast.data.formats import Preference
 
 AT_ONCE = 8
 """Prompts that are answered together."""
@@ -55,9 +55,7 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
     every = _one_a_row(dataset)
     count = min(config.generate_prompts, len(every))
     texts = [every[i * len(every) // count] for i in range(count)]
-    prompts: list[list[Message]] = [
-        [{"role": "user", "content": text.prompt}] if isinstance(text.prompt, str) else text.prompt for text in texts
-    ]
+    prompts = [text.prompt for text in texts]
     said: dict[str, list[str]] = {}
     for name in _asked(config):
         tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)

@@ -24,7 +24,7 @@ _TOOL = {
 _TRIED = ([_USER, _ANSWER], [{"role": "system", "content": "a"}, _USER, _ANSWER])
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: Any) -> Any:
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Any], /, **options: Any) -> Any:
     """`tokenizer.apply_chat_template`, with its options, on `TEMPLATE_DAY`."""
     template = tokenizer.get_chat_template(options.pop("chat_template", None), options.get("tools"))
     options = {"date_string": TEMPLATE_DAY.strftime("%d %b %Y"), **options}
@@ -59,7 +59,7 @@ def template_tails(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(dict.fromkeys(tail for tail in tails if tail))
 
 
-def tail_behind(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: Any) -> str:
+def tail_behind(tokenizer: PreTrainedTokenizerBase, messages: list[Any], /, **options: Any) -> str:
     """Returns what the template writes behind the last of these messages, "" where it leaves that out.
 
     Of a message that carries more than its content, which the template may write on either side of it, the tail is that

@@ -12,15 +12,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvkd_fast.data.messages import is_list
+from tvkd_fast.data.messages import carries_nothing, is_dialogue, is_list, strings
 from tvkd_fast.data.pairs import BadPair
 
 Record = Mapping[str, Any]
 
 PROMPTS = ("question", "instruction", "query", "input", "history", "context")
 """Names of a prompt where no `prompt` is given; two of them in one row are refused."""
-SYSTEMS = ("system", "system_prompt")
+BESIDE = ("input", "history", "context")
+"""Those of them that may hold more than a `prompt` beside them does, which is refused."""
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 """Names of a system turn's text."""
+FOR_TEMPLATES = ("tools", "functions", "documents", "chat_template_kwargs")
+"""Names of what the chat template is given."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _LABELS = re.compile(
@@ -29,6 +33,10 @@ _LABELS = re.compile(
     r"ratings?|ranks?|rewards?|margin|difficulty|version|chosen|rejected)([^a-z]|$)"
 )
 """Columns that describe a row, and do not hold its prompt."""
+_TOPICS = re.compile(
+    r"(^|[^a-z])(source|origin|categor(y|ies)|type|kind|domain|tags?|topic|labels?|difficulty)([^a-z]|$)"
+)
+"""Those of them in which some sets have the question itself."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,9 @@ def named(record: Record, row: str) -> Named:
     if prompt is not None and is_list(record[prompt]) and answers != ("chosen", "rejected"):
         # Sets that keep conversations beside the text of two answers.
         chosen, rejected = _as_turn(chosen), _as_turn(rejected)
-    read = {*answers, prompt, *SYSTEMS, "tools", "documents", "chat_template_kwargs"}
+    if prompt == "prompt":
+        _refuse_beside(record, row)
+    read = {*answers, prompt, *SYSTEMS, *FOR_TEMPLATES}
     return Named(
         None if prompt is None else record[prompt],
         chosen,
@@ -78,16 +88,24 @@ def named(record: Record, row: str) -> Named:
 def template_arguments(record: Record, row: str) -> dict[str, Any]:
     """Returns what the row gives its chat template: `tools`, `documents`, and `chat_template_kwargs` over them.
 
-    Each may be written as JSON text, as tabular files have it. A null is a column that is not there.
+    Each may be written as JSON text, as tabular files have it. A null is a column that is not there. `functions` are
+    tools, as they were called before.
     """
     given: dict[str, Any] = {}
-    for name in ("tools", "documents"):
+    for name in ("tools", "documents", "functions"):
         value = _parsed(record.get(name), name, row)
         if value is None:
             continue
         if not is_list(value) or not all(isinstance(item, Mapping) for item in value):
             raise BadPair(row, "wrong type", f"{name} is no list of objects")
         given[name] = list(value)
+    functions = given.pop("functions", [])
+    if functions and given.get("tools"):
+        raise BadPair(row, "two lists of tools", "tools, functions", "Keep one of the columns")
+    if functions:
+        given["tools"] = [
+            function if "function" in function else {"type": "function", "function": function} for function in functions
+        ]
     more = _parsed(record.get("chat_template_kwargs"), "chat_template_kwargs", row)
     if more is not None and not isinstance(more, Mapping):
         raise BadPair(row, "wrong type", f"chat_template_kwargs is {type(more).__name__}, not an object")
@@ -181,44 +199,71 @@ def _prompt_name(record: Record, answers: tuple[str, ...], chosen: Any, rejected
         return "prompt"
     if _holds_its_prompt(chosen) and _holds_its_prompt(rejected):
         return None
-    held = [name for name in PROMPTS if record.get(name) not in (None, "", [], ())]
+    held = [name for name in PROMPTS if not carries_nothing(record.get(name))]
     if len(held) > 1:
         raise BadPair(
             row, "more than one column could be the prompt", ", ".join(held), "Make one column prompt of them"
         )
     if held:
         return held[0]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        _refuse_guess({name: record[name] for name in record if name not in answers}, row)
+    _refuse_guess({name: record[name] for name in record if name not in answers}, row)
     return None
 
 
 def _holds_its_prompt(answer: Any) -> bool:
     """Whether it is a conversation that begins before the answer: messages, or HH-RLHF's turns."""
     if isinstance(answer, str):
-        return answer.startswith("\n\nHuman:")
+        return is_dialogue(answer)
     return bool(is_list(answer) and answer and isinstance(answer[0], Mapping) and answer[0].get("role") != "assistant")
 
 
 def _refuse_guess(record: Record, row: str) -> None:
-    """The beginning that two texts share is their prompt only where no column could hold it."""
+    """The beginning that two answers share is their prompt only where no column could hold it."""
     could = sorted(
         str(name)
         for name, value in record.items()
-        if isinstance(value, str | list | tuple | Mapping) and value and not _LABELS.search(str(name).lower())
+        if name not in (*SYSTEMS, *FOR_TEMPLATES) and not carries_nothing(value) and _could_be_prompt(str(name), value)
     )
     if could:
         remedy = "Rename the column that holds it to prompt; where chosen and rejected begin with it, remove the others"
         raise BadPair(row, "no column is the prompt by its name", f"found: {', '.join(could)}", remedy)
 
 
+def _could_be_prompt(name: str, value: object) -> bool:
+    if not isinstance(value, str | list | tuple | Mapping):
+        return False
+    if not _LABELS.search(name.lower()):
+        return True
+    return bool(_TOPICS.search(name.lower())) and any(map(_asks, strings(value)))
+
+
+def _asks(text: str) -> bool:
+    """Whether a text is more than the name of something."""
+    return len(text.split()) > 4 or "\n" in text.strip() or text.rstrip().endswith(("?", ":"))
+
+
+def _refuse_beside(record: Record, row: str) -> None:
+    """Raises BadPair where a column beside the prompt holds text that the prompt does not."""
+    prompt = "\n".join(strings(record["prompt"]))
+    more = [name for name in BESIDE if any(text.strip() not in prompt for text in strings(record.get(name)))]
+    if more:
+        remedy = "Write it into the prompt, or remove the column"
+        raise BadPair(row, "a column beside the prompt may be part of it", ", ".join(more), remedy)
+
+
 def _system(record: Record, row: str) -> str | None:
-    held = [name for name in SYSTEMS if record.get(name)]
-    if len(held) > 1 and record[held[0]] != record[held[1]]:
+    """The text of a system turn; "" where its columns are blank, and None where there is none."""
+    if not any(name in record for name in SYSTEMS):
+        return None
+    held: dict[str, str] = {}
+    for name in SYSTEMS:
+        text = record.get(name)
+        if carries_nothing(text):
+            continue
+        if not isinstance(text, str):
+            raise BadPair(row, "wrong type", f"{name} is {type(text).__name__}; it must be a string")
+        if text.strip():
+            held[name] = text
+    if len(set(held.values())) > 1:
         raise BadPair(row, "two system turns", ", ".join(held), "Keep one of the columns")
-    if not held:
-        return "" if any(name in record for name in SYSTEMS) else None
-    text = record[held[0]]
-    if not isinstance(text, str):
-        raise BadPair(row, "wrong type", f"{held[0]} is {type(text).__name__}; it must be a string")
-    return text
+    return next(iter(held.values()), "")

@@ -103,10 +103,19 @@ class PairDataset(Sequence[TokenizedPair]):
         """SHA-256 (hex) of the pairs' token ids, of which of them ended, and of their order; of nothing else."""
         digest = hashlib.sha256(b"tvkd_fast pairs 1")
         for pair in self._pairs:
-            parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-            head = [*map(len, parts), pair.chosen_ended, pair.rejected_ended]
-            digest.update(np.array([*head, *(i for part in parts for i in part)], dtype="<i8").tobytes())
+            digest.update(_in_bytes(pair))
         return digest.hexdigest()
+
+    @cached_property
+    def pair_digests(self) -> list[int]:
+        """63 bits for each pair, of what `fingerprint` is made of: enough to find the first pair that differs."""
+        return [int.from_bytes(hashlib.sha256(_in_bytes(pair)).digest()[:8]) >> 1 for pair in self._pairs]
+
+
+def _in_bytes(pair: TokenizedPair) -> bytes:
+    parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+    head = [*map(len, parts), pair.chosen_ended, pair.rejected_ended]
+    return np.array([*head, *(i for part in parts for i in part)], dtype="<i8").tobytes()
 
 
 def build_dataset(

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tvkd_fast.data.columns import Named, named
-from tvkd_fast.data.messages import is_list, read_messages, says, strings
+from tvkd_fast.data.messages import (
+    carries_nothing,
+    is_dialogue,
+    is_list,
+    read_dialogue,
+    read_messages,
+    says,
+    strings,
+)
 from tvkd_fast.data.pairs import BadPair, Message, Preference
 from tvkd_fast.data.sources import records
 
@@ -30,8 +38,6 @@ __all__ = [
     "to_preference",
 ]
 
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
@@ -160,9 +166,9 @@ def _plain(given: Named, row: str) -> Preference:
             raise BadPair(row, "empty response", name)
     if chosen == rejected:
         raise BadPair(row, "chosen equals rejected")
-    if _is_dialogue(chosen) and _is_dialogue(rejected):
+    if is_dialogue(chosen) and is_dialogue(rejected):
         # A dialogue's last turn may be empty, so the turns before it are compared, not the longest common beginning.
-        chosen_turns, rejected_turns = _dialogue(chosen), _dialogue(rejected)
+        chosen_turns, rejected_turns = read_dialogue(chosen), read_dialogue(rejected)
         return _answers_to_one_prompt(chosen_turns, rejected_turns, row)
     border = _word_border(chosen, rejected)
     if not chosen[:border].strip():
@@ -178,7 +184,7 @@ def _conversational(prompt: object, chosen: list[Message], rejected: list[Messag
         kind = type(prompt).__name__
         raise BadPair(row, "wrong type", f"prompt is {kind}; it must be a string or a list of messages")
     if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return Preference([{"role": "user", "content": prompt}], chosen, rejected, row)
+        return Preference(_as_user_turn(prompt, row), chosen, rejected, row, from_text=True)
     if prompt is None or isinstance(prompt, str):
         return _answers_to_one_prompt(chosen, rejected, row)
     asked = read_messages(prompt, "prompt", row)
@@ -194,10 +200,20 @@ def _answers_to_one_prompt(chosen: list[Message], rejected: list[Message], row: 
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
+    if shared == 0 and len(chosen) == len(rejected) == 1:
+        raise BadPair(row, "empty prompt", "no column is the prompt, and the conversations begin with the answer")
     if len(chosen) - shared != 1 or len(rejected) - shared != 1:
         detail = f"{len(chosen)} and {len(rejected)} turns, of which only the first {shared} are the same"
         raise BadPair(row, "prompts differ", detail)
     return Preference(chosen[:shared], chosen[shared:], rejected[shared:], row)
+
+
+def _as_user_turn(prompt: str, row: str) -> list[Message]:
+    """A text as the one turn of a conversation. Raises BadPair where it is written as turns already."""
+    if is_dialogue(prompt):
+        remedy = "Write the prompt as messages, or prompt, chosen and rejected as text without a system column"
+        raise BadPair(row, "the prompt's turns are text, and would be written as one turn", "Human: …", remedy)
+    return [{"role": "user", "content": prompt}]
 
 
 def _with_system(pair: Preference, given: Named) -> Preference:
@@ -206,19 +222,26 @@ def _with_system(pair: Preference, given: Named) -> Preference:
     if text is None:
         return pair
     if isinstance(pair.prompt, str):
-        if given.prompt is None or (text and text.strip() in pair.prompt):
+        if (given.prompt is None and not text) or (text and _stands_in(pair.prompt, text)):
             return pair
+        if given.prompt is None:
+            remedy = "Make a column prompt of it, or begin both answers with the system turn's text as a line"
+            raise BadPair(pair.row, "a system turn has no place before answers that hold their prompt", "", remedy)
         chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in (pair.chosen, pair.rejected))
-        pair = Preference([{"role": "user", "content": pair.prompt}], chosen, rejected, pair.row)
-    if not text.strip():
+        pair = Preference(_as_user_turn(pair.prompt, pair.row), chosen, rejected, pair.row, from_text=True)
+    if not text:
         return pair
-    turn = {"role": "system", "content": text}
     first = next(iter(pair.prompt), None)
     if not isinstance(first, dict) or first["role"] != "system":
-        return replace(pair, prompt=[turn, *pair.prompt])
-    if first != turn:
+        return replace(pair, prompt=[{"role": "system", "content": text}, *pair.prompt])
+    if first.get("content") != text:
         raise BadPair(pair.row, "two system turns", "a column and the prompt's first", "Keep one of them")
     return pair
+
+
+def _stands_in(prompt: str, system: str) -> bool:
+    """Whether the text is a paragraph of the prompt, or a turn that a template has written."""
+    return re.search(rf"(^|\n)[ \t]*{re.escape(system.strip())}[ \t]*($|\n|<)", prompt) is not None
 
 
 def _check(pair: Preference) -> None:
@@ -239,7 +262,7 @@ def _check(pair: Preference) -> None:
         except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and no tokenizer can read
             raise BadPair(pair.row, "text is not valid Unicode", name) from None
     if isinstance(pair.prompt, str):
-        homeless = [name for name, value in pair.template.items() if value not in ([], None)]
+        homeless = [name for name, value in pair.template.items() if not carries_nothing(value)]
         if homeless:
             remedy = "Write prompt, chosen and rejected as messages, or remove the column"
             raise BadPair(
@@ -253,16 +276,6 @@ def _says(part: str | list[Message]) -> bool:
 
 def _are_texts(value: object) -> bool:
     return isinstance(value, str) or (is_list(value) and bool(value) and all(isinstance(x, str) for x in value))
-
-
-def _is_dialogue(text: str) -> bool:
-    return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
-
-
-def _dialogue(text: str) -> list[Message]:
-    _, *parts = _HH_TURN.split(text)
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": _HH_ROLES[speaker], "content": content.strip()} for speaker, content in turns]
 
 
 def _word_border(chosen: str, rejected: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -10,6 +11,26 @@ from tvkd_fast.data.pairs import BadPair, Message
 
 SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Fields that make a turn without content say something all the same."""
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def is_dialogue(text: object) -> TypeGuard[str]:
+    """Whether it is text in HH-RLHF's turns, from the first user's on to an assistant's."""
+    return isinstance(text, str) and text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
+
+
+def read_dialogue(text: str) -> list[Message]:
+    """The turns of HH-RLHF's text as messages, without the white space around them."""
+    _, *parts = _HH_TURN.split(text)
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _HH_ROLES[speaker], "content": content.strip()} for speaker, content in turns]
+
+
+def carries_nothing(value: object) -> bool:
+    """Whether what a row gives its template is as good as nothing given: null, or empty."""
+    return value is None or (isinstance(value, list | tuple | Mapping | str) and not value)
 
 
 def read_messages(values: Sequence[Any], column: str, row: str) -> list[Message]:

@@ -48,6 +48,7 @@ class Preference:
 
     `template` is what the row gives the chat template beside the messages: `tools`, `documents` and its
     `chat_template_kwargs`. `unread` names the row's other columns, so that a template that asks for one is noticed.
+    `from_text` says that the row's prompt is a text, which was made the user's turn.
     """
 
     prompt: str | list[Message]
@@ -57,6 +58,7 @@ class Preference:
     subset: str = ""
     template: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = field(default=(), compare=False)
+    from_text: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if len({isinstance(part, str) for part in (self.prompt, self.chosen, self.rejected)}) > 1:

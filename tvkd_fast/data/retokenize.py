@@ -16,7 +16,7 @@ from tvkd_fast.data.dataset import PairDataset, report_of
 from tvkd_fast.data.formats import BadPair, Message, Preference
 from tvkd_fast.data.row_pairs import by_row, share_prompt, truncate_row
 from tvkd_fast.data.template_columns import carried
-from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair
+from tvkd_fast.data.tokenization import CHAT_TEMPLATE, PairTokenizer, TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,12 +71,15 @@ def retokenize(
         truncated += sum(was_cut for _, was_cut in cut)
         pairs += [pair for pair, _ in cut]
     if bad:
+        remedy = "Leave such rows out of the data, or choose another teacher"
+        if CHAT_TEMPLATE in bad[0].remedy:
+            remedy += f", or pass {CHAT_TEMPLATE.replace('chat', 'teacher_chat')}"
         more = f", and {len(bad) - 1:,} more rows" if len(bad) > 1 else ""
         raise BadPair(
             bad[0].row,
             f"the teacher's tokens cannot be made: {bad[0].reason}",
             f"{bad[0].detail}{more}",
-            "Leave such rows out of the data, or choose another teacher",
+            remedy,
         )
     report = report_of(
         pairs,
@@ -162,13 +165,7 @@ def _ways_to_write(content: str) -> list[str]:
 
 def _own(read: Preference, pair: TokenizedPair, theirs: PairTokenizer) -> TokenizedPair:
     """The text in the teacher's tokens, with an end where the policy's response has one."""
-    try:
-        own = theirs(read, chosen_ended=pair.chosen_ended, rejected_ended=pair.rejected_ended)
-    except BadPair:
-        raise
-    except ValueError as error:
-        remedy = "for the teacher that is --data.teacher_chat_template"
-        raise ValueError(f"of the teacher's tokens: {error} ({remedy})") from error
+    own = theirs(read, chosen_ended=pair.chosen_ended, rejected_ended=pair.rejected_ended)
     _check_text(own, read, theirs.tokenizer)
     return own
 

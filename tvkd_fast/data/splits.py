@@ -17,7 +17,7 @@ FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 
 _TABLES = (*FILE_SUFFIXES, ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".arrow")
 """Endings of files that hold rows, whether they are read here or not."""
-_SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5}).*")
 _NUMBER = re.compile(r"[-_. ]*\d+")
 
 _ANY = "*"
@@ -52,8 +52,9 @@ def files_of_split(folder: Path, split: str, config: str | None = None) -> list[
     if config is None and configs:
         config = _default(folder, configs)
     declared = configs.get(config, {}) if config is not None else {}
+    base = (folder / str(declared.get("data_dir") or "")).resolve()
     try:
-        found, splits = _resolved(folder, declared)
+        found, splits = _resolved(base, declared)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {', '.join(FILE_SUFFIXES)} file: {_listing(folder)}") from None
     except ValueError as error:  # names that datasets takes for no split's
@@ -65,14 +66,23 @@ def files_of_split(folder: Path, split: str, config: str | None = None) -> list[
             f"{folder}: {names} may all be of the split {split!r}, or not: set --data.train_split or --data.eval_split "
             f"to one of {', '.join(splits)}, give the file itself, or say under configs: in its README.md what is what"
         )
+    unmatched = _unmatched(base, split, declared)
+    if unmatched and files:
+        raise ValueError(
+            f"{folder}: its README.md names {', '.join(unmatched)} for the split {split!r}, which match no file: copy "
+            "the missing files, or take the names out"
+        )
     if not files:
         shown = {name: ", ".join(file.name for file in own[:3]) for name, own in splits.items() if own}
         has = "; ".join(f"{name}: {names}" for name, names in shown.items()) or _listing(folder)
+        if unmatched:
+            has = f"{', '.join(unmatched)} in README.md matches no file; {has}"
         raise ValueError(
             f"{folder} has no file of the split {split!r}: set --data.train_split or --data.eval_split to one that it "
             f"has ({has})"
         )
     _refuse_formats(folder, split, files)
+    _refuse_missing_shards(folder, split, files)
     return files
 
 
@@ -87,11 +97,47 @@ def _refuse_formats(folder: Path, split: str, files: list[Path]) -> None:
         raise ValueError(f"{folder}: the split {split!r} is there in several formats ({names}): keep one of them")
 
 
-def _resolved(folder: Path, declared: dict[str, Any]) -> tuple[Splits, Splits]:
+def _refuse_missing_shards(folder: Path, split: str, files: list[Path]) -> None:
+    """Raises ValueError where files number the shards that there are, and some of them are not there."""
+    shards: dict[tuple[Path, int], set[int]] = {}
+    for file in files:
+        numbered = _SHARD.search(file.name)
+        if numbered is not None:
+            whole = file.with_name(file.name[: numbered.start()]), int(numbered[2])
+            shards.setdefault(whole, set()).add(int(numbered[1]))
+    missing = [
+        f"{whole.name}-{i:05d}-of-{count:05d}"
+        for (whole, count), found in sorted(shards.items())
+        for i in sorted({*range(count)} - found)
+    ]
+    if missing:
+        more = ", …" if len(missing) > 12 else ""
+        raise ValueError(
+            f"{folder}: the split {split!r} lacks {', '.join(missing[:12])}{more}: copy or download the missing files, "
+            "or give a file itself to read it alone"
+        )
+
+
+def _unmatched(base: Path, split: str, declared: dict[str, Any]) -> list[str]:
+    """The patterns of a split in README.md that match no file."""
+    from datasets.data_files import resolve_pattern, sanitize_patterns
+
+    if declared.get("data_files") is None:
+        return []
+    patterns = {str(name): own for name, own in sanitize_patterns(declared["data_files"]).items()}
+    found = []
+    for pattern in patterns.get(split, []):
+        try:
+            resolve_pattern(pattern, glob.escape(str(base)))
+        except FileNotFoundError:
+            found.append(pattern)
+    return found
+
+
+def _resolved(base: Path, declared: dict[str, Any]) -> tuple[Splits, Splits]:
     """Returns the splits as `datasets` finds them, and those of them and of single names that can be asked for."""
     from datasets.data_files import DEFAULT_PATTERNS_ALL, SPLIT_PATTERN_SHARDED, get_data_patterns, sanitize_patterns
 
-    base = (folder / str(declared.get("data_dir") or "")).resolve()
     if declared.get("data_files") is not None:
         found = _matching(sanitize_patterns(declared["data_files"]), base)
         return found, found
@@ -118,7 +164,7 @@ def _resolved(folder: Path, declared: dict[str, Any]) -> tuple[Splits, Splits]:
 
 
 def _matching(patterns: dict[str, Any], base: Path) -> Splits:
-    """The files that hold rows of each split's patterns, each once."""
+    """Each split's files that hold rows, each once."""
     from datasets.data_files import resolve_pattern
 
     found: Splits = {}

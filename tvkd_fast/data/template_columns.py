@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tvkd_fast.data.chat_template import apply_template
-from tvkd_fast.data.messages import unwritten
+from tvkd_fast.data.messages import carries_nothing, unwritten
 from tvkd_fast.data.pairs import BadPair, Message, Preference
 
 if TYPE_CHECKING:
+    from jinja2 import nodes
     from transformers import PreTrainedTokenizerBase
 
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-_OWN = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
+_OWN = {
+    *("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"),
+    *("raise_exception", "strftime_now"),
+}
 """Variables of every template, which no other column of a row can mean."""
+_NO_VARIABLES = frozenset({"messages", "conversations", "tokenizer"})
+"""What the template is given by its caller, beside the arguments of `apply_chat_template`."""
 
 
 def write_messages(
@@ -40,7 +46,7 @@ def write_messages(
     """
     from jinja2 import TemplateError
 
-    taken = _arguments(type(tokenizer).apply_chat_template) & given.keys()
+    taken = (_arguments(type(tokenizer).apply_chat_template) | _NO_VARIABLES) & given.keys()
     if taken:
         remedy = "Remove it from chat_template_kwargs, which are the template's own variables"
         raise BadPair(row, "an argument that is no variable of the template", ", ".join(sorted(taken)), remedy)
@@ -58,7 +64,7 @@ def write_messages(
 
 
 def variables_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Names that the tokenizer's templates read and do not set; empty where they cannot be parsed."""
+    """Names that the tokenizer's templates read before they set them; empty where they cannot be parsed."""
     from jinja2 import Environment, TemplateError, meta
 
     templates = tokenizer.chat_template or {}
@@ -66,10 +72,34 @@ def variables_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     found: set[str] = set()
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         try:
-            found |= meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template)))
+            program = environment.parse(_GENERATION.sub("", template))
+            found |= meta.find_undeclared_variables(program) - _set_first(program)
         except TemplateError:  # writing the first conversation says what is wrong with it
             continue
     return frozenset(found - _OWN)
+
+
+def _set_first(program: nodes.Template) -> set[str]:
+    """Names that a template sets before it reads them, such as in one branch of several: jinja takes them for given."""
+    seen: dict[str, str] = {}
+    for name, use in _uses(program):
+        seen.setdefault(name, use)
+    return {name for name, use in seen.items() if use == "store"}
+
+
+def _uses(node: nodes.Node) -> Iterator[tuple[str, str]]:
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Name):
+        yield node.name, node.ctx
+    if isinstance(node, nodes.Macro):
+        yield node.name, "store"
+    inner = list(node.iter_child_nodes())
+    if isinstance(node, nodes.Assign | nodes.For):
+        # What is assigned is read first.
+        inner.sort(key=lambda child: child is not (node.node if isinstance(node, nodes.Assign) else node.iter))
+    for child in inner:
+        yield from _uses(child)
 
 
 def check_columns(pair: Preference, variables: frozenset[str]) -> None:
@@ -83,7 +113,8 @@ def check_columns(pair: Preference, variables: frozenset[str]) -> None:
 def carried(pair: Preference) -> list[str]:
     """Names of what the pair carries beside roles and contents, which only a template can write."""
     parts = [part for part in (pair.prompt, pair.chosen, pair.rejected) if not isinstance(part, str)]
-    return [*pair.template, *(f"{name} in messages" for name in unwritten([m for part in parts for m in part]))]
+    given = [name for name, value in pair.template.items() if not carries_nothing(value)]
+    return [*given, *(f"{name} in messages" for name in unwritten([m for part in parts for m in part]))]
 
 
 def check_without_template(pair: Preference) -> None:

@@ -8,6 +8,7 @@ end with the beginning of a response, the merged token is the response's, and th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +22,8 @@ from tvkd_fast.data.template_columns import check_columns, check_without_templat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHAT_TEMPLATE = "--data.chat_template never"
+"""What helps where the tokenizer's template cannot write the data."""
 _HH_NAMES = {"user": "Human", "assistant": "Assistant"}
 
 
@@ -90,6 +93,8 @@ class PairTokenizer:
         A response that is said not to have ended has no end, and nothing of what the template writes behind an answer.
         """
         templated = self.uses_template and not isinstance(pair.prompt, str)
+        if templated and pair.from_text:
+            self._refuse_written(pair)
         ended = (chosen_ended, rejected_ended)
         prompt, *texts = self._render(pair, ended) if templated else _render_plain(pair)
         own = self._ids(prompt)
@@ -117,26 +122,40 @@ class PairTokenizer:
             rejected_ended,
             pair.row,
             merged=border < len(alone),
-            written_before=by_itself or (not templated and not self._written.isdisjoint(own)),
+            written_before=by_itself or (not templated and self.written_before(prompt)),
         )
 
     def prompt_ids(self, prompt: str | list[Message], row: str, given: Mapping[str, Any] | None = None) -> list[int]:
         """Ids of a prompt alone, as a model is asked it; `given` is what its row gives the template."""
         if self.uses_template and not isinstance(prompt, str):
             return self._ids(self._template(prompt, row, given or {}, add_generation_prompt=True))
-        own = self._ids(prompt if isinstance(prompt, str) else _asked(prompt))
+        if not isinstance(prompt, str):
+            check_without_template(Preference(prompt, [], [], row, template=given or {}))
+            prompt = _asked(prompt)
+        own = self._ids(prompt)
         return self._opening(own) + own
 
     def written_before(self, text: str) -> bool:
-        """Whether the text holds special tokens of its own, as a chat template writes them."""
-        return not self._written.isdisjoint(self._ids(text))
+        """Whether the text has special tokens where a chat template writes them, at the beginning of a line: one in the
+        middle of a sentence is spoken of."""
+        return self._written.search(text) is not None
+
+    def _refuse_written(self, pair: Preference) -> None:
+        assert isinstance(pair.prompt, list)
+        if self.written_before(pair.prompt[-1]["content"]):
+            remedy = "Write the prompt as messages, or prompt, chosen and rejected as text without a system column"
+            raise BadPair(
+                pair.row, "a chat template has written the prompt, and would write it again as one turn", remedy=remedy
+            )
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @cached_property
-    def _written(self) -> frozenset[int]:
-        return (self.special_ids - {self.tokenizer.unk_token_id}) | {self.ends.eos_id}
+    def _written(self) -> re.Pattern[str]:
+        ids = sorted((self.special_ids - {self.tokenizer.unk_token_id}) | {self.ends.eos_id})
+        tokens = "|".join(re.escape(token) for token in self.tokenizer.convert_ids_to_tokens(ids) if token.strip())
+        return re.compile(rf"^\s*({tokens})", re.MULTILINE)
 
     @cached_property
     def opening(self) -> list[int]:
@@ -187,10 +206,11 @@ class PairTokenizer:
             messages = [*pair.prompt, *answer]
             whole = self._template(messages, pair.row, pair.template, add_generation_prompt=False)
             if not whole.startswith(prompt):
-                raise ValueError(
-                    f"{pair.row}: the tokenizer's chat template writes the prompt otherwise once an answer follows it, "
-                    "so prompt and response cannot be told apart: pass --data.chat_template never, or give the "
-                    "tokenizer a template that leaves earlier turns as they are"
+                raise BadPair(
+                    pair.row,
+                    "the chat template writes the prompt otherwise once an answer follows it",
+                    "so prompt and response cannot be told apart",
+                    f"Pass {CHAT_TEMPLATE}, or give the tokenizer a template that leaves earlier turns as they are",
                 )
             response = whole[len(prompt) :]
             responses.append(
@@ -226,9 +246,9 @@ def tokenize_pair(
 
     Raises:
         BadPair: prompt or response has no tokens, both responses have the same ones, the template refuses the
-            conversation (some ask user and assistant to take turns) or fails over it, or there is none to write what
-            the row carries beside roles and contents.
-        ValueError: the tokenizer has no end-of-sequence token, or its template rewrites the prompt.
+            conversation (some ask user and assistant to take turns), fails over it or rewrites the prompt, or there is
+            none to write what the row carries beside roles and contents.
+        ValueError: the tokenizer has no end-of-sequence token.
     """
     return PairTokenizer(tokenizer, chat_template=chat_template, stop_ids=stop_ids)(pair)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -22,25 +22,33 @@ h2 { font-size: .85rem; margin: 0 0 .3rem; color: #c1440e; overflow-wrap: anywhe
 """
 
 
-def markdown_page(prompts: Sequence[list[Message]], said: Mapping[str, Sequence[str]]) -> str:
-    """A section a prompt; what models wrote is quoted as it is, in fences that none of it can close."""
+def markdown_page(prompts: Sequence[str | list[Message]], said: Mapping[str, Sequence[str]]) -> str:
+    """One section per prompt; what models wrote is quoted as it is, in fences that none of it can close."""
     parts = ["# Answers side by side\n"]
-    for i, prompt in enumerate(prompts):
-        parts.append(f"## {i + 1}\n\n{_quoted(_conversation(prompt))}\n")
-        parts += [f"**{name}**\n\n{_quoted(of_model[i])}\n" for name, of_model in said.items()]
+    for i, (prompt, answers) in enumerate(_side_by_side(prompts, said), start=1):
+        parts.append(f"## {i}\n\n{_quoted(_conversation(prompt))}\n")
+        parts += [f"**{name}**\n\n{_quoted(answer)}\n" for name, answer in answers.items()]
     return "\n".join(parts)
 
 
-def html_page(prompts: Sequence[list[Message]], said: Mapping[str, Sequence[str]]) -> str:
-    """The same, a column a model."""
+def html_page(prompts: Sequence[str | list[Message]], said: Mapping[str, Sequence[str]]) -> str:
+    """The same as HTML, one column per model."""
     sections = []
-    for i, prompt in enumerate(prompts):
+    for prompt, answers in _side_by_side(prompts, said):
         cells = "".join(
-            f"<div><h2>{escape(name)}</h2><p>{escape(of_model[i])}</p></div>" for name, of_model in said.items()
+            f"<div><h2>{escape(name)}</h2><p>{escape(answer)}</p></div>" for name, answer in answers.items()
         )
         asked = escape(_conversation(prompt))
         sections.append(f'<section><p class="prompt">{asked}</p><div class="answers">{cells}</div></section>')
     return page("Answers side by side", STYLE, "\n".join(sections))
+
+
+def _side_by_side(
+    prompts: Sequence[str | list[Message]], said: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str | list[Message], dict[str, str]]]:
+    """Each prompt with what every model answered to it. Raises ValueError where one has not answered all of them."""
+    for prompt, *answers in zip(prompts, *said.values(), strict=True):
+        yield prompt, dict(zip(said, answers, strict=True))
 
 
 def page(title: str, style: str, body: str) -> str:
@@ -51,7 +59,9 @@ def page(title: str, style: str, body: str) -> str:
     )
 
 
-def _conversation(prompt: list[Message]) -> str:
+def _conversation(prompt: str | list[Message]) -> str:
+    if isinstance(prompt, str):
+        return prompt
     if len(prompt) == 1:
         return text_of(prompt[0])
     return "\n\n".join(f"{turn['role']}: {text_of(turn)}" for turn in prompt)

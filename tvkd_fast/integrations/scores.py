@@ -17,6 +17,7 @@ from torch import Tensor
 from tvkd_fast.data import PairDataset, TokenizedPair, TokenReport, collate_pairs
 from tvkd_fast.integrations.teacher import ShapingSettings
 from tvkd_fast.scoring.cache import MANIFEST, ScoreCache, read_manifest
+from tvkd_fast.scoring.score_pairs import first_difference
 
 AT_ONCE = 256
 """Pairs that are looked up together."""
@@ -67,8 +68,10 @@ class CachedReturns:
         dataset = PairDataset(pairs, TokenReport("", 0, 0, "keep_start"))
         made = [manifest.dataset == dataset.fingerprint for manifest in self.manifests]
         if not any(made):
+            where = first_difference(self.folders, dataset)
             raise ValueError(
-                f"none of {', '.join(self.folders)} was made of these {len(dataset):,} pairs in these tokens: run "
+                f"none of {', '.join(self.folders)} was made of these {len(dataset):,} pairs in these tokens"
+                f"{where and f' ({where})'}: run "
                 "`tvkd score` with the same data, tokenizer and max_length (`--which eval` for evaluation data), give "
                 "every dataset's folder, or the teacher itself"
             )

@@ -75,6 +75,13 @@ def load_model(
     return merge_adapter(base, adapter)
 
 
+def base_name(name: str | Path) -> str:
+    """Returns the name of the model itself: the base of an adapter that lies by itself, and otherwise the name."""
+    source = locate(name)
+    adapter = adapter_of(source)
+    return str(name) if adapter is None or adapter.base == source.name else base_name(adapter.base)
+
+
 def adapter_of(source: ModelSource) -> AdapterFolder | None:
     """Return the adapter at this place, or None where it is a whole model."""
     return None if source.gguf_file is not None else adapter_folder(source.name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tvkd_fast.models.adapter_folder import resize_for_adapter
-from tvkd_fast.models.load import adapter_of, locate, unreadable
+from tvkd_fast.models.load import adapter_of, base_name, locate, unreadable
 from tvkd_fast.models.lora import adapter_sizes
 from tvkd_fast.models.prune import config_of_layers, kept_layers
 
@@ -85,10 +85,9 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """A model's own config; ValueError with the remedy where it cannot be read."""
     from transformers import AutoConfig
 
-    source = locate(name)
-    adapter = adapter_of(source)
-    if adapter is not None and adapter.base != source.name:
-        return model_config(adapter.base, trust_remote_code=trust_remote_code)
+    base, source = base_name(name), locate(name)
+    if base != name:
+        return model_config(base, trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options())
     except (OSError, ImportError) as error:

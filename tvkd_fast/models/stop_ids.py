@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvkd_fast.models.load import adapter_of, locate
+from tvkd_fast.models.load import base_name, locate
 from tvkd_fast.models.shapes import read_config
 
 if TYPE_CHECKING:
@@ -19,13 +19,11 @@ def stop_ids_of(model: PreTrainedModel) -> frozenset[int]:
 
 
 def load_stop_ids(name: str | Path, *, trust_remote_code: bool = False) -> frozenset[int]:
-    """The same of the model that `load_model` finds by this name, without its weights; of an adapter, its base's."""
+    """The same ids of the model that `load_model` finds by this name, without weights; an adapter has its base's."""
     from transformers import GenerationConfig
 
-    source = locate(name)
-    adapter = adapter_of(source)
-    if adapter is not None and adapter.base != source.name:
-        return load_stop_ids(adapter.base, trust_remote_code=trust_remote_code)
+    base = base_name(name)
+    source = locate(base)
     if source.gguf_file is not None:
         # Its file has one end, the tokenizer's.
         return frozenset()
@@ -33,7 +31,7 @@ def load_stop_ids(name: str | Path, *, trust_remote_code: bool = False) -> froze
         return _ids(GenerationConfig.from_pretrained(source.name))
     except OSError:
         # It has none of its own; transformers then makes one of the model's config.
-        return _ids(read_config(str(name), trust_remote_code=trust_remote_code))
+        return _ids(read_config(base, trust_remote_code=trust_remote_code))
 
 
 def _ids(config: Any) -> frozenset[int]:

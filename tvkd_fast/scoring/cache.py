@@ -31,6 +31,8 @@ from tvkd_fast.files import put_in_place, refuse_place, sha256_of, unfinished
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+DIGESTS = "pair_digests"
+"""Of the pairs whose scores a shard holds, `PairDataset.pair_digests`; shards of older versions have none."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,10 @@ class ScoreWriter:
     what follows it are made again. An older cache in `folder` stands until then.
     """
 
-    def __init__(self, folder: str | Path, manifest: ScoreManifest, layout: ScoreLayout) -> None:
-        self.folder, self.layout = Path(expanduser(folder)), layout
+    def __init__(
+        self, folder: str | Path, manifest: ScoreManifest, layout: ScoreLayout, digests: Sequence[int] = ()
+    ) -> None:
+        self.folder, self.layout, self.digests = Path(expanduser(folder)), layout, digests
         check_score_folder(self.folder)
         self.partial = unfinished(self.folder)
         self.manifest = replace(manifest, shards=self._kept(manifest))
@@ -260,6 +264,8 @@ class ScoreWriter:
             tensors.pop("lse_kappa", None)
         dtype = getattr(torch, self.manifest.value_dtype)
         count = scores.ref_logps.shape[0]
+        if self.digests:
+            tensors[DIGESTS] = torch.tensor(self.digests[self.pairs : self.pairs + count])
         path = self.partial / f"scores-{len(self.manifest.shards):05d}.safetensors"
         try:
             self.partial.mkdir(parents=True, exist_ok=True)

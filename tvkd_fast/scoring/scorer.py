@@ -170,7 +170,7 @@ def score_to_disk(
     """The same shard by shard into a folder, which the first process writes. Killed, it goes on after the last whole
     shard when it is run again."""
     layout = scorer.layout(dataset)
-    writer = ScoreWriter(folder, manifest, layout) if world.first else None
+    writer = ScoreWriter(folder, manifest, layout, dataset.pair_digests) if world.first else None
     start = world.told(0 if writer is None else writer.pairs)
     with _bar(len(dataset), start, progress) as bar:
         for first in range(start, len(dataset), pairs_per_shard):
