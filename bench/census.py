@@ -83,9 +83,9 @@ KERNELS = {
 PRODUCTS = ("head_stats", "head_marks", "dlogits", "product", "exponentials")
 """Kernels with a matrix product in them; the others have no main loop of loads and no tensor cores to use."""
 
-_INTEGERS = {"ended": "*i1", "cold": "*i8"}
-_INTEGERS |= dict.fromkeys(("labels", "cu_seqlens", "cu_states", "starts", "counts", "order", "edges"), "*i64")
-_INTEGERS |= dict.fromkeys(("words", "cold_words", "columns", "rows", "row_dice", "column_dice", "free"), "*i32")
+_INTEGERS = {"ended": "i1", "cold": "i8"}
+_INTEGERS |= dict.fromkeys(("labels", "cu_seqlens", "cu_states", "starts", "counts", "order", "edges"), "i64")
+_INTEGERS |= dict.fromkeys(("words", "cold_words", "columns", "rows", "row_dice", "column_dice", "free"), "i32")
 _MATRICES = ("hidden", "weight", "left", "right")
 _OPERANDS = (*_MATRICES, "bias", "dlogits", "exponentials", "grad_hidden", "grad_weight", "grad_bias")
 _EPILOGUE_FLOATS = ("beta", "alpha", "gamma", "label_smoothing")
@@ -353,36 +353,39 @@ def binary(build: Build) -> Any:
     if config is not None:
         switches = config.switches | {"PRECISION": precision(DTYPES[build.dtype], TARGETS[build.target][0])} | switches
     signature = {name: "constexpr" if name in switches else _type(name, build) for name in kernel.arg_names}
+    multiples = ("D", "N") if build.kernel == "product" else ("D",)
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if build.aligned and (signature[name].startswith("*") or name == "D" or name.endswith("_stride"))
+        if build.aligned and (signature[name].startswith("*") or name in multiples or name.endswith("_stride"))
     }
-    if build.kernel == "product" and build.aligned:
-        aligned[(kernel.arg_names.index("N"),)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, switches, aligned)
     return triton.compile(source, target=TARGETS[build.target][1], options=build.options)
 
 
 def _type(name: str, build: Build) -> str:
-    config = build.config
+    """Triton's name of the type that a launch hands to the parameter."""
+    if name.endswith("_ptr"):
+        return _pointer(name.removesuffix("_ptr"), build)
     if build.kernel == "preference_epilogue" and name in _EPILOGUE_FLOATS:
         return "fp64"
-    if name in _INTEGERS:
-        return _INTEGERS[name]
     if name in _FLOATS:
         return "fp32"
-    if name in _SIZES or name.endswith("_stride"):
-        return "i32"
+    assert name in _SIZES or name.endswith("_stride"), f"{build.kernel}: no type is known for {name}"
+    return "i32"
+
+
+def _pointer(name: str, build: Build) -> str:
+    if build.config is not None and build.config.bulk and name in _MATRICES:
+        return f"tensordesc<{build.dtype}[{_block(name, build.config, build)}]>"
+    if name in _INTEGERS:
+        return f"*{_INTEGERS[name]}"
     if name in _OPERANDS:
-        bulk = config is not None and config.bulk and name in _MATRICES
-        return f"tensordesc<{build.dtype}[{_block(name, build)}]>" if bulk else f"*{build.dtype}"
-    return f"*{build.out}" if name == "out" else "*fp32"
+        return f"*{build.dtype}"
+    return f"*{build.out if name == 'out' else 'fp32'}"
 
 
-def _block(name: str, build: Build) -> str:
-    config = build.config
-    assert config is not None
+def _block(name: str, config: TileConfig, build: Build) -> str:
     sides = {
         "hidden": (config.block_m, config.block_k),
         "weight": (config.block_n, config.block_k),

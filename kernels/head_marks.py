@@ -86,20 +86,20 @@ def uniform(a, b):
 
 @triton.jit
 def head_marks_kernel(
-    hidden,
-    weight,
-    bias,
-    labels,
-    floors,
-    cold,
-    cold_words,
-    row_dice,
-    column_dice,
-    partial_max,
-    partial_sum,
-    partial_rest,
-    target,
-    words,
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    labels_ptr,
+    floors_ptr,
+    cold_ptr,
+    cold_words_ptr,
+    row_dice_ptr,
+    column_dice_ptr,
+    partial_max_ptr,
+    partial_sum_ptr,
+    partial_rest_ptr,
+    target_ptr,
+    words_ptr,
     N,
     V,
     D,
@@ -126,12 +126,12 @@ def head_marks_kernel(
     m, split = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(tiles, SPLIT_TILES), GROUP)
     row = m * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
-    label = tl.load(labels + rows, mask=rows < N, other=ignore_index)
+    label = tl.load(labels_ptr + rows, mask=rows < N, other=ignore_index)
     if tl.max((label != ignore_index).to(tl.int32), 0) == 0:
         return
     # Compared as it came: an id that 32 bits cannot hold must not wrap round into the vocabulary.
     label = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
-    floor = tl.load(floors + rows, mask=rows < N, other=0.0)
+    floor = tl.load(floors_ptr + rows, mask=rows < N, other=0.0)
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     rest = tl.zeros((BLOCK_M,), tl.float32)
@@ -139,13 +139,13 @@ def head_marks_kernel(
     for tile in range(first, tl.minimum(first + SPLIT_TILES, tiles)):
         column = tile * BLOCK_N
         z = logits_tile(
-            hidden, weight, bias, row, column, N, V, D, hidden_stride, weight_stride, logit_scale, softcap,
+            hidden_ptr, weight_ptr, bias_ptr, row, column, N, V, D, hidden_stride, weight_stride, logit_scale, softcap,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
         columns = column + tl.arange(0, BLOCK_N)
         here = (label >= column) & (label < column + BLOCK_N)
         own = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
-        tl.store(target + rows, own, mask=here & (rows < N))
+        tl.store(target_ptr + rows, own, mask=here & (rows < N))
         z = tl.where(columns[None, :] < V, z, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(z, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -156,14 +156,14 @@ def head_marks_kernel(
         limit = eps * tl.maximum(total, tl.exp(tl.minimum(floor - shift, HIGHEST)))
         limits = limit[:, None]
         if UNBIASED:
-            a = tl.load(row_dice + rows, mask=rows < N, other=0)
-            b = tl.load(column_dice + columns, mask=columns < V, other=0)
+            a = tl.load(row_dice_ptr + rows, mask=rows < N, other=0)
+            b = tl.load(column_dice_ptr + columns, mask=columns < V, other=0)
             limits *= uniform(a[:, None], b[None, :])
         # Reshaped as bits and then shifted: shifted first, every word's 32 numbers would be held at once.
         bits = tl.reshape(e >= limits, (BLOCK_M, BLOCK_N // 32, 32)).to(tl.int32)
         word = tl.sum(bits << tl.arange(0, 32)[None, None, :], 2)
         # Compared once more: masks that were kept from above would fill a scalar register file.
-        there = tl.load(cold + columns, mask=columns < V, other=0).to(tl.float32)
+        there = tl.load(cold_ptr + columns, mask=columns < V, other=0).to(tl.float32)
         e *= there[None, :]
         e = tl.where(e < limits, e, 0.0)
         if HAS_SOFTCAP:
@@ -172,12 +172,12 @@ def head_marks_kernel(
         rest = rest * decay + tl.sum(e, 1)
         # A label that is not among them is marked after the pass, a row at a time and not once an entry.
         place = column // 32 + tl.arange(0, BLOCK_N // 32)
-        word &= tl.load(cold_words + place)[None, :]
-        tl.store(words + rows.to(tl.int64)[:, None] * words_stride + place[None, :], word, mask=(rows < N)[:, None])
+        word &= tl.load(cold_words_ptr + place)[None, :]
+        tl.store(words_ptr + rows.to(tl.int64)[:, None] * words_stride + place[None, :], word, mask=(rows < N)[:, None])
     place = split.to(tl.int64) * N + rows
-    tl.store(partial_max + place, running_max, mask=rows < N)
-    tl.store(partial_sum + place, total, mask=rows < N)
-    tl.store(partial_rest + place, rest, mask=rows < N)
+    tl.store(partial_max_ptr + place, running_max, mask=rows < N)
+    tl.store(partial_sum_ptr + place, total, mask=rows < N)
+    tl.store(partial_rest_ptr + place, rest, mask=rows < N)
 
 
 def mark(
@@ -327,32 +327,37 @@ def _marks(
     """
     (n, d), weight = hidden.shape, head.weight
     splits = triton.cdiv(triton.cdiv(head.vocab_size, config.block_n), config.split_tiles)
-    partials = hidden.new_empty((3, splits * n), dtype=torch.float32)
+    partial_max, partial_sum, partial_rest = hidden.new_empty((3, splits * n), dtype=torch.float32)
+    maximum, log_total, log_rest, target = numbers
     launch(
         head_marks_kernel,
         triton.cdiv(n, config.block_m) * splits,
-        operand(hidden, (config.block_m, config.block_k), config),
-        operand(weight, (config.block_n, config.block_k), config),
-        head.bias,
-        labels,
-        floors,
-        *cold,
-        *dice,
-        *partials,
-        numbers[3],
-        words,
-        n,
-        head.vocab_size,
-        d,
-        hidden.stride(0),
-        weight.stride(0),
-        words.stride(0),
-        ignore_index,
-        head.logit_scale,
-        head.softcap or 1.0,
-        rule.eps * SLACK,
         on=hidden,
         options=config.options,
+        hidden_ptr=operand(hidden, (config.block_m, config.block_k), config),
+        weight_ptr=operand(weight, (config.block_n, config.block_k), config),
+        bias_ptr=head.bias,
+        labels_ptr=labels,
+        floors_ptr=floors,
+        cold_ptr=cold[0],
+        cold_words_ptr=cold[1],
+        row_dice_ptr=dice[0],
+        column_dice_ptr=dice[1],
+        partial_max_ptr=partial_max,
+        partial_sum_ptr=partial_sum,
+        partial_rest_ptr=partial_rest,
+        target_ptr=target,
+        words_ptr=words,
+        N=n,
+        V=head.vocab_size,
+        D=d,
+        hidden_stride=hidden.stride(0),
+        weight_stride=weight.stride(0),
+        words_stride=words.stride(0),
+        ignore_index=ignore_index,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 1.0,
+        eps=rule.eps * SLACK,
         **config.switches,
         SPLIT_TILES=config.split_tiles,
         EVEN_K=d % config.block_k == 0,
@@ -361,20 +366,12 @@ def _marks(
         UNBIASED=dice[0] is not None,
         PRECISION=precision(hidden.dtype, target_of(hidden)),
     )
-    maximum, log_total, log_rest, _ = numbers
     # log Σ rest is what the merge calls LSE(κz) at κ = 1: a second sum, taken from the same maximum.
-    partial_max, partial_sum, partial_rest = partials
     merge_splits(
-        partial_max,
-        partial_sum,
-        partial_rest,
-        None,
-        labels,
-        maximum,
-        log_total,
-        log_rest,
-        None,
+        {"maximum": partial_max, "log_total": partial_sum, "lse_kappa": partial_rest},
+        {"maximum": maximum, "log_total": log_total, "lse_kappa": log_rest},
         splits,
+        labels=labels,
         ignore_index=ignore_index,
         kappa=1.0,
     )

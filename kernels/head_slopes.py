@@ -34,15 +34,15 @@ SLOPE_ROWS, SLOPE_COLUMNS = 4, 512
 
 @triton.jit
 def exponentials_kernel(
-    hidden,
-    weight,
-    bias,
-    labels,
-    held_exponents,
-    exponentials,
-    exponents,
-    totals,
-    target,
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    labels_ptr,
+    held_exponents_ptr,
+    exponentials_ptr,
+    exponents_ptr,
+    totals_ptr,
+    target_ptr,
     R,
     C,
     D,
@@ -68,34 +68,34 @@ def exponentials_kernel(
     m, n = grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(C, BLOCK_N), GROUP)
     row, column = m * BLOCK_M, n * BLOCK_N
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    label = tl.load(labels + rows, mask=rows < R, other=ignore_index)
+    label = tl.load(labels_ptr + rows, mask=rows < R, other=ignore_index)
     if tl.max((label != ignore_index).to(tl.int32), 0) == 0:
         return
     z = logits_tile(
-        hidden, weight, bias, row, column, R, C, D, hidden_stride, weight_stride, logit_scale, softcap,
+        hidden_ptr, weight_ptr, bias_ptr, row, column, R, C, D, hidden_stride, weight_stride, logit_scale, softcap,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     local = tl.where((label >= first_column) & (label < first_column + C), label - first_column, -1).to(tl.int32)
     here = (local >= column) & (local < column + BLOCK_N)
     at_label = columns[None, :] == local[:, None]
     own = tl.sum(tl.where(at_label, z, 0.0), 1)
-    tl.store(target + rows, own, mask=here & (rows < R))
+    tl.store(target_ptr + rows, own, mask=here & (rows < R))
     # The label's term is added at the end: p_y − 1 of a peaked softmax must not be a difference of rounded numbers.
     z = tl.where(at_label | (columns >= C)[None, :], float("-inf"), z)
     top = tl.maximum(tl.max(z, 1), tl.where(here, own, float("-inf")))
     # Whole steps, and the older exponent where it still serves: neighbours then mostly agree and need no settling.
     k = tl.floor(top * (1.4426950408889634 / STEP) + 0.5) * STEP
-    k = tl.maximum(k, tl.load(held_exponents + rows, mask=rows < R, other=0.0))
+    k = tl.maximum(k, tl.load(held_exponents_ptr + rows, mask=rows < R, other=0.0))
     shift = tl.where(k == float("-inf"), 0.0, k)
     high, low = shift * LN2_HIGH, shift * LN2_LOW
     e = tl.exp(z - high[:, None] - low[:, None])
     place = n.to(tl.int64) * R + rows
-    tl.store(exponents + place, k, mask=rows < R)
-    tl.store(totals + place, tl.sum(e, 1), mask=rows < R)
+    tl.store(exponents_ptr + place, k, mask=rows < R)
+    tl.store(totals_ptr + place, tl.sum(e, 1), mask=rows < R)
     if HAS_SOFTCAP:
         capped = tl.maximum(z, -softcap) / softcap
         e *= 1.0 - capped * capped
-    tl.store(exponentials + rows.to(tl.int64)[:, None] * exponentials_stride + columns[None, :], e * ROOM)
+    tl.store(exponentials_ptr + rows.to(tl.int64)[:, None] * exponentials_stride + columns[None, :], e * ROOM)
 
 
 @triton.jit
@@ -106,13 +106,13 @@ def power_of_two(k, base):
 
 @triton.jit
 def settle_kernel(
-    exponentials,
-    exponents,
-    totals,
-    held_exponents,
-    new_exponents,
-    held_total,
-    held_sums,
+    exponentials_ptr,
+    exponents_ptr,
+    totals_ptr,
+    held_exponents_ptr,
+    new_exponents_ptr,
+    held_total_ptr,
+    held_sums_ptr,
     R,
     D,
     exponentials_stride,
@@ -126,46 +126,46 @@ def settle_kernel(
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < R
     place = rows.to(tl.int64)
-    before = tl.load(held_exponents + rows, mask=inside, other=0.0)
+    before = tl.load(held_exponents_ptr + rows, mask=inside, other=0.0)
     base = before
-    there = exponents + place
+    there = exponents_ptr + place
     for _ in range(tiles):
         base = tl.maximum(base, tl.load(there, mask=inside, other=0.0))
         there += R
     decay = power_of_two(before, base)
     if n == 0:
-        total = tl.load(held_total + rows, mask=inside, other=0.0) * decay
+        total = tl.load(held_total_ptr + rows, mask=inside, other=0.0) * decay
         entry = place
         for _ in range(tiles):
-            k = tl.load(exponents + entry, mask=inside, other=0.0)
-            total += tl.load(totals + entry, mask=inside, other=0.0) * power_of_two(k, base)
+            k = tl.load(exponents_ptr + entry, mask=inside, other=0.0)
+            total += tl.load(totals_ptr + entry, mask=inside, other=0.0) * power_of_two(k, base)
             entry += R
-        tl.store(held_total + rows, total, mask=inside)
-        tl.store(new_exponents + rows, base, mask=inside)
-    own = tl.load(exponents + n.to(tl.int64) * R + rows, mask=inside, other=0.0)
+        tl.store(held_total_ptr + rows, total, mask=inside)
+        tl.store(new_exponents_ptr + rows, base, mask=inside)
+    own = tl.load(exponents_ptr + n.to(tl.int64) * R + rows, mask=inside, other=0.0)
     if tl.max((inside & (own != base)).to(tl.int32), 0) > 0:
         columns = n * TILE + tl.arange(0, TILE)
-        e_pointers = exponentials + place[:, None] * exponentials_stride + columns[None, :]
+        e_pointers = exponentials_ptr + place[:, None] * exponentials_stride + columns[None, :]
         e = tl.load(e_pointers, mask=inside[:, None], other=0.0).to(tl.float32)
         tl.store(e_pointers, e * power_of_two(own, base)[:, None], mask=inside[:, None])
     if HAS_HELD and tl.max((inside & (before != base)).to(tl.int32), 0) > 0:
         for d in range(n * TILE, D, tiles * TILE):
             columns = d + tl.arange(0, TILE)
-            sum_pointers = held_sums + place[:, None] * held_stride + columns[None, :]
+            sum_pointers = held_sums_ptr + place[:, None] * held_stride + columns[None, :]
             wanted = inside[:, None] & (columns < D)[None, :]
             tl.store(sum_pointers, tl.load(sum_pointers, mask=wanted, other=0.0) * decay[:, None], mask=wanted)
 
 
 @triton.jit
 def slopes_kernel(
-    slopes,
-    weight,
-    labels,
-    target,
-    exponents,
-    totals,
-    maximum,
-    log_total,
+    slopes_ptr,
+    weight_ptr,
+    labels_ptr,
+    target_ptr,
+    exponents_ptr,
+    totals_ptr,
+    maximum_ptr,
+    log_total_ptr,
     R,
     V,
     D,
@@ -182,19 +182,19 @@ def slopes_kernel(
     column_tiles = tl.cdiv(D, BLOCK_N)
     m, n = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     rows, columns = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = tl.load(labels + rows, mask=rows < R, other=ignore_index)
+    label = tl.load(labels_ptr + rows, mask=rows < R, other=ignore_index)
     kept = label != ignore_index
-    k = tl.load(exponents + rows, mask=kept, other=0.0)
-    z = tl.load(target + rows, mask=kept, other=0.0)
+    k = tl.load(exponents_ptr + rows, mask=kept, other=0.0)
+    z = tl.load(target_ptr + rows, mask=kept, other=0.0)
     shift = tl.where(k == float("-inf"), 0.0, k)
-    others = tl.load(totals + rows, mask=kept, other=0.0)
+    others = tl.load(totals_ptr + rows, mask=kept, other=0.0)
     total = others + tl.exp(z - shift * LN2_HIGH - shift * LN2_LOW)
     if n == 0:
         # Powers of two go from the total into k, so that the logarithm is small and keeps its digits.
         power = tl.where(total > 0, tl.floor(tl.log2(total)), 0.0)
         rest = tl.log(total * tl.exp2(-power)) + (shift + power) * LN2_LOW
-        tl.store(maximum + rows, tl.where(kept, (shift + power) * LN2_HIGH, 0.0), mask=rows < R)
-        tl.store(log_total + rows, tl.where(kept, rest, 0.0), mask=rows < R)
+        tl.store(maximum_ptr + rows, tl.where(kept, (shift + power) * LN2_HIGH, 0.0), mask=rows < R)
+        tl.store(log_total_ptr + rows, tl.where(kept, rest, 0.0), mask=rows < R)
     missing = others / total
     if HAS_SOFTCAP:
         missing *= 1.0 - (z / softcap) * (z / softcap)
@@ -202,8 +202,8 @@ def slopes_kernel(
     place = rows.to(tl.int64)[:, None]
     # A label out of range has no row to read; its target is NaN, and so is all that is made of it.
     own = tl.where((label >= 0) & (label < V), label, 0).to(tl.int64)[:, None]
-    w = tl.load(weight + own * weight_stride + columns[None, :], mask=wanted, other=0.0).to(tl.float32)
-    pointers = slopes + place * slopes_stride + columns[None, :]
+    w = tl.load(weight_ptr + own * weight_stride + columns[None, :], mask=wanted, other=0.0).to(tl.float32)
+    pointers = slopes_ptr + place * slopes_stride + columns[None, :]
     mean = tl.load(pointers, mask=wanted, other=0.0) / (total * ROOM)[:, None]
     slope = logit_scale * (missing[:, None] * w - mean)
     tl.store(pointers, slope, mask=(rows < R)[:, None] & (columns < D)[None, :])
@@ -289,27 +289,27 @@ class _Pass:
         launch(
             exponentials_kernel,
             triton.cdiv(r, config.block_m) * triton.cdiv(c, config.block_n),
-            operand(hidden, (config.block_m, config.block_k), config),
-            operand(head.weight, (config.block_n, config.block_k), config),
-            head.bias,
-            self.labels[rows],
-            held_exponents,
-            self.exponentials,
-            self.exponents,
-            self.totals,
-            self._target(rows),
-            r,
-            c,
-            d,
-            hidden.stride(0),
-            head.weight.stride(0),
-            self.exponentials.stride(0),
-            columns.start,
-            self.ignore_index,
-            head.logit_scale,
-            head.softcap or 1.0,
             on=hidden,
             options=config.options,
+            hidden_ptr=operand(hidden, (config.block_m, config.block_k), config),
+            weight_ptr=operand(head.weight, (config.block_n, config.block_k), config),
+            bias_ptr=head.bias,
+            labels_ptr=self.labels[rows],
+            held_exponents_ptr=held_exponents,
+            exponentials_ptr=self.exponentials,
+            exponents_ptr=self.exponents,
+            totals_ptr=self.totals,
+            target_ptr=self._target(rows),
+            R=r,
+            C=c,
+            D=d,
+            hidden_stride=hidden.stride(0),
+            weight_stride=head.weight.stride(0),
+            exponentials_stride=self.exponentials.stride(0),
+            first_column=columns.start,
+            ignore_index=self.ignore_index,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap or 1.0,
             **config.switches,
             EVEN_K=d % config.block_k == 0,
             HAS_BIAS=head.bias is not None,
@@ -325,20 +325,20 @@ class _Pass:
         launch(
             settle_kernel,
             triton.cdiv(r, SETTLE_ROWS) * column_tiles,
-            self.exponentials,
-            self.exponents,
-            self.totals,
-            before,
-            after,
-            self.held_total,
-            held_sums,
-            r,
-            d,
-            self.exponentials.stride(0),
-            0 if held_sums is None else held_sums.stride(0),
-            column_tiles,
             on=self.hidden,
             options=UNTILED,
+            exponentials_ptr=self.exponentials,
+            exponents_ptr=self.exponents,
+            totals_ptr=self.totals,
+            held_exponents_ptr=before,
+            new_exponents_ptr=after,
+            held_total_ptr=self.held_total,
+            held_sums_ptr=held_sums,
+            R=r,
+            D=d,
+            exponentials_stride=self.exponentials.stride(0),
+            held_stride=0 if held_sums is None else held_sums.stride(0),
+            tiles=column_tiles,
             TILE=self.tiles.block_n,
             BLOCK_M=SETTLE_ROWS,
             HAS_HELD=held_sums is not None,
@@ -349,24 +349,24 @@ class _Pass:
         launch(
             slopes_kernel,
             triton.cdiv(r, SLOPE_ROWS) * triton.cdiv(d, SLOPE_COLUMNS),
-            slopes,
-            weight,
-            self.labels[rows],
-            self._target(rows),
-            exponents,
-            self.held_total,
-            self.sums.maximum[rows],
-            self.sums.log_total[rows],
-            r,
-            self.head.vocab_size,
-            d,
-            slopes.stride(0),
-            weight.stride(0),
-            self.ignore_index,
-            self.head.logit_scale,
-            self.head.softcap or 1.0,
             on=self.hidden,
             options=UNTILED,
+            slopes_ptr=slopes,
+            weight_ptr=weight,
+            labels_ptr=self.labels[rows],
+            target_ptr=self._target(rows),
+            exponents_ptr=exponents,
+            totals_ptr=self.held_total,
+            maximum_ptr=self.sums.maximum[rows],
+            log_total_ptr=self.sums.log_total[rows],
+            R=r,
+            V=self.head.vocab_size,
+            D=d,
+            slopes_stride=slopes.stride(0),
+            weight_stride=weight.stride(0),
+            ignore_index=self.ignore_index,
+            logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap or 1.0,
             BLOCK_M=SLOPE_ROWS,
             BLOCK_N=SLOPE_COLUMNS,
             HAS_SOFTCAP=self.head.softcap is not None,

@@ -72,8 +72,12 @@ def operand(tensor: Tensor, block: tuple[int, int], config: TileConfig) -> Tenso
     return TensorDescriptor.from_tensor(tensor, list(block)) if config.bulk else tensor
 
 
-def launch(kernel: Any, programs: int, *args: Any, on: Tensor, options: dict[str, int], **switches: Any) -> None:
-    """Run the programs on the device that `on` lies on, whichever is current; no programs are no launch."""
+def launch(kernel: Any, programs: int, *, on: Tensor, options: dict[str, int], **arguments: Any) -> None:
+    """Run a kernel's programs on the device of `on`, whichever is current; zero programs launch nothing.
+
+    Args:
+        arguments: the kernel's parameters by name; a missing or misspelt one is a TypeError.
+    """
     if programs:
         with torch.cuda.device_of(on):
-            kernel[(programs,)](*args, **switches, **options, **FP_FUSION)
+            kernel[(programs,)](**arguments, **options, **FP_FUSION)

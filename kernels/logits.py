@@ -23,9 +23,9 @@ def grouped_tile(program, rows_of_tiles, columns_of_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def logits_tile(
-    hidden,
-    weight,
-    bias,
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
     row,
     column,
     N,
@@ -52,16 +52,16 @@ def logits_tile(
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BULK:
         for d in range(0, D, BLOCK_K):
-            h = hidden.load([row, d])
-            w = weight.load([column, d])
+            h = hidden_ptr.load([row, d])
+            w = weight_ptr.load([column, d])
             product = tl.dot(h, w.T, product, input_precision=PRECISION)
     else:
         # Clamped, not masked: a load without a mask is a plain 16-byte copy. N·D and V·D can pass 2³¹.
         rows = tl.minimum(row + tl.arange(0, BLOCK_M), N - 1).to(tl.int64)
         columns = tl.minimum(column + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
         inner = tl.arange(0, BLOCK_K)
-        h_pointers = hidden + rows[:, None] * hidden_stride + inner[None, :]
-        w_pointers = weight + columns[None, :] * weight_stride + inner[:, None]
+        h_pointers = hidden_ptr + rows[:, None] * hidden_stride + inner[None, :]
+        w_pointers = weight_ptr + columns[None, :] * weight_stride + inner[:, None]
         for d in range(0, D, BLOCK_K):
             if EVEN_K:
                 h = tl.load(h_pointers)
@@ -75,7 +75,7 @@ def logits_tile(
     a = product
     if HAS_BIAS:
         columns = column + tl.arange(0, BLOCK_N)
-        a += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+        a += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     a *= logit_scale
     if HAS_SOFTCAP:
         # tanh makes an infinite product finite: 0·inf = NaN lets a broken state show all the same.

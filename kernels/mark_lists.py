@@ -76,30 +76,30 @@ class MarkLists:
 
 
 @triton.jit
-def count_kernel(words, labels, counts, W, words_stride, ignore_index, BLOCK: tl.constexpr):
+def count_kernel(words_ptr, labels_ptr, counts_ptr, W, words_stride, ignore_index, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     found = tl.zeros((BLOCK,), tl.int32)
-    if tl.load(labels + row) != ignore_index:
+    if tl.load(labels_ptr + row) != ignore_index:
         for start in range(0, W, BLOCK):
             place = start + tl.arange(0, BLOCK)
-            word = tl.load(words + row * words_stride + place, mask=place < W, other=0)
+            word = tl.load(words_ptr + row * words_stride + place, mask=place < W, other=0)
             found += tl.sum((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, 1)
-    tl.store(counts + row, tl.sum(found, 0).to(tl.int64))
+    tl.store(counts_ptr + row, tl.sum(found, 0).to(tl.int64))
 
 
 @triton.jit
-def list_kernel(words, starts, columns, W, words_stride, BLOCK: tl.constexpr):
+def list_kernel(words_ptr, starts_ptr, columns_ptr, W, words_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    base = tl.load(starts + row)
-    if tl.load(starts + row + 1) == base:
+    base = tl.load(starts_ptr + row)
+    if tl.load(starts_ptr + row + 1) == base:
         return
     for start in range(0, W, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        word = tl.load(words + row * words_stride + place, mask=place < W, other=0)
+        word = tl.load(words_ptr + row * words_stride + place, mask=place < W, other=0)
         bits = tl.reshape((word[:, None] >> tl.arange(0, 32)[None, :]) & 1, (BLOCK * 32,))
         rank = tl.cumsum(bits, 0)
         column = start * 32 + tl.arange(0, BLOCK * 32)
-        tl.store(columns + base + rank - 1, column, mask=bits != 0)
+        tl.store(columns_ptr + base + rank - 1, column, mask=bits != 0)
         base += tl.sum(bits, 0)
 
 
@@ -107,9 +107,18 @@ def counted(words: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """(N,) int64 bits a row of words [≥ N, W] int32; 0 of a row to ignore, whose words are not read."""
     counts = labels.new_empty(len(labels), dtype=torch.int64)
     launch(
-        count_kernel, len(labels), words, labels, counts, words.shape[1], words.stride(0), ignore_index,
-        on=words, options=UNTILED, BLOCK=COUNT_WORDS,
-    )  # fmt: skip
+        count_kernel,
+        len(labels),
+        on=words,
+        options=UNTILED,
+        words_ptr=words,
+        labels_ptr=labels,
+        counts_ptr=counts,
+        W=words.shape[1],
+        words_stride=words.stride(0),
+        ignore_index=ignore_index,
+        BLOCK=COUNT_WORDS,
+    )
     return counts
 
 
@@ -118,9 +127,17 @@ def listed(words: Tensor, counts: Tensor) -> Tensor:
     starts = _starts(counts)
     columns = words.new_empty(int(starts[-1]), dtype=torch.int32)
     launch(
-        list_kernel, len(counts) if len(columns) else 0, words, starts, columns, words.shape[1], words.stride(0),
-        on=words, options=UNTILED, BLOCK=LIST_WORDS,
-    )  # fmt: skip
+        list_kernel,
+        len(counts) if len(columns) else 0,
+        on=words,
+        options=UNTILED,
+        words_ptr=words,
+        starts_ptr=starts,
+        columns_ptr=columns,
+        W=words.shape[1],
+        words_stride=words.stride(0),
+        BLOCK=LIST_WORDS,
+    )
     return columns
 
 

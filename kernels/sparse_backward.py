@@ -57,23 +57,23 @@ class GatherConfig:
 
 @triton.jit
 def sparse_rows_kernel(
-    hidden,
-    weight,
-    bias,
-    labels,
-    columns,
-    starts,
-    maximum,
-    log_total,
-    coefficients,
-    tail,
-    weight_sum,
-    row_dice,
-    column_dice,
-    entries,
-    even,
-    grad_hidden,
-    free,
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    labels_ptr,
+    columns_ptr,
+    starts_ptr,
+    maximum_ptr,
+    log_total_ptr,
+    coefficients_ptr,
+    tail_ptr,
+    weight_sum_ptr,
+    row_dice_ptr,
+    column_dice_ptr,
+    entries_ptr,
+    even_ptr,
+    grad_hidden_ptr,
+    free_ptr,
     D,
     hidden_stride,
     weight_stride,
@@ -90,28 +90,28 @@ def sparse_rows_kernel(
     HAS_START: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(starts + row), tl.load(starts + row + 1)
+    start, stop = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
     inner = tl.arange(0, BLOCK_D)
     inside = inner < D
-    label = tl.load(labels + row)
-    top = tl.load(maximum + row)
-    rest = tl.load(log_total + row)
-    c = tl.load(coefficients + row)
+    label = tl.load(labels_ptr + row)
+    top = tl.load(maximum_ptr + row)
+    rest = tl.load(log_total_ptr + row)
+    c = tl.load(coefficients_ptr + row)
     slope = tl.zeros((BLOCK_D,), tl.float32)
     everyone = tl.zeros((BLOCK_D,), tl.float32)
     lost = tl.zeros((BLOCK_E,), tl.float32)
     count = tl.zeros((BLOCK_E,), tl.int32)
     if start < stop:
-        h = tl.load(hidden + row * hidden_stride + inner, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(hidden_ptr + row * hidden_stride + inner, mask=inside, other=0.0).to(tl.float32)
         for first in range(start, stop, BLOCK_E):
             place = first + tl.arange(0, BLOCK_E)
             there = place < stop
-            column = tl.load(columns + place, mask=there, other=0)
-            gathered = weight + column.to(tl.int64)[:, None] * weight_stride + inner[None, :]
+            column = tl.load(columns_ptr + place, mask=there, other=0)
+            gathered = weight_ptr + column.to(tl.int64)[:, None] * weight_stride + inner[None, :]
             w = tl.load(gathered, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
             z = tl.sum(w * h[None, :], 1)
             if HAS_BIAS:
-                z += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
+                z += tl.load(bias_ptr + column, mask=there, other=0.0).to(tl.float32)
             z *= logit_scale
             chain = tl.full((BLOCK_E,), 1.0, tl.float32)
             if HAS_SOFTCAP:
@@ -122,25 +122,25 @@ def sparse_rows_kernel(
             value = p
             limit = p * 0.0 + eps
             if UNBIASED:
-                u = uniform(tl.load(row_dice + row), tl.load(column_dice + column, mask=there, other=0))
+                u = uniform(tl.load(row_dice_ptr + row), tl.load(column_dice_ptr + column, mask=there, other=0))
                 limit *= u
                 value = tl.where(own, p, tl.maximum(p, eps))
             kept = there & (own | (p >= limit))
             lost += tl.where(there & ~own, tl.where(kept, p - value, p) * chain, 0.0)
             count += kept.to(tl.int32)
             entry = tl.where(own, value - 1.0, value) * chain
-            tl.store(entries + place, tl.where(kept, entry, DROPPED), mask=there)
+            tl.store(entries_ptr + place, tl.where(kept, entry, DROPPED), mask=there)
             if HAS_GRAD:
                 slope += tl.sum(tl.where(kept, entry, 0.0)[:, None] * w, 0)
                 everyone += tl.sum(tl.where(kept[:, None], w, 0.0), 0)
-    others = tl.load(free) - tl.sum(count, 0)
-    u = c * (tl.load(tail + row) + tl.sum(lost, 0)) / tl.maximum(others, 1)
+    others = tl.load(free_ptr) - tl.sum(count, 0)
+    u = c * (tl.load(tail_ptr + row) + tl.sum(lost, 0)) / tl.maximum(others, 1)
     u = tl.where(others > 0, u, c * 0.0)
-    tl.store(even + row, u)
+    tl.store(even_ptr + row, u)
     if HAS_GRAD:
-        everyone -= tl.load(weight_sum + inner, mask=inside, other=0.0)
+        everyone -= tl.load(weight_sum_ptr + inner, mask=inside, other=0.0)
         grad = u * everyone - c * slope
-        out = grad_hidden + row * grad_stride + inner
+        out = grad_hidden_ptr + row * grad_stride + inner
         if HAS_START:
             grad += tl.load(out, mask=inside, other=0.0).to(tl.float32)
         tl.store(out, grad, mask=inside)
@@ -148,18 +148,18 @@ def sparse_rows_kernel(
 
 @triton.jit
 def sparse_columns_kernel(
-    hidden,
-    rows,
-    entries,
-    order,
-    edges,
-    even,
-    coefficients,
-    cold,
-    hidden_sum,
-    even_sum,
-    grad_weight,
-    grad_bias,
+    hidden_ptr,
+    rows_ptr,
+    entries_ptr,
+    order_ptr,
+    edges_ptr,
+    even_ptr,
+    coefficients_ptr,
+    cold_ptr,
+    hidden_sum_ptr,
+    even_sum_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
     D,
     hidden_stride,
     grad_stride,
@@ -170,7 +170,7 @@ def sparse_columns_kernel(
     HAS_START: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(edges + column), tl.load(edges + column + 1)
+    start, stop = tl.load(edges_ptr + column), tl.load(edges_ptr + column + 1)
     inner = tl.arange(0, BLOCK_D)
     inside = inner < D
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -178,29 +178,29 @@ def sparse_columns_kernel(
     for first in range(start, stop, BLOCK_E):
         place = first + tl.arange(0, BLOCK_E)
         there = place < stop
-        which = tl.load(order + place, mask=there, other=0)
-        row = tl.load(rows + which, mask=there, other=0).to(tl.int64)
-        entry = tl.load(entries + which, mask=there, other=DROPPED)
-        u = tl.load(even + row, mask=there, other=0.0)
-        c = tl.load(coefficients + row, mask=there, other=0.0)
+        which = tl.load(order_ptr + place, mask=there, other=0)
+        row = tl.load(rows_ptr + which, mask=there, other=0).to(tl.int64)
+        entry = tl.load(entries_ptr + which, mask=there, other=DROPPED)
+        u = tl.load(even_ptr + row, mask=there, other=0.0)
+        c = tl.load(coefficients_ptr + row, mask=there, other=0.0)
         g = tl.where(entry < DROPPED, u - c * entry, 0.0)
         bias_total += g
         if HAS_GRAD:
-            gathered = hidden + row[:, None] * hidden_stride + inner[None, :]
+            gathered = hidden_ptr + row[:, None] * hidden_stride + inner[None, :]
             h = tl.load(gathered, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
             total += tl.sum(g[:, None] * h, 0)
-    everyone = tl.load(cold + column) != 0
+    everyone = tl.load(cold_ptr + column) != 0
     if HAS_GRAD:
-        total -= tl.where(everyone, tl.load(hidden_sum + inner, mask=inside, other=0.0), 0.0)
-        out = grad_weight + column * grad_stride + inner
+        total -= tl.where(everyone, tl.load(hidden_sum_ptr + inner, mask=inside, other=0.0), 0.0)
+        out = grad_weight_ptr + column * grad_stride + inner
         if HAS_START:
             total += tl.load(out, mask=inside, other=0.0).to(tl.float32)
         tl.store(out, total, mask=inside)
     if HAS_BIAS:
-        g = tl.sum(bias_total, 0) - tl.where(everyone, tl.load(even_sum), 0.0)
+        g = tl.sum(bias_total, 0) - tl.where(everyone, tl.load(even_sum_ptr), 0.0)
         if HAS_START:
-            g += tl.load(grad_bias + column).to(tl.float32)
-        tl.store(grad_bias + column, g)
+            g += tl.load(grad_bias_ptr + column).to(tl.float32)
+        tl.store(grad_bias_ptr + column, g)
 
 
 def sparse_gradients(
@@ -294,32 +294,32 @@ def _by_rows(
     launch(
         sparse_rows_kernel,
         n,
-        hidden,
-        head.weight,
-        head.bias,
-        labels,
-        marks.columns,
-        marks.starts,
-        sums.maximum,
-        sums.log_total,
-        c,
-        marks.tail,
-        _sum_of_weight(head, hot, hot_head) if want_hidden else None,
-        None if dice is None else dice.a,
-        None if dice is None else dice.b,
-        entries,
-        even,
-        grad_hidden,
-        hot.cold.sum(dtype=torch.int32),
-        d,
-        hidden.stride(0),
-        head.weight.stride(0),
-        0 if grad_hidden is None else grad_hidden.stride(0),
-        head.logit_scale,
-        head.softcap or 1.0,
-        rule.eps,
         on=hidden,
         options=config.options,
+        hidden_ptr=hidden,
+        weight_ptr=head.weight,
+        bias_ptr=head.bias,
+        labels_ptr=labels,
+        columns_ptr=marks.columns,
+        starts_ptr=marks.starts,
+        maximum_ptr=sums.maximum,
+        log_total_ptr=sums.log_total,
+        coefficients_ptr=c,
+        tail_ptr=marks.tail,
+        weight_sum_ptr=_sum_of_weight(head, hot, hot_head) if want_hidden else None,
+        row_dice_ptr=None if dice is None else dice.a,
+        column_dice_ptr=None if dice is None else dice.b,
+        entries_ptr=entries,
+        even_ptr=even,
+        grad_hidden_ptr=grad_hidden,
+        free_ptr=hot.cold.sum(dtype=torch.int32),
+        D=d,
+        hidden_stride=hidden.stride(0),
+        weight_stride=head.weight.stride(0),
+        grad_stride=0 if grad_hidden is None else grad_hidden.stride(0),
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 1.0,
+        eps=rule.eps,
         **config.switches,
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
@@ -354,23 +354,23 @@ def _by_columns(
     launch(
         sparse_columns_kernel,
         vocab,
-        hidden,
-        marks.rows,
-        entries,
-        order,
-        edges,
-        even,
-        c,
-        hot.cold,
-        _weighted_sum(hidden, even) if want_weight else None,
-        even.sum(),
-        grad_weight,
-        grad_bias,
-        hidden.shape[1],
-        hidden.stride(0),
-        0 if grad_weight is None else grad_weight.stride(0),
         on=hidden,
         options=config.options,
+        hidden_ptr=hidden,
+        rows_ptr=marks.rows,
+        entries_ptr=entries,
+        order_ptr=order,
+        edges_ptr=edges,
+        even_ptr=even,
+        coefficients_ptr=c,
+        cold_ptr=hot.cold,
+        hidden_sum_ptr=_weighted_sum(hidden, even) if want_weight else None,
+        even_sum_ptr=even.sum(),
+        grad_weight_ptr=grad_weight,
+        grad_bias_ptr=grad_bias,
+        D=hidden.shape[1],
+        hidden_stride=hidden.stride(0),
+        grad_stride=0 if grad_weight is None else grad_weight.stride(0),
         **config.switches,
         HAS_GRAD=want_weight,
         HAS_BIAS=grad_bias is not None,

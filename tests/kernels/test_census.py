@@ -4,6 +4,7 @@ The kernels are compiled in processes of their own: those of this one may be the
 """
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -24,7 +25,8 @@ from torch import Tensor
 from tvkd_fast.kernels.configs import FP_FUSION, INTERPRETED, UNTILED, Demand, Kernel, TileConfig, choose
 from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse
 
-pytest.importorskip("triton", reason="the census compiles with Triton, which is not installed")
+triton = pytest.importorskip("triton", reason="the census compiles with Triton, which is not installed")
+TensorDescriptor = triton.tools.tensor_descriptor.TensorDescriptor
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = pytest.mark.xdist_group("launches")
@@ -227,6 +229,12 @@ def tiles_that_tell(kernel: Kernel, target: str, demand: Demand) -> Asked:
     return Asked(**asdict(INTERPRETED), asked=(kernel, demand))
 
 
+def constexprs(kernel: Any) -> list[str]:
+    """The compile-time parameters of a kernel, compiled or interpreted."""
+    annotations = inspect.get_annotations(kernel.fn, eval_str=True)
+    return [name for name in kernel.arg_names if annotations.get(name) is triton.language.constexpr]
+
+
 @contextmanager
 def recording(dtype: str, launches: list[Launch]) -> Iterator[None]:
     """Every launch inside, whoever makes it: taken at the door that Triton gives every kernel."""
@@ -237,10 +245,14 @@ def recording(dtype: str, launches: list[Launch]) -> Iterator[None]:
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> Any:
         asked = given.pop("asked", None)
-        switches = {name: value for name, value in given.items() if name.isupper()}
-        options = {name: value for name, value in given.items() if not name.isupper()}
+        assert not args, f"{kernel.fn.__name__} is launched with arguments by place"
+        for name, value in given.items():
+            if value is not None:
+                assert name.endswith("_ptr") == isinstance(value, (Tensor, TensorDescriptor)), name
+        switches = {name: given[name] for name in constexprs(kernel)}
+        options = {name: value for name, value in given.items() if name not in kernel.arg_names}
         launches.append(Launch(kernel.fn.__name__.removesuffix("_kernel"), dtype, switches, options, asked))
-        return run(kernel, *args, grid=grid, warmup=warmup, **given)
+        return run(kernel, grid=grid, warmup=warmup, **given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "run", record)
@@ -283,6 +295,16 @@ def epilogues() -> None:
     for source, terminal in product(sources, TERMINALS):
         for reference in ({"ref_logps": sums}, {"ref_token_logps": logps}):
             preference_epilogue(logps, boundaries, terminal=terminal, **source, **reference, **numbers)
+
+
+def test_launches_name_their_arguments_and_pointers_say_so() -> None:
+    """The recorder asserts it of each launch; the census takes a parameter's type from its name."""
+    launches: list[Launch] = []
+    with recording("fp32", launches):
+        ops_of_a_head(torch.float32, 3, 16, 40, "none", None)
+        sparse_ops_of_a_head(torch.float32, 16, True, None, "unbiased", "both")
+        epilogues()
+    assert len({x.kernel for x in launches}) == 13
 
 
 @cache
