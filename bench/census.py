@@ -32,7 +32,17 @@ from triton.compiler import ASTSource
 from bench.census_kept import kept
 from bench.machine import made_by, write_report
 from bench.roofline import ASSUMPTIONS, estimates, report_estimates
-from tvkd_fast.kernels.configs import FP_FUSION, SHARED_KIB, UNTILED, Demand, Kernel, TileConfig, choose, precision
+from tvkd_fast.kernels.configs import (
+    FP_FUSION,
+    SHARED_KIB,
+    UNTILED,
+    Demand,
+    GatherConfig,
+    Kernel,
+    TileConfig,
+    choose,
+    precision,
+)
 from tvkd_fast.kernels.dlogits import dlogits_kernel
 from tvkd_fast.kernels.head_marks import head_marks_kernel
 from tvkd_fast.kernels.head_slopes import (
@@ -47,7 +57,8 @@ from tvkd_fast.kernels.head_stats import MERGE_ROWS, head_stats_kernel, merge_sp
 from tvkd_fast.kernels.mark_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
 from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue_kernel
 from tvkd_fast.kernels.products import product_kernel
-from tvkd_fast.kernels.sparse_backward import GatherConfig, sparse_columns_kernel, sparse_rows_kernel
+from tvkd_fast.kernels.sparse_columns import sparse_columns_kernel
+from tvkd_fast.kernels.sparse_rows import sparse_rows_kernel
 
 TARGETS = {
     "sm_80": ("sm_80", GPUTarget("cuda", 80, 32)),

@@ -287,6 +287,33 @@ CANDIDATES = tuple(
 """What `kernels/autotune.py` times; those that a device cannot hold fall out there."""
 
 
+GATHERED_FLOATS = 16
+"""What a thread holds in registers of a program's tile of gathered rows."""
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """Rows of D floats, padded to a power of 2, that a program gathers at a time."""
+
+    block_e: int
+    block_d: int
+    warps: int
+
+    @staticmethod
+    def of(size: int) -> GatherConfig:
+        width = 1 << (size - 1).bit_length()
+        warps = 4 if width <= 1024 else 8
+        return GatherConfig(max(1, 32 * warps * GATHERED_FLOATS // width), width, warps)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps}
+
+    @property
+    def switches(self) -> dict[str, int]:
+        return {"BLOCK_E": self.block_e, "BLOCK_D": self.block_d}
+
+
 def precision(dtype: torch.dtype, target: str) -> str:
     """tl.dot's input_precision. Triton's default for float32 is plain TF32: 10 bits of mantissa.
 

@@ -49,6 +49,7 @@ def dlogits_kernel(
     HAS_COLUMN_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. Logits of the tile, recomputed.
     m, n = grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(C, BLOCK_N), GROUP)
     row, column = m * BLOCK_M, n * BLOCK_N
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -56,6 +57,7 @@ def dlogits_kernel(
         hidden_ptr, weight_ptr, bias_ptr, row, column, R, C, D, hidden_stride, weight_stride, logit_scale, softcap,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
+    # 2. p − δ, from the statistics of the forward. Maximum and logarithm are subtracted one by one, as they are kept.
     label = tl.load(labels_ptr + rows, mask=rows < R, other=ignore_index)
     top = tl.load(maximum_ptr + rows, mask=rows < R, other=0.0)
     rest = tl.load(log_total_ptr + rows, mask=rows < R, other=0.0)
@@ -63,12 +65,14 @@ def dlogits_kernel(
     g = tl.exp(z - top[:, None] - rest[:, None])
     local = tl.where((label >= first_column) & (label < first_column + C), label - first_column, -1).to(tl.int32)
     g -= (columns[None, :] == local[:, None]).to(tl.float32)
+    # 3. Through the softcap, and times c/scale: one rounding, by the store.
     if HAS_SOFTCAP:
         g *= 1.0 - (z / softcap) * (z / softcap)
     # Whole tiles are written, zeros past the end, so that the products that read them need no masks.
     g = tl.where((label != ignore_index)[:, None] & (columns < C)[None, :], g * c[:, None], 0.0)
     place = dlogits_ptr + rows.to(tl.int64)[:, None] * dlogits_stride + columns[None, :]
     tl.store(place, g)
+    # 4. The bias's gradient, summed over the tile's rows before they are rounded.
     if HAS_COLUMN_SUMS:
         tl.store(column_sums_ptr + m.to(tl.int64) * C + columns, tl.sum(g, 0), mask=columns < C)
 

@@ -122,6 +122,7 @@ def head_marks_kernel(
     UNBIASED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. The tile of rows and the split of the vocabulary; a tile of ignored rows costs nothing.
     tiles = tl.cdiv(V, BLOCK_N)
     m, split = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(tiles, SPLIT_TILES), GROUP)
     row = m * BLOCK_M
@@ -137,6 +138,7 @@ def head_marks_kernel(
     rest = tl.zeros((BLOCK_M,), tl.float32)
     first = split * SPLIT_TILES
     for tile in range(first, tl.minimum(first + SPLIT_TILES, tiles)):
+        # 2. Logits of a tile, and z at the label.
         column = tile * BLOCK_N
         z = logits_tile(
             hidden_ptr, weight_ptr, bias_ptr, row, column, N, V, D, hidden_stride, weight_stride, logit_scale, softcap,
@@ -146,6 +148,7 @@ def head_marks_kernel(
         here = (label >= column) & (label < column + BLOCK_N)
         own = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
         tl.store(target_ptr + rows, own, mask=here & (rows < N))
+        # 3. The softmax's sum, online, as head_stats_kernel takes it.
         z = tl.where(columns[None, :] < V, z, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(z, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -153,15 +156,18 @@ def head_marks_kernel(
         e = tl.exp(z - shift[:, None])
         total = total * decay + tl.sum(e, 1)
         running_max = new_max
+        # 4. The limit ε·Σ: Σ is not known yet, so the larger of two lower bounds stands for it.
         limit = eps * tl.maximum(total, tl.exp(tl.minimum(floor - shift, HIGHEST)))
         limits = limit[:, None]
         if UNBIASED:
             a = tl.load(row_dice_ptr + rows, mask=rows < N, other=0)
             b = tl.load(column_dice_ptr + columns, mask=columns < V, other=0)
             limits *= uniform(a[:, None], b[None, :])
+        # 5. A bit for each entry over the limit, 32 in a word.
         # Reshaped as bits and then shifted: shifted first, every word's 32 numbers would be held at once.
         bits = tl.reshape(e >= limits, (BLOCK_M, BLOCK_N // 32, 32)).to(tl.int32)
         word = tl.sum(bits << tl.arange(0, 32)[None, None, :], 2)
+        # 6. The mass of the rest: what is under the limit and in no column whose gradient is exact.
         # Compared once more: masks that were kept from above would fill a scalar register file.
         there = tl.load(cold_ptr + columns, mask=columns < V, other=0).to(tl.float32)
         e *= there[None, :]
@@ -170,10 +176,12 @@ def head_marks_kernel(
             capped = tl.maximum(z, -softcap) / softcap
             e *= 1.0 - capped * capped
         rest = rest * decay + tl.sum(e, 1)
+        # 7. The words, less the bits of columns that need none.
         # A label that is not among them is marked after the pass, a row at a time and not once an entry.
         place = column // 32 + tl.arange(0, BLOCK_N // 32)
         word &= tl.load(cold_words_ptr + place)[None, :]
         tl.store(words_ptr + rows.to(tl.int64)[:, None] * words_stride + place[None, :], word, mask=(rows < N)[:, None])
+    # 8. Partial sums, for merge_splits.
     place = split.to(tl.int64) * N + rows
     tl.store(partial_max_ptr + place, running_max, mask=rows < N)
     tl.store(partial_sum_ptr + place, total, mask=rows < N)

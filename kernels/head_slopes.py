@@ -65,12 +65,14 @@ def exponentials_kernel(
     ROOM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. The tile; one of ignored rows costs nothing.
     m, n = grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(C, BLOCK_N), GROUP)
     row, column = m * BLOCK_M, n * BLOCK_N
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     label = tl.load(labels_ptr + rows, mask=rows < R, other=ignore_index)
     if tl.max((label != ignore_index).to(tl.int32), 0) == 0:
         return
+    # 2. Its logits, and z at the label.
     z = logits_tile(
         hidden_ptr, weight_ptr, bias_ptr, row, column, R, C, D, hidden_stride, weight_stride, logit_scale, softcap,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
@@ -80,18 +82,21 @@ def exponentials_kernel(
     at_label = columns[None, :] == local[:, None]
     own = tl.sum(tl.where(at_label, z, 0.0), 1)
     tl.store(target_ptr + rows, own, mask=here & (rows < R))
+    # 3. The exponent k of each row, near its largest logit over ln 2.
     # The label's term is added at the end: p_y − 1 of a peaked softmax must not be a difference of rounded numbers.
     z = tl.where(at_label | (columns >= C)[None, :], float("-inf"), z)
     top = tl.maximum(tl.max(z, 1), tl.where(here, own, float("-inf")))
-    # Whole steps, and the older exponent where it still serves: neighbours then mostly agree and need no settling.
+    # Whole steps, and the older exponent where it still serves: neighbours then mostly agree and need no rescaling.
     k = tl.floor(top * (1.4426950408889634 / STEP) + 0.5) * STEP
     k = tl.maximum(k, tl.load(held_exponents_ptr + rows, mask=rows < R, other=0.0))
+    # 4. Exponentials 2^(z·log₂e − k), and their sum in float32, before they are rounded.
     shift = tl.where(k == float("-inf"), 0.0, k)
     high, low = shift * LN2_HIGH, shift * LN2_LOW
     e = tl.exp(z - high[:, None] - low[:, None])
     place = n.to(tl.int64) * R + rows
     tl.store(exponents_ptr + place, k, mask=rows < R)
     tl.store(totals_ptr + place, tl.sum(e, 1), mask=rows < R)
+    # 5. Times J = dz/da into the block that the product reads.
     if HAS_SOFTCAP:
         capped = tl.maximum(z, -softcap) / softcap
         e *= 1.0 - capped * capped
@@ -122,6 +127,7 @@ def settle_kernel(
     BLOCK_M: tl.constexpr,
     HAS_HELD: tl.constexpr,
 ):
+    # 1. The base of each row: the largest exponent of the block's tiles and of the blocks before.
     m, n = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < R
@@ -132,6 +138,7 @@ def settle_kernel(
     for _ in range(tiles):
         base = tl.maximum(base, tl.load(there, mask=inside, other=0.0))
         there += R
+    # 2. The softmax's sum, brought to the base: by one program of each tile of rows.
     decay = power_of_two(before, base)
     if n == 0:
         total = tl.load(held_total_ptr + rows, mask=inside, other=0.0) * decay
@@ -142,12 +149,14 @@ def settle_kernel(
             entry += R
         tl.store(held_total_ptr + rows, total, mask=inside)
         tl.store(new_exponents_ptr + rows, base, mask=inside)
+    # 3. This tile of the block, if any of its rows has another exponent.
     own = tl.load(exponents_ptr + n.to(tl.int64) * R + rows, mask=inside, other=0.0)
     if tl.max((inside & (own != base)).to(tl.int32), 0) > 0:
         columns = n * TILE + tl.arange(0, TILE)
         e_pointers = exponentials_ptr + place[:, None] * exponentials_stride + columns[None, :]
         e = tl.load(e_pointers, mask=inside[:, None], other=0.0).to(tl.float32)
         tl.store(e_pointers, e * power_of_two(own, base)[:, None], mask=inside[:, None])
+    # 4. A share of the earlier blocks' vectors, if any row's base has moved.
     if HAS_HELD and tl.max((inside & (before != base)).to(tl.int32), 0) > 0:
         for d in range(n * TILE, D, tiles * TILE):
             columns = d + tl.arange(0, TILE)
@@ -179,6 +188,7 @@ def slopes_kernel(
     HAS_SOFTCAP: tl.constexpr,
     ROOM: tl.constexpr,
 ):
+    # 1. The softmax's sum with the label's term, which no block holds.
     column_tiles = tl.cdiv(D, BLOCK_N)
     m, n = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     rows, columns = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -189,12 +199,14 @@ def slopes_kernel(
     shift = tl.where(k == float("-inf"), 0.0, k)
     others = tl.load(totals_ptr + rows, mask=kept, other=0.0)
     total = others + tl.exp(z - shift * LN2_HIGH - shift * LN2_LOW)
+    # 2. The statistics, by one program of each tile of rows.
     if n == 0:
         # Powers of two go from the total into k, so that the logarithm is small and keeps its digits.
         power = tl.where(total > 0, tl.floor(tl.log2(total)), 0.0)
         rest = tl.log(total * tl.exp2(-power)) + (shift + power) * LN2_LOW
         tl.store(maximum_ptr + rows, tl.where(kept, (shift + power) * LN2_HIGH, 0.0), mask=rows < R)
         tl.store(log_total_ptr + rows, tl.where(kept, rest, 0.0), mask=rows < R)
+    # 3. s·(J_y (1 − p_y) w_y − mean): 1 − p_y is a quotient, not a difference of rounded numbers.
     missing = others / total
     if HAS_SOFTCAP:
         missing *= 1.0 - (z / softcap) * (z / softcap)

@@ -66,6 +66,7 @@ def head_stats_kernel(
     HAS_ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. The tile of rows and the split of the vocabulary; a tile of ignored rows costs nothing.
     tiles = tl.cdiv(V, BLOCK_N)
     m, split = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(tiles, SPLIT_TILES), GROUP)
     row = m * BLOCK_M
@@ -76,26 +77,31 @@ def head_stats_kernel(
             return
         # Compared as it came: an id that 32 bits cannot hold must not wrap round into the vocabulary.
         label = tl.where((label >= vocab_start) & (label < vocab_start + V), label - vocab_start, -1).to(tl.int32)
+    # 2. Sums of the split so far, all taken from one running maximum.
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     total_kappa = tl.zeros((BLOCK_M,), tl.float32)
     moment = tl.zeros((BLOCK_M,), tl.float32)
     first = split * SPLIT_TILES
     for tile in range(first, tl.minimum(first + SPLIT_TILES, tiles)):
+        # 3. Logits of a tile: they stay in registers.
         column = tile * BLOCK_N
         z = logits_tile(
             hidden_ptr, weight_ptr, bias_ptr, row, column, N, V, D, hidden_stride, weight_stride, logit_scale, softcap,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
         columns = column + tl.arange(0, BLOCK_N)
+        # 4. z at the label, from the one program whose tile holds it.
         if HAS_LABELS:
             here = (label >= column) & (label < column + BLOCK_N)
             picked = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
             tl.store(target_ptr + rows, picked, mask=here & (rows < N))
+        # 5. A new maximum. Where all is −inf so far, 0 stands for it: −inf − (−inf) would be NaN.
         z = tl.where(columns[None, :] < V, z, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(z, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = running_max - shift
+        # 6. The tile's sums, added to the earlier ones, which decay by e^(old − new maximum).
         z -= shift[:, None]
         e = tl.exp(z)
         if HAS_ENTROPY:
@@ -104,6 +110,7 @@ def head_stats_kernel(
         if HAS_KAPPA:
             total_kappa = total_kappa * tl.exp(kappa * decay) + tl.sum(tl.exp(kappa * z), 1)
         running_max = new_max
+    # 7. Partial sums, which merge_splits_kernel adds up in order: no atomics, so the same bits each time.
     place = split.to(tl.int64) * N + rows
     tl.store(partial_max_ptr + place, running_max, mask=rows < N)
     tl.store(partial_sum_ptr + place, total, mask=rows < N)
@@ -133,6 +140,7 @@ def merge_splits_kernel(
     HAS_KAPPA: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
+    # 1. Rows that count; of the others zeros are written.
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < N
     wanted = inside
@@ -143,6 +151,7 @@ def merge_splits_kernel(
     total_kappa = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     place = rows.to(tl.int64)
+    # 2. Split after split: both sides decay to the larger maximum before they are added.
     for _ in range(splits):
         split_max = tl.load(partial_max_ptr + place, mask=wanted, other=0.0)
         split_sum = tl.load(partial_sum_ptr + place, mask=wanted, other=1.0)
@@ -158,6 +167,7 @@ def merge_splits_kernel(
         total = total * tl.exp(decay) + split_sum * tl.exp(split_decay)
         running_max = new_max
         place += N
+    # 3. Logarithms of the sums, and the entropy from their quotient.
     tl.store(maximum_ptr + rows, tl.where(wanted, running_max, 0.0), mask=inside)
     log_sum = tl.where(wanted, tl.log(total), 0.0)
     tl.store(log_total_ptr + rows, log_sum, mask=inside)

@@ -49,6 +49,7 @@ def logits_tile(
     hidden [N, D] and weight [V, D] are tensor descriptors where BULK, else pointers. Rows and columns past the end hold
     numbers that mean nothing: the caller masks them, after the transforms (before, softcap would make −inf finite).
     """
+    # 1. The product, accumulated in float32 over steps of D.
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BULK:
         for d in range(0, D, BLOCK_K):
@@ -72,6 +73,7 @@ def logits_tile(
             product = tl.dot(h, w, product, input_precision=PRECISION)
             h_pointers += BLOCK_K
             w_pointers += BLOCK_K
+    # 2. The transforms, in float32.
     a = product
     if HAS_BIAS:
         columns = column + tl.arange(0, BLOCK_N)

@@ -107,6 +107,7 @@ def preference_epilogue_kernel(
     TERMINAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # 1. Summed log-probabilities of the pair's two sequences, by policy and reference.
     chosen = tl.program_id(0)
     rejected = tl.num_programs(0) + chosen
 
@@ -126,6 +127,7 @@ def preference_epilogue_kernel(
     rho_l = policy_l - ref_l
     margin = beta * (rho_w - rho_l)
 
+    # 2. Ψ of both: from the teacher's values, or as it was given; without either this is DPO.
     shaping = tl.full((), 0.0, tl.float64)
     if HAS_VALUES:
         psi_w = shaping_return(values_ptr, cu_states_ptr, ended_ptr, chosen, gamma, TERMINAL, HAS_ENDED, BLOCK)
@@ -140,6 +142,7 @@ def preference_epilogue_kernel(
         shaping = tl.where(alpha == 0.0, 0.0, alpha * (psi_w - psi_l))
     m = margin - shaping
 
+    # 3. The loss and its derivative.
     # −log σ(±m) = max(∓m, 0) + log(1 + e), e = exp(−|m|). Triton has no log1p: where 1 + e would drop e's last digits,
     # two terms of the series are right to 5e-12, and on the other side the logarithm is right to 3e-11.
     e = tl.exp(-tl.abs(m))
@@ -149,6 +152,7 @@ def preference_epilogue_kernel(
     sigma_minus_m = tl.where(m < 0.0, 1.0, e) / (1.0 + e)
     coefficient = beta * ((1.0 - label_smoothing) * sigma_minus_m - label_smoothing * sigma_m)
 
+    # 4. The pair's numbers, and the derivative as the coefficient of each of its tokens.
     tl.store(losses_ptr + chosen, loss)
     tl.store(chosen_rewards_ptr + chosen, beta * rho_w)
     tl.store(rejected_rewards_ptr + chosen, beta * rho_l)

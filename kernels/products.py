@@ -40,6 +40,7 @@ def product_kernel(
     LAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. The tile of the output, and what earlier blocks have summed of it.
     m, n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row, column = m * BLOCK_M, n * BLOCK_N
     columns = column + tl.arange(0, BLOCK_N)
@@ -49,6 +50,7 @@ def product_kernel(
         total = tl.load(previous_ptr + out_rows[:, None] * previous_stride + columns[None, :], mask=inside, other=0.0)
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # 2. The product, added to that sum in float32.
     if BULK:
         for k in range(0, K, BLOCK_K):
             if TRANSPOSED:
@@ -75,6 +77,7 @@ def product_kernel(
                 a_pointers += BLOCK_K * left_stride.to(tl.int64)
             else:
                 a_pointers += BLOCK_K
+    # 3. After the last block the scale of the dlogits is undone; the store rounds once, to the output's dtype.
     if LAST:
         total *= alpha * tl.load(scale_ptr)
     tl.store(out_ptr + out_rows[:, None] * out_stride + columns[None, :], total, mask=inside)
