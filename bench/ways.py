@@ -24,14 +24,14 @@ from torch import Tensor
 from bench.contest import prepared, product
 from bench.machine import made_by, seconds, write_report
 from bench.states import load_states
-from tvkd_fast.kernels.head import Head, MarkRule, Marks
+from tvkd_fast.kernels.records import Head, SelectedEntries, SelectionRule
 from tvkd_fast.ops import compiled, sparse_tiles
 
 TILING = (2048, 1024)
 DENSE = (2048, 8192)
 
 
-def csr(marks: Marks, entries: Tensor, shape: tuple[int, int], *, transposed: bool) -> Tensor:
+def csr(marks: SelectedEntries, entries: Tensor, shape: tuple[int, int], *, transposed: bool) -> Tensor:
     """torch's compressed rows of the entries, or of their transpose."""
     places = torch.stack([marks.rows, marks.columns]).long()
     whole = torch.sparse_coo_tensor(places, entries, shape)
@@ -42,7 +42,7 @@ def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[st
     """What is timed, by name, and what was counted."""
     hidden, weight, labels = states.hidden, states.weight, states.labels
     (n, _), v = hidden.shape, weight.shape[0]
-    head, rule = Head(weight), MarkRule(eps, v // 16)
+    head, rule = Head(weight), SelectionRule(eps, v // 16)
     sums, marks = sparse_tiles.mark(hidden, head, labels, rule)
     parts = sparse_tiles.Parts(hidden, head, labels, sums, marks, states.coefficients, None)
     entries = parts.entries(slice(None))

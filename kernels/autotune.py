@@ -23,8 +23,8 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from tvkd_fast.kernels.configs import BULK_TARGETS, CANDIDATES, Demand, Kernel, TileConfig, choose
-from tvkd_fast.kernels.head import Head, MarkRule
 from tvkd_fast.kernels.launch import aligned, target_of
+from tvkd_fast.kernels.records import Head, SelectionRule
 
 TILE_MAX = 256
 BLOCK_COLUMNS = 4096
@@ -96,8 +96,8 @@ def tune(
     """The fastest tiles of each kernel at hidden [N, D] and weight [V, D]; `seconds` times a call."""
     # The launchers look their tiles up here, so they are imported when there is something to time.
     from tvkd_fast.kernels.dlogits import dlogits
-    from tvkd_fast.kernels.head_marks import mark
-    from tvkd_fast.kernels.head_slopes import head_slopes
+    from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
+    from tvkd_fast.kernels.head_selection import select_entries
     from tvkd_fast.kernels.head_stats import head_sums
     from tvkd_fast.kernels.products import product
 
@@ -115,11 +115,11 @@ def tune(
     def stats(config: TileConfig) -> object:
         return head_sums(hidden, head, labels=labels, config=config)
 
-    def slopes(config: TileConfig) -> object:
-        return head_slopes(hidden, head, labels, config=config)
+    def dhidden(config: TileConfig) -> object:
+        return head_dlogp_dhidden(hidden, head, labels, config=config)
 
-    def marks(config: TileConfig) -> object:
-        return mark(hidden, head, labels, MarkRule(2.0**-14, row_cap=v), config=config)
+    def selection(config: TileConfig) -> object:
+        return select_entries(hidden, head, labels, SelectionRule(2.0**-14, row_cap=v), config=config)
 
     def gradient(config: TileConfig) -> object:
         block = (hidden, head.columns(0, width), labels, sums, ones, ones[:1], buffer, config)
@@ -134,8 +134,8 @@ def tune(
     candidates = [x for x in CANDIDATES if not x.bulk or (target in BULK_TARGETS and demand.aligned)]
     runs: dict[Kernel, Callable[[TileConfig], object]] = {
         "head_stats": stats,
-        "head_marks": marks,
-        "exponentials": slopes,
+        "selection_bits": selection,
+        "exponentials": dhidden,
         "dlogits": gradient,
         "product": multiply,
     }

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkd_fast.kernels.configs import TileConfig, precision
-from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.kernels.launch import launch, operand, target_of
 from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+from tvkd_fast.kernels.records import Head, HeadSums
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Letters: N tokens, D hidden, V vocabulary, R rows and C vocabulary columns of a block.
 
 A block's gradient by the logits lives in one buffer of hidden's dtype; `blocks.py` says how large. Four products in all
-with the forward; the one by hidden is left out where the backbone is frozen. A frozen head goes by `head_slopes.py`.
+with the forward; the one by hidden is left out where the backbone is frozen. `head_dhidden.py` serves a frozen head.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.blocks import plan, slices
 from tvkd_fast.kernels.dlogits import dlogits
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
 from tvkd_fast.kernels.products import product
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 
 HIDDEN_SUM_BYTES = 256 * 2**20
 """Float32 sums of all of a 16-bit dH. A larger dH takes a walk of its own, which recomputes the logits once more."""

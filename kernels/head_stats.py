@@ -15,9 +15,9 @@ from torch import Tensor
 from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.blocks import slices
 from tvkd_fast.kernels.configs import UNTILED, TileConfig, precision
-from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.kernels.launch import launch, operand, target_of
 from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+from tvkd_fast.kernels.records import Head, HeadSums
 
 PARTIAL_FLOATS = 4 * 2**20
 """What the partial sums of one launch may hold; more rows take more launches."""

@@ -1,6 +1,6 @@
 """dW and the bias's gradient of a sparse gradient, a program per column: its entries by row, summed in order.
 
-Letters: N tokens, D hidden, V vocabulary, E marked entries.
+Letters: N tokens, D hidden, V vocabulary, E selected entries.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkd_fast.kernels.configs import GatherConfig
-from tvkd_fast.kernels.head import Head, HeadGradients
 from tvkd_fast.kernels.launch import launch
-from tvkd_fast.kernels.mark_lists import MarkLists
+from tvkd_fast.kernels.records import Head, HeadGradients
+from tvkd_fast.kernels.selected_lists import SelectedLists
 from tvkd_fast.kernels.sparse_rows import DROPPED
 
 
@@ -26,7 +26,7 @@ def sparse_columns_kernel(
     edges_ptr,
     even_ptr,
     coefficients_ptr,
-    cold_ptr,
+    is_sparse_ptr,
     hidden_sum_ptr,
     even_sum_ptr,
     grad_weight_ptr,
@@ -64,15 +64,15 @@ def sparse_columns_kernel(
             h = tl.load(gathered, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
             total += tl.sum(g[:, None] * h, 0)
     # 4. −u of all rows, as one vector, for columns whose gradient is not made elsewhere.
-    everyone = tl.load(cold_ptr + column) != 0
+    is_sparse = tl.load(is_sparse_ptr + column) != 0
     if HAS_GRAD:
-        total -= tl.where(everyone, tl.load(hidden_sum_ptr + inner, mask=inside, other=0.0), 0.0)
+        total -= tl.where(is_sparse, tl.load(hidden_sum_ptr + inner, mask=inside, other=0.0), 0.0)
         out = grad_weight_ptr + column * grad_stride + inner
         if HAS_START:
             total += tl.load(out, mask=inside, other=0.0).to(tl.float32)
         tl.store(out, total, mask=inside)
     if HAS_BIAS:
-        g = tl.sum(bias_total, 0) - tl.where(everyone, tl.load(even_sum_ptr), 0.0)
+        g = tl.sum(bias_total, 0) - tl.where(is_sparse, tl.load(even_sum_ptr), 0.0)
         if HAS_START:
             g += tl.load(grad_bias_ptr + column).to(tl.float32)
         tl.store(grad_bias_ptr + column, g)
@@ -81,12 +81,12 @@ def sparse_columns_kernel(
 def sparse_columns(
     hidden: Tensor,
     head: Head,
-    marks: MarkLists,
+    selected: SelectedLists,
     entries: Tensor,
     even: Tensor,
     coefficients: Tensor,
     *,
-    cold: Tensor,
+    is_sparse: Tensor,
     hidden_sum: Tensor | None,
     start: HeadGradients,
     want_weight: bool,
@@ -97,11 +97,11 @@ def sparse_columns(
     Args:
         entries, even: J·(p − δ) (E,) and u (N,), as `sparse_rows` gave them.
         coefficients: (N,) float32 c times logit_scale.
-        cold: (V,) int8, 1 of columns that take a share of the tail.
+        is_sparse: (V,) int8, 1 of columns that take a share of the tail.
         hidden_sum: (D,) float32 Σ_t u_t·h_t, where dW is wanted.
     """
     config, vocab = GatherConfig.of(hidden.shape[1]), head.vocab_size
-    by_column, order = marks.columns.sort(stable=True)
+    by_column, order = selected.columns.sort(stable=True)
     edges = torch.searchsorted(by_column, torch.arange(vocab + 1, device=hidden.device, dtype=torch.int32))
     grad_weight, grad_bias = start.weight, start.bias
     if want_weight and grad_weight is None:
@@ -114,13 +114,13 @@ def sparse_columns(
         on=hidden,
         options=config.options,
         hidden_ptr=hidden,
-        rows_ptr=marks.rows,
+        rows_ptr=selected.rows,
         entries_ptr=entries,
         order_ptr=order,
         edges_ptr=edges,
         even_ptr=even,
         coefficients_ptr=coefficients,
-        cold_ptr=cold,
+        is_sparse_ptr=is_sparse,
         hidden_sum_ptr=hidden_sum,
         even_sum_ptr=even.sum(),
         grad_weight_ptr=grad_weight,

@@ -1,8 +1,8 @@
-"""dH of a sparse gradient, a program per row: its marked entries gathered, pruned, and summed in order.
+"""dH of a sparse gradient, a program per row: its selected entries gathered, pruned, and summed in order.
 
-Letters: N tokens, D hidden, V vocabulary, E marked entries.
+Letters: N tokens, D hidden, V vocabulary, E selected entries.
 
-A program has w_j in registers, so it takes z from it anew: nothing but places was kept. It drops what was marked but
+A program has w_j in registers, so it takes z from it anew: nothing but places was kept. It drops what was selected but
 lies below ε, and leaves each entry's J·(p − δ) for `sparse_columns.py`.
 """
 
@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkd_fast.kernels.configs import GatherConfig
-from tvkd_fast.kernels.dice import Dice
-from tvkd_fast.kernels.head import Head, HeadSums, MarkRule
-from tvkd_fast.kernels.head_marks import uniform
+from tvkd_fast.kernels.hash_uniform import HashUniform
 from tvkd_fast.kernels.launch import launch
-from tvkd_fast.kernels.mark_lists import MarkLists
+from tvkd_fast.kernels.records import Head, HeadSums, SelectionRule
+from tvkd_fast.kernels.selected_lists import SelectedLists
+from tvkd_fast.kernels.selection_bits import uniform
 
 # No J·(p − δ) is as large.
 DROPPED = tl.constexpr(2.0)
@@ -37,12 +37,12 @@ def sparse_rows_kernel(
     coefficients_ptr,
     tail_ptr,
     weight_sum_ptr,
-    row_dice_ptr,
-    column_dice_ptr,
+    row_hashes_ptr,
+    column_hashes_ptr,
     entries_ptr,
     even_ptr,
     grad_hidden_ptr,
-    free_ptr,
+    spread_over_ptr,
     D,
     hidden_stride,
     weight_stride,
@@ -67,8 +67,8 @@ def sparse_rows_kernel(
     top = tl.load(maximum_ptr + row)
     rest = tl.load(log_total_ptr + row)
     c = tl.load(coefficients_ptr + row)
-    slope = tl.zeros((BLOCK_D,), tl.float32)
-    everyone = tl.zeros((BLOCK_D,), tl.float32)
+    entry_sum = tl.zeros((BLOCK_D,), tl.float32)
+    kept_sum = tl.zeros((BLOCK_D,), tl.float32)
     lost = tl.zeros((BLOCK_E,), tl.float32)
     count = tl.zeros((BLOCK_E,), tl.int32)
     if start < stop:
@@ -94,7 +94,7 @@ def sparse_rows_kernel(
             value = p
             limit = p * 0.0 + eps
             if UNBIASED:
-                u = uniform(tl.load(row_dice_ptr + row), tl.load(column_dice_ptr + column, mask=there, other=0))
+                u = uniform(tl.load(row_hashes_ptr + row), tl.load(column_hashes_ptr + column, mask=there, other=0))
                 limit *= u
                 value = tl.where(own, p, tl.maximum(p, eps))
             kept = there & (own | (p >= limit))
@@ -104,17 +104,17 @@ def sparse_rows_kernel(
             entry = tl.where(own, value - 1.0, value) * chain
             tl.store(entries_ptr + place, tl.where(kept, entry, DROPPED), mask=there)
             if HAS_GRAD:
-                slope += tl.sum(tl.where(kept, entry, 0.0)[:, None] * w, 0)
-                everyone += tl.sum(tl.where(kept[:, None], w, 0.0), 0)
+                entry_sum += tl.sum(tl.where(kept, entry, 0.0)[:, None] * w, 0)
+                kept_sum += tl.sum(tl.where(kept[:, None], w, 0.0), 0)
     # 5. The tail's share u of each column that is not kept.
-    others = tl.load(free_ptr) - tl.sum(count, 0)
+    others = tl.load(spread_over_ptr) - tl.sum(count, 0)
     u = c * (tl.load(tail_ptr + row) + tl.sum(lost, 0)) / tl.maximum(others, 1)
     u = tl.where(others > 0, u, c * 0.0)
     tl.store(even_ptr + row, u)
     # 6. dH: −u over all columns but the kept ones, and the kept entries' own.
     if HAS_GRAD:
-        everyone -= tl.load(weight_sum_ptr + inner, mask=inside, other=0.0)
-        grad = u * everyone - c * slope
+        kept_sum -= tl.load(weight_sum_ptr + inner, mask=inside, other=0.0)
+        grad = u * kept_sum - c * entry_sum
         out = grad_hidden_ptr + row * grad_stride + inner
         if HAS_START:
             grad += tl.load(out, mask=inside, other=0.0).to(tl.float32)
@@ -126,8 +126,8 @@ def sparse_rows(
     head: Head,
     labels: Tensor,
     sums: HeadSums,
-    marks: MarkLists,
-    rule: MarkRule,
+    selected: SelectedLists,
+    rule: SelectionRule,
     coefficients: Tensor,
     *,
     spread_over: Tensor,
@@ -144,11 +144,11 @@ def sparse_rows(
         start: dH [N, D] so far, which is added to in place, or None.
     """
     (n, d), config = hidden.shape, GatherConfig.of(hidden.shape[1])
-    entries, even = (hidden.new_empty(size, dtype=torch.float32) for size in (len(marks.columns), n))
+    entries, even = (hidden.new_empty(size, dtype=torch.float32) for size in (len(selected.columns), n))
     grad_hidden = start
     if want_hidden and start is None:
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    dice = Dice(rule.seed, torch.arange(n, device=hidden.device), head.vocab_size) if rule.unbiased else None
+    uniforms = HashUniform(rule.seed, torch.arange(n, device=hidden.device), head.vocab_size) if rule.unbiased else None
     launch(
         sparse_rows_kernel,
         n,
@@ -158,19 +158,19 @@ def sparse_rows(
         weight_ptr=head.weight,
         bias_ptr=head.bias,
         labels_ptr=labels,
-        columns_ptr=marks.columns,
-        starts_ptr=marks.starts,
+        columns_ptr=selected.columns,
+        starts_ptr=selected.starts,
         maximum_ptr=sums.maximum,
         log_total_ptr=sums.log_total,
         coefficients_ptr=coefficients,
-        tail_ptr=marks.tail,
+        tail_ptr=selected.tail,
         weight_sum_ptr=weight_sum,
-        row_dice_ptr=None if dice is None else dice.a,
-        column_dice_ptr=None if dice is None else dice.b,
+        row_hashes_ptr=None if uniforms is None else uniforms.row_hashes,
+        column_hashes_ptr=None if uniforms is None else uniforms.column_hashes,
         entries_ptr=entries,
         even_ptr=even,
         grad_hidden_ptr=grad_hidden,
-        free_ptr=spread_over,
+        spread_over_ptr=spread_over,
         D=d,
         hidden_stride=hidden.stride(0),
         weight_stride=head.weight.stride(0),
@@ -181,7 +181,7 @@ def sparse_rows(
         **config.switches,
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
-        UNBIASED=dice is not None,
+        UNBIASED=uniforms is not None,
         HAS_GRAD=want_hidden,
         HAS_START=start is not None,
     )

@@ -274,8 +274,8 @@ def ops_of_a_head(dtype: torch.dtype, n: int, d: int, v: int, bias: str, softcap
 
 
 def sparse_ops_of_a_head(dtype: torch.dtype, d: int, bias: bool, softcap: float | None, tail: str, wants: str) -> None:
-    """Few columns, and many rows: a program makes one of either. With six columns or more, some are hot."""
-    v = 5 if wants == "both, none hot" else 40
+    """Few columns, and many rows: a program makes one of either. With six columns or more, some are dense."""
+    v = 5 if wants == "both, none dense" else 40
     hidden, weight = torch.randn(20, d).to(dtype), torch.randn(v, d).to(dtype)
     offsets = torch.randn(v).to(dtype).requires_grad_("dH" not in wants) if bias else None
     hidden.requires_grad_(wants != "dW alone")
@@ -317,7 +317,7 @@ def recorded() -> tuple[Launch, ...]:
                 ops_of_a_head(dtype, 130, d, 300, "none", None)
                 for bias, softcap in product(("none", "frozen", "trained"), (None, 5.0)):
                     ops_of_a_head(dtype, 20, d, 40, bias, softcap)
-                for wants in ("both, none hot", "dH alone", "dW alone"):
+                for wants in ("both, none dense", "dH alone", "dW alone"):
                     sparse_ops_of_a_head(dtype, d, False, None, "even", wants)
                 for bias, softcap in product((False, True), (None, 5.0)):
                     for tail in ("even", "unbiased") if d == 64 else ("even",):

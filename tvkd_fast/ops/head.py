@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 from tvkd_fast.ops import tiles
 from tvkd_fast.ops.checks import check_head, check_tensors
 from tvkd_fast.ops.dispatch import autocast_input, takes_triton, without_autocast
@@ -75,9 +75,11 @@ def head_forward(
         logits = tiles.room_for_logits(hidden, head, kept, workspace_mb)
         return head_sums(hidden, head, impl, labels=labels, ignore_index=ignore_index, logits=logits), logits
     if takes_triton(impl, hidden):
-        from tvkd_fast.kernels import head_slopes as kernel
+        from tvkd_fast.kernels import head_dhidden as kernel
 
-        return kernel.head_slopes(packed_rows(hidden), packed(head), labels.contiguous(), ignore_index=ignore_index)
+        return kernel.head_dlogp_dhidden(
+            packed_rows(hidden), packed(head), labels.contiguous(), ignore_index=ignore_index
+        )
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
         sums, slopes = tiles.head_slopes(hidden, head, labels if kept is None else labels[kept], kept=kept)

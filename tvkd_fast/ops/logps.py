@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadSums
+from tvkd_fast.kernels.records import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, check_impl, takes_triton
 from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadSums, MarkRule, Marks
+from tvkd_fast.kernels.records import Head, HeadSums, SelectedEntries, SelectionRule
 from tvkd_fast.ops import sparse_tiles
 from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
@@ -153,8 +153,8 @@ def _sparse_logps(
     max_tail: float,
     measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities (N,); for the backward max z, log Σ exp(z − max z) and z at the label, (N,) each, and `Marks`;
-    then `HeadStats`' five sums.
+    """Log-probabilities (N,); for the backward max z, log Σ exp(z − max z) and z at the label, (N,) each, and
+    `SelectedEntries`; then `HeadStats`' five sums.
 
     `measure` takes every row as dense where that is quicker on this machine.
     """
@@ -162,7 +162,7 @@ def _sparse_logps(
     check_label_range(labels, weight.shape[0], ignore_index)
     head = Head(weight, bias, softcap, logit_scale)
     limit = break_even(hidden.device, hidden.dtype, *weight.shape) if measure else float("inf")
-    rule = MarkRule(eps, row_cap, unbiased, seed, max_tail, limit)
+    rule = SelectionRule(eps, row_cap, unbiased, seed, max_tail, limit)
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
         sums, marks = sparse_tiles.mark(hidden, head, labels if kept is None else labels[kept], rule, kept=kept)
@@ -211,7 +211,7 @@ def _sparse_gradients(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     labels = labels.long()
-    marks = Marks(rows, columns, p, chain if softcap is not None else None, bounds, tail, dense)
+    marks = SelectedEntries(rows, columns, p, chain if softcap is not None else None, bounds, tail, dense)
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
         upstream = grad_logps.masked_fill(labels == ignore_index, 0.0)

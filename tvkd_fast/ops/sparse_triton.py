@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadSums, MarkRule
+from tvkd_fast.kernels.records import Head, HeadSums, SelectionRule
 from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.dispatch import without_autocast
@@ -40,24 +40,24 @@ def _marked_logps(
     max_tail: float,
     measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities (N,); for the backward max z and log Σ exp(z − max z), (N,) each, and `MarkLists`; then
+    """Log-probabilities (N,); for the backward max z and log Σ exp(z − max z), (N,) each, and `SelectedLists`; then
     `HeadStats`' five sums, where what is marked counts as kept: it is pruned in the backward.
     """
-    from tvkd_fast.kernels.head_marks import mark
+    from tvkd_fast.kernels.head_selection import select_entries
 
     labels = labels.long().contiguous()
     check_label_range(labels, weight.shape[0], ignore_index)
     limit = break_even(hidden.device, hidden.dtype, *weight.shape) if measure else float("inf")
-    rule = MarkRule(eps, row_cap, unbiased, seed, max_tail, limit)
+    rule = SelectionRule(eps, row_cap, unbiased, seed, max_tail, limit)
     head = packed(Head(weight, bias, softcap, logit_scale))
     with without_autocast(hidden):
-        sums, marks = mark(packed_rows(hidden), head, labels, rule, ignore_index=ignore_index)
+        sums, marks = select_entries(packed_rows(hidden), head, labels, rule, ignore_index=ignore_index)
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
     assert marks.numbers is not None
     entries, tail, dense = marks.numbers
     numbers = torch.stack([(labels != ignore_index).sum().double(), entries, entries, tail, dense])
-    found = (marks.columns, marks.starts, marks.tail, marks.dense, marks.hot)
+    found = (marks.columns, marks.starts, marks.tail, marks.dense_rows, marks.dense_columns)
     return logps, sums.maximum, sums.log_total, *found, numbers
 
 
@@ -84,7 +84,7 @@ def _marked_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from tvkd_fast.kernels.mark_lists import MarkLists
+    from tvkd_fast.kernels.selected_lists import SelectedLists
     from tvkd_fast.kernels.sparse_backward import sparse_gradients
 
     with without_autocast(hidden):
@@ -93,8 +93,8 @@ def _marked_gradients(
             packed(Head(weight, bias, softcap, logit_scale)),
             labels.long().contiguous(),
             HeadSums(maximum, log_total),
-            MarkLists(columns, starts, tail, dense, hot),
-            MarkRule(eps, weight.shape[0], unbiased, seed),
+            SelectedLists(columns, starts, tail, dense, hot),
+            SelectionRule(eps, weight.shape[0], unbiased, seed),
             grad_logps,
             ignore_index=ignore_index,
             want_hidden=want_hidden,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 from tvkd_fast.ops import compiled
 from tvkd_fast.ops.pages import large_empty
 

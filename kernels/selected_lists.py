@@ -1,6 +1,6 @@
-"""From bits to lists: which columns each row has marked, in order. Popcounts, prefix sums, no atomics.
+"""From bits to lists: which columns each row has selected, in order. Popcounts, prefix sums, no atomics.
 
-Letters: N tokens, V vocabulary, W words of 32 bits a row, E marked entries, K hot columns.
+Letters: N tokens, V vocabulary, W words of 32 bits per row, E selected entries, K dense columns.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkd_fast.kernels.configs import UNTILED
-from tvkd_fast.kernels.head import MarkRule
 from tvkd_fast.kernels.launch import launch
+from tvkd_fast.kernels.records import SelectionRule
 
 COUNT_WORDS = 256
 LIST_WORDS = 64
 
 
 @dataclass(frozen=True)
-class MarkLists:
-    """The marked entries of N softmaxes, row by row, columns ascending; a label's is among them unless it is hot."""
+class SelectedLists:
+    """The selected entries of N softmaxes, row by row, columns ascending, each label's among them.
+
+    A label in a dense column has no entry, nor has any other column that is dense.
+    """
 
     columns: Tensor
     """(E,) int32"""
     starts: Tensor
     """(N + 1,) int64: where each row's entries begin."""
     tail: Tensor
-    """(N,) Σ p·J over what is neither marked nor hot."""
-    dense: Tensor
+    """(N,) Σ p·J over entries of sparse columns that are not selected."""
+    dense_rows: Tensor
     """(rows,) int64: rows without entries, whose gradient is to be the exact one."""
-    hot: Tensor
+    dense_columns: Tensor
     """(K,) int64: columns whose gradient is exact."""
     numbers: Tensor | None = None
     """(3,) float64: entries beside the labels', Σ tail and dense rows. Not needed by a backward."""
@@ -49,29 +52,32 @@ class MarkLists:
         columns: Sequence[Tensor],
         counts: Tensor,
         own: Tensor,
-        dense: Tensor,
+        dense_rows: Tensor,
         tail: Tensor,
         wanted: Tensor,
-        hot: Tensor,
-        rule: MarkRule,
-    ) -> MarkLists:
-        """From blocks of `columns`, and of all rows (N,): marks, whether the label's is among them, whether the row is
-        dense, what is not marked, whether the row counts. All that count are dense where `rule` finds them too flat.
+        dense_columns: Tensor,
+        rule: SelectionRule,
+    ) -> SelectedLists:
+        """Lists from blocks of `columns` and numbers of all rows; where `rule` finds them too flat, every row is dense.
+
+        Args:
+            counts, own, dense_rows: (N,) selected entries, whether the label's is among them, whether the row is dense.
+            tail, wanted: (N,) what is not selected, and whether the row counts.
         """
-        counts = counts.masked_fill(dense, 0)
-        entries = (counts - own.long()).masked_fill(dense, 0).sum()
-        lost = tail.masked_fill(dense, 0.0).sum(dtype=torch.float64)
-        rows = (wanted & ~dense).sum()
+        counts = counts.masked_fill(dense_rows, 0)
+        entries = (counts - own.long()).masked_fill(dense_rows, 0).sum()
+        lost = tail.masked_fill(dense_rows, 0.0).sum(dtype=torch.float64)
+        rows = (wanted & ~dense_rows).sum()
         flat = bool((lost > rule.max_tail * rows) | (entries > rule.max_entries * rows))
         if flat:
-            columns, counts, dense = [], torch.zeros_like(counts), wanted
-        return MarkLists(
-            columns=torch.cat([hot.new_empty(0, dtype=torch.int32), *columns]),
+            columns, counts, dense_rows = [], torch.zeros_like(counts), wanted
+        return SelectedLists(
+            columns=torch.cat([counts.new_empty(0, dtype=torch.int32), *columns]),
             starts=_starts(counts),
             tail=tail,
-            dense=dense.nonzero()[:, 0],
-            hot=hot,
-            numbers=torch.stack([entries * (not flat), lost * (not flat), dense.sum()]),
+            dense_rows=dense_rows.nonzero()[:, 0],
+            dense_columns=dense_columns,
+            numbers=torch.stack([entries * (not flat), lost * (not flat), dense_rows.sum()]),
         )
 
 
@@ -103,8 +109,8 @@ def list_kernel(words_ptr, starts_ptr, columns_ptr, W, words_stride, BLOCK: tl.c
         base += tl.sum(bits, 0)
 
 
-def counted(words: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """(N,) int64 bits a row of words [≥ N, W] int32; 0 of a row to ignore, whose words are not read."""
+def count_selected(words: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """(N,) int64 bits per row of words [≥ N, W] int32; 0 of a row to ignore, whose words are not read."""
     counts = labels.new_empty(len(labels), dtype=torch.int64)
     launch(
         count_kernel,
@@ -122,8 +128,8 @@ def counted(words: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return counts
 
 
-def listed(words: Tensor, counts: Tensor) -> Tensor:
-    """(E,) int32 columns of the bits of all rows that count any, row by row; the device is waited for."""
+def list_selected(words: Tensor, counts: Tensor) -> Tensor:
+    """(E,) int32 columns of the bits of all rows that count any, row by row; waits for the device."""
     starts = _starts(counts)
     columns = words.new_empty(int(starts[-1]), dtype=torch.int32)
     launch(

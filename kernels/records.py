@@ -1,4 +1,4 @@
-"""A vocabulary head and what passes over it leave: plain records, shared by every implementation.
+"""A vocabulary head, and what a pass over it leaves: plain records, shared by every implementation.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -48,7 +48,7 @@ class HeadSums:
     """−Σ p log p, nats."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> HeadSums:
-        """Every number that is there, changed."""
+        """The same with `change` applied to every number that is not None."""
         numbers = {x.name: getattr(self, x.name) for x in fields(self)}
         return replace(self, **{name: change(x) for name, x in numbers.items() if x is not None})
 
@@ -64,7 +64,7 @@ class HeadSums:
 
 
 @dataclass(frozen=True)
-class MarkRule:
+class SelectionRule:
     """Which entries of a softmax a sparse gradient keeps: the label, and those with p ≥ ε·u.
 
     u is 1, or where `unbiased` uniform in (0, 1) by a hash of (seed, row, column): an entry below ε is then kept with
@@ -78,11 +78,11 @@ class MarkRule:
     seed: int = 0
     max_tail: float = 1.0
     max_entries: float = math.inf
-    """Where the mean of the tails, or of the entries a row, is more, every row is dense."""
+    """Where the mean of the tails, or of the entries per row, is more, every row is dense."""
 
 
 @dataclass(frozen=True)
-class Marks:
+class SelectedEntries:
     """The entries of N softmaxes that a sparse gradient keeps beside the labels': E of them.
 
     They lie tile by tile of the walk that found them, block of rows by block, and by row inside a tile.
@@ -105,7 +105,7 @@ class Marks:
     below: Tensor | None = None
     """(N,) Σ p·J over the entries under ε, kept or not: the tail, where it is even. Not needed by a backward."""
     marked: int = 0
-    """Entries that were marked before the finished softmax pruned them, dense rows' among them."""
+    """Entries that were selected before the finished softmax pruned them, dense rows' among them."""
 
     @property
     def count(self) -> int:

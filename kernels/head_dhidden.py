@@ -1,4 +1,4 @@
-"""Statistics and, in the same pass, each label's gradient by its state: a frozen head's forward *and* backward.
+"""Statistics and, in the same pass, dlogp/dh of each label: a frozen head's forward *and* backward.
 
 Letters: N tokens, D hidden, V vocabulary, R rows and C columns of a block, T column tiles of it.
 
@@ -18,18 +18,18 @@ from torch import Tensor
 from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.blocks import plan, slices
 from tvkd_fast.kernels.configs import UNTILED, TileConfig, precision
-from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.kernels.launch import launch, operand, target_of
 from tvkd_fast.kernels.logits import grouped_tile, logits_tile
 from tvkd_fast.kernels.products import product
+from tvkd_fast.kernels.records import Head, HeadSums
 
 # ln 2 in two parts (Cody and Waite): 355/512 has 9 bits, so k·LN2_HIGH is exact for |k| < 2¹⁵ and z − k·ln 2 keeps the
 # digits of z.
 LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
 
-SETTLE_ROWS = 16
-SLOPE_ROWS, SLOPE_COLUMNS = 4, 512
+RESCALE_ROWS = 16
+DHIDDEN_ROWS, DHIDDEN_COLUMNS = 4, 512
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def power_of_two(k, base):
 
 
 @triton.jit
-def settle_kernel(
+def rescale_kernel(
     exponentials_ptr,
     exponents_ptr,
     totals_ptr,
@@ -166,8 +166,8 @@ def settle_kernel(
 
 
 @triton.jit
-def slopes_kernel(
-    slopes_ptr,
+def dlogp_dhidden_kernel(
+    dlogp_dhidden_ptr,
     weight_ptr,
     labels_ptr,
     target_ptr,
@@ -178,7 +178,7 @@ def slopes_kernel(
     R,
     V,
     D,
-    slopes_stride,
+    dlogp_dhidden_stride,
     weight_stride,
     ignore_index,
     logit_scale,
@@ -215,18 +215,18 @@ def slopes_kernel(
     # A label out of range has no row to read; its target is NaN, and so is all that is made of it.
     own = tl.where((label >= 0) & (label < V), label, 0).to(tl.int64)[:, None]
     w = tl.load(weight_ptr + own * weight_stride + columns[None, :], mask=wanted, other=0.0).to(tl.float32)
-    pointers = slopes_ptr + place * slopes_stride + columns[None, :]
+    pointers = dlogp_dhidden_ptr + place * dlogp_dhidden_stride + columns[None, :]
     mean = tl.load(pointers, mask=wanted, other=0.0) / (total * ROOM)[:, None]
-    slope = logit_scale * (missing[:, None] * w - mean)
-    tl.store(pointers, slope, mask=(rows < R)[:, None] & (columns < D)[None, :])
+    derivative = logit_scale * (missing[:, None] * w - mean)
+    tl.store(pointers, derivative, mask=(rows < R)[:, None] & (columns < D)[None, :])
 
 
-def head_slopes(
+def head_dlogp_dhidden(
     hidden: Tensor, head: Head, labels: Tensor, *, ignore_index: int = -100, config: TileConfig | None = None
 ) -> tuple[HeadSums, Tensor]:
-    """The statistics of `head_sums` with labels, and the slopes dlogp_t/dh_t = s·(J_y w_y − Σ_j p_j J_j w_j).
+    """The statistics of `head_sums` with labels, and dlogp_t/dh_t = s·(J_y w_y − Σ_j p_j J_j w_j).
 
-    A block's exponentials 2^(z·log₂e − k) are written in hidden's dtype, k a whole number a row and tile, and then
+    A block's exponentials 2^(z·log₂e − k) are written in hidden's dtype, k a whole number per row and tile, and then
     multiplied by the head's rows into float32 sums. Where tiles took different k, a small kernel brings them to the
     largest: times a power of two, which rounds nothing. k moves in steps of 16 (8 in float16), so that this is seldom
     needed. The label's own term is never among what is rounded. No atomics and no locks: bitwise repeatable.
@@ -234,18 +234,18 @@ def head_slopes(
     Args:
         hidden: [N, D] float32, bfloat16 or float16, columns contiguous.
         head: weight [V, D] and bias (V,) of hidden's dtype, columns contiguous.
-        labels: (N,) int32 or int64 token ids, contiguous; where `ignore_index`, sums and slopes are 0.
+        labels: (N,) int32 or int64 token ids, contiguous; where `ignore_index`, sums and derivatives are 0.
         config: tiles to take in place of the table's for the first product.
 
     Returns:
-        The sums, whose `maximum` is a number near LSE(z) that `log_total` completes; the slopes [N, D] float32.
+        The sums, whose `maximum` is a number near LSE(z) that `log_total` completes; the derivatives [N, D] float32.
 
-    Traffic: as `head_sums`; and R·C exponentials written and read in blocks, the slopes once a block. Two products.
+    Traffic: as `head_sums`; R·C exponentials written and read in blocks, the derivatives once per block. Two products.
     """
     walk = _Pass(hidden, head, labels, ignore_index, config)
     for rows in slices(hidden.shape[0], walk.blocks.rows):
         walk.through(rows)
-    return walk.sums, walk.slopes
+    return walk.sums, walk.dlogp_dhidden
 
 
 class _Pass:
@@ -268,7 +268,7 @@ class _Pass:
             return hidden.new_empty(shape, dtype=torch.float32)
 
         self.sums = HeadSums(floats(n), floats(n), target=floats(n).fill_(torch.nan))
-        self.slopes = floats(n, d)
+        self.dlogp_dhidden = floats(n, d)
         held = min(n, self.blocks.rows)
         column_tiles = triton.cdiv(self.blocks.columns, self.tiles.block_n)
         self.exponentials = hidden.new_empty((self.blocks.rows, self.blocks.columns))
@@ -277,14 +277,14 @@ class _Pass:
 
     def through(self, rows: slice) -> None:
         """One block of rows through the vocabulary."""
-        held_sums = self.slopes[rows]
+        held_sums = self.dlogp_dhidden[rows]
         before, after = self.held_exponents
         before.fill_(-torch.inf)
         self.held_total.zero_()
         for columns in slices(self.head.vocab_size, self.blocks.columns):
             first = columns.start == 0
             self._exponentials(rows, columns, before)
-            self._settle(rows, columns, before, after, None if first else held_sums)
+            self._rescale(rows, columns, before, after, None if first else held_sums)
             product(
                 self.exponentials,
                 self.head.weight[columns],
@@ -293,7 +293,7 @@ class _Pass:
                 previous=None if first else held_sums,
             )
             before, after = after, before
-        self._slopes(rows, before)
+        self._complete(rows, before)
 
     def _exponentials(self, rows: slice, columns: slice, held_exponents: Tensor) -> None:
         hidden, head, config = self.hidden[rows], self.head.columns(columns.start, columns.stop), self.tiles
@@ -331,12 +331,12 @@ class _Pass:
             PRECISION=precision(hidden.dtype, target_of(hidden)),
         )
 
-    def _settle(self, rows: slice, columns: slice, before: Tensor, after: Tensor, held_sums: Tensor | None) -> None:
+    def _rescale(self, rows: slice, columns: slice, before: Tensor, after: Tensor, held_sums: Tensor | None) -> None:
         r, d = self.hidden[rows].shape
         column_tiles = triton.cdiv(columns.stop - columns.start, self.tiles.block_n)
         launch(
-            settle_kernel,
-            triton.cdiv(r, SETTLE_ROWS) * column_tiles,
+            rescale_kernel,
+            triton.cdiv(r, RESCALE_ROWS) * column_tiles,
             on=self.hidden,
             options=UNTILED,
             exponentials_ptr=self.exponentials,
@@ -352,18 +352,18 @@ class _Pass:
             held_stride=0 if held_sums is None else held_sums.stride(0),
             tiles=column_tiles,
             TILE=self.tiles.block_n,
-            BLOCK_M=SETTLE_ROWS,
+            BLOCK_M=RESCALE_ROWS,
             HAS_HELD=held_sums is not None,
         )
 
-    def _slopes(self, rows: slice, exponents: Tensor) -> None:
-        (r, d), weight, slopes = self.hidden[rows].shape, self.head.weight, self.slopes[rows]
+    def _complete(self, rows: slice, exponents: Tensor) -> None:
+        (r, d), weight, block = self.hidden[rows].shape, self.head.weight, self.dlogp_dhidden[rows]
         launch(
-            slopes_kernel,
-            triton.cdiv(r, SLOPE_ROWS) * triton.cdiv(d, SLOPE_COLUMNS),
+            dlogp_dhidden_kernel,
+            triton.cdiv(r, DHIDDEN_ROWS) * triton.cdiv(d, DHIDDEN_COLUMNS),
             on=self.hidden,
             options=UNTILED,
-            slopes_ptr=slopes,
+            dlogp_dhidden_ptr=block,
             weight_ptr=weight,
             labels_ptr=self.labels[rows],
             target_ptr=self._target(rows),
@@ -374,13 +374,13 @@ class _Pass:
             R=r,
             V=self.head.vocab_size,
             D=d,
-            slopes_stride=slopes.stride(0),
+            dlogp_dhidden_stride=block.stride(0),
             weight_stride=weight.stride(0),
             ignore_index=self.ignore_index,
             logit_scale=self.head.logit_scale,
             softcap=self.head.softcap or 1.0,
-            BLOCK_M=SLOPE_ROWS,
-            BLOCK_N=SLOPE_COLUMNS,
+            BLOCK_M=DHIDDEN_ROWS,
+            BLOCK_N=DHIDDEN_COLUMNS,
             HAS_SOFTCAP=self.head.softcap is not None,
             ROOM=self.room,
         )
