@@ -1,9 +1,10 @@
-"""Tiles for a launch: those that were timed on this machine for shapes like these, else the table's.
+"""Tiles for a launch: those timed on this machine for similar shapes, else the table's.
 
     python -m tvkd_fast.kernels.autotune 4096x2048x128256 --dtype bfloat16
 
-times every candidate of every kernel once and keeps the fastest on disk; training never times anything. Letters: N
-tokens, D hidden, V vocabulary.
+times every candidate of every kernel once and keeps the fastest on disk; training never times anything.
+
+Letters: N tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def cache_file() -> Path:
 
 
 def key(kernel: Kernel, on: Tensor, demand: Demand, shape: tuple[int, int, int]) -> str:
-    """An entry a kernel, device, Triton version, demand and *bucket* of shapes: sizes rounded up to powers of 2."""
+    """One entry per kernel, device, Triton version, demand and *bucket* of shapes: sizes rounded up to powers of 2."""
     device = torch.cuda.get_device_name(on.device) if on.is_cuda else "none"
     bucket = "x".join(str(triton.next_power_of_2(size)) for size in shape)
     wants = " ".join(name for name, wanted in asdict(demand).items() if wanted)
@@ -68,7 +69,7 @@ def _tuned(file: Path) -> dict[str, TileConfig]:
 
 
 def remember(entries: dict[str, TileConfig], file: Path) -> None:
-    """Add entries to the file; whoever reads it meanwhile sees the old one or the new one whole."""
+    """Add entries to the file, atomically: a concurrent reader sees the old file or the new one."""
     kept = _tuned(file) | entries
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}")
@@ -78,7 +79,7 @@ def remember(entries: dict[str, TileConfig], file: Path) -> None:
 
 
 def fastest(candidates: Sequence[TileConfig], seconds: Callable[[TileConfig], float]) -> TileConfig:
-    """The candidate of the fewest seconds; one that the device cannot hold is passed over."""
+    """The candidate of the fewest seconds, among those that the device can hold."""
     timed: list[tuple[float, int]] = []
     for index, config in enumerate(candidates):
         try:
@@ -94,7 +95,7 @@ def tune(
     shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: Callable[[Callable[[], object]], float]
 ) -> dict[str, TileConfig]:
     """The fastest tiles of each kernel at hidden [N, D] and weight [V, D]; `seconds` times a call."""
-    # The launchers look their tiles up here, so they are imported when there is something to time.
+    # Imported here because the launchers import this module for their tiles.
     from tvkd_fast.kernels.dlogits import dlogits
     from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
     from tvkd_fast.kernels.head_selection import select_entries

@@ -20,12 +20,12 @@ Kernel = Literal["head_stats", "selection_bits", "exponentials", "dlogits", "pro
 FP_FUSION = {"enable_fp_fusion": True}
 
 UNTILED = {"num_warps": 4}
-"""The compiler's options for kernels that walk no tiles of a product."""
+"""The compiler's options for kernels without a product."""
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a kernel walks: an output tile of block_m × block_n, block_k of the inner dimension a step."""
+    """A kernel's output tile, block_m × block_n, and its step of the inner dimension, block_k."""
 
     block_m: int
     block_n: int
@@ -33,15 +33,15 @@ class TileConfig:
     warps: int
     stages: int
     bulk: bool = False
-    """Operands come through tensor descriptors (TMA) and not by pointer (cp.async, or plain loads)."""
+    """Operands are loaded through tensor descriptors (TMA), not by pointer (cp.async, or plain loads)."""
     group: int = 8
-    """Rows of tiles that go down a column together, so that they meet in L2."""
+    """Rows of tiles that are taken column by column together, so that they share operands in L2."""
     split_tiles: int = 4
     """head_stats: column tiles that one program reduces before it writes its partial sums."""
 
     @property
     def switches(self) -> dict[str, Any]:
-        """The compile-time arguments that all three kernels share."""
+        """The compile-time arguments that all kernels with a product share."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -52,7 +52,7 @@ class TileConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's options, but for those that every launch has in common (`FP_FUSION`)."""
+        """The compiler's options, except those that all launches share (`FP_FUSION`)."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -284,11 +284,11 @@ CANDIDATES = tuple(
     for warps, stages in ((4, 3), (8, 3), (8, 4))
     for bulk in (True, False)
 )
-"""What `kernels/autotune.py` times; those that a device cannot hold fall out there."""
+"""What `kernels/autotune.py` times, among them tiles that some devices cannot hold."""
 
 
 GATHERED_FLOATS = 16
-"""What a thread holds in registers of a program's tile of gathered rows."""
+"""Floats per thread of a program's tile of gathered rows, in registers."""
 
 
 @dataclass(frozen=True)

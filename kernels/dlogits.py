@@ -1,4 +1,4 @@
-"""The gradient by the logits, a block of rows and vocabulary columns at a time, from recomputed logits.
+"""The gradient by the logits, recomputed a block of rows and vocabulary columns at a time.
 
 Letters: R rows and C columns of a block, D hidden.
 """
@@ -102,7 +102,7 @@ def dlogits(
         scale: (1,) float32 on the device.
         out: [R', C'] of hidden's dtype, R and C rounded up to whole tiles; the rest of the tiles is set to 0, so that
             the products that read them need no masks.
-        want_bias: asks for the sums of out's columns.
+        want_bias: also return the sums of out's columns.
 
     Returns:
         (C,) float32 where want_bias, else None.

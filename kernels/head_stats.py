@@ -1,4 +1,4 @@
-"""Statistics of the vocabulary head, without logits: one product forward, a few floats a token.
+"""Statistics of the vocabulary head, without logits: one product forward, a few floats per token.
 
 Letters: N tokens, D hidden, V vocabulary, S splits of the vocabulary.
 """
@@ -20,7 +20,7 @@ from tvkd_fast.kernels.logits import grouped_tile, logits_tile
 from tvkd_fast.kernels.records import Head, HeadSums
 
 PARTIAL_FLOATS = 4 * 2**20
-"""What the partial sums of one launch may hold; more rows take more launches."""
+"""Limit of the partial sums of one launch; more rows take more launches."""
 
 MERGE_ROWS = 128
 
@@ -189,7 +189,7 @@ def head_sums(
     absent: float = math.nan,
     config: TileConfig | None = None,
 ) -> HeadSums:
-    """Of each row of hidden: max z and log Σ exp(z − max z); where asked z at the label, LSE(κz), the entropy.
+    """Statistics per row of hidden: max z and log Σ exp(z − max z); on request z at the label, LSE(κz), the entropy.
 
     Each program reduces `config.split_tiles` column tiles of one row tile online and writes its partial sums; a second,
     small kernel merges the S splits in order. No atomics and no locks: bitwise repeatable.
@@ -197,17 +197,17 @@ def head_sums(
     Args:
         hidden: [N, D] float32, bfloat16 or float16, columns contiguous.
         head: weight [V, D] and bias (V,) of hidden's dtype, columns contiguous.
-        labels: (N,) int32 or int64 token ids, contiguous. Of a row labelled `ignore_index` the sums are 0 and `target`
-            means nothing; a row tile of nothing else is not computed.
-        kappa: asks for LSE(κz) from the same tiles and maximum: κ·max z = max κz.
-        entropy: asks for −Σ p log p.
+        labels: (N,) int32 or int64 token ids, contiguous. A row labelled `ignore_index` gets sums of 0 and a
+            meaningless `target`; a row tile of only such rows is not computed.
+        kappa: also return LSE(κz), from the same tiles and maximum: κ·max z = max κz.
+        entropy: also return −Σ p log p.
         vocab_start: the token id of weight's first row, where the vocabulary is sharded.
-        absent: what `target` holds of a label that lies in no row of weight; NaN shows a label that is out of range,
-            0 lets shards be added.
+        absent: `target` where the label is no row of weight; NaN shows a label that is out of range, 0 lets shards be
+            added.
         config: tiles to take in place of the table's.
 
-    Traffic: hidden is read once a column of tiles and weight once a group of row tiles, both mostly from L2; 8 bytes a
-    row and split are written and read again (4 more each for LSE(κz) and the entropy). Nothing of size N·V.
+    Traffic: hidden is read once per column of tiles and weight once per group of row tiles, both mostly from L2; 8
+    bytes per row and split are written and read again (4 more each for LSE(κz) and the entropy). Nothing of size N·V.
     """
     n, d = hidden.shape
     demand = {"heavy": head.softcap is not None or entropy, "bias": head.bias is not None}

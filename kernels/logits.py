@@ -1,4 +1,4 @@
-"""What every kernel over the vocabulary shares: the order in which tiles are taken, and one tile of logits.
+"""Shared by all kernels over the vocabulary: the order in which tiles are taken, and one tile of logits.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -12,7 +12,7 @@ def grouped_tile(program, rows_of_tiles, columns_of_tiles, GROUP: tl.constexpr):
     """Program number to (row of tiles, column of tiles): GROUP rows go down one column before the next is taken.
 
     Programs that run at the same time then share their columns of the right operand and a few rows of the left one, and
-    both stay in L2: the right operand comes from memory once a group of rows and not once a row.
+    both stay in L2: the right operand comes from memory once per group of rows and not once per row.
     """
     group_size = GROUP * columns_of_tiles
     first_row = program // group_size * GROUP
@@ -46,8 +46,8 @@ def logits_tile(
 ):
     """z [BLOCK_M, BLOCK_N] float32 at (row, column): a = logit_scale·(h·w + bias), z = softcap·tanh(a/softcap).
 
-    hidden [N, D] and weight [V, D] are tensor descriptors where BULK, else pointers. Rows and columns past the end hold
-    numbers that mean nothing: the caller masks them, after the transforms (before, softcap would make −inf finite).
+    hidden_ptr [N, D] and weight_ptr [V, D] are tensor descriptors if BULK, else pointers. Rows and columns past the end
+    hold meaningless numbers: the caller masks them, after the transforms (before, softcap would make −inf finite).
     """
     # 1. The product, accumulated in float32 over steps of D.
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

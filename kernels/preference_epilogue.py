@@ -1,4 +1,4 @@
-"""All that TVKD's loss does after the head, in one launch: ragged sums, shaping returns, losses, their derivatives.
+"""TVKD's loss after the head, in one launch: ragged sums, shaping returns, losses and their derivatives.
 
 Letters: N tokens, M states, P pairs; 2P sequences, chosen first, then rejected in the same order: pair p is sequences p
 and P + p.
@@ -20,12 +20,12 @@ from tvkd_fast.kernels.launch import INTERPRETED, launch, target_of
 TERMINALS = ("last_content", "eos", "zero")
 
 _BLOCK = 64 if INTERPRETED else 1024
-"""Lanes of a running sum; few under the interpreter, so that short sequences have whole blocks and a partial one."""
+"""Lanes of a running sum; few in the interpreter, so that short sequences have whole blocks and a partial one."""
 
 
 @triton.jit
 def sequence_sum(per_token_ptr, cu_seqlens_ptr, sequence, BLOCK: tl.constexpr):
-    """Σ over one sequence in float64: lane by lane, then over the lanes. Its neighbours do not change a bit of it."""
+    """Σ over one sequence in float64: per lane, then over the lanes, so the other sequences do not change its bits."""
     start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     stop = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -58,7 +58,7 @@ def shaping_return(
             last -= tl.load(ended_ptr + sequence).to(tl.int64)
         else:
             last -= 1
-    # Under "zero" the last state is V = 0 by decree: it counts as one that steps lead to, and is not read.
+    # Under "zero" the last state has V = 0 by definition: a step leads to it, and it is not read.
     stop = last if TERMINAL == "zero" else last + 1
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -164,7 +164,7 @@ def preference_epilogue_kernel(
 
 @dataclass(frozen=True)
 class EpilogueResult:
-    """What a step and its log want of P pairs, float32; nothing carries a gradient."""
+    """Numbers of P pairs for a step and its log, float32, without gradients."""
 
     psi: Tensor | None
     """(2P,): Ψ; the one that was given, as it came; None without shaping."""
@@ -217,12 +217,12 @@ def preference_epilogue(
         cu_seqlens: (2P+1,) int32 or int64 boundaries of the sequences; a sequence without tokens sums to 0.
         ref_token_logps, ref_logps: one of the two: the reference's (N,) a token, or (2P,) summed. float32.
         values, cu_states, ended: (M,) float32 teacher values, (2P+1,) int32 or int64 boundaries of the responses'
-            states, at least two each, and (2P,) bool, whether a response ends with an end-of-sequence token (all do
-            where None).
+            states, at least two each, and (2P,) bool, whether a response ends with an end-of-sequence token (None:
+            all do).
         psi: (2P,) float32 Ψ in place of values; neither is DPO.
-        beta, alpha, label_smoothing: as `tvkd_loss` has them, gamma and terminal as `shaping_returns` has them.
+        beta, alpha, label_smoothing: as in `tvkd_loss`; gamma and terminal: as in `shaping_returns`.
 
-    No tensor is read by the host: what boundaries hold is the caller's to check.
+    The host reads no tensor: the caller has to check the boundaries.
 
     Traffic: logps, ref_token_logps and values once each, coefficients written once; a sequence's boundaries and (P,)
     results besides.

@@ -1,6 +1,6 @@
 """The backward's two products, accumulated in float32 over blocks of the vocabulary or of the rows.
 
-Letters: M, N, K the product's own: out [M, N] = left [M, K] · right [K, N].
+Letters: M, N, K of the product out [M, N] = left [M, K] · right [K, N].
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def product(
         right: [K, N] of left's dtype, columns contiguous.
         out: [M, N]; rounded once, from float32, where its dtype is shorter.
         previous: float32 [M, N], which may be `out`, or None.
-        scale: (1,) float32 on the device, wanted where `last`.
+        scale: (1,) float32 on the device, required if `last`.
 
-    Traffic: left once a column of tiles, right once a group of row tiles, out (and previous) once. One product.
+    Traffic: left once per column of tiles, right once per group of row tiles, out (and previous) once. One product.
     """
     (k, n), m = right.shape, out.shape[0]
     block = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)

@@ -32,7 +32,7 @@ class Head:
 
 @dataclass(frozen=True)
 class HeadSums:
-    """What one pass over the vocabulary leaves of N rows, each (N,) float32 (float64 from float64 states).
+    """Statistics of N rows from one pass over the vocabulary, each (N,) float32 (float64 from float64 states).
 
     LSE(z) stays in two parts, max z and log Σ exp(z − max z): rounded to one float it would cost the probabilities of
     large logits their last digits.
@@ -85,7 +85,7 @@ class SelectionRule:
 class SelectedEntries:
     """The entries of N softmaxes that a sparse gradient keeps beside the labels': E of them.
 
-    They lie tile by tile of the walk that found them, block of rows by block, and by row inside a tile.
+    Ordered by block of rows, then by tile of columns, and by row inside a tile.
     """
 
     rows: Tensor
@@ -99,7 +99,7 @@ class SelectedEntries:
     bounds: Tensor
     """(tiles + 1,) int64, on the host: where each tile's entries begin and end."""
     tail: Tensor
-    """(N,) Σ p·J over all that is not kept (less what unbiased entries carry of it)."""
+    """(N,) Σ p·J over all entries that are not kept (minus the share that unbiased entries carry)."""
     dense: Tensor
     """(N,) bool: rows without entries, whose gradient is to be the exact one."""
     below: Tensor | None = None
@@ -114,7 +114,7 @@ class SelectedEntries:
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """Gradients in their inputs' dtypes; None where none was asked for."""
+    """Gradients in their inputs' dtypes; None where not requested."""
 
     hidden: Tensor | None
     weight: Tensor | None

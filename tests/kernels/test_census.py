@@ -171,13 +171,13 @@ def products_without_precision(source: str) -> list[int]:
     return found
 
 
-def test_every_product_says_its_precision() -> None:
+def test_every_product_names_its_precision() -> None:
     files = sorted((ROOT / "kernels").glob("*.py"))
     assert sum(file.read_text().count("tl.dot(") for file in files) >= 4
     assert {file.name: lines for file in files if (lines := products_without_precision(file.read_text()))} == {}
 
 
-def test_a_product_that_does_not_is_found() -> None:
+def test_a_product_without_one_is_found() -> None:
     assert products_without_precision("c = tl.dot(a, b, c)") == [1]
     assert products_without_precision("c = tl.dot(a, b, c, input_precision='tf32')") == [1]
     assert products_without_precision("c = tl.dot(a, b, c, input_precision=PRECISION)") == []
@@ -204,7 +204,7 @@ def test_what_was_rejected_breaks_a_gate() -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher handed to Triton, but for tensors and numbers."""
+    """The compile-time side of a launch: what a launcher passes to Triton, except tensors and numbers."""
 
     kernel: str
     dtype: str
@@ -216,7 +216,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Asked(TileConfig):
-    """The interpreter's tiles, which take along to the launch what the table was asked for."""
+    """The interpreter's tiles, which carry the table's arguments along to the launch."""
 
     asked: tuple[Kernel, Demand] | None = None
 
@@ -225,7 +225,7 @@ class Asked(TileConfig):
         return super().options | {"asked": self.asked}
 
 
-def tiles_that_tell(kernel: Kernel, target: str, demand: Demand) -> Asked:
+def tiles_with_their_demand(kernel: Kernel, target: str, demand: Demand) -> Asked:
     return Asked(**asdict(INTERPRETED), asked=(kernel, demand))
 
 
@@ -237,11 +237,11 @@ def constexprs(kernel: Any) -> list[str]:
 
 @contextmanager
 def recording(dtype: str, launches: list[Launch]) -> Iterator[None]:
-    """Every launch inside, whoever makes it: taken at the door that Triton gives every kernel."""
+    """Record every launch inside, by any launcher: in `run`, through which Triton starts every kernel."""
     from tvkd_fast.kernels.products import product_kernel
 
-    door = type(product_kernel)
-    run = door.run
+    function = type(product_kernel)
+    run = function.run
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> Any:
         asked = given.pop("asked", None)
@@ -255,8 +255,8 @@ def recording(dtype: str, launches: list[Launch]) -> Iterator[None]:
         return run(kernel, grid=grid, warmup=warmup, **given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(door, "run", record)
-        patch.setattr("tvkd_fast.kernels.autotune.choose", tiles_that_tell)
+        patch.setattr(function, "run", record)
+        patch.setattr("tvkd_fast.kernels.autotune.choose", tiles_with_their_demand)
         yield
 
 
@@ -274,7 +274,7 @@ def ops_of_a_head(dtype: torch.dtype, n: int, d: int, v: int, bias: str, softcap
 
 
 def sparse_ops_of_a_head(dtype: torch.dtype, d: int, bias: bool, softcap: float | None, tail: str, wants: str) -> None:
-    """Few columns, and many rows: a program makes one of either. With six columns or more, some are dense."""
+    """Few columns and many rows: one program per column or row. With six columns or more, some are dense."""
     v = 5 if wants == "both, none dense" else 40
     hidden, weight = torch.randn(20, d).to(dtype), torch.randn(v, d).to(dtype)
     offsets = torch.randn(v).to(dtype).requires_grad_("dH" not in wants) if bias else None
@@ -482,7 +482,7 @@ def test_switches_that_a_binary_does_not_depend_on() -> None:
 
 @pytest.mark.census
 @TOGETHER
-def test_every_launch_says_whether_products_are_fused(launches: tuple[Launch, ...], census: ModuleType) -> None:
+def test_every_launch_sets_whether_products_are_fused(launches: tuple[Launch, ...], census: ModuleType) -> None:
     for launch in launches:
         assert FP_FUSION.items() <= launch.options.items(), launch
         assert launch.asked is not None or launch.options == UNTILED | FP_FUSION
@@ -491,6 +491,6 @@ def test_every_launch_says_whether_products_are_fused(launches: tuple[Launch, ..
 
 @pytest.mark.census
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_the_compiler_hears_it_whatever_its_default_is(target: str) -> None:
+def test_the_compiler_gets_it_whatever_its_default_is(target: str) -> None:
     program = f"from bench import census; print(census.binary(next(census.builds(({target!r},)))).metadata)"
     assert "enable_fp_fusion=True" in compiling("-c", program, TRITON_DEFAULT_FP_FUSION="0")
