@@ -1,9 +1,10 @@
-"""Tiles for a launch: those that were timed on this machine for shapes like these, else the table's.
+"""Tiles for a launch: those timed on this machine for similar shapes, else the table's.
 
     python -m tvkd_fast.kernels.autotune 4096x2048x128256 --dtype bfloat16
 
-times every candidate of every kernel once and keeps the fastest on disk; training never times anything. Letters: N
-tokens, D hidden, V vocabulary.
+times every candidate of every kernel once and keeps the fastest on disk; training never times anything.
+
+Letters: N tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from tvkd_fast.kernels.configs import BULK_TARGETS, CANDIDATES, Demand, Kernel, TileConfig, choose
-from tvkd_fast.kernels.head import Head, MarkRule
 from tvkd_fast.kernels.launch import aligned, target_of
+from tvkd_fast.kernels.records import Head, SelectionRule
 
 TILE_MAX = 256
 BLOCK_COLUMNS = 4096
@@ -49,7 +50,7 @@ def cache_file() -> Path:
 
 
 def key(kernel: Kernel, on: Tensor, demand: Demand, shape: tuple[int, int, int]) -> str:
-    """An entry a kernel, device, Triton version, demand and *bucket* of shapes: sizes rounded up to powers of 2."""
+    """One entry per kernel, device, Triton version, demand and *bucket* of shapes: sizes rounded up to powers of 2."""
     device = torch.cuda.get_device_name(on.device) if on.is_cuda else "none"
     bucket = "x".join(str(triton.next_power_of_2(size)) for size in shape)
     wants = " ".join(name for name, wanted in asdict(demand).items() if wanted)
@@ -68,7 +69,7 @@ def _tuned(file: Path) -> dict[str, TileConfig]:
 
 
 def remember(entries: dict[str, TileConfig], file: Path) -> None:
-    """Add entries to the file; whoever reads it meanwhile sees the old one or the new one whole."""
+    """Add entries to the file, atomically: a concurrent reader sees the old file or the new one."""
     kept = _tuned(file) | entries
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}")
@@ -78,7 +79,7 @@ def remember(entries: dict[str, TileConfig], file: Path) -> None:
 
 
 def fastest(candidates: Sequence[TileConfig], seconds: Callable[[TileConfig], float]) -> TileConfig:
-    """The candidate of the fewest seconds; one that the device cannot hold is passed over."""
+    """The candidate of the fewest seconds, among those that the device can hold."""
     timed: list[tuple[float, int]] = []
     for index, config in enumerate(candidates):
         try:
@@ -94,10 +95,10 @@ def tune(
     shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: Callable[[Callable[[], object]], float]
 ) -> dict[str, TileConfig]:
     """The fastest tiles of each kernel at hidden [N, D] and weight [V, D]; `seconds` times a call."""
-    # The launchers look their tiles up here, so they are imported when there is something to time.
+    # Imported here because the launchers import this module for their tiles.
     from tvkd_fast.kernels.dlogits import dlogits
-    from tvkd_fast.kernels.head_marks import mark
-    from tvkd_fast.kernels.head_slopes import head_slopes
+    from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
+    from tvkd_fast.kernels.head_selection import select_entries
     from tvkd_fast.kernels.head_stats import head_sums
     from tvkd_fast.kernels.products import product
 
@@ -115,11 +116,11 @@ def tune(
     def stats(config: TileConfig) -> object:
         return head_sums(hidden, head, labels=labels, config=config)
 
-    def slopes(config: TileConfig) -> object:
-        return head_slopes(hidden, head, labels, config=config)
+    def dhidden(config: TileConfig) -> object:
+        return head_dlogp_dhidden(hidden, head, labels, config=config)
 
-    def marks(config: TileConfig) -> object:
-        return mark(hidden, head, labels, MarkRule(2.0**-14, row_cap=v), config=config)
+    def selection(config: TileConfig) -> object:
+        return select_entries(hidden, head, labels, SelectionRule(2.0**-14, row_cap=v), config=config)
 
     def gradient(config: TileConfig) -> object:
         block = (hidden, head.columns(0, width), labels, sums, ones, ones[:1], buffer, config)
@@ -134,8 +135,8 @@ def tune(
     candidates = [x for x in CANDIDATES if not x.bulk or (target in BULK_TARGETS and demand.aligned)]
     runs: dict[Kernel, Callable[[TileConfig], object]] = {
         "head_stats": stats,
-        "head_marks": marks,
-        "exponentials": slopes,
+        "selection_bits": selection,
+        "exponentials": dhidden,
         "dlogits": gradient,
         "product": multiply,
     }

@@ -1,4 +1,4 @@
-"""How much of [N, V] is held at a time where a block of it has to be written down.
+"""How much of [N, V] is written to memory at a time, where a block of it has to be.
 
 Letters: N tokens, D hidden, V vocabulary, R rows and C vocabulary columns of a block.
 """
@@ -20,19 +20,19 @@ BLOCK_ROWS = 8192
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of R × C over [N, V], both whole tiles but where N or V is less."""
+    """Blocks of R × C over [N, V], both whole tiles unless N or V is smaller."""
 
     rows: int
     columns: int
 
 
 def plan(
-    shape: tuple[int, int, int], element_size: int, tiles: tuple[TileConfig, ...], *, sum_bytes_a_row: int = 0
+    shape: tuple[int, int, int], element_size: int, tiles: tuple[TileConfig, ...], *, sum_bytes_per_row: int = 0
 ) -> Blocks:
-    """Blocks for (N, D, V) whose every side is a multiple of every tile's.
+    """Blocks for (N, D, V), each side a multiple of every tile's.
 
-    Where sums are held a row (`sum_bytes_a_row` of them), R is what the workspace has room for, and C what then fits;
-    else sums of D float32 are held a column.
+    Sums are held either per row, `sum_bytes_per_row` of them, or else per column, D float32 each. With sums per row, R
+    is the number of rows whose sums fit in the workspace, and C the number of columns that then fit.
     """
     n, d, v = shape
     whole = max(max(x.block_m, x.block_n, x.block_k) for x in tiles)
@@ -41,11 +41,11 @@ def plan(
         return triton.cdiv(max(count, 1), whole) * whole
 
     limit = BLOCK_ROWS
-    if sum_bytes_a_row:
-        limit = max(whole, min(limit, WORKSPACE_BYTES // sum_bytes_a_row // whole * whole))
+    if sum_bytes_per_row:
+        limit = max(whole, min(limit, WORKSPACE_BYTES // sum_bytes_per_row // whole * whole))
     rows = rounded(min(n, limit))
-    bytes_a_column = rows * element_size if sum_bytes_a_row else max(rows * element_size, 4 * d)
-    fits = WORKSPACE_BYTES // bytes_a_column // whole * whole
+    bytes_per_column = rows * element_size if sum_bytes_per_row else max(rows * element_size, 4 * d)
+    fits = WORKSPACE_BYTES // bytes_per_column // whole * whole
     return Blocks(rows, min(max(fits, whole), rounded(v)))
 
 

@@ -1,31 +1,31 @@
-"""Tile sizes for each kernel, target and dtype, which `python -m bench.census` compiles and holds to its gates.
+"""Tile sizes: a table of one row per kernel, target and shape of a demand, which `python -m bench.census` compiles.
 
-The largest tile that spills no register is taken: a tile of M × N reads (M + N)/(M·N) operand entries a multiply-add.
-docs/kernels.md shows what each row compiles to, and the larger tiles that did not fit.
+Each row has the largest tile that spills no register: a tile of M × N reads (M + N)/(M·N) operand entries per
+multiply-add. docs/kernels.md shows what each row compiles to, and the larger tiles that did not fit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-Kernel = Literal["head_stats", "head_marks", "exponentials", "dlogits", "product"]
+Kernel = Literal["head_stats", "selection_bits", "exponentials", "dlogits", "product"]
 
 
-# Said with every launch and in the census. Left unsaid it is the release's choice: Triton 3.9 fuses and warns that 3.10
-# will not, so an upgrade would move last digits and registers in silence. Fused, a product is added unrounded: one
+# Passed with every launch and in the census: the default changes between releases (Triton 3.9 fuses and warns that 3.10
+# will not), so an upgrade would silently change last digits and registers. Fused, a product is added unrounded: one
 # rounding less, and one instruction.
 FP_FUSION = {"enable_fp_fusion": True}
 
 UNTILED = {"num_warps": 4}
-"""The compiler's options of kernels that walk no tiles of a product."""
+"""The compiler's options for kernels without a product."""
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a kernel walks: an output tile of block_m × block_n, block_k of the inner dimension a step."""
+    """A kernel's output tile, block_m × block_n, and its step of the inner dimension, block_k."""
 
     block_m: int
     block_n: int
@@ -33,15 +33,15 @@ class TileConfig:
     warps: int
     stages: int
     bulk: bool = False
-    """Operands come through tensor descriptors (TMA) and not by pointer (cp.async, or plain loads)."""
+    """Operands are loaded through tensor descriptors (TMA), not by pointer (cp.async, or plain loads)."""
     group: int = 8
-    """Rows of tiles that go down a column together, so that they meet in L2."""
+    """Rows of tiles that are taken column by column together, so that they share operands in L2."""
     split_tiles: int = 4
     """head_stats: column tiles that one program reduces before it writes its partial sums."""
 
     @property
     def switches(self) -> dict[str, Any]:
-        """The compile-time arguments that all three kernels share."""
+        """The compile-time arguments that all kernels with a product share."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -52,7 +52,7 @@ class TileConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's options, but for those that every launch has in common (`FP_FUSION`)."""
+        """The compiler's options, except those that all launches share (`FP_FUSION`)."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -66,7 +66,13 @@ class Demand:
     """The epilogue holds a second number for each of the tile's: softcap's derivative, or entropy's product."""
     bias: bool = False
     aligned: bool = True
-    """As `launch.aligned` has it: copies of 16 bytes, and bulk ones, can be compiled."""
+    """As `launch.aligned` defines it: copies of 16 bytes, and bulk ones, can be compiled."""
+
+    @property
+    def names(self) -> set[str]:
+        """What a shape of the table may name of this demand."""
+        asked = {"unaligned": not self.aligned, "wide": self.wide, "heavy": self.heavy, "bias": self.bias}
+        return {name for name, wanted in asked.items() if wanted}
 
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
@@ -80,56 +86,195 @@ BULK_TARGETS = ("sm_90", "sm_100")
 INTERPRETED = TileConfig(32, 64, 32, warps=4, stages=1, group=2, split_tiles=2)
 """Under Triton's interpreter: small, so that small shapes have many tiles, whole ones and partial ones."""
 
-_AMPERE = TileConfig(128, 128, 64, warps=8, stages=3)
-_AMPERE_SHORT = TileConfig(128, 128, 32, warps=8, stages=4)
-_AMPERE_NARROW = TileConfig(128, 64, 64, warps=8, stages=3)
-_AMPERE_WIDE = TileConfig(64, 128, 16, warps=8, stages=4)
-_LONG = TileConfig(128, 256, 64, warps=8, stages=3, bulk=True)
-_TALL = TileConfig(256, 128, 64, warps=8, stages=4, bulk=True)
-_SQUARE = TileConfig(128, 128, 64, warps=8, stages=4, bulk=True)
-_SQUARE_WIDE = TileConfig(128, 128, 32, warps=8, stages=3, bulk=True)
-_NARROW = TileConfig(128, 64, 64, warps=8, stages=4, bulk=True)
-_NARROW_WIDE = TileConfig(128, 64, 32, warps=8, stages=4, bulk=True)
-_CDNA = TileConfig(128, 128, 64, warps=8, stages=2)
-_CDNA_NARROW = TileConfig(64, 128, 64, warps=8, stages=2)
-_CDNA_WIDE = TileConfig(64, 64, 16, warps=4, stages=2)
-_UNALIGNED = TileConfig(64, 64, 32, warps=8, stages=2)
-_UNALIGNED_WIDE = TileConfig(64, 32, 32, warps=8, stages=2)
+Shape = Literal[
+    "unaligned wide", "unaligned", "wide heavy bias", "wide heavy", "wide", "heavy bias", "heavy", "bias", "plain"
+]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+"""Classes of demands by what they name, in the order in which a demand looks for its row."""
 
 
-_CROWDED = (("head_stats", "sm_86"), ("exponentials", "sm_100"), ("dlogits", "sm_100"))
-"""Where a bias and a heavy epilogue together do not fit in the tile that either fits in."""
+class Row(NamedTuple):
+    """The tiles of a kernel on a target for demands of a shape, and the census of the binaries that take them.
+
+    The census is docs/results/census.json, over all dtypes and architectures of the row; no binary spills.
+    """
+
+    kernel: Kernel
+    target: str
+    shape: Shape
+    tiles: TileConfig
+    registers: int | None
+    """Most registers per thread (vector registers on gfx942); None where no op launches the kernel so."""
+    shared_kib: int | None
+    """Most shared memory per program."""
+
+
+# fmt: off
+TABLE = (
+    # head_stats. What would not fit: 128×256×64 spills 18 times with a softcap on sm_90 in 4 stages, 13 times on sm_100
+    # with softcap and entropy; 128×128×64 spills 6 times on 12.0 with both, 128×128×32 3 times with a bias as well.
+    Row("head_stats", "sm_80", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 227, 12),
+    Row("head_stats", "sm_80", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 175, 8),
+    Row("head_stats", "sm_80", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 173, 36),
+    Row("head_stats", "sm_80", "heavy", TileConfig(128, 128, 32, warps=8, stages=4), 255, 48),
+    Row("head_stats", "sm_80", "bias", TileConfig(128, 128, 32, warps=8, stages=4), 235, 48),
+    Row("head_stats", "sm_80", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 254, 64),
+    Row("head_stats", "sm_86", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 233, 12),
+    Row("head_stats", "sm_86", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 176, 8),
+    Row("head_stats", "sm_86", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 176, 36),
+    Row("head_stats", "sm_86", "heavy bias", TileConfig(128, 64, 64, warps=8, stages=3), 198, 48),
+    Row("head_stats", "sm_86", "heavy", TileConfig(128, 128, 32, warps=8, stages=4), 255, 48),
+    Row("head_stats", "sm_86", "bias", TileConfig(128, 128, 32, warps=8, stages=4), 240, 48),
+    Row("head_stats", "sm_86", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 254, 64),
+    Row("head_stats", "sm_90", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 172, 20),
+    Row("head_stats", "sm_90", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 157, 8),
+    Row("head_stats", "sm_90", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 239, 97),
+    Row("head_stats", "sm_90", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 199, 129),
+    Row("head_stats", "sm_90", "plain", TileConfig(128, 256, 64, warps=8, stages=3, bulk=True), 255, 145),
+    Row("head_stats", "sm_100", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 128, 21),
+    Row("head_stats", "sm_100", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 143, 17),
+    Row("head_stats", "sm_100", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 248, 97),
+    Row("head_stats", "sm_100", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 254, 129),
+    Row("head_stats", "sm_100", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 221, 129),
+    Row("head_stats", "sm_100", "plain", TileConfig(128, 256, 64, warps=8, stages=4, bulk=True), 188, 193),
+    Row("head_stats", "gfx942", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 154, 12),
+    Row("head_stats", "gfx942", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 122, 4),
+    Row("head_stats", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=2), 120, 8),
+    Row("head_stats", "gfx942", "plain", TileConfig(128, 128, 64, warps=8, stages=2), 202, 32),
+    # selection_bits. It holds a second sum and bits beside what head_stats holds, so heavy demands take half a tile.
+    Row("selection_bits", "sm_80", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 233, 12),
+    Row("selection_bits", "sm_80", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 179, 8),
+    Row("selection_bits", "sm_80", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 239, 36),
+    Row("selection_bits", "sm_80", "heavy", TileConfig(128, 64, 64, warps=8, stages=3), 237, 48),
+    Row("selection_bits", "sm_80", "bias", TileConfig(128, 128, 32, warps=8, stages=4), 255, 48),
+    Row("selection_bits", "sm_80", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 249, 64),
+    Row("selection_bits", "sm_86", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 241, 12),
+    Row("selection_bits", "sm_86", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 190, 8),
+    Row("selection_bits", "sm_86", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 241, 36),
+    Row("selection_bits", "sm_86", "heavy", TileConfig(128, 64, 64, warps=8, stages=3), 250, 48),
+    Row("selection_bits", "sm_86", "bias", TileConfig(128, 128, 32, warps=8, stages=4), 255, 48),
+    Row("selection_bits", "sm_86", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 254, 64),
+    Row("selection_bits", "sm_90", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 182, 20),
+    Row("selection_bits", "sm_90", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 171, 8),
+    Row("selection_bits", "sm_90", "wide heavy", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 195, 89),
+    Row("selection_bits", "sm_90", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 225, 97),
+    Row("selection_bits", "sm_90", "heavy", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 193, 97),
+    Row("selection_bits", "sm_90", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 187, 129),
+    Row("selection_bits", "sm_90", "plain", TileConfig(256, 128, 64, warps=8, stages=4, bulk=True), 255, 193),
+    Row("selection_bits", "sm_100", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 156, 21),
+    Row("selection_bits", "sm_100", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 197, 17),
+    Row("selection_bits", "sm_100", "wide heavy", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 198, 89),
+    Row("selection_bits", "sm_100", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 220, 97),
+    Row("selection_bits", "sm_100", "heavy", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 219, 97),
+    Row("selection_bits", "sm_100", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 232, 129),
+    Row("selection_bits", "gfx942", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 176, 12),
+    Row("selection_bits", "gfx942", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 167, 4),
+    Row("selection_bits", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=2), 167, 8),
+    Row("selection_bits", "gfx942", "plain", TileConfig(128, 128, 64, warps=8, stages=2), 255, 32),
+    # exponentials.
+    Row("exponentials", "sm_80", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 191, 12),
+    Row("exponentials", "sm_80", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 128, 8),
+    Row("exponentials", "sm_80", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 180, 36),
+    Row("exponentials", "sm_80", "heavy", TileConfig(128, 128, 32, warps=8, stages=4), 250, 48),
+    Row("exponentials", "sm_80", "bias", TileConfig(128, 128, 32, warps=8, stages=4), 216, 48),
+    Row("exponentials", "sm_80", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 232, 64),
+    Row("exponentials", "sm_86", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 193, 12),
+    Row("exponentials", "sm_86", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 128, 8),
+    Row("exponentials", "sm_86", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 180, 36),
+    Row("exponentials", "sm_86", "heavy", TileConfig(128, 128, 32, warps=8, stages=4), 239, 48),
+    Row("exponentials", "sm_86", "bias", TileConfig(128, 128, 32, warps=8, stages=4), 216, 48),
+    Row("exponentials", "sm_86", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 254, 64),
+    Row("exponentials", "sm_90", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 126, 20),
+    Row("exponentials", "sm_90", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 127, 8),
+    Row("exponentials", "sm_90", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 255, 97),
+    Row("exponentials", "sm_90", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 255, 129),
+    Row("exponentials", "sm_90", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 170, 129),
+    Row("exponentials", "sm_90", "plain", TileConfig(256, 128, 64, warps=8, stages=4, bulk=True), 255, 193),
+    Row("exponentials", "sm_100", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 99, 21),
+    Row("exponentials", "sm_100", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 124, 17),
+    Row("exponentials", "sm_100", "wide heavy bias", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 128, 89),
+    Row("exponentials", "sm_100", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 219, 97),
+    Row("exponentials", "sm_100", "heavy bias", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 128, 97),
+    Row("exponentials", "sm_100", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 233, 129),
+    Row("exponentials", "sm_100", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 226, 129),
+    Row("exponentials", "sm_100", "plain", TileConfig(128, 256, 64, warps=8, stages=3, bulk=True), 172, 145),
+    Row("exponentials", "gfx942", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 96, 12),
+    Row("exponentials", "gfx942", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 86, 4),
+    Row("exponentials", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=2), 82, 8),
+    Row("exponentials", "gfx942", "plain", TileConfig(64, 128, 64, warps=8, stages=2), 92, 24),
+    # dlogits. What would not fit: 128×256×64 spills 42 times with a softcap on sm_90, and 128×128×64 twice with a
+    # softcap and a bias on sm_100.
+    Row("dlogits", "sm_80", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 174, 12),
+    Row("dlogits", "sm_80", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 80, 8),
+    Row("dlogits", "sm_80", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 128, 36),
+    Row("dlogits", "sm_80", "heavy", TileConfig(128, 128, 32, warps=8, stages=4), 255, 48),
+    Row("dlogits", "sm_80", "bias", TileConfig(128, 128, 32, warps=8, stages=4), 170, 48),
+    Row("dlogits", "sm_80", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 184, 64),
+    Row("dlogits", "sm_86", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 174, 12),
+    Row("dlogits", "sm_86", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 80, 8),
+    Row("dlogits", "sm_86", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 128, 36),
+    Row("dlogits", "sm_86", "heavy", TileConfig(128, 128, 32, warps=8, stages=4), 202, 48),
+    Row("dlogits", "sm_86", "bias", TileConfig(128, 128, 32, warps=8, stages=4), 179, 48),
+    Row("dlogits", "sm_86", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 184, 64),
+    Row("dlogits", "sm_90", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 111, 20),
+    Row("dlogits", "sm_90", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 80, 8),
+    Row("dlogits", "sm_90", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 255, 97),
+    Row("dlogits", "sm_90", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 254, 129),
+    Row("dlogits", "sm_90", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 159, 129),
+    Row("dlogits", "sm_90", "plain", TileConfig(128, 256, 64, warps=8, stages=4, bulk=True), 179, 193),
+    Row("dlogits", "sm_100", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 77, 21),
+    Row("dlogits", "sm_100", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 86, 17),
+    Row("dlogits", "sm_100", "wide heavy bias", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 154, 89),
+    Row("dlogits", "sm_100", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 196, 97),
+    Row("dlogits", "sm_100", "heavy bias", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 167, 97),
+    Row("dlogits", "sm_100", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 214, 129),
+    Row("dlogits", "sm_100", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 214, 129),
+    Row("dlogits", "sm_100", "plain", TileConfig(128, 256, 64, warps=8, stages=3, bulk=True), 202, 145),
+    Row("dlogits", "gfx942", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 88, 12),
+    Row("dlogits", "gfx942", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 74, 4),
+    Row("dlogits", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=2), 79, 8),
+    Row("dlogits", "gfx942", "plain", TileConfig(128, 128, 64, warps=8, stages=2), 123, 32),
+    # product. What would not fit: 128×256 spills 54 times on sm_80 and sm_90 and 46 times on sm_100; five stages take
+    # more than 99 KiB on 8.6. No op launches it as heavy or with a bias, so the census has no binary of those rows.
+    Row("product", "sm_80", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 173, 12),
+    Row("product", "sm_80", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 128, 16),
+    Row("product", "sm_80", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 147, 36),
+    Row("product", "sm_80", "heavy", TileConfig(128, 128, 32, warps=8, stages=4), None, None),
+    Row("product", "sm_80", "bias", TileConfig(128, 128, 32, warps=8, stages=4), None, None),
+    Row("product", "sm_80", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 210, 64),
+    Row("product", "sm_86", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 173, 12),
+    Row("product", "sm_86", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 128, 16),
+    Row("product", "sm_86", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 164, 36),
+    Row("product", "sm_86", "heavy", TileConfig(128, 128, 32, warps=8, stages=4), None, None),
+    Row("product", "sm_86", "bias", TileConfig(128, 128, 32, warps=8, stages=4), None, None),
+    Row("product", "sm_86", "plain", TileConfig(128, 128, 64, warps=8, stages=3), 210, 64),
+    Row("product", "sm_90", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 114, 20),
+    Row("product", "sm_90", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 115, 16),
+    Row("product", "sm_90", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 218, 97),
+    Row("product", "sm_90", "plain", TileConfig(256, 128, 64, warps=8, stages=4, bulk=True), 247, 193),
+    Row("product", "sm_100", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 79, 21),
+    Row("product", "sm_100", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 80, 17),
+    Row("product", "sm_100", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 202, 97),
+    Row("product", "sm_100", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 170, 129),
+    Row("product", "gfx942", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 92, 12),
+    Row("product", "gfx942", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 54, 16),
+    Row("product", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=2), 64, 16),
+    Row("product", "gfx942", "plain", TileConfig(128, 128, 64, warps=8, stages=2), 130, 32),
+)
+# fmt: on
+
+_ROWS = {(row.kernel, row.target, row.shape): row for row in TABLE}
+
+
+def row_of(kernel: Kernel, target: str, demand: Demand) -> Row:
+    """The first row in the order of SHAPES that lists the kernel and target and names nothing beyond the demand."""
+    fitting = (shape for shape in SHAPES if shape == "plain" or demand.names.issuperset(shape.split()))
+    return next(_ROWS[kernel, target, shape] for shape in fitting if (kernel, target, shape) in _ROWS)
 
 
 def choose(kernel: Kernel, target: str, demand: Demand) -> TileConfig:
     """The shipped tiles of a kernel on a target."""
-    if target == "interpreter":
-        return INTERPRETED
-    if not demand.aligned:
-        return _UNALIGNED_WIDE if demand.wide else _UNALIGNED
-    if target == "gfx942":
-        if demand.wide:
-            return _CDNA_WIDE
-        return _CDNA_NARROW if kernel == "exponentials" else _CDNA
-    crowded = demand.heavy and (kernel == "head_marks" or (demand.bias and (kernel, target) in _CROWDED))
-    if target not in BULK_TARGETS:
-        if demand.wide:
-            return _AMPERE_WIDE
-        if crowded:
-            return _AMPERE_NARROW
-        return _AMPERE_SHORT if demand.bias or demand.heavy else _AMPERE
-    if demand.wide:
-        return _NARROW_WIDE if crowded else _SQUARE_WIDE
-    if crowded:
-        return _NARROW
-    if kernel == "product" or (kernel == "head_marks" and not demand.bias):
-        return _TALL if target == "sm_90" else _SQUARE
-    if demand.bias or (demand.heavy and not (kernel == "head_stats" and target == "sm_90")):
-        return _SQUARE
-    if kernel == "exponentials":
-        return _TALL if target == "sm_90" else _LONG
-    # The deeper pipeline where it fits beside what the epilogue holds.
-    return _LONG if (kernel, target) in (("head_stats", "sm_90"), ("dlogits", "sm_100")) else replace(_LONG, stages=4)
+    return INTERPRETED if target == "interpreter" else row_of(kernel, target, demand).tiles
 
 
 CANDIDATES = tuple(
@@ -139,7 +284,34 @@ CANDIDATES = tuple(
     for warps, stages in ((4, 3), (8, 3), (8, 4))
     for bulk in (True, False)
 )
-"""What `kernels/autotune.py` times; those that a device cannot hold fall out there."""
+"""What `kernels/autotune.py` times, among them tiles that some devices cannot hold."""
+
+
+GATHERED_FLOATS = 16
+"""Floats per thread of a program's tile of gathered rows, in registers."""
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """Rows of D floats, padded to a power of 2, that a program gathers at a time."""
+
+    block_e: int
+    block_d: int
+    warps: int
+
+    @staticmethod
+    def of(size: int) -> GatherConfig:
+        width = 1 << (size - 1).bit_length()
+        warps = 4 if width <= 1024 else 8
+        return GatherConfig(max(1, 32 * warps * GATHERED_FLOATS // width), width, warps)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps}
+
+    @property
+    def switches(self) -> dict[str, int]:
+        return {"BLOCK_E": self.block_e, "BLOCK_D": self.block_d}
 
 
 def precision(dtype: torch.dtype, target: str) -> str:

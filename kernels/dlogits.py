@@ -1,4 +1,4 @@
-"""The gradient by the logits, a block of rows and vocabulary columns at a time, from recomputed logits.
+"""The gradient by the logits, recomputed a block of rows and vocabulary columns at a time.
 
 Letters: R rows and C columns of a block, D hidden.
 """
@@ -11,23 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkd_fast.kernels.configs import TileConfig, precision
-from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.kernels.launch import launch, operand, target_of
 from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+from tvkd_fast.kernels.records import Head, HeadSums
 
 
 @triton.jit
 def dlogits_kernel(
-    hidden,
-    weight,
-    bias,
-    labels,
-    maximum,
-    log_total,
-    coefficients,
-    scale,
-    dlogits,
-    column_sums,
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    labels_ptr,
+    maximum_ptr,
+    log_total_ptr,
+    coefficients_ptr,
+    scale_ptr,
+    dlogits_ptr,
+    column_sums_ptr,
     R,
     C,
     D,
@@ -49,28 +49,32 @@ def dlogits_kernel(
     HAS_COLUMN_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. Logits of the tile, recomputed.
     m, n = grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_M), tl.cdiv(C, BLOCK_N), GROUP)
     row, column = m * BLOCK_M, n * BLOCK_N
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     z = logits_tile(
-        hidden, weight, bias, row, column, R, C, D, hidden_stride, weight_stride, logit_scale, softcap,
+        hidden_ptr, weight_ptr, bias_ptr, row, column, R, C, D, hidden_stride, weight_stride, logit_scale, softcap,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
-    label = tl.load(labels + rows, mask=rows < R, other=ignore_index)
-    top = tl.load(maximum + rows, mask=rows < R, other=0.0)
-    rest = tl.load(log_total + rows, mask=rows < R, other=0.0)
-    c = tl.load(coefficients + rows, mask=rows < R, other=0.0) / tl.load(scale)
+    # 2. p − δ, from the statistics of the forward. Maximum and logarithm are subtracted one by one, as they are kept.
+    label = tl.load(labels_ptr + rows, mask=rows < R, other=ignore_index)
+    top = tl.load(maximum_ptr + rows, mask=rows < R, other=0.0)
+    rest = tl.load(log_total_ptr + rows, mask=rows < R, other=0.0)
+    c = tl.load(coefficients_ptr + rows, mask=rows < R, other=0.0) / tl.load(scale_ptr)
     g = tl.exp(z - top[:, None] - rest[:, None])
     local = tl.where((label >= first_column) & (label < first_column + C), label - first_column, -1).to(tl.int32)
     g -= (columns[None, :] == local[:, None]).to(tl.float32)
+    # 3. Through the softcap, and times c/scale: one rounding, by the store.
     if HAS_SOFTCAP:
         g *= 1.0 - (z / softcap) * (z / softcap)
     # Whole tiles are written, zeros past the end, so that the products that read them need no masks.
     g = tl.where((label != ignore_index)[:, None] & (columns < C)[None, :], g * c[:, None], 0.0)
-    place = dlogits + rows.to(tl.int64)[:, None] * dlogits_stride + columns[None, :]
+    place = dlogits_ptr + rows.to(tl.int64)[:, None] * dlogits_stride + columns[None, :]
     tl.store(place, g)
+    # 4. The bias's gradient, summed over the tile's rows before they are rounded.
     if HAS_COLUMN_SUMS:
-        tl.store(column_sums + m.to(tl.int64) * C + columns, tl.sum(g, 0), mask=columns < C)
+        tl.store(column_sums_ptr + m.to(tl.int64) * C + columns, tl.sum(g, 0), mask=columns < C)
 
 
 def dlogits(
@@ -98,7 +102,7 @@ def dlogits(
         scale: (1,) float32 on the device.
         out: [R', C'] of hidden's dtype, R and C rounded up to whole tiles; the rest of the tiles is set to 0, so that
             the products that read them need no masks.
-        want_bias: asks for the sums of out's columns.
+        want_bias: also return the sums of out's columns.
 
     Returns:
         (C,) float32 where want_bias, else None.
@@ -111,28 +115,28 @@ def dlogits(
     launch(
         dlogits_kernel,
         row_tiles * triton.cdiv(c, config.block_n),
-        operand(hidden, (config.block_m, config.block_k), config),
-        operand(head.weight, (config.block_n, config.block_k), config),
-        head.bias,
-        labels,
-        sums.maximum,
-        sums.log_total,
-        coefficients,
-        scale,
-        out,
-        column_sums,
-        r,
-        c,
-        d,
-        hidden.stride(0),
-        head.weight.stride(0),
-        out.stride(0),
-        first_column,
-        ignore_index,
-        head.logit_scale,
-        head.softcap or 1.0,
         on=hidden,
         options=config.options,
+        hidden_ptr=operand(hidden, (config.block_m, config.block_k), config),
+        weight_ptr=operand(head.weight, (config.block_n, config.block_k), config),
+        bias_ptr=head.bias,
+        labels_ptr=labels,
+        maximum_ptr=sums.maximum,
+        log_total_ptr=sums.log_total,
+        coefficients_ptr=coefficients,
+        scale_ptr=scale,
+        dlogits_ptr=out,
+        column_sums_ptr=column_sums,
+        R=r,
+        C=c,
+        D=d,
+        hidden_stride=hidden.stride(0),
+        weight_stride=head.weight.stride(0),
+        dlogits_stride=out.stride(0),
+        first_column=first_column,
+        ignore_index=ignore_index,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 1.0,
         **config.switches,
         EVEN_K=d % config.block_k == 0,
         HAS_BIAS=head.bias is not None,

@@ -2,8 +2,8 @@
 
 Letters: N tokens, D hidden, V vocabulary, R rows and C vocabulary columns of a block.
 
-A block's gradient by the logits lives in one buffer of hidden's dtype; `blocks.py` says how large. Four products in all
-with the forward; the one by hidden is left out where the backbone is frozen. A frozen head goes by `head_slopes.py`.
+A block's gradient by the logits is held in one buffer of hidden's dtype, whose size `blocks.py` plans. Four products in
+all with the forward; the one for dH is left out where the backbone is frozen. `head_dhidden.py` serves a frozen head.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.blocks import plan, slices
 from tvkd_fast.kernels.dlogits import dlogits
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
 from tvkd_fast.kernels.products import product
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 
 HIDDEN_SUM_BYTES = 256 * 2**20
-"""Float32 sums of all of a 16-bit dH. A larger dH takes a walk of its own, which recomputes the logits once more."""
+"""Limit of float32 sums of a whole 16-bit dH. A larger dH takes its own pass, which recomputes the logits again."""
 
 _FLOAT16_ROOM = 2.0**-14
 
@@ -43,11 +43,11 @@ def head_gradients(
     The gradient by h·w_j is −s·c·J_j·(p_j − δ_jy). hidden [N, D], labels, sums (N,) as `head_sums` took and gave them.
     dH and dW accumulate in float32 and are rounded once; every slice of dW is written once. Bitwise repeatable.
 
-    With dW, columns are walked outside and rows inside, and a 16-bit dH sums in a float32 buffer of its size (up to
-    `HIDDEN_SUM_BYTES`); without, rows outside, and R rows of it are enough.
+    With dW the outer loop is over columns, and a 16-bit dH is summed in a float32 buffer of its size (up to
+    `HIDDEN_SUM_BYTES`); without dW the outer loop is over rows, and a buffer of R rows is enough.
 
-    A label that no row of weight holds makes its row NaN, but where it may lie `elsewhere`: in another part of the
-    vocabulary that `sums` are of.
+    A label that no row of weight holds makes its row NaN, unless it may lie `elsewhere`: in another part of the
+    vocabulary that `sums` are over.
     """
     walk = _Walk(hidden, head, labels, sums, coefficients, ignore_index, elsewhere)
     want_columns = want_weight or want_bias
@@ -94,7 +94,7 @@ class _Walk:
             nowhere = (labels < 0) | (labels >= head.vocab_size)
             coefficients = coefficients.masked_fill(nowhere, torch.nan)
         self.coefficients = coefficients.masked_fill(labels == ignore_index, 0.0).contiguous()
-        # c/scale fills float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
+        # c/scale uses float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
         room = _FLOAT16_ROOM if hidden.dtype == torch.float16 else 1.0
         finite = torch.where(self.coefficients.isfinite(), self.coefficients.abs(), 0.0)
         largest = finite.max() if self.count else finite.sum()
@@ -102,13 +102,13 @@ class _Walk:
         # The products read whole steps of block_k from the zeros that dlogits wrote past the end.
         assert self.tiles.block_m % self.product_tiles.block_k == 0 == self.tiles.block_n % self.product_tiles.block_k
 
-    def blocks(self, *, sum_bytes_a_row: int = 0) -> tuple[int, int, Tensor]:
+    def blocks(self, *, sum_bytes_per_row: int = 0) -> tuple[int, int, Tensor]:
         """R, C, and the buffer [R, C] for dlogits."""
         blocks = plan(
             (self.count, self.size, self.head.vocab_size),
             self.hidden.element_size(),
             (self.tiles, self.product_tiles),
-            sum_bytes_a_row=sum_bytes_a_row,
+            sum_bytes_per_row=sum_bytes_per_row,
         )
         return blocks.rows, blocks.columns, self.hidden.new_empty((blocks.rows, blocks.columns))
 
@@ -143,7 +143,7 @@ class _Walk:
         )
 
     def by_rows(self, grad_hidden: Tensor) -> None:
-        step, width, buffer = self.blocks(sum_bytes_a_row=4 * self.size)
+        step, width, buffer = self.blocks(sum_bytes_per_row=4 * self.size)
         held = None if self.wide else self.hidden.new_empty((step, self.size), dtype=torch.float32)
         for rows in slices(self.count, step):
             place = grad_hidden[rows]
@@ -186,7 +186,7 @@ class _Walk:
 
 @dataclass
 class _Sum:
-    """A gradient that is added up over blocks: in `held` until the last of them, which writes `grad`."""
+    """A gradient summed over blocks: in `held` until the last block, which writes `grad`."""
 
     grad: Tensor
     held: Tensor

@@ -1,4 +1,4 @@
-"""What every launcher needs: the target of a tensor, and operands as pointers or as descriptors."""
+"""Launching a kernel: the target of a tensor, operands as pointers or descriptors, and the launch itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tvkd_fast.kernels.configs import FP_FUSION, TileConfig
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether Triton's interpreter runs the kernels: decided, as Triton decides it, when they are imported."""
+"""Whether Triton's interpreter runs the kernels; Triton decides it when they are imported, and so does this."""
 
 _NVIDIA = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90"}
 _NVIDIA_MAJOR = {10: "sm_100", 12: "sm_86"}
@@ -36,7 +36,7 @@ def refusal(device: torch.device) -> str | None:
 
 
 def target_of(tensor: Tensor) -> str:
-    """The row of the configuration table that a tensor's device takes; ValueError for one that no kernel runs on."""
+    """The target of the configuration table for a tensor's device; ValueError for a device that no kernel runs on."""
     if INTERPRETED:
         return "interpreter"
     if not tensor.is_cuda:
@@ -59,21 +59,25 @@ def _device_target(device: int) -> str:
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether the compiler knows that each row of each matrix begins and ends at a multiple of 16 bytes.
+    """Whether the compiler can assume that each row of each matrix begins and ends at a multiple of 16 bytes.
 
-    Triton tells it of pointers, strides and sizes that are multiples of 16, and of no smaller ones: with 40 columns of
-    bfloat16, 80 bytes a row, it would copy each number by itself and spill.
+    Triton passes on which pointers, strides and sizes are multiples of 16, and no smaller multiple: with 40 columns of
+    bfloat16, 80 bytes per row, the compiler would copy each number by itself and spill.
     """
     return all(n % _KNOWN_MULTIPLE == 0 for x in tensors for n in (x.data_ptr(), x.stride(0), x.shape[1]))
 
 
 def operand(tensor: Tensor, block: tuple[int, int], config: TileConfig) -> Tensor | TensorDescriptor:
-    """A matrix as a kernel takes it: a descriptor of blocks where they are copied in bulk, else its pointer."""
+    """A matrix as a kernel takes it: a descriptor of blocks for bulk copies, else the tensor, for its pointer."""
     return TensorDescriptor.from_tensor(tensor, list(block)) if config.bulk else tensor
 
 
-def launch(kernel: Any, programs: int, *args: Any, on: Tensor, options: dict[str, int], **switches: Any) -> None:
-    """Run the programs on the device that `on` lies on, whichever is current; no programs are no launch."""
+def launch(kernel: Any, programs: int, *, on: Tensor, options: dict[str, int], **arguments: Any) -> None:
+    """Run a kernel's programs on the device of `on`, whichever is current; zero programs launch nothing.
+
+    Args:
+        arguments: the kernel's parameters by name; a missing or misspelt one is a TypeError.
+    """
     if programs:
         with torch.cuda.device_of(on):
-            kernel[(programs,)](*args, **switches, **options, **FP_FUSION)
+            kernel[(programs,)](**arguments, **options, **FP_FUSION)

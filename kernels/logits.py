@@ -1,4 +1,4 @@
-"""What every kernel over the vocabulary shares: the order in which tiles are taken, and one tile of logits.
+"""Shared by all kernels over the vocabulary: the order in which tiles are taken, and one tile of logits.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -12,7 +12,7 @@ def grouped_tile(program, rows_of_tiles, columns_of_tiles, GROUP: tl.constexpr):
     """Program number to (row of tiles, column of tiles): GROUP rows go down one column before the next is taken.
 
     Programs that run at the same time then share their columns of the right operand and a few rows of the left one, and
-    both stay in L2: the right operand comes from memory once a group of rows and not once a row.
+    both stay in L2: the right operand comes from memory once per group of rows and not once per row.
     """
     group_size = GROUP * columns_of_tiles
     first_row = program // group_size * GROUP
@@ -23,9 +23,9 @@ def grouped_tile(program, rows_of_tiles, columns_of_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def logits_tile(
-    hidden,
-    weight,
-    bias,
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
     row,
     column,
     N,
@@ -46,22 +46,23 @@ def logits_tile(
 ):
     """z [BLOCK_M, BLOCK_N] float32 at (row, column): a = logit_scale·(h·w + bias), z = softcap·tanh(a/softcap).
 
-    hidden [N, D] and weight [V, D] are tensor descriptors where BULK, else pointers. Rows and columns past the end hold
-    numbers that mean nothing: the caller masks them, after the transforms (before, softcap would make −inf finite).
+    hidden_ptr [N, D] and weight_ptr [V, D] are tensor descriptors if BULK, else pointers. Rows and columns past the end
+    hold meaningless numbers: the caller masks them, after the transforms (before, softcap would make −inf finite).
     """
+    # 1. The product, accumulated in float32 over steps of D.
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BULK:
         for d in range(0, D, BLOCK_K):
-            h = hidden.load([row, d])
-            w = weight.load([column, d])
+            h = hidden_ptr.load([row, d])
+            w = weight_ptr.load([column, d])
             product = tl.dot(h, w.T, product, input_precision=PRECISION)
     else:
         # Clamped, not masked: a load without a mask is a plain 16-byte copy. N·D and V·D can pass 2³¹.
         rows = tl.minimum(row + tl.arange(0, BLOCK_M), N - 1).to(tl.int64)
         columns = tl.minimum(column + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
         inner = tl.arange(0, BLOCK_K)
-        h_pointers = hidden + rows[:, None] * hidden_stride + inner[None, :]
-        w_pointers = weight + columns[None, :] * weight_stride + inner[:, None]
+        h_pointers = hidden_ptr + rows[:, None] * hidden_stride + inner[None, :]
+        w_pointers = weight_ptr + columns[None, :] * weight_stride + inner[:, None]
         for d in range(0, D, BLOCK_K):
             if EVEN_K:
                 h = tl.load(h_pointers)
@@ -72,10 +73,11 @@ def logits_tile(
             product = tl.dot(h, w, product, input_precision=PRECISION)
             h_pointers += BLOCK_K
             w_pointers += BLOCK_K
+    # 2. The transforms, in float32.
     a = product
     if HAS_BIAS:
         columns = column + tl.arange(0, BLOCK_N)
-        a += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+        a += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     a *= logit_scale
     if HAS_SOFTCAP:
         # tanh makes an infinite product finite: 0·inf = NaN lets a broken state show all the same.

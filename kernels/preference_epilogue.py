@@ -1,4 +1,4 @@
-"""All that TVKD's loss does after the head, in one launch: ragged sums, shaping returns, losses, their derivatives.
+"""TVKD's loss after the head, in one launch: ragged sums, shaping returns, losses and their derivatives.
 
 Letters: N tokens, M states, P pairs; 2P sequences, chosen first, then rejected in the same order: pair p is sequences p
 and P + p.
@@ -20,27 +20,27 @@ from tvkd_fast.kernels.launch import INTERPRETED, launch, target_of
 TERMINALS = ("last_content", "eos", "zero")
 
 _BLOCK = 64 if INTERPRETED else 1024
-"""Lanes of a running sum; few under the interpreter, so that short sequences have whole blocks and a partial one."""
+"""Lanes of a running sum; few in the interpreter, so that short sequences have whole blocks and a partial one."""
 
 
 @triton.jit
-def sequence_sum(per_token, cu_seqlens, sequence, BLOCK: tl.constexpr):
-    """Σ over one sequence in float64: lane by lane, then over the lanes. Its neighbours do not change a bit of it."""
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    stop = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+def sequence_sum(per_token_ptr, cu_seqlens_ptr, sequence, BLOCK: tl.constexpr):
+    """Σ over one sequence in float64: per lane, then over the lanes, so the other sequences do not change its bits."""
+    start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+    stop = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, stop, BLOCK):
         token = first + lanes
-        total += tl.load(per_token + token, mask=token < stop, other=0.0).to(tl.float64)
+        total += tl.load(per_token_ptr + token, mask=token < stop, other=0.0).to(tl.float64)
     return tl.sum(total, 0)
 
 
 @triton.jit
 def shaping_return(
-    values,
-    cu_states,
-    ended,
+    values_ptr,
+    cu_states_ptr,
+    ended_ptr,
     sequence,
     gamma,
     TERMINAL: tl.constexpr,
@@ -51,51 +51,51 @@ def shaping_return(
 
     At γ=1 the states between cancel to a weight of 0, and what is left is V(last kept state) − V(s_0) itself.
     """
-    start = tl.load(cu_states + sequence).to(tl.int64)
-    last = tl.load(cu_states + sequence + 1).to(tl.int64) - 1
+    start = tl.load(cu_states_ptr + sequence).to(tl.int64)
+    last = tl.load(cu_states_ptr + sequence + 1).to(tl.int64) - 1
     if TERMINAL == "last_content":
         if HAS_ENDED:
-            last -= tl.load(ended + sequence).to(tl.int64)
+            last -= tl.load(ended_ptr + sequence).to(tl.int64)
         else:
             last -= 1
-    # Under "zero" the last state is V = 0 by decree: it counts as one that steps lead to, and is not read.
+    # Under "zero" the last state has V = 0 by definition: a step leads to it, and it is not read.
     stop = last if TERMINAL == "zero" else last + 1
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, stop, BLOCK):
         state = first + lanes
-        value = tl.load(values + state, mask=state < stop, other=0.0).to(tl.float64)
+        value = tl.load(values_ptr + state, mask=state < stop, other=0.0).to(tl.float64)
         total += value * (gamma * (state > start).to(tl.float64) - (state < last).to(tl.float64))
     return tl.sum(total, 0)
 
 
 @triton.jit
-def fill_sequence(per_token, cu_seqlens, sequence, number, BLOCK: tl.constexpr):
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    stop = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+def fill_sequence(per_token_ptr, cu_seqlens_ptr, sequence, number, BLOCK: tl.constexpr):
+    start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+    stop = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     for first in range(start, stop, BLOCK):
         token = first + lanes
-        tl.store(per_token + token, number, mask=token < stop)
+        tl.store(per_token_ptr + token, number, mask=token < stop)
 
 
 @triton.jit
 def preference_epilogue_kernel(
-    logps,
-    ref,
-    values,
-    ended,
-    cu_seqlens,
-    cu_states,
-    psi,
-    policy_sums,
-    ref_sums,
-    losses,
-    chosen_rewards,
-    rejected_rewards,
-    margins,
-    shaping_margins,
-    coefficients,
+    logps_ptr,
+    ref_ptr,
+    values_ptr,
+    ended_ptr,
+    cu_seqlens_ptr,
+    cu_states_ptr,
+    psi_ptr,
+    policy_sums_ptr,
+    ref_sums_ptr,
+    losses_ptr,
+    chosen_rewards_ptr,
+    rejected_rewards_ptr,
+    margins_ptr,
+    shaping_margins_ptr,
+    coefficients_ptr,
     beta: tl.float64,
     alpha: tl.float64,
     gamma: tl.float64,
@@ -107,39 +107,42 @@ def preference_epilogue_kernel(
     TERMINAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # 1. Summed log-probabilities of the pair's two sequences, by policy and reference.
     chosen = tl.program_id(0)
     rejected = tl.num_programs(0) + chosen
 
-    policy_w = sequence_sum(logps, cu_seqlens, chosen, BLOCK)
-    policy_l = sequence_sum(logps, cu_seqlens, rejected, BLOCK)
-    tl.store(policy_sums + chosen, policy_w)
-    tl.store(policy_sums + rejected, policy_l)
+    policy_w = sequence_sum(logps_ptr, cu_seqlens_ptr, chosen, BLOCK)
+    policy_l = sequence_sum(logps_ptr, cu_seqlens_ptr, rejected, BLOCK)
+    tl.store(policy_sums_ptr + chosen, policy_w)
+    tl.store(policy_sums_ptr + rejected, policy_l)
     if REF_PER_TOKEN:
-        ref_w = sequence_sum(ref, cu_seqlens, chosen, BLOCK)
-        ref_l = sequence_sum(ref, cu_seqlens, rejected, BLOCK)
-        tl.store(ref_sums + chosen, ref_w)
-        tl.store(ref_sums + rejected, ref_l)
+        ref_w = sequence_sum(ref_ptr, cu_seqlens_ptr, chosen, BLOCK)
+        ref_l = sequence_sum(ref_ptr, cu_seqlens_ptr, rejected, BLOCK)
+        tl.store(ref_sums_ptr + chosen, ref_w)
+        tl.store(ref_sums_ptr + rejected, ref_l)
     else:
-        ref_w = tl.load(ref + chosen).to(tl.float64)
-        ref_l = tl.load(ref + rejected).to(tl.float64)
+        ref_w = tl.load(ref_ptr + chosen).to(tl.float64)
+        ref_l = tl.load(ref_ptr + rejected).to(tl.float64)
     rho_w = policy_w - ref_w
     rho_l = policy_l - ref_l
     margin = beta * (rho_w - rho_l)
 
+    # 2. Ψ of both: from the teacher's values, or as it was given; without either this is DPO.
     shaping = tl.full((), 0.0, tl.float64)
     if HAS_VALUES:
-        psi_w = shaping_return(values, cu_states, ended, chosen, gamma, TERMINAL, HAS_ENDED, BLOCK)
-        psi_l = shaping_return(values, cu_states, ended, rejected, gamma, TERMINAL, HAS_ENDED, BLOCK)
-        tl.store(psi + chosen, psi_w)
-        tl.store(psi + rejected, psi_l)
+        psi_w = shaping_return(values_ptr, cu_states_ptr, ended_ptr, chosen, gamma, TERMINAL, HAS_ENDED, BLOCK)
+        psi_l = shaping_return(values_ptr, cu_states_ptr, ended_ptr, rejected, gamma, TERMINAL, HAS_ENDED, BLOCK)
+        tl.store(psi_ptr + chosen, psi_w)
+        tl.store(psi_ptr + rejected, psi_l)
     if HAS_PSI:
-        psi_w = tl.load(psi + chosen).to(tl.float64)
-        psi_l = tl.load(psi + rejected).to(tl.float64)
+        psi_w = tl.load(psi_ptr + chosen).to(tl.float64)
+        psi_l = tl.load(psi_ptr + rejected).to(tl.float64)
     if HAS_VALUES or HAS_PSI:
         # α=0 is DPO whatever Ψ holds, NaN included.
         shaping = tl.where(alpha == 0.0, 0.0, alpha * (psi_w - psi_l))
     m = margin - shaping
 
+    # 3. The loss and its derivative.
     # −log σ(±m) = max(∓m, 0) + log(1 + e), e = exp(−|m|). Triton has no log1p: where 1 + e would drop e's last digits,
     # two terms of the series are right to 5e-12, and on the other side the logarithm is right to 3e-11.
     e = tl.exp(-tl.abs(m))
@@ -149,18 +152,19 @@ def preference_epilogue_kernel(
     sigma_minus_m = tl.where(m < 0.0, 1.0, e) / (1.0 + e)
     coefficient = beta * ((1.0 - label_smoothing) * sigma_minus_m - label_smoothing * sigma_m)
 
-    tl.store(losses + chosen, loss)
-    tl.store(chosen_rewards + chosen, beta * rho_w)
-    tl.store(rejected_rewards + chosen, beta * rho_l)
-    tl.store(margins + chosen, margin)
-    tl.store(shaping_margins + chosen, shaping)
-    fill_sequence(coefficients, cu_seqlens, chosen, -coefficient, BLOCK)
-    fill_sequence(coefficients, cu_seqlens, rejected, coefficient, BLOCK)
+    # 4. The pair's numbers, and the derivative as the coefficient of each of its tokens.
+    tl.store(losses_ptr + chosen, loss)
+    tl.store(chosen_rewards_ptr + chosen, beta * rho_w)
+    tl.store(rejected_rewards_ptr + chosen, beta * rho_l)
+    tl.store(margins_ptr + chosen, margin)
+    tl.store(shaping_margins_ptr + chosen, shaping)
+    fill_sequence(coefficients_ptr, cu_seqlens_ptr, chosen, -coefficient, BLOCK)
+    fill_sequence(coefficients_ptr, cu_seqlens_ptr, rejected, coefficient, BLOCK)
 
 
 @dataclass(frozen=True)
 class EpilogueResult:
-    """What a step and its log want of P pairs, float32; nothing carries a gradient."""
+    """Numbers of P pairs for a step and its log, float32, without gradients."""
 
     psi: Tensor | None
     """(2P,): Ψ; the one that was given, as it came; None without shaping."""
@@ -213,12 +217,12 @@ def preference_epilogue(
         cu_seqlens: (2P+1,) int32 or int64 boundaries of the sequences; a sequence without tokens sums to 0.
         ref_token_logps, ref_logps: one of the two: the reference's (N,) a token, or (2P,) summed. float32.
         values, cu_states, ended: (M,) float32 teacher values, (2P+1,) int32 or int64 boundaries of the responses'
-            states, at least two each, and (2P,) bool, whether a response ends with an end-of-sequence token (all do
-            where None).
+            states, at least two each, and (2P,) bool, whether a response ends with an end-of-sequence token (None:
+            all do).
         psi: (2P,) float32 Ψ in place of values; neither is DPO.
-        beta, alpha, label_smoothing: as `tvkd_loss` has them, gamma and terminal as `shaping_returns` has them.
+        beta, alpha, label_smoothing: as in `tvkd_loss`; gamma and terminal: as in `shaping_returns`.
 
-    No tensor is read by the host: what boundaries hold is the caller's to check.
+    The host reads no tensor: the caller has to check the boundaries.
 
     Traffic: logps, ref_token_logps and values once each, coefficients written once; a sequence's boundaries and (P,)
     results besides.
@@ -248,26 +252,30 @@ def preference_epilogue(
         shaping_margins=floats(pairs),
         coefficients=floats(logps.numel()),
     )
-    packed = [None if x is None else x.contiguous() for x in (logps, ref, values, ended, cu_seqlens, cu_states)]
     launch(
         preference_epilogue_kernel,
         pairs,
-        *packed,
-        result.psi if psi is None else psi.contiguous(),
-        result.policy_logps,
-        result.ref_logps if ref_logps is None else None,
-        result.losses,
-        result.chosen_rewards,
-        result.rejected_rewards,
-        result.margins,
-        result.shaping_margins,
-        result.coefficients,
-        beta,
-        alpha,
-        gamma,
-        label_smoothing,
         on=logps,
         options=UNTILED,
+        logps_ptr=logps.contiguous(),
+        ref_ptr=ref.contiguous(),
+        values_ptr=None if values is None else values.contiguous(),
+        ended_ptr=None if ended is None else ended.contiguous(),
+        cu_seqlens_ptr=cu_seqlens.contiguous(),
+        cu_states_ptr=None if cu_states is None else cu_states.contiguous(),
+        psi_ptr=result.psi if psi is None else psi.contiguous(),
+        policy_sums_ptr=result.policy_logps,
+        ref_sums_ptr=result.ref_logps if ref_logps is None else None,
+        losses_ptr=result.losses,
+        chosen_rewards_ptr=result.chosen_rewards,
+        rejected_rewards_ptr=result.rejected_rewards,
+        margins_ptr=result.margins,
+        shaping_margins_ptr=result.shaping_margins,
+        coefficients_ptr=result.coefficients,
+        beta=beta,
+        alpha=alpha,
+        gamma=gamma,
+        label_smoothing=label_smoothing,
         REF_PER_TOKEN=ref_logps is None,
         HAS_VALUES=values is not None,
         HAS_PSI=psi is not None,

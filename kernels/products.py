@@ -1,6 +1,6 @@
 """The backward's two products, accumulated in float32 over blocks of the vocabulary or of the rows.
 
-Letters: M, N, K the product's own: out [M, N] = left [M, K] · right [K, N].
+Letters: M, N, K of the product out [M, N] = left [M, K] · right [K, N].
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tvkd_fast.kernels.logits import grouped_tile
 
 @triton.jit
 def product_kernel(
-    left,
-    right,
-    previous,
-    out,
-    scale,
+    left_ptr,
+    right_ptr,
+    previous_ptr,
+    out_ptr,
+    scale_ptr,
     alpha,
     M,
     N,
@@ -40,32 +40,34 @@ def product_kernel(
     LAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # 1. The tile of the output, and what earlier blocks have summed of it.
     m, n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row, column = m * BLOCK_M, n * BLOCK_N
     columns = column + tl.arange(0, BLOCK_N)
     out_rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = (out_rows[:, None] < M) & (columns[None, :] < N)
     if HAS_PREVIOUS:
-        total = tl.load(previous + out_rows[:, None] * previous_stride + columns[None, :], mask=inside, other=0.0)
+        total = tl.load(previous_ptr + out_rows[:, None] * previous_stride + columns[None, :], mask=inside, other=0.0)
     else:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # 2. The product, added to that sum in float32.
     if BULK:
         for k in range(0, K, BLOCK_K):
             if TRANSPOSED:
-                a = left.load([k, row]).T
+                a = left_ptr.load([k, row]).T
             else:
-                a = left.load([row, k])
-            total = tl.dot(a, right.load([k, column]), total, input_precision=PRECISION)
+                a = left_ptr.load([row, k])
+            total = tl.dot(a, right_ptr.load([k, column]), total, input_precision=PRECISION)
     else:
         inner = tl.arange(0, BLOCK_K)
         if TRANSPOSED:
-            a_pointers = left + out_rows[:, None] + inner[None, :].to(tl.int64) * left_stride
+            a_pointers = left_ptr + out_rows[:, None] + inner[None, :].to(tl.int64) * left_stride
         else:
-            a_pointers = left + out_rows[:, None] * left_stride + inner[None, :]
+            a_pointers = left_ptr + out_rows[:, None] * left_stride + inner[None, :]
         for k in range(0, K, BLOCK_K):
             a = tl.load(a_pointers)
             right_rows = tl.minimum(k + inner, K - 1).to(tl.int64)
-            b_pointers = right + right_rows[:, None] * right_stride + columns[None, :]
+            b_pointers = right_ptr + right_rows[:, None] * right_stride + columns[None, :]
             if EVEN_N:
                 b = tl.load(b_pointers)
             else:
@@ -75,9 +77,10 @@ def product_kernel(
                 a_pointers += BLOCK_K * left_stride.to(tl.int64)
             else:
                 a_pointers += BLOCK_K
+    # 3. After the last block the scale of the dlogits is undone; the store rounds once, to the output's dtype.
     if LAST:
-        total *= alpha * tl.load(scale)
-    tl.store(out + out_rows[:, None] * out_stride + columns[None, :], total, mask=inside)
+        total *= alpha * tl.load(scale_ptr)
+    tl.store(out_ptr + out_rows[:, None] * out_stride + columns[None, :], total, mask=inside)
 
 
 def product(
@@ -99,30 +102,30 @@ def product(
         right: [K, N] of left's dtype, columns contiguous.
         out: [M, N]; rounded once, from float32, where its dtype is shorter.
         previous: float32 [M, N], which may be `out`, or None.
-        scale: (1,) float32 on the device, wanted where `last`.
+        scale: (1,) float32 on the device, required if `last`.
 
-    Traffic: left once a column of tiles, right once a group of row tiles, out (and previous) once. One product.
+    Traffic: left once per column of tiles, right once per group of row tiles, out (and previous) once. One product.
     """
     (k, n), m = right.shape, out.shape[0]
     block = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)
     launch(
         product_kernel,
         triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
-        operand(left, block, config),
-        operand(right, (config.block_k, config.block_n), config),
-        previous,
-        out,
-        scale,
-        alpha,
-        m,
-        n,
-        k,
-        left.stride(0),
-        right.stride(0),
-        0 if previous is None else previous.stride(0),
-        out.stride(0),
         on=right,
         options=config.options,
+        left_ptr=operand(left, block, config),
+        right_ptr=operand(right, (config.block_k, config.block_n), config),
+        previous_ptr=previous,
+        out_ptr=out,
+        scale_ptr=scale,
+        alpha=alpha,
+        M=m,
+        N=n,
+        K=k,
+        left_stride=left.stride(0),
+        right_stride=right.stride(0),
+        previous_stride=0 if previous is None else previous.stride(0),
+        out_stride=out.stride(0),
         **config.switches,
         EVEN_N=n % config.block_n == 0,
         TRANSPOSED=transposed,

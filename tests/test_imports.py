@@ -203,7 +203,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, code: str, prob
         ("scoring/a.py", "from tvkd_fast.files import written\nfrom tvkd_fast import ranges"),
         ("integrations/a.py", "from tvkd_fast import models, losses\nfrom ..ops import linear_logps"),
         ("fused/a.py", "from . import op\nfrom ..ops import linear_logps\nfrom ..losses import tvkd_loss"),
-        ("fused/a.py", "from tvkd_fast.fused.padded import rows_of\nfrom tvkd_fast.kernels.head import Head"),
+        ("fused/a.py", "from tvkd_fast.fused.padded import rows_of\nfrom tvkd_fast.kernels.records import Head"),
         ("__init__.py", "from .ops import linear_logps\nfrom tvkd_fast.losses import tvkd_loss\nfrom . import fused"),
     ],
 )

@@ -32,22 +32,33 @@ from triton.compiler import ASTSource
 from bench.census.kept import kept
 from bench.census.roofline import ASSUMPTIONS, estimates, report_estimates
 from bench.harness.machine import made_by, write_report
-from tvkd_fast.kernels.configs import FP_FUSION, SHARED_KIB, UNTILED, Demand, Kernel, TileConfig, choose, precision
+from tvkd_fast.kernels.configs import (
+    FP_FUSION,
+    SHARED_KIB,
+    UNTILED,
+    Demand,
+    GatherConfig,
+    Kernel,
+    TileConfig,
+    choose,
+    precision,
+)
 from tvkd_fast.kernels.dlogits import dlogits_kernel
-from tvkd_fast.kernels.head_marks import head_marks_kernel
-from tvkd_fast.kernels.head_slopes import (
-    SETTLE_ROWS,
-    SLOPE_COLUMNS,
-    SLOPE_ROWS,
+from tvkd_fast.kernels.head_dhidden import (
+    DHIDDEN_COLUMNS,
+    DHIDDEN_ROWS,
+    RESCALE_ROWS,
+    dlogp_dhidden_kernel,
     exponentials_kernel,
-    settle_kernel,
-    slopes_kernel,
+    rescale_kernel,
 )
 from tvkd_fast.kernels.head_stats import MERGE_ROWS, head_stats_kernel, merge_splits_kernel
-from tvkd_fast.kernels.mark_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
 from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue_kernel
 from tvkd_fast.kernels.products import product_kernel
-from tvkd_fast.kernels.sparse_backward import GatherConfig, sparse_columns_kernel, sparse_rows_kernel
+from tvkd_fast.kernels.selected_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
+from tvkd_fast.kernels.selection_bits import selection_bits_kernel
+from tvkd_fast.kernels.sparse_columns import sparse_columns_kernel
+from tvkd_fast.kernels.sparse_rows import sparse_rows_kernel
 
 TARGETS = {
     "sm_80": ("sm_80", GPUTarget("cuda", 80, 32)),
@@ -68,7 +79,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
     "head_stats": head_stats_kernel,
     "merge_splits": merge_splits_kernel,
-    "head_marks": head_marks_kernel,
+    "selection_bits": selection_bits_kernel,
     "count": count_kernel,
     "list": list_kernel,
     "sparse_rows": sparse_rows_kernel,
@@ -76,16 +87,18 @@ KERNELS = {
     "dlogits": dlogits_kernel,
     "product": product_kernel,
     "exponentials": exponentials_kernel,
-    "settle": settle_kernel,
-    "slopes": slopes_kernel,
+    "rescale": rescale_kernel,
+    "dlogp_dhidden": dlogp_dhidden_kernel,
     "preference_epilogue": preference_epilogue_kernel,
 }
-PRODUCTS = ("head_stats", "head_marks", "dlogits", "product", "exponentials")
+PRODUCTS = ("head_stats", "selection_bits", "dlogits", "product", "exponentials")
 """Kernels with a matrix product in them; the others have no main loop of loads and no tensor cores to use."""
 
-_INTEGERS = {"ended": "*i1", "cold": "*i8"}
-_INTEGERS |= dict.fromkeys(("labels", "cu_seqlens", "cu_states", "starts", "counts", "order", "edges"), "*i64")
-_INTEGERS |= dict.fromkeys(("words", "cold_words", "columns", "rows", "row_dice", "column_dice", "free"), "*i32")
+_INTEGERS = {"ended": "i1", "is_sparse": "i8"}
+_INTEGERS |= dict.fromkeys(("labels", "cu_seqlens", "cu_states", "starts", "counts", "order", "edges"), "i64")
+_INTEGERS |= dict.fromkeys(
+    ("words", "sparse_words", "columns", "rows", "row_hashes", "column_hashes", "spread_over"), "i32"
+)
 _MATRICES = ("hidden", "weight", "left", "right")
 _OPERANDS = (*_MATRICES, "bias", "dlogits", "exponentials", "grad_hidden", "grad_weight", "grad_bias")
 _EPILOGUE_FLOATS = ("beta", "alpha", "gamma", "label_smoothing")
@@ -162,8 +175,8 @@ def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = 
         yield from _head_stats(target, dtype)
         yield from _dlogits(target, dtype)
         yield from _products(target, dtype)
-        yield from _slopes(target, dtype)
-        yield from _head_marks(target, dtype)
+        yield from _frozen_head(target, dtype)
+        yield from _selection_bits(target, dtype)
         yield from _gathers(target, dtype)
     for target in targets:
         yield from _merges(target)
@@ -238,7 +251,7 @@ def _products(target: str, dtype: str) -> Iterator[Build]:
         yield from _tiled("product", target, dtype, variant, switches, config, rows, out=dtype if last else "fp32")
 
 
-def _slopes(target: str, dtype: str) -> Iterator[Build]:
+def _frozen_head(target: str, dtype: str) -> Iterator[Build]:
     cases = [(*head, rows) for rows in ("", "odd D") for head in _flags(2)]
     cases += [(False, False, "unaligned"), (True, True, "unaligned")]
     steps = {"STEP": 8, "ROOM": 2.0**11} if dtype == "fp16" else {"STEP": 16, "ROOM": 1.0}
@@ -250,24 +263,24 @@ def _slopes(target: str, dtype: str) -> Iterator[Build]:
         variant = _named("bias" * bias, "softcap" * softcap, rows) or "plain"
         yield from _tiled("exponentials", target, dtype, variant, switches, config, rows)
     for (width, aligned), held in product(sorted(widths), (False, True)):
-        switches = {"HAS_HELD": held, "TILE": width, "BLOCK_M": SETTLE_ROWS}
+        switches = {"HAS_HELD": held, "TILE": width, "BLOCK_M": RESCALE_ROWS}
         variant = _named("sum" if held else "first", f"{width} columns", "unaligned" * (not aligned))
-        yield Build("settle", target, dtype, variant, switches, aligned=aligned)
+        yield Build("rescale", target, dtype, variant, switches, aligned=aligned)
     for aligned, softcap in _flags(2):
-        switches = {"HAS_SOFTCAP": softcap, "ROOM": steps["ROOM"], "BLOCK_M": SLOPE_ROWS, "BLOCK_N": SLOPE_COLUMNS}
+        switches = {"HAS_SOFTCAP": softcap, "ROOM": steps["ROOM"], "BLOCK_M": DHIDDEN_ROWS, "BLOCK_N": DHIDDEN_COLUMNS}
         variant = _named("softcap" * softcap, "unaligned" * (not aligned)) or "plain"
-        yield Build("slopes", target, dtype, variant, switches, aligned=aligned)
+        yield Build("dlogp_dhidden", target, dtype, variant, switches, aligned=aligned)
 
 
-def _head_marks(target: str, dtype: str) -> Iterator[Build]:
+def _selection_bits(target: str, dtype: str) -> Iterator[Build]:
     cases = [(*head, unbiased, "") for head in _flags(2) for unbiased in (False, True)]
     cases += [(bias, bias, bias, rows) for bias in (False, True) for rows in ("odd D", "unaligned")]
     cases.append((True, False, False, "odd D"))
     for bias, softcap, unbiased, rows in cases:
-        config = _config("head_marks", target, dtype, rows, heavy=softcap or unbiased, bias=bias)
+        config = _config("selection_bits", target, dtype, rows, heavy=softcap or unbiased, bias=bias)
         switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "UNBIASED": unbiased, "SPLIT_TILES": config.split_tiles}
         variant = _named("bias" * bias, "softcap" * softcap, "unbiased" * unbiased, rows) or "plain"
-        yield from _tiled("head_marks", target, dtype, variant, switches, config, rows)
+        yield from _tiled("selection_bits", target, dtype, variant, switches, config, rows)
 
 
 def _gathers(target: str, dtype: str) -> Iterator[Build]:
@@ -353,36 +366,39 @@ def binary(build: Build) -> Any:
     if config is not None:
         switches = config.switches | {"PRECISION": precision(DTYPES[build.dtype], TARGETS[build.target][0])} | switches
     signature = {name: "constexpr" if name in switches else _type(name, build) for name in kernel.arg_names}
+    multiples = ("D", "N") if build.kernel == "product" else ("D",)
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if build.aligned and (signature[name].startswith("*") or name == "D" or name.endswith("_stride"))
+        if build.aligned and (signature[name].startswith("*") or name in multiples or name.endswith("_stride"))
     }
-    if build.kernel == "product" and build.aligned:
-        aligned[(kernel.arg_names.index("N"),)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, switches, aligned)
     return triton.compile(source, target=TARGETS[build.target][1], options=build.options)
 
 
 def _type(name: str, build: Build) -> str:
-    config = build.config
+    """Triton's name of the type that a launch hands to the parameter."""
+    if name.endswith("_ptr"):
+        return _pointer(name.removesuffix("_ptr"), build)
     if build.kernel == "preference_epilogue" and name in _EPILOGUE_FLOATS:
         return "fp64"
-    if name in _INTEGERS:
-        return _INTEGERS[name]
     if name in _FLOATS:
         return "fp32"
-    if name in _SIZES or name.endswith("_stride"):
-        return "i32"
+    assert name in _SIZES or name.endswith("_stride"), f"{build.kernel}: no type is known for {name}"
+    return "i32"
+
+
+def _pointer(name: str, build: Build) -> str:
+    if build.config is not None and build.config.bulk and name in _MATRICES:
+        return f"tensordesc<{build.dtype}[{_block(name, build.config, build)}]>"
+    if name in _INTEGERS:
+        return f"*{_INTEGERS[name]}"
     if name in _OPERANDS:
-        bulk = config is not None and config.bulk and name in _MATRICES
-        return f"tensordesc<{build.dtype}[{_block(name, build)}]>" if bulk else f"*{build.dtype}"
-    return f"*{build.out}" if name == "out" else "*fp32"
+        return f"*{build.dtype}"
+    return f"*{build.out if name == 'out' else 'fp32'}"
 
 
-def _block(name: str, build: Build) -> str:
-    config = build.config
-    assert config is not None
+def _block(name: str, config: TileConfig, build: Build) -> str:
     sides = {
         "hidden": (config.block_m, config.block_k),
         "weight": (config.block_n, config.block_k),

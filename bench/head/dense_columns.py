@@ -2,8 +2,8 @@
 
     python -m bench.head.dense_columns --data PAIRS.jsonl.gz --json FILE
 
-Counted in torch as `kernels/head_marks.py` marks: beside the floor, a split of 4 tiles of 256 columns has its own sum
-so far. No timing. Letters: N tokens, V vocabulary, K hot columns, R rows that are looked at.
+Counted in torch as `kernels/selection_bits.py` selects: beside the floor, a split of 4 tiles of 256 columns has its own
+sum so far. No timing. Letters: N tokens, V vocabulary, K hot columns, R rows that are looked at.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.harness.machine import made_by, write_report
 from bench.harness.states import load_states
 from bench.head.comparison import prepared
-from tvkd_fast.kernels.head_marks import SAMPLE_ROWS, rank
+from tvkd_fast.kernels.dense_columns import SAMPLE_ROWS, rank
 
 TILE, SPLIT_TILES = 256, 4
 LOG_EPS = (14, 16)

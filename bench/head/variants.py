@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.harness.machine import made_by, seconds, write_report
 from bench.harness.states import load_states
 from bench.head.comparison import prepared, product
-from tvkd_fast.kernels.head import Head, MarkRule, Marks
+from tvkd_fast.kernels.records import Head, SelectedEntries, SelectionRule
 from tvkd_fast.ops.tiles import native
 from tvkd_fast.ops.tiles import sparse as sparse_tiles
 
@@ -32,7 +32,7 @@ TILING = (2048, 1024)
 DENSE = (2048, 8192)
 
 
-def csr(marks: Marks, entries: Tensor, shape: tuple[int, int], *, transposed: bool) -> Tensor:
+def csr(marks: SelectedEntries, entries: Tensor, shape: tuple[int, int], *, transposed: bool) -> Tensor:
     """torch's compressed rows of the entries, or of their transpose."""
     places = torch.stack([marks.rows, marks.columns]).long()
     whole = torch.sparse_coo_tensor(places, entries, shape)
@@ -43,8 +43,8 @@ def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[st
     """What is timed, by name, and what was counted."""
     hidden, weight, labels = states.hidden, states.weight, states.labels
     (n, _), v = hidden.shape, weight.shape[0]
-    head, rule = Head(weight), MarkRule(eps, v // 16)
-    sums, marks = sparse_tiles.mark(hidden, head, labels, rule)
+    head, rule = Head(weight), SelectionRule(eps, v // 16)
+    sums, marks = sparse_tiles.select_entries(hidden, head, labels, rule)
     parts = sparse_tiles.Parts(hidden, head, labels, sums, marks, states.coefficients, None)
     entries = parts.entries(slice(None))
     by_row, by_column = (csr(marks, entries, (n, v), transposed=t) for t in (False, True))
@@ -54,7 +54,7 @@ def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[st
         def run() -> Any:
             kept, native.passes = native.passes, passes
             try:
-                return sparse_tiles.mark(hidden, head, labels, rule)
+                return sparse_tiles.select_entries(hidden, head, labels, rule)
             finally:
                 native.passes = kept
 

@@ -124,7 +124,13 @@ def test_every_kernel_is_tuned(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = autotune.tune((40, 32, 90), torch.float32, device, seconds)
-    assert [name.split("|")[0] for name in found] == ["head_stats", "head_marks", "exponentials", "dlogits", "product"]
+    assert [name.split("|")[0] for name in found] == [
+        "head_stats",
+        "selection_bits",
+        "exponentials",
+        "dlogits",
+        "product",
+    ]
     assert len(calls) == 10
     assert set(found.values()) == {few[1]}
 

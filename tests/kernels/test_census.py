@@ -4,6 +4,7 @@ The kernels are compiled in processes of their own: those of this one may be the
 """
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -24,7 +25,8 @@ from torch import Tensor
 from tvkd_fast.kernels.configs import FP_FUSION, INTERPRETED, UNTILED, Demand, Kernel, TileConfig, choose
 from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse
 
-pytest.importorskip("triton", reason="the census compiles with Triton, which is not installed")
+triton = pytest.importorskip("triton", reason="the census compiles with Triton, which is not installed")
+TensorDescriptor = triton.tools.tensor_descriptor.TensorDescriptor
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = pytest.mark.xdist_group("launches")
@@ -169,13 +171,13 @@ def products_without_precision(source: str) -> list[int]:
     return found
 
 
-def test_every_product_says_its_precision() -> None:
+def test_every_product_names_its_precision() -> None:
     files = sorted((ROOT / "kernels").glob("*.py"))
     assert sum(file.read_text().count("tl.dot(") for file in files) >= 4
     assert {file.name: lines for file in files if (lines := products_without_precision(file.read_text()))} == {}
 
 
-def test_a_product_that_does_not_is_found() -> None:
+def test_a_product_without_one_is_found() -> None:
     assert products_without_precision("c = tl.dot(a, b, c)") == [1]
     assert products_without_precision("c = tl.dot(a, b, c, input_precision='tf32')") == [1]
     assert products_without_precision("c = tl.dot(a, b, c, input_precision=PRECISION)") == []
@@ -202,7 +204,7 @@ def test_what_was_rejected_breaks_a_gate() -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher handed to Triton, but for tensors and numbers."""
+    """The compile-time side of a launch: what a launcher passes to Triton, except tensors and numbers."""
 
     kernel: str
     dtype: str
@@ -214,7 +216,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Asked(TileConfig):
-    """The interpreter's tiles, which take along to the launch what the table was asked for."""
+    """The interpreter's tiles, which carry the table's arguments along to the launch."""
 
     asked: tuple[Kernel, Demand] | None = None
 
@@ -223,28 +225,38 @@ class Asked(TileConfig):
         return super().options | {"asked": self.asked}
 
 
-def tiles_that_tell(kernel: Kernel, target: str, demand: Demand) -> Asked:
+def tiles_with_their_demand(kernel: Kernel, target: str, demand: Demand) -> Asked:
     return Asked(**asdict(INTERPRETED), asked=(kernel, demand))
+
+
+def constexprs(kernel: Any) -> list[str]:
+    """The compile-time parameters of a kernel, compiled or interpreted."""
+    annotations = inspect.get_annotations(kernel.fn, eval_str=True)
+    return [name for name in kernel.arg_names if annotations.get(name) is triton.language.constexpr]
 
 
 @contextmanager
 def recording(dtype: str, launches: list[Launch]) -> Iterator[None]:
-    """Every launch inside, whoever makes it: taken at the door that Triton gives every kernel."""
+    """Record every launch inside, by any launcher: in `run`, through which Triton starts every kernel."""
     from tvkd_fast.kernels.products import product_kernel
 
-    door = type(product_kernel)
-    run = door.run
+    function = type(product_kernel)
+    run = function.run
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> Any:
         asked = given.pop("asked", None)
-        switches = {name: value for name, value in given.items() if name.isupper()}
-        options = {name: value for name, value in given.items() if not name.isupper()}
+        assert not args, f"{kernel.fn.__name__} is launched with arguments by place"
+        for name, value in given.items():
+            if value is not None:
+                assert name.endswith("_ptr") == isinstance(value, (Tensor, TensorDescriptor)), name
+        switches = {name: given[name] for name in constexprs(kernel)}
+        options = {name: value for name, value in given.items() if name not in kernel.arg_names}
         launches.append(Launch(kernel.fn.__name__.removesuffix("_kernel"), dtype, switches, options, asked))
-        return run(kernel, *args, grid=grid, warmup=warmup, **given)
+        return run(kernel, grid=grid, warmup=warmup, **given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(door, "run", record)
-        patch.setattr("tvkd_fast.kernels.autotune.choose", tiles_that_tell)
+        patch.setattr(function, "run", record)
+        patch.setattr("tvkd_fast.kernels.autotune.choose", tiles_with_their_demand)
         yield
 
 
@@ -262,8 +274,8 @@ def ops_of_a_head(dtype: torch.dtype, n: int, d: int, v: int, bias: str, softcap
 
 
 def sparse_ops_of_a_head(dtype: torch.dtype, d: int, bias: bool, softcap: float | None, tail: str, wants: str) -> None:
-    """Few columns, and many rows: a program makes one of either. With six columns or more, some are hot."""
-    v = 5 if wants == "both, none hot" else 40
+    """Few columns and many rows: one program per column or row. With six columns or more, some are dense."""
+    v = 5 if wants == "both, none dense" else 40
     hidden, weight = torch.randn(20, d).to(dtype), torch.randn(v, d).to(dtype)
     offsets = torch.randn(v).to(dtype).requires_grad_("dH" not in wants) if bias else None
     hidden.requires_grad_(wants != "dW alone")
@@ -285,6 +297,16 @@ def epilogues() -> None:
             preference_epilogue(logps, boundaries, terminal=terminal, **source, **reference, **numbers)
 
 
+def test_launches_name_their_arguments_and_pointers_say_so() -> None:
+    """The recorder asserts it of each launch; the census takes a parameter's type from its name."""
+    launches: list[Launch] = []
+    with recording("fp32", launches):
+        ops_of_a_head(torch.float32, 3, 16, 40, "none", None)
+        sparse_ops_of_a_head(torch.float32, 16, True, None, "unbiased", "both")
+        epilogues()
+    assert len({x.kernel for x in launches}) == 13
+
+
 @cache
 def recorded() -> tuple[Launch, ...]:
     """Ops over heads of each kind: D of whole steps, of broken ones, and of rows that are not aligned; many blocks."""
@@ -295,7 +317,7 @@ def recorded() -> tuple[Launch, ...]:
                 ops_of_a_head(dtype, 130, d, 300, "none", None)
                 for bias, softcap in product(("none", "frozen", "trained"), (None, 5.0)):
                     ops_of_a_head(dtype, 20, d, 40, bias, softcap)
-                for wants in ("both, none hot", "dH alone", "dW alone"):
+                for wants in ("both, none dense", "dH alone", "dW alone"):
                     sparse_ops_of_a_head(dtype, d, False, None, "even", wants)
                 for bias, softcap in product((False, True), (None, 5.0)):
                     for tail in ("even", "unbiased") if d == 64 else ("even",):
@@ -460,7 +482,7 @@ def test_switches_that_a_binary_does_not_depend_on() -> None:
 
 @pytest.mark.census
 @TOGETHER
-def test_every_launch_says_whether_products_are_fused(launches: tuple[Launch, ...], census: ModuleType) -> None:
+def test_every_launch_sets_whether_products_are_fused(launches: tuple[Launch, ...], census: ModuleType) -> None:
     for launch in launches:
         assert FP_FUSION.items() <= launch.options.items(), launch
         assert launch.asked is not None or launch.options == UNTILED | FP_FUSION

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tvkd_fast.kernels.configs import TileConfig
-from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse, reference
 
 GPU = torch.cuda.is_available()
@@ -291,11 +291,11 @@ def test_only_what_is_asked_for(kit: SimpleNamespace, dtype: torch.dtype, wants:
 def test_a_frozen_half_costs_no_product(
     kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, wants: tuple[bool, bool], products: list[str]
 ) -> None:
-    from tvkd_fast.kernels import dlogits, head_slopes, head_stats
+    from tvkd_fast.kernels import dlogits, head_dhidden, head_stats
     from tvkd_fast.kernels import products as product_module
 
     launched = []
-    for place in (dlogits, head_slopes, head_stats, product_module):
+    for place in (dlogits, head_dhidden, head_stats, product_module):
 
         def launch(kernel: Any, *args: Any, original: Any = place.launch, **kwargs: Any) -> None:
             launched.append(kernel.fn.__name__.removesuffix("_kernel"))
@@ -307,7 +307,7 @@ def test_a_frozen_half_costs_no_product(
     out = logps(*inputs, case.labels)
     if any(wants):
         out.sum().backward()
-    without = {"merge_splits", "settle", "slopes"}
+    without = {"merge_splits", "rescale", "dlogp_dhidden"}
     assert [name for name in launched if name not in without] == products
 
 
@@ -471,15 +471,15 @@ def test_nor_is_its_gradient_a_number(kit: SimpleNamespace) -> None:
 
 
 def test_nor_is_a_frozen_heads(kit: SimpleNamespace) -> None:
-    from tvkd_fast.kernels.head_slopes import head_slopes
+    from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
 
     case = kit.case(6, 16, 70, ignored=0.0)
     labels = torch.tensor([1, -1, 70, -100, 2**32 + 3, 3], device=DEVICE)
-    sums, slopes = head_slopes(case.hidden.to(DEVICE), Head(case.weight.to(DEVICE)), labels)
-    assert slopes.isnan().all(1).tolist() == [False, True, True, False, True, False]
-    assert slopes.isnan().any(1).tolist() == [False, True, True, False, True, False]
+    sums, derivatives = head_dlogp_dhidden(case.hidden.to(DEVICE), Head(case.weight.to(DEVICE)), labels)
+    assert derivatives.isnan().all(1).tolist() == [False, True, True, False, True, False]
+    assert derivatives.isnan().any(1).tolist() == [False, True, True, False, True, False]
     assert sums.target.isnan().tolist()[:3] == [False, True, True]
-    assert (slopes[3] == 0).all()
+    assert (derivatives[3] == 0).all()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -496,21 +496,21 @@ def test_a_broken_state_shows(kit: SimpleNamespace, softcap: float | None) -> No
 @pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_a_broken_state_shows_in_its_slopes_alone(
+def test_a_broken_state_shows_in_its_derivative_alone(
     kit: SimpleNamespace, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    from tvkd_fast.kernels.head_slopes import head_slopes
+    from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
 
     case = kit.case(5, 16, 70, dtype, ignored=0.0)
     hidden = case.hidden.clone()
     hidden[1, 3], hidden[2, 3] = torch.nan, torch.inf
     labels = case.labels.to(DEVICE)
-    sums, slopes = head_slopes(hidden.to(DEVICE), Head(case.weight.to(DEVICE), softcap=softcap), labels)
+    sums, derivatives = head_dlogp_dhidden(hidden.to(DEVICE), Head(case.weight.to(DEVICE), softcap=softcap), labels)
     assert sums.logps.isfinite().tolist() == [True, False, False, True, True]
-    assert slopes.isfinite().all(1).tolist() == [True, False, False, True, True]
+    assert derivatives.isfinite().all(1).tolist() == [True, False, False, True, True]
     labels[1:3] = -100
-    _, slopes = head_slopes(hidden.to(DEVICE), Head(case.weight.to(DEVICE), softcap=softcap), labels)
-    assert slopes.isfinite().all()
+    _, derivatives = head_dlogp_dhidden(hidden.to(DEVICE), Head(case.weight.to(DEVICE), softcap=softcap), labels)
+    assert derivatives.isfinite().all()
 
 
 @pytest.mark.skipif(GPU, reason="on a GPU the table says where descriptors are taken")

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvkd_fast.kernels import head_marks, mark_lists
+from tvkd_fast.kernels import dense_columns, selected_lists
 from tvkd_fast.kernels.configs import CANDIDATES, INTERPRETED
-from tvkd_fast.kernels.dice import Dice
-from tvkd_fast.kernels.head import Head, MarkRule
+from tvkd_fast.kernels.hash_uniform import HashUniform
+from tvkd_fast.kernels.head_selection import select_entries
+from tvkd_fast.kernels.records import Head, SelectionRule
 from tvkd_fast.ops import HeadStats, linear_logps, reference
 
 GPU = torch.cuda.is_available()
@@ -40,14 +41,14 @@ def sparse(**options: Any) -> Any:
     return op
 
 
-def hot(case: Any, eps: float) -> Tensor:
-    """(V,) bool: the columns that the kernels take as hot."""
+def columns_in_full(case: Any, eps: float) -> Tensor:
+    """(V,) bool: the columns whose gradient the kernels make exact."""
     head = Head(case.weight.to(DEVICE), None if case.bias is None else case.bias.to(DEVICE), **transforms_of(case))
     ignore_index = case.transforms.get("ignore_index", -100)
-    rule = MarkRule(eps, 10**6)
-    _, marks = head_marks.mark(case.hidden.to(DEVICE), head, case.labels.to(DEVICE), rule, ignore_index=ignore_index)
+    rule = SelectionRule(eps, 10**6)
+    _, selected = select_entries(case.hidden.to(DEVICE), head, case.labels.to(DEVICE), rule, ignore_index=ignore_index)
     found = torch.zeros(len(case.weight), dtype=torch.bool)
-    found[marks.hot.cpu()] = True
+    found[selected.dense_columns.cpu()] = True
     return found
 
 
@@ -57,7 +58,7 @@ def transforms_of(case: Any) -> dict[str, Any]:
 
 def right(kit: SimpleNamespace, case: Any, eps: float, *, u: Tensor | None = None, **options: Any) -> Any:
     """Within rounding of the twin: float32's, or that of 16-bit gradients that are rounded where a block ends."""
-    always = hot(case, eps)
+    always = columns_in_full(case, eps)
 
     def twin(*args: Any, **transforms: Any) -> Tensor:
         return reference.sparse_logps(*args, eps=eps, u=u, always=always, **transforms)
@@ -94,15 +95,15 @@ def test_any_shape(
     right(kit, kit.case(*shape, ignored=ignored, **head), 2.0**-log_eps)
 
 
-def test_without_hot_columns_it_is_what_torch_computes(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_marks, "HOT_COLUMNS", 0)
+def test_without_dense_columns_it_is_what_torch_computes(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_columns, "DENSE_COLUMNS", 0)
     case = kit.case(20, 16, 90)
     ours, torchs = HeadStats(), HeadStats()
     got = right(kit, case, 2.0**-6, stats=ours)
     want = kit.run(sparse(eps=2.0**-6, impl="torch", stats=torchs), case)
     for name in ("hidden", "weight"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-5)
-    # What is marked is pruned in the backward: it counts as kept, and its mass as kept.
+    # What is selected is pruned in the backward: it counts as kept, and its mass as kept.
     assert ours.read()["head_entries"] == pytest.approx(
         torchs.read()["head_entries"] * torchs.read()["head_marked"], rel=0.5
     )
@@ -115,8 +116,8 @@ def test_keeping_everything_is_exact(kit: SimpleNamespace) -> None:
     for name in ("hidden", "weight", "bias"):
         ours, theirs = getattr(got, name).double(), getattr(exact, name)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
-    labels_that_are_cold = float((~hot(case, 0.0))[case.labels].double().mean())
-    assert stats.read()["head_entries"] == pytest.approx(70 - 70 // 6 - labels_that_are_cold)
+    labels_in_sparse_columns = float((~columns_in_full(case, 0.0))[case.labels].double().mean())
+    assert stats.read()["head_entries"] == pytest.approx(70 - 70 // 6 - labels_in_sparse_columns)
 
 
 @pytest.mark.interpreter
@@ -128,7 +129,7 @@ def test_many_blocks_of_rows(kit: SimpleNamespace, blocks: SimpleNamespace) -> N
 
 def test_an_unbiased_tail(kit: SimpleNamespace) -> None:
     case = kit.case(20, 8, 60, ignored=0.1)
-    u = Dice(7, torch.arange(20), 60).of(slice(None), slice(None)).double()
+    u = HashUniform(7, torch.arange(20), 60).of(slice(None), slice(None)).double()
     right(kit, case, 2.0**-5, u=u, tail="unbiased", seed=7)
 
 
@@ -226,28 +227,28 @@ def test_the_sum_over_the_vocabulary_is_the_exact_gradients(kit: SimpleNamespace
     assert (got.weight.double().sum(0) - want.weight.sum(0)).abs().max() < 1e-5 * scale
 
 
-def test_labels_come_first_among_hot_columns(kit: SimpleNamespace) -> None:
+def test_labels_come_first_among_dense_columns(kit: SimpleNamespace) -> None:
     case = kit.case(12, 8, 130, ignored=0.25)
-    found = hot(case, 2.0**-6)
-    assert int(found.sum()) == 130 // head_marks.HOT_SHARE
+    found = columns_in_full(case, 2.0**-6)
+    assert int(found.sum()) == 130 // dense_columns.DENSE_SHARE
     assert found[case.labels[case.labels != -100]].all()
 
 
 @pytest.mark.parametrize("words", [1, 64, 65, 300])
 def test_lists_are_the_bits_in_order(words: int) -> None:
     torch.manual_seed(words)
-    marked = torch.rand(9, 32 * words) < 0.1
-    marked[3] = False
-    packed = (marked.view(9, words, 32).long() << torch.arange(32)).sum(2).int().to(DEVICE)
+    chosen = torch.rand(9, 32 * words) < 0.1
+    chosen[3] = False
+    packed = (chosen.view(9, words, 32).long() << torch.arange(32)).sum(2).int().to(DEVICE)
     labels = torch.zeros(9, dtype=torch.int64, device=DEVICE)
     labels[5] = -100
-    counts = mark_lists.counted(packed, labels, -100)
-    marked[5] = False
-    assert torch.equal(counts.cpu(), marked.sum(1))
-    columns = mark_lists.listed(packed, counts)
+    counts = selected_lists.count_selected(packed, labels, -100)
+    chosen[5] = False
+    assert torch.equal(counts.cpu(), chosen.sum(1))
+    columns = selected_lists.list_selected(packed, counts)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    rows = mark_lists.MarkLists(columns, starts, counts.float(), counts[:0], counts[:0]).rows
-    want_rows, want_columns = marked.nonzero().unbind(1)
+    rows = selected_lists.SelectedLists(columns, starts, counts.float(), counts[:0], counts[:0]).rows
+    want_rows, want_columns = chosen.nonzero().unbind(1)
     assert torch.equal(rows.cpu().long(), want_rows)
     assert torch.equal(columns.cpu().long(), want_columns)
 

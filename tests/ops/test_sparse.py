@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvkd_fast.kernels.dice import Dice
+from tvkd_fast.kernels.hash_uniform import HashUniform
 from tvkd_fast.ops import HeadStats, linear_logps, reference
 from tvkd_fast.ops.tiles.selected import Collected, Entries
 
@@ -172,7 +172,7 @@ def test_an_unbiased_tail_is_the_twins_and_right_on_average(kit: SimpleNamespace
         with kit.tile_sizes(512, 8):
             got = kit.run(sparse(eps=eps, tail="unbiased", seed=seed), case)
         if seed < 3:
-            u = Dice(seed, torch.arange(20), 120).of(slice(None), slice(None)).double()
+            u = HashUniform(seed, torch.arange(20), 120).of(slice(None), slice(None)).double()
             same(got, kit.run(twin(eps=eps, u=u), case), 1e-7)
         mean += got.weight / seeds
         errors.append(got.weight - exact)
@@ -183,7 +183,7 @@ def test_an_unbiased_tail_is_the_twins_and_right_on_average(kit: SimpleNamespace
 
 
 def test_the_dice_are_fair() -> None:
-    u = torch.stack([Dice(seed, torch.arange(64), 256).of(slice(None), slice(None)) for seed in range(64)])
+    u = torch.stack([HashUniform(seed, torch.arange(64), 256).of(slice(None), slice(None)) for seed in range(64)])
     assert float(u.min()) > 0
     assert float(u.max()) <= 1
     assert float(u.mean()) == pytest.approx(0.5, abs=0.01)

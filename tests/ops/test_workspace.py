@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tvkd_fast import HeadGradient, fused_linear_tvkd_loss
-from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops import linear_logps, logps
 from tvkd_fast.ops.tiles import exact, huge_pages
 

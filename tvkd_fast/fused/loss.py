@@ -23,7 +23,7 @@ from tvkd_fast.fused.checks import (
 from tvkd_fast.fused.epilogue import Preference, torch_epilogue
 from tvkd_fast.fused.op import fused_op
 from tvkd_fast.fused.padded import packed_form, response_states, rows_of
-from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.records import Head
 from tvkd_fast.losses import TVKDOutput
 from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_soft_values

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tvkd_fast.fused.epilogue import Preference, torch_epilogue, triton_epilogue
 from tvkd_fast.fused.padded import packed_form
-from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.records import Head
 from tvkd_fast.losses.segments import check_boundaries
 from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops.checks import check_finite, check_label_range

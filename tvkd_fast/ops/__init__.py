@@ -1,6 +1,6 @@
 """The public tensor ops: hidden states and a head's weight go in, per-token numbers come out, logits never exist."""
 
-from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import unchecked
 from tvkd_fast.ops.gradient import HeadGradient, HeadStats
 from tvkd_fast.ops.logps import linear_logps

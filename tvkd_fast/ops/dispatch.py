@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tvkd_fast._compat import constant_in_graphs
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 
 Impl = Literal["auto", "torch", "triton"]
 IMPLEMENTATIONS = ("auto", "torch", "triton")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.autocast import autocast_input
 from tvkd_fast.ops.checks import check_head, check_tensors
 

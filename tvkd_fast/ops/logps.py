@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadSums
+from tvkd_fast.kernels.records import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, backend, check_impl, resolve
 from tvkd_fast.ops.gradient import GradMode, HeadGradient, HeadStats, Tail
@@ -61,7 +61,7 @@ def linear_logps(
             wants no gradient, one where nothing does. Two where only hidden wants one (a frozen head): the forward then
             makes and keeps dlogp/dh, [N, D] float32, and the backward multiplies it by its upstream gradient.
             "sparse": the log-probabilities are the same, the gradient is made of the softmax's entries from `eps` up
-            and the label's, which the forward marks; what remains is spread evenly, so that the gradient sums to what
+            and the label's, as the forward selects them; what remains is spread evenly, so that the gradient sums to what
             the exact one sums to. One product and what is gathered; docs/numerics.md says what it costs in learning.
             "auto": sparse, and exact for a call with more entries than pay, as timed once a shape and process.
         eps: ε in [0, 2⁻⁴]; None is 2⁻¹⁶ for float32 and float64 inputs, 2⁻¹⁴ for 16-bit ones. 0 keeps everything.
@@ -207,14 +207,16 @@ def _logps_gradients(
     return as_tensors(grads, hidden)
 
 
-def _scaled_slopes(slopes: Tensor, grad_logps: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """grad_logps_t·slopes_t [N, D], rounded once to `dtype`, a block of rows at a time."""
+def _scaled_slopes(
+    dlogp_dhidden: Tensor, grad_logps: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """grad_logps_t·dlogp_t/dh_t [N, D], rounded once to `dtype`, a block of rows at a time."""
     factors = grad_logps.masked_fill(labels == ignore_index, 0.0)
-    out = slopes.new_empty(slopes.shape, dtype=dtype)
-    rows = max(1, _SCALED_FLOATS // max(slopes.shape[1], 1))
-    for start in range(0, slopes.shape[0], rows):
+    out = dlogp_dhidden.new_empty(dlogp_dhidden.shape, dtype=dtype)
+    rows = max(1, _SCALED_FLOATS // max(dlogp_dhidden.shape[1], 1))
+    for start in range(0, dlogp_dhidden.shape[0], rows):
         block = slice(start, start + rows)
-        torch.mul(slopes[block], factors[block, None], out=out[block])
+        torch.mul(dlogp_dhidden[block], factors[block, None], out=out[block])
     return out
 
 
@@ -241,8 +243,8 @@ def fake_left(hidden: Tensor, weight: Tensor, workspace_mb: int, streamed: bool)
 
 
 @scaled_op.register_fake
-def _(slopes: Tensor, *args: Any) -> Tensor:
-    return slopes.new_empty(slopes.shape, dtype=args[-1])
+def _(dlogp_dhidden: Tensor, *args: Any) -> Tensor:
+    return dlogp_dhidden.new_empty(dlogp_dhidden.shape, dtype=args[-1])
 
 
 def _kept(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
@@ -259,8 +261,8 @@ def _derivative(
 ) -> Sequence[Tensor | None]:
     streamed, *settings = settings
     if streamed:
-        slopes, labels = kept
-        return scaled_op(slopes, grad_logps, labels, *settings), None, None
+        dlogp_dhidden, labels = kept
+        return scaled_op(dlogp_dhidden, grad_logps, labels, *settings), None, None
     grads: Gradients = gradients_op(grad_logps, *kept, *settings, *wants)
     return grads
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import HeadGradients
+from tvkd_fast.kernels.records import HeadGradients
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """By hidden, weight and bias; an empty tensor where none is wanted, since an op returns tensors only."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadSums, MarkRule, Marks
+from tvkd_fast.kernels.records import Head, HeadSums, SelectedEntries, SelectionRule
 from tvkd_fast.ops import torch_backend
 from tvkd_fast.ops.break_even import break_even
 from tvkd_fast.ops.checks import check_finite, check_label_range
@@ -45,10 +45,10 @@ def sparse_logps(
 
 def _rule(
     hidden: Tensor, weight: Tensor, eps: float, row_cap: int, unbiased: bool, seed: int, max_tail: float, measure: bool
-) -> MarkRule:
+) -> SelectionRule:
     """`measure` takes every row as dense where that is quicker on this machine."""
     limit = break_even(hidden.device, hidden.dtype, *weight.shape) if measure else float("inf")
-    return MarkRule(eps, row_cap, unbiased, seed, max_tail, limit)
+    return SelectionRule(eps, row_cap, unbiased, seed, max_tail, limit)
 
 
 def _sparse_logps(
@@ -66,31 +66,31 @@ def _sparse_logps(
     max_tail: float,
     measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities (N,); for the backward max z, log Σ exp(z − max z) and z at the label, (N,) each, and `Marks`;
-    then `HeadStats`' five sums.
+    """Log-probabilities (N,); for the backward max z, log Σ exp(z − max z) and z at the label, (N,) each, and
+    `SelectedEntries`; then `HeadStats`' five sums.
     """
     labels = labels.long()
     check_label_range(labels, weight.shape[0], ignore_index)
     rule = _rule(hidden, weight, eps, row_cap, unbiased, seed, max_tail, measure)
     head = Head(weight, bias, softcap, logit_scale)
-    sums, marks = torch_backend.mark(hidden, head, labels, rule, ignore_index=ignore_index)
+    sums, selected = torch_backend.select_entries(hidden, head, labels, rule, ignore_index=ignore_index)
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
     assert sums.target is not None
-    assert marks.below is not None
+    assert selected.below is not None
     counted = labels != ignore_index
-    dense = marks.dense & counted
-    counts = torch.tensor([marks.count, marks.marked], dtype=torch.float64, device=hidden.device)
+    dense = selected.dense & counted
+    counts = torch.tensor([selected.count, selected.marked], dtype=torch.float64, device=hidden.device)
     numbers = torch.stack(
         [
             counted.sum().double(),
             *counts,
-            marks.below.masked_fill(marks.dense | ~counted, 0.0).sum().double(),
+            selected.below.masked_fill(selected.dense | ~counted, 0.0).sum().double(),
             dense.sum().double(),
         ]
     )
-    chain = logps.new_empty(0) if marks.chain is None else marks.chain
-    found = (marks.rows, marks.columns, marks.p, chain, marks.bounds, marks.tail, dense)
+    chain = logps.new_empty(0) if selected.chain is None else selected.chain
+    found = (selected.rows, selected.columns, selected.p, chain, selected.bounds, selected.tail, dense)
     return logps, sums.maximum, sums.log_total, sums.target, *found, numbers
 
 
@@ -122,7 +122,7 @@ def _sparse_gradients(
         Head(weight, bias, softcap, logit_scale),
         labels.long(),
         HeadSums(maximum, log_total, target=target),
-        Marks(rows, columns, p, chain if softcap is not None else None, bounds, tail, dense),
+        SelectedEntries(rows, columns, p, chain if softcap is not None else None, bounds, tail, dense),
         grad_logps,
         ignore_index=ignore_index,
         want_hidden=want_hidden,
@@ -147,7 +147,7 @@ def _marked_logps(
     max_tail: float,
     measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities (N,); for the backward max z and log Σ exp(z − max z), (N,) each, and `MarkLists`; then
+    """Log-probabilities (N,); for the backward max z and log Σ exp(z − max z), (N,) each, and `SelectedLists`; then
     `HeadStats`' five sums, where what is marked counts as kept: it is pruned in the backward.
     """
     from tvkd_fast.ops import triton_backend
@@ -156,13 +156,13 @@ def _marked_logps(
     check_label_range(labels, weight.shape[0], ignore_index)
     rule = _rule(hidden, weight, eps, row_cap, unbiased, seed, max_tail, measure)
     head = Head(weight, bias, softcap, logit_scale)
-    sums, marks = triton_backend.mark(hidden, head, labels, rule, ignore_index=ignore_index)
+    sums, selected = triton_backend.select_entries(hidden, head, labels, rule, ignore_index=ignore_index)
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
-    assert marks.numbers is not None
-    entries, tail, dense = marks.numbers
+    assert selected.numbers is not None
+    entries, tail, dense = selected.numbers
     numbers = torch.stack([(labels != ignore_index).sum().double(), entries, entries, tail, dense])
-    found = (marks.columns, marks.starts, marks.tail, marks.dense, marks.hot)
+    found = (selected.columns, selected.starts, selected.tail, selected.dense_rows, selected.dense_columns)
     return logps, sums.maximum, sums.log_total, *found, numbers
 
 
@@ -189,7 +189,7 @@ def _marked_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> Gradients:
-    from tvkd_fast.kernels.mark_lists import MarkLists
+    from tvkd_fast.kernels.selected_lists import SelectedLists
     from tvkd_fast.ops import triton_backend
 
     grads = triton_backend.sparse_gradients(
@@ -197,8 +197,8 @@ def _marked_gradients(
         Head(weight, bias, softcap, logit_scale),
         labels.long(),
         HeadSums(maximum, log_total),
-        MarkLists(columns, starts, tail, dense, hot),
-        MarkRule(eps, weight.shape[0], unbiased, seed),
+        SelectedLists(columns, starts, tail, dense, hot),
+        SelectionRule(eps, weight.shape[0], unbiased, seed),
         grad_logps,
         ignore_index=ignore_index,
         want_hidden=want_hidden,

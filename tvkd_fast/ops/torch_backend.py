@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, SelectedEntries, SelectionRule
 from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.tiles import exact, sparse
 
@@ -38,11 +38,11 @@ def logps_forward(
             logits = exact.room_for_logits(hidden, head, kept, workspace_mb)
             sums = exact.head_sums(hidden, head, kept=kept, labels=wanted, logits=logits)
             return _spread(sums, kept, hidden), logits
-        sums, slopes = exact.head_slopes(hidden, head, wanted, kept=kept)
+        sums, dlogp_dhidden = exact.head_dlogp_dhidden(hidden, head, wanted, kept=kept)
         if kept is None:
             # Off the CPU every row is computed, those to ignore among them.
-            slopes.masked_fill_((labels == ignore_index)[:, None], 0.0)
-        return _spread(sums, kept, hidden), slopes
+            dlogp_dhidden.masked_fill_((labels == ignore_index)[:, None], 0.0)
+        return _spread(sums, kept, hidden), dlogp_dhidden
 
 
 def logps_gradients(
@@ -77,12 +77,14 @@ def logps_gradients(
         )
 
 
-def mark(hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, *, ignore_index: int) -> tuple[HeadSums, Marks]:
+def select_entries(
+    hidden: Tensor, head: Head, labels: Tensor, rule: SelectionRule, *, ignore_index: int
+) -> tuple[HeadSums, SelectedEntries]:
     """The statistics (N,), `target` among them, and the entries that a sparse gradient is made of."""
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
-        sums, marks = sparse.mark(hidden, head, labels if kept is None else labels[kept], rule, kept=kept)
-        return _spread(sums, kept, hidden), marks
+        sums, selected = sparse.select_entries(hidden, head, labels if kept is None else labels[kept], rule, kept=kept)
+        return _spread(sums, kept, hidden), selected
 
 
 def sparse_gradients(
@@ -90,7 +92,7 @@ def sparse_gradients(
     head: Head,
     labels: Tensor,
     sums: HeadSums,
-    marks: Marks,
+    selected: SelectedEntries,
     grad_logps: Tensor,
     *,
     ignore_index: int,
@@ -98,7 +100,7 @@ def sparse_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> HeadGradients:
-    """Gradients of Σ_t grad_logps_t·logp_t; `sums` and `marks` as `mark` returned them."""
+    """Gradients of Σ_t grad_logps_t·logp_t; `sums` and `selected` as `select_entries` returned them."""
     with without_autocast(hidden):
         kept = kept_rows(labels, ignore_index)
         upstream = grad_logps.masked_fill(labels == ignore_index, 0.0)
@@ -109,7 +111,7 @@ def sparse_gradients(
             head,
             labels,
             sums,
-            marks,
+            selected,
             upstream,
             kept=kept,
             want_hidden=want_hidden,

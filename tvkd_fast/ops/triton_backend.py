@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels import head_backward, head_marks, head_slopes, head_stats, sparse_backward
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule
-from tvkd_fast.kernels.mark_lists import MarkLists
+from tvkd_fast.kernels import head_backward, head_dhidden, head_selection, head_stats, sparse_backward
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, SelectionRule
+from tvkd_fast.kernels.selected_lists import SelectedLists
 from tvkd_fast.ops.autocast import without_autocast
 
 
@@ -36,7 +36,7 @@ def logps_forward(
 ) -> tuple[HeadSums, Tensor]:
     hidden, head, labels = packed_rows(hidden), packed(head), labels.contiguous()
     if streamed:
-        return head_slopes.head_slopes(hidden, head, labels, ignore_index=ignore_index)
+        return head_dhidden.head_dlogp_dhidden(hidden, head, labels, ignore_index=ignore_index)
     assert workspace_mb == 0
     nothing = hidden.new_empty((0, head.vocab_size), dtype=torch.float32)
     return head_stats.head_sums(hidden, head, labels=labels, ignore_index=ignore_index), nothing
@@ -68,12 +68,14 @@ def logps_gradients(
     )
 
 
-def mark(
-    hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, *, ignore_index: int
-) -> tuple[HeadSums, MarkLists]:
+def select_entries(
+    hidden: Tensor, head: Head, labels: Tensor, rule: SelectionRule, *, ignore_index: int
+) -> tuple[HeadSums, SelectedLists]:
     """The statistics (N,), and the entries that a sparse gradient is made of."""
     with without_autocast(hidden):
-        return head_marks.mark(packed_rows(hidden), packed(head), labels.contiguous(), rule, ignore_index=ignore_index)
+        return head_selection.select_entries(
+            packed_rows(hidden), packed(head), labels.contiguous(), rule, ignore_index=ignore_index
+        )
 
 
 def sparse_gradients(
@@ -81,8 +83,8 @@ def sparse_gradients(
     head: Head,
     labels: Tensor,
     sums: HeadSums,
-    marks: MarkLists,
-    rule: MarkRule,
+    selected: SelectedLists,
+    rule: SelectionRule,
     grad_logps: Tensor,
     *,
     ignore_index: int,
@@ -90,14 +92,14 @@ def sparse_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> HeadGradients:
-    """Gradients of Σ_t grad_logps_t·logp_t; `sums` and `marks` as `mark` returned them, under the same rule."""
+    """Gradients of Σ_t grad_logps_t·logp_t; `sums` and `selected` as `select_entries` returned them by this rule."""
     with without_autocast(hidden):
         return sparse_backward.sparse_gradients(
             packed_rows(hidden),
             packed(head),
             labels.contiguous(),
             sums,
-            marks,
+            selected,
             rule,
             grad_logps,
             ignore_index=ignore_index,

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head
+from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import check_finite, no_vmap
 from tvkd_fast.ops.dispatch import Impl, backend, check_impl, resolve
 from tvkd_fast.ops.inputs import as_head, head_input

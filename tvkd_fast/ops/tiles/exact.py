@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 from tvkd_fast.ops.tiles import native
 from tvkd_fast.ops.tiles.huge_pages import large_empty
 
@@ -85,7 +85,9 @@ def head_sums(
     return HeadSums(maximum, log_total, lse_kappa, target, entropies)
 
 
-def head_slopes(hidden: Tensor, head: Head, labels: Tensor, *, kept: Tensor | None = None) -> tuple[HeadSums, Tensor]:
+def head_dlogp_dhidden(
+    hidden: Tensor, head: Head, labels: Tensor, *, kept: Tensor | None = None
+) -> tuple[HeadSums, Tensor]:
     """`head_sums` with labels (K,), and the slopes dlogp_t/dh_t = s·(J_y w_y − Σ_j p_j J_j w_j): [N, D], accumulated.
 
     Like attention's output the sum is a mean under a softmax, and moves with the running maximum: two products. The

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.dice import Dice
-from tvkd_fast.kernels.head import MarkRule
+from tvkd_fast.kernels.hash_uniform import HashUniform
+from tvkd_fast.kernels.records import SelectionRule
 from tvkd_fast.ops.tiles import native
 from tvkd_fast.ops.tiles.exact import Tiles, locate
 from tvkd_fast.ops.tiles.native import Passes
@@ -23,7 +23,7 @@ FAN = 8
 """Columns whose largest entry is looked at before they are: an eighth of a tile is searched, not all of it."""
 
 
-def block_of(tiles: Tiles, rule: MarkRule, h: Tensor, rows: slice) -> Block | CompiledBlock:
+def block_of(tiles: Tiles, rule: SelectionRule, h: Tensor, rows: slice) -> Block | CompiledBlock:
     """In compiled passes where they can be had; they know no softcap and no unbiased tail."""
     passes = native.passes(tiles.buffers)
     if passes is None or rule.unbiased or tiles.head.softcap is not None:
@@ -50,7 +50,7 @@ class Entries:
 class Block:
     """A block of rows on its way through the vocabulary: running sums, and what was marked."""
 
-    def __init__(self, tiles: Tiles, rule: MarkRule, h: Tensor, rows: slice) -> None:
+    def __init__(self, tiles: Tiles, rule: SelectionRule, h: Tensor, rows: slice) -> None:
         self.tiles, self.rule = tiles, rule
         place = torch.arange(rows.start, rows.stop, device=h.device) if tiles.kept is None else tiles.kept[rows]
         self.place = place
@@ -59,7 +59,7 @@ class Block:
         self.counts = torch.zeros_like(place)
         self.found: list[tuple[Entries, Tensor]] = []
         self.marked = 0
-        self.dice = Dice(rule.seed, place, tiles.head.vocab_size) if rule.unbiased else None
+        self.dice = HashUniform(rule.seed, place, tiles.head.vocab_size) if rule.unbiased else None
 
     def add(self, z: Tensor, labels: Tensor, columns: slice) -> None:
         """Take in a tile of logits, which is overwritten."""
@@ -133,7 +133,7 @@ class Block:
 class CompiledBlock:
     """`Block` in compiled passes."""
 
-    def __init__(self, passes: Passes, tiles: Tiles, rule: MarkRule, h: Tensor, rows: slice) -> None:
+    def __init__(self, passes: Passes, tiles: Tiles, rule: SelectionRule, h: Tensor, rows: slice) -> None:
         self.passes, self.tiles, self.rule = passes, tiles, rule
         self.place = torch.arange(rows.start, rows.stop) if tiles.kept is None else tiles.kept[rows]
         self.maximum = h.new_full((h.shape[0],), -torch.inf)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, SelectedEntries, SelectionRule
 from tvkd_fast.ops.tiles import exact, native
 from tvkd_fast.ops.tiles.exact import Tiles, blocks, pick_targets
 from tvkd_fast.ops.tiles.selected import Collected, block_of
 
 
-def mark(
-    hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, *, kept: Tensor | None = None
-) -> tuple[HeadSums, Marks]:
+def select_entries(
+    hidden: Tensor, head: Head, labels: Tensor, rule: SelectionRule, *, kept: Tensor | None = None
+) -> tuple[HeadSums, SelectedEntries]:
     """`head_sums` with labels (K,), each (K,), and what a sparse gradient needs, in one product.
 
     The marks' rows, tails and dense rows are hidden's; rows that are not kept have none.
@@ -51,7 +51,7 @@ def mark(
         found.forget()
     flat = found.entries()
     everywhere = hidden.new_zeros(hidden.shape[0], dtype=tiles.acc)
-    marks = Marks(
+    marks = SelectedEntries(
         rows=flat.rows,
         columns=flat.columns,
         p=flat.p,
@@ -70,7 +70,7 @@ def sparse_gradients(
     head: Head,
     labels: Tensor,
     sums: HeadSums,
-    marks: Marks,
+    marks: SelectedEntries,
     grad_logps: Tensor,
     *,
     kept: Tensor | None = None,
@@ -112,7 +112,7 @@ class Parts:
         head: Head,
         labels: Tensor,
         sums: HeadSums,
-        marks: Marks,
+        marks: SelectedEntries,
         grad_logps: Tensor,
         kept: Tensor | None,
     ) -> None:
@@ -261,7 +261,7 @@ def bag(index: Tensor, rows: Tensor, edges: Tensor, factors: Tensor) -> Tensor:
     return embedding_bag(index, rows, edges, per_sample_weights=factors, mode="sum", include_last_offset=True)
 
 
-def _too_flat(entries: int, below: Tensor, dense: Tensor, rule: MarkRule) -> bool:
+def _too_flat(entries: int, below: Tensor, dense: Tensor, rule: SelectionRule) -> bool:
     """Whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
     sparse = int(dense.logical_not().sum())
     return sparse > 0 and (float(below.sum()) > rule.max_tail * sparse or entries > rule.max_entries * sparse)

@@ -1,4 +1,4 @@
-"""A vocabulary head and what passes over it leave: plain records, shared by every implementation.
+"""A vocabulary head, and what a pass over it leaves: plain records, shared by every implementation.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -42,7 +42,7 @@ class Head:
 
 @dataclass(frozen=True)
 class HeadSums:
-    """What one pass over the vocabulary leaves of N rows, each (N,) float32 (float64 from float64 states).
+    """Statistics of N rows from one pass over the vocabulary, each (N,) float32 (float64 from float64 states).
 
     LSE(z) stays in two parts, max z and log Σ exp(z − max z): rounded to one float it would cost the probabilities of
     large logits their last digits.
@@ -58,7 +58,7 @@ class HeadSums:
     """−Σ p log p, nats."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> HeadSums:
-        """Every number that is there, changed."""
+        """The same with `change` applied to every number that is not None."""
         numbers = {x.name: getattr(self, x.name) for x in fields(self)}
         return replace(self, **{name: change(x) for name, x in numbers.items() if x is not None})
 
@@ -74,7 +74,7 @@ class HeadSums:
 
 
 @dataclass(frozen=True)
-class MarkRule:
+class SelectionRule:
     """Which entries of a softmax a sparse gradient keeps: the label, and those with p ≥ ε·u.
 
     u is 1, or where `unbiased` uniform in (0, 1) by a hash of (seed, row, column): an entry below ε is then kept with
@@ -88,14 +88,14 @@ class MarkRule:
     seed: int = 0
     max_tail: float = 1.0
     max_entries: float = math.inf
-    """Where the mean of the tails, or of the entries a row, is more, every row is dense."""
+    """Where the mean of the tails, or of the entries per row, is more, every row is dense."""
 
 
 @dataclass(frozen=True)
-class Marks:
+class SelectedEntries:
     """The entries of N softmaxes that a sparse gradient keeps beside the labels': E of them.
 
-    They lie tile by tile of the walk that found them, block of rows by block, and by row inside a tile.
+    Ordered by block of rows, then by tile of columns, and by row inside a tile.
     """
 
     rows: Tensor
@@ -109,13 +109,13 @@ class Marks:
     bounds: Tensor
     """(tiles + 1,) int64, on the host: where each tile's entries begin and end."""
     tail: Tensor
-    """(N,) Σ p·J over all that is not kept (less what unbiased entries carry of it)."""
+    """(N,) Σ p·J over all entries that are not kept (minus the share that unbiased entries carry)."""
     dense: Tensor
     """(N,) bool: rows without entries, whose gradient is to be the exact one."""
     below: Tensor | None = None
     """(N,) Σ p·J over the entries under ε, kept or not: the tail, where it is even. Not needed by a backward."""
     marked: int = 0
-    """Entries that were marked before the finished softmax pruned them, dense rows' among them."""
+    """Entries that were selected before the finished softmax pruned them, dense rows' among them."""
 
     @property
     def count(self) -> int:
@@ -124,7 +124,7 @@ class Marks:
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """Gradients in their inputs' dtypes; None where none was asked for."""
+    """Gradients in their inputs' dtypes; None where not requested."""
 
     hidden: Tensor | None
     weight: Tensor | None

@@ -1,4 +1,4 @@
-"""Random numbers of single softmax entries, from where they are alone: an unbiased tail's coins.
+"""Random numbers of single softmax entries, from their places alone: they decide what an unbiased tail keeps.
 
 Letters: N tokens, V vocabulary.
 """
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 
-class Dice:
+class HashUniform:
     """u_tj in (0, 1], the same for a (seed, row, column) whatever the tiles are.
 
-    u_tj = frac(a_t + b_j) of two hashes, one a row and one a column: each u is uniform over seeds and any two of a row
-    are independent, which is what an unbiased entry needs of it, for one addition an entry.
+    u_tj = frac(a_t + b_j) of two hashes, one per row and one per column: each u is uniform over seeds and any two of a
+    row are independent, as an unbiased tail needs, for one addition per entry.
     """
 
     def __init__(self, seed: int, rows: Tensor, vocab_size: int) -> None:
-        self.a = _hashed(rows, 2 * seed)
+        self.row_hashes = _hashed(rows, 2 * seed)
         """(N,) int32"""
-        self.b = _hashed(torch.arange(vocab_size, device=rows.device), 2 * seed + 1)
+        self.column_hashes = _hashed(torch.arange(vocab_size, device=rows.device), 2 * seed + 1)
         """(V,) int32"""
 
     def of(self, rows: slice, columns: slice) -> Tensor:
-        """[R, C] of a block."""
-        return self._uniform(self.a[rows, None] + self.b[columns])
+        """u of a block, [R, C]."""
+        return self._uniform(self.row_hashes[rows, None] + self.column_hashes[columns])
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Of single entries."""
-        return self._uniform(self.a[rows] + self.b[columns])
+        """u of single entries."""
+        return self._uniform(self.row_hashes[rows] + self.column_hashes[columns])
 
     def _uniform(self, wrapped: Tensor) -> Tensor:
         # 2⁻²⁴ more than the middle keeps 0 out, and rounds back to 1 at the top.

@@ -1,0 +1,58 @@
+"""The table of tiles: one row for every demand, none that no demand reaches, and the census that each row cites."""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+from tvkd_fast.kernels.configs import TABLE, TARGETS, Demand, Kernel, Row, TileConfig, row_of
+
+CENSUS = Path(__file__).parents[2] / "docs" / "results" / "census.json"
+FAMILIES = {target: target for target in TARGETS} | {"sm_89": "sm_86", "sm_120": "sm_86"}
+DEMANDS = [Demand(*flags) for flags in product((False, True), repeat=4)]
+
+
+def test_every_demand_has_one_row_and_every_row_a_demand() -> None:
+    assert len({(row.kernel, row.target, row.shape) for row in TABLE}) == len(TABLE)
+    reached = {row_of(*case) for case in product(get_args(Kernel), TARGETS, DEMANDS)}
+    assert reached == set(TABLE)
+
+
+def test_a_row_names_nothing_that_its_demand_lacks() -> None:
+    for kernel, target, demand in product(get_args(Kernel), TARGETS, DEMANDS):
+        row = row_of(kernel, target, demand)
+        assert (row.kernel, row.target) == (kernel, target)
+        assert set(row.shape.split()) - {"plain"} <= demand.names
+
+
+def test_a_demand_takes_the_row_that_names_most_of_it() -> None:
+    assert row_of("head_stats", "sm_86", Demand(heavy=True, bias=True)).shape == "heavy bias"
+    assert row_of("head_stats", "sm_80", Demand(heavy=True, bias=True)).shape == "heavy"
+    everything = Demand(wide=True, heavy=True, bias=True)
+    assert row_of("dlogits", "sm_100", everything).shape == "wide heavy bias"
+    assert row_of("dlogits", "sm_100", replace(everything, aligned=False)).shape == "unaligned wide"
+
+
+def demand_of(build: dict[str, Any]) -> Demand:
+    on = {name for name, value in build["switches"].items() if value is True}
+    heavy = not on.isdisjoint({"HAS_SOFTCAP", "HAS_ENTROPY", "UNBIASED"})
+    return Demand(build["dtype"] == "fp32", heavy, "HAS_BIAS" in on, build["aligned"])
+
+
+def test_rows_cite_the_census() -> None:
+    """The most registers and shared memory of all binaries that take a row's tiles."""
+    found: dict[Row, list[dict[str, Any]]] = defaultdict(list)
+    for entry in json.loads(CENSUS.read_text())["rows"]:
+        build = entry["build"]
+        if build["config"] is not None:
+            row = row_of(build["kernel"], FAMILIES[build["target"]], demand_of(build))
+            assert TileConfig(**build["config"]) == row.tiles
+            found[row].append(entry["facts"])
+    for row in TABLE:
+        facts = found[row]
+        assert row.registers == max((x["registers"] for x in facts), default=None), row
+        assert row.shared_kib == max((math.ceil(x["shared"] / 1024) for x in facts), default=None), row
+        assert {x["spills"] for x in facts} <= {0}, row
