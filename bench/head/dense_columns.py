@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.harness.machine import made_by, write_report
 from bench.harness.states import load_states
-from bench.head.comparison import prepared
+from bench.head.comparison import prepared_states
 from tvkd_fast.kernels.head_marks import SAMPLE_ROWS, rank
 
 TILE, SPLIT_TILES = 256, 4
@@ -60,8 +60,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    arguments.entries = 0.0
-    states = load_states(prepared((4096, 576, 49152), arguments, truth=False)[0])
+    states = load_states(prepared_states((4096, 576, 49152), model=arguments.model, data=arguments.data))
     n = len(states.hidden)
     sample = states.hidden[torch.arange(SAMPLE_ROWS) * n // SAMPLE_ROWS] @ states.weight.T
     z = states.hidden[3::EVERY] @ states.weight.T

@@ -14,6 +14,7 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 from bench.harness.machine import made_by, seconds, write_report
+from bench.harness.meters import interleaved
 from bench.harness.states import load_states
-from bench.head.comparison import prepared, product
+from bench.head.comparison import prepared_states, product
 from tvkd_fast.kernels.head import Head, MarkRule, Marks
 from tvkd_fast.ops import compiled, sparse_tiles
 
@@ -95,19 +97,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse")
-    states = load_states(prepared((arguments.tokens, 576, 49152), arguments, truth=False)[0])
+    shape = (arguments.tokens, 576, 49152)
+    states = load_states(prepared_states(shape, model=arguments.model, data=arguments.data))
     results = []
     with torch.no_grad():
         for eps in (2.0**-14, 2.0**-16):
             jobs, counted = ways(states, eps)
-            taken: dict[str, list[float]] = {name: [] for name in ("product", *jobs)}
-            for round_ in range(arguments.rounds + 1):
-                for name, run in {"product": lambda: product(states.hidden, states.weight, TILING), **jobs}.items():
-                    took = seconds(run)
-                    if round_:
-                        taken[name].append(took)
-            floor = median(taken.pop("product"))
-            over = {name: median(took) / floor for name, took in taken.items()}
+            runs = {"product": partial(product, states.hidden, states.weight, TILING), **jobs}
+            taken = interleaved({name: partial(seconds, run) for name, run in runs.items()}, arguments.rounds + 1)
+            # The first round wakes threads and fills caches.
+            medians = {name: median(own for _, own in times[1:]) for name, times in taken.items()}
+            unit = medians.pop("product")
+            over = {name: middle / unit for name, middle in medians.items()}
             results.append({"eps": eps, **counted, "over_product": over})
             print(json.dumps(results[-1], indent=1))
     report = {"results": results, "states": states.source, "tokens": arguments.tokens, "rounds": arguments.rounds}

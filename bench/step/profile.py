@@ -22,8 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.harness.machine import made_by, seconds, versions, write_report
-from bench.step.comparison import make_job
-from bench.step.contenders import BETA, CLIP, LR, Given
+from bench.step.comparison import make_task
+from bench.step.contenders import BETA, CLIP, LR, KnownScores
 from tvkd_fast.training.config import LossConfig, ModelConfig, OptimConfig
 from tvkd_fast.training.optim import make_optimizer
 from tvkd_fast.training.run_models import load_policy
@@ -95,16 +95,16 @@ def main() -> None:
     arguments.pairs, arguments.made_length = 2 * arguments.pairs_per_step, None
     torch.set_num_threads(arguments.threads)
     with TemporaryDirectory() as folder:
-        job = make_job(arguments, Path(folder))
-        policy = load_policy(job.start, ModelConfig(packing=job.batching.packing))
+        task = make_task(arguments, Path(folder))
+        policy = load_policy(task.start, ModelConfig(packing=task.batching.packing))
     optimizer = make_optimizer(policy, OptimConfig(lr=LR, clip_norm=CLIP))
     policy.train()
 
     def step(number: int) -> None:
         with record_function(DATA):
-            batches = list(job.batching.batches(job.pairs, job.of_step(number)))
+            batches = list(task.batching.batches(task.pairs, task.of_step(number)))
         options: dict[str, Any] = {"objective": "dpo", "clip_norm": CLIP}
-        train_step(policy, Given(job.ref_logps), batches, optimizer, LossConfig(beta=BETA), **options)
+        train_step(policy, KnownScores(task.ref_logps), batches, optimizer, LossConfig(beta=BETA), **options)
 
     step(0)
     options: dict[str, Any] = {"record_shapes": True, "with_flops": True}
@@ -119,7 +119,7 @@ def main() -> None:
         "gflops_alone": alone(shape),
         "model": arguments.model if arguments.layers is None else f"{arguments.model}, {arguments.layers} layers",
         "pairs": arguments.pairs_per_step,
-        "tokens": sum(batch.num_tokens for batch in job.batching.batches(job.pairs, job.of_step(1))),
+        "tokens": sum(batch.num_tokens for batch in task.batching.batches(task.pairs, task.of_step(1))),
         "data": Path(arguments.data).name,
         "made_by": made_by() | {"threads": arguments.threads, "peers": versions("numba")},
     }

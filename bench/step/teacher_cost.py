@@ -25,6 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.harness.machine import made_by, seconds, versions, write_report
+from bench.harness.meters import interleaved
 from bench.head.comparison import fastest_tiling, product
 from tvkd_fast.data import MicroBatching, PairDataset, ScoreCache, ScoreManifest, build_dataset, pairs_of_step
 from tvkd_fast.distributed import World
@@ -72,23 +73,24 @@ def scoring(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, An
     hidden = torch.randn(min(states, 2048), reference.head.in_features)
     weight = reference.head.weight.detach()
     tiling = fastest_tiling(hidden, weight)
-    ours, floor = [], []
-    for turn in range(arguments.rounds + 1):
-        floor.append(seconds(partial(backbone_and_product, reference, dataset, batching, tiling)))
+    backbones = partial(backbone_and_product, reference, dataset, batching, tiling)
+
+    def score() -> float:
         with TemporaryDirectory() as folder:
             made = manifest(dataset, scorer)
             options: dict[str, Any] = {"pairs_per_shard": PAIRS_PER_SHARD, "batching": batching, "world": World(CPU)}
-            run = partial(score_to_disk, dataset, scorer, made, f"{folder}/{turn}", **options)
-            ours.append(seconds(run))
-    # The first turn wakes threads and fills caches.
-    ours, floor = ours[1:], floor[1:]
+            return seconds(partial(score_to_disk, dataset, scorer, made, f"{folder}/scores", **options))
+
+    taken = interleaved({"ours": score}, arguments.rounds + 1, before=partial(seconds, backbones))
+    # The first round wakes threads and fills caches.
+    floor, ours = zip(*taken["ours"][1:], strict=True)
     return {
         "model": arguments.model,
         "pairs": len(dataset),
         "states": states,
         "speed_over_floor": median(b / a for a, b in zip(ours, floor, strict=True)),
-        "seconds": ours,
-        "floor_seconds": floor,
+        "seconds": list(ours),
+        "floor_seconds": list(floor),
     }
 
 
@@ -113,7 +115,7 @@ def training(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, A
     steps: dict[str, Callable[[int], Any]] = {}
     for objective, scorer in (("dpo", OnlineScorer(reference, None)), ("tvkd", OnlineScorer(reference, teacher))):
         cache = score_dataset(dataset, scorer, manifest(dataset, scorer), batching=batching, world=World(CPU))
-        steps[objective] = stepper(tiny(vocabulary, 0), cache, dataset, batching, objective)
+        steps[objective] = take_steps(tiny(vocabulary, 0), cache, dataset, batching, objective)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for step in range(arguments.steps + 10):
         for name in sorted(steps, reverse=step % 2 == 1):
@@ -132,7 +134,7 @@ def training(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, A
     }
 
 
-def stepper(
+def take_steps(
     policy: PolicyWithHead, cache: ScoreCache, dataset: PairDataset, batching: MicroBatching, objective: str
 ) -> Callable[[int], Any]:
     """Takes the step of a number, its pairs packed and its scores looked up."""
