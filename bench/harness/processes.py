@@ -24,7 +24,7 @@ class Worker:
     """A process that serves one end of a pipe; what it raises is raised here, as a RuntimeError."""
 
     def __init__(self, serve: Serve, *arguments: Any, start: Literal["fork", "spawn"], threads: int) -> None:
-        context = multiprocessing.get_context(start)
+        context: Any = multiprocessing.get_context(start)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(serve, threads, theirs, arguments), daemon=True)
         self._process.start()

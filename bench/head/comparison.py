@@ -91,7 +91,8 @@ def measure(
 ) -> dict[str, Any]:
     meter = CpuMeter(threads)
     search = meter.start(lambda: partial(fastest_tiling, states.hidden, states.weight), lambda found: found)
-    rows, jobs = {}, {}
+    rows: dict[str, dict[str, Any]] = {}
+    jobs: dict[str, Job] = {}
     for name, contender in chosen.items():
         rows[name] = {"name": name} | ({"refused": contender.refusal} if contender.refusal else {})
         if not contender.refusal:

@@ -38,7 +38,7 @@ def takes_part(name: str) -> bool:
     return not CONTENDERS[name].refusal and not CONTENDERS[name].by_name
 
 
-@pytest.mark.parametrize("name", filter(takes_part, CONTENDERS))
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if takes_part(name)])
 def test_head(benchmark: Any, case: tuple[States, HeadReference], name: str) -> None:
     contender: Contender = CONTENDERS[name]
     run = call(contender, case[0])

@@ -75,7 +75,7 @@ def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[st
     for k in DENSE:
         block = weight[:k].contiguous()
         name = f"a dense block of {k:,} columns"
-        found[name] = lambda block=block: dense(hidden, block)
+        found[name] = partial(dense, hidden, block)
         saved[name] = float(share[k - 1])
     return found, {"entries": marks.count / n, "saved": saved}
 
@@ -99,11 +99,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Sparse")
     shape = (arguments.tokens, 576, 49152)
     states = load_states(prepared_states(shape, model=arguments.model, data=arguments.data))
-    results = []
+    results: list[dict[str, Any]] = []
     with torch.no_grad():
         for eps in (2.0**-14, 2.0**-16):
             jobs, counted = ways(states, eps)
-            runs = {"product": partial(product, states.hidden, states.weight, TILING), **jobs}
+            runs: dict[str, Callable[[], Any]] = {
+                "product": partial(product, states.hidden, states.weight, TILING),
+                **jobs,
+            }
             taken = interleaved({name: partial(seconds, run) for name, run in runs.items()}, arguments.rounds + 1)
             # The first round wakes threads and fills caches.
             medians = {name: median(own for _, own in times[1:]) for name, times in taken.items()}

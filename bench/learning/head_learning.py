@@ -35,7 +35,7 @@ Gradient = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]
 
 def ours(**options: Any) -> Gradient:
     def gradient(h: Tensor, w: Tensor, labels: Tensor, c: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        seeded = {"seed": step} if options.get("tail") == "unbiased" else {}
+        seeded: dict[str, Any] = {"seed": step} if options.get("tail") == "unbiased" else {}
         h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
         dh, dw = torch.autograd.grad((linear_logps(h, w, labels, **options, **seeded) * c).sum(), (h, w))
         return dh, dw

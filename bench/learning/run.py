@@ -97,12 +97,12 @@ def margins_of(
 def _stepper(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -> Any:
     """What one step does: pairs and optimizer to a loss."""
     if arm.source == "kl":
-        teacher = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
+        distilled = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
 
         def distil(pairs: list[int], optimizer: torch.optim.Optimizer) -> float:
             (batch,) = BATCHING.batches(train, pairs, chosen_only=True)
             policy.train()
-            loss = kl_loss(policy, teacher, batch)
+            loss = kl_loss(policy, distilled, batch)
             loss.backward()
             clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()

@@ -98,13 +98,13 @@ def main() -> None:
         build.score(build.ScoreConfig(output_dir=f"{folder}/scores", policy=config.policy, data=config.data))
         config.scores = f"{folder}/scores"
         turns = Turns(config)
-        trainer.train_step = turns  # type: ignore[assignment]
+        trainer.train_step = turns
         build.train(config, show_progress=False)
     # The last one's share of the loop ends with the run.
     pairs = list(zip(turns.loop, turns.bare, strict=True))[SETTLING:-1]
     differences = [loop - bare for loop, bare in pairs]
     low, high = interval(differences)
-    report = {
+    report: dict[str, Any] = {
         "steps": len(pairs),
         "loop_ms": 1e3 * median(loop for loop, _ in pairs),
         "bare_ms": 1e3 * median(bare for _, bare in pairs),

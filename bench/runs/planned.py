@@ -89,7 +89,7 @@ def measure(config: TrainConfig, folder: Path) -> None:
     moment, parts = footprint.memory()
     parts = plan.on_a_cpu(config, parts)
     del dataset
-    with build._world(config) as world:
+    with build.world_of(config) as world:
         made = build._prepared(config, world, say=False)
         trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
         Path("/proc/self/clear_refs").write_text("5")

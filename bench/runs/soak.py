@@ -312,7 +312,7 @@ def hold_at(place: str, reached: Path) -> None:
                 hold()
             return real_sum(path)
 
-        checkpoint.sha256_of = held_sum  # type: ignore[attr-defined]
+        checkpoint.sha256_of = held_sum
     elif place == "before the move":
         before(checkpoint, "_flush")
     elif place == "before old ones go":

@@ -120,7 +120,8 @@ def made_pairs(dataset: PairDataset, length: int, count: int) -> list[TokenizedP
     cuts = [text[start : start + half] for start in range(0, 3 * count * half, half)]
     if len(cuts[-1]) < half:
         raise SystemExit(f"the data has {len(text):,} tokens, too few for {count} pairs of {length}: give more --data")
-    return [TokenizedPair(*cuts[3 * i : 3 * i + 3], False, False, f"made pair {i}") for i in range(count)]
+    parts = zip(cuts[0::3], cuts[1::3], cuts[2::3], strict=True)
+    return [TokenizedPair(*part, False, False, f"made pair {i}") for i, part in enumerate(parts)]
 
 
 def compare(task: StepTask, arguments: argparse.Namespace) -> dict[str, Any]:

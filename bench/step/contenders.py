@@ -170,7 +170,7 @@ def trl(batch_size: int, task: StepTask, turns: Turns) -> None:
 
     losses: list[Tensor] = []
 
-    class Turn(TrainerCallback):  # type: ignore[misc]
+    class Turn(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             turns.begin()
             losses.clear()
@@ -182,7 +182,7 @@ def trl(batch_size: int, task: StepTask, turns: Turns) -> None:
             if "grad_norm" in logs:
                 turns.end(float(sum(losses)), float(logs["grad_norm"]))
 
-    class Trainer(DPOTrainer):  # type: ignore[misc]
+    class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 

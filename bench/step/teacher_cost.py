@@ -173,7 +173,7 @@ def main() -> None:
         arguments.data, tokenizer, limit=400, max_length=arguments.max_length, bad_pairs="drop", overlong="drop"
     )
     few = PairDataset(dataset[: arguments.pairs], replace(dataset.report, pairs=arguments.pairs))
-    report = {
+    report: dict[str, Any] = {
         "training": training(dataset, arguments),
         "scoring": scoring(few, arguments),
         "data": Path(arguments.data).name,

@@ -222,7 +222,7 @@ def test_what_cannot_run_is_a_row_with_the_reason(gpu):
         raise AssertionError("wants V % 128 == 0\nand more")
 
     def missing(inputs):
-        import no_such_peer  # noqa: F401
+        import no_such_peer  # type: ignore[import-not-found]  # noqa: F401
 
     entrants = {"a": contenders.Contender(run=refusing), "b": contenders.Contender(run=missing)}
     entrants |= some(gpu, "eager", "tvkd_fast, DPO")

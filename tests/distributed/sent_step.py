@@ -75,7 +75,7 @@ def _sent(entries: list[dict], world: World, replicas: int) -> dict[str, float]:
 
 
 def _entries() -> list[dict]:
-    return json.loads(c10d._dump_fr_trace_json())["entries"]
+    return json.loads(c10d._dump_fr_trace_json())["entries"]  # type: ignore[attr-defined]
 
 
 def _bytes(entry: dict, side: str) -> float:

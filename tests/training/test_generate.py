@@ -92,7 +92,7 @@ def test_a_prompt_is_asked_with_its_rows_tools_and_variables(make_tokenizer):
 
     model = SimpleNamespace(device="cpu", eval=lambda: None, modules=lambda: [], generate=generate)
     model.config, model.generation_config = LlamaConfig(), GenerationConfig()
-    assert answers(model, tokenizer, [pair.prompt], of=[pair]) == [""]
+    assert answers(model, tokenizer, [pair.prompt], of=[pair]) == [""]  # type: ignore[list-item]
     assert asked == ['[{"name": "f"}] False: ab?']
 
 

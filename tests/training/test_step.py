@@ -115,7 +115,7 @@ def test_loss_and_gradient_are_the_twins(objective, config, batching, models, da
     if config.value_from == "implicit_reward":
         of_values = RewardTeacher(PolicyWithHead(teacher, packing=batching.packing), frozen)
     else:
-        of_values = TeacherWithHead(teacher, kappa=config.kappa, packing=batching.packing)
+        of_values = TeacherWithHead(teacher, kappa=config.kappa, packing=batching.packing)  # type: ignore[assignment]
     out = train_step(
         PolicyWithHead(policy, packing=batching.packing),
         OnlineScorer(frozen, of_values),
