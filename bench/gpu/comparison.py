@@ -82,13 +82,13 @@ def whole(result: Any) -> Any:
 
 def measure(
     inputs: Inputs,
-    entrants: Mapping[str, Contender],
+    contenders: Mapping[str, Contender],
     meter: Meter,
     *,
     rounds: int,
     without: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Rows of all entrants for one shape."""
+    """Rows of all contenders for one shape."""
     checker = RoundingChecker(inputs)
     detached = inputs.detached()
     # Each shape is compiled afresh: past eight of them torch.compile falls back to eager.
@@ -97,7 +97,7 @@ def measure(
         "product": meter.start(lambda: partial(torch.mm, detached.hidden, detached.weight.T), whole)
     }
     rows: list[dict[str, Any]] = []
-    for name, contender in entrants.items():
+    for name, contender in contenders.items():
         if refusal := "left out by --without" if name in without else contender.refusal:
             rows.append({"name": name, "refused": refusal})
             continue
@@ -196,13 +196,13 @@ def text(measured: dict[str, Any]) -> str:
     for row in measured.get("rows", []) + measured.get("products", []):
         errors = ", ".join(f"{name} {e:.1e}" for name, e in row.get("errors", {}).items())
         if reason := row.get("refused") or row.get("wrong"):
-            told = ("wrong: " if "wrong" in row else "") + reason
+            shown = ("wrong: " if "wrong" in row else "") + reason
         elif "over_cublas" in row:
-            told = f"{row['over_cublas']:6.2f} x cuBLAS"
+            shown = f"{row['over_cublas']:6.2f} x cuBLAS"
         else:
             alone = f"{row['forward_over_product']:.2f}" if "forward_over_product" in row else "–"
-            told = f"{row['both_over_product']:6.2f} x the product, forward {alone:>6}, {row['both_peak_mb']:8,.0f} MB"
-        lines.append(f"  {row['name']:<26} {told}" + (f"   errors: {errors}" if errors else ""))
+            shown = f"{row['both_over_product']:6.2f} x the product, forward {alone:>6}, {row['both_peak_mb']:8,.0f} MB"
+        lines.append(f"  {row['name']:<26} {shown}" + (f"   errors: {errors}" if errors else ""))
     return "\n".join([*lines, *([f"  {measured['refused']}"] if "refused" in measured else [])])
 
 

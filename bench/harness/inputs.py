@@ -1,4 +1,4 @@
-"""What is asked of a head: inputs, tasks, and the two ways to run one.
+"""What is asked of a head: inputs, tasks, and how one is run forward, or forward and backward.
 
 Letters: N tokens, D hidden, V vocabulary, P pairs.
 """

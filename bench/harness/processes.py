@@ -54,7 +54,7 @@ def _run(serve: Serve, threads: int, connection: Connection, arguments: tuple[An
     try:
         serve(connection, *arguments)
     except EOFError:
-        # Nobody is left to answer.
+        # The parent has gone, and with it whoever would read an answer.
         return
     except Exception as error:
         connection.send(as_answer(error))

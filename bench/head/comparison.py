@@ -56,7 +56,7 @@ def call(contender: Contender, states: States) -> Call:
     inputs = Inputs(hidden, states.weight.requires_grad_(), states.labels, states.coefficients)
     inputs = contender.given(inputs)
     run = partial(forward if contender.task == "values" else both, contender.run)
-    # The libraries' threads and buffers, and what they compile, are made before: they count as nobody's memory.
+    # The libraries' threads and buffers, and what they compile, are made before: they are not a contender's memory.
     few = slice(0, 2 * PAIRS * 8)
     labels = inputs.labels[few].clamp(max=4095)
     small = Inputs(inputs.hidden[few], inputs.weight[:4096], labels, inputs.coefficients[few])

@@ -1,11 +1,11 @@
-"""The ways that were tried to make a sparse gradient of marked entries, each over the forward product.
+"""Variants that were tried of a sparse gradient from selected entries, each over the forward product.
 
     python -m bench.head.variants --data PAIRS.jsonl.gz --json FILE
 
 On the packaged model's states. All in one process, interleaved, medians; dense blocks are timed as the three products
 that they would take, beside the share of the entries that they would save the gathering.
 
-Letters: N tokens, D hidden, V vocabulary, K most-marked columns.
+Letters: N tokens, D hidden, V vocabulary, K columns with the most selected entries.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def csr(marks: Marks, entries: Tensor, shape: tuple[int, int], *, transposed: bo
     return (whole.t() if transposed else whole).coalesce().to_sparse_csr()
 
 
-def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+def variants(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """What is timed, by name, and what was counted."""
     hidden, weight, labels = states.hidden, states.weight, states.labels
     (n, _), v = hidden.shape, weight.shape[0]
@@ -102,7 +102,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with torch.no_grad():
         for eps in (2.0**-14, 2.0**-16):
-            jobs, counted = ways(states, eps)
+            jobs, counted = variants(states, eps)
             runs: dict[str, Callable[[], Any]] = {
                 "product": partial(product, states.hidden, states.weight, TILING),
                 **jobs,

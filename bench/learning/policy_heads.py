@@ -1,4 +1,4 @@
-"""Heads of a policy that hold their logits as a whole: what the fused one is measured against."""
+"""Heads of a policy that hold all their logits at once: what the fused one is measured against."""
 
 from __future__ import annotations
 

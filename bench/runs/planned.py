@@ -1,4 +1,4 @@
-"""What a dry run says of a process's memory, held to what a run takes on a CPU.
+"""The memory that a dry run plans for a process, beside what a run takes on a CPU.
 
     python -m bench.runs.planned --data PAIRS.jsonl.gz --json FILE
 

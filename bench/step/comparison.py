@@ -31,8 +31,8 @@ from bench.step.contenders import (
     OURS,
     TRL,
     Run,
-    Stepper,
     StepTask,
+    Training,
     contenders,
     exact_logps_of,
     logps_of,
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of a pruned student; all where not given")
     parser.add_argument("--pairs", type=int, default=32, help="of all steps together")
     parser.add_argument("--pairs_per_step", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are passed over")
+    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are skipped")
     parser.add_argument("--made_length", type=int, help="pairs of one length, cut from the data's running text")
     parser.add_argument("--tokens_per_micro_batch", type=int, default=2048, help="ours")
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=[], help="who else takes part")
@@ -125,30 +125,30 @@ def made_pairs(dataset: PairDataset, length: int, count: int) -> list[TokenizedP
 
 
 def compare(task: StepTask, arguments: argparse.Namespace) -> dict[str, Any]:
-    sizes = [size for size in arguments.trl_batches if task.pairs_per_step % size == 0]
-    everyone = partial(contenders, arguments.max_length)
+    sizes = [size for size in arguments.trl_batches if task.pairs_per_step % size == 0] or [1]
+    of_batch = partial(contenders, arguments.max_length)
     tried: dict[int, float] = {}
-    if TRL in arguments.peers and not everyone(sizes[0])[TRL].refusal and len(sizes) > 1:
-        tried = {size: _second_step_of(everyone(size)[TRL], task) for size in sizes}
-    runs = everyone(min(tried, key=tried.__getitem__) if tried else sizes[0])
+    if TRL in arguments.peers and not of_batch(sizes[0])[TRL].refusal and len(sizes) > 1:
+        tried = {size: _second_step_of(of_batch(size)[TRL], task) for size in sizes}
+    runs = of_batch(min(tried, key=tried.__getitem__) if tried else sizes[0])
     chosen = {name: x for name, x in runs.items() if takes_part(name, task, arguments)}
     rows: dict[str, dict[str, Any]] = {}
-    steppers: dict[str, Stepper] = {}
+    training: dict[str, Training] = {}
     for name, contender in chosen.items():
         rows[name] = {"name": name} | ({"refused": contender.refusal} if contender.refusal else {})
         if not contender.refusal:
-            stepper = Stepper(contender, task)
-            rows[name] |= check(stepper, task)
+            one = Training(contender, task)
+            rows[name] |= check(one, task)
             if "wrong" in rows[name]:
-                stepper.close()
+                one.close()
             else:
-                steppers[name] = stepper
-    interleaved({name: stepper.step for name, stepper in steppers.items()}, task.steps)
-    for stepper in steppers.values():
-        stepper.close()
-    yardstick = steppers.get(TRL) or steppers.get(OURS)
-    for name, stepper in steppers.items():
-        rows[name] |= _figures(stepper, yardstick or stepper, task)
+                training[name] = one
+    interleaved({name: one.step for name, one in training.items()}, task.steps)
+    for one in training.values():
+        one.close()
+    yardstick = training.get(TRL) or training.get(OURS)
+    for name, one in training.items():
+        rows[name] |= _figures(one, yardstick or one, task)
     tokens = sum(packed_length(pair) for pair in task.pairs)
     return {
         "results": list(rows.values()),
@@ -174,34 +174,34 @@ def takes_part(name: str, task: StepTask, arguments: argparse.Namespace) -> bool
     return arguments.variants and name != TRL and (shorter or ", rows of " not in name)
 
 
-def check(stepper: Stepper, task: StepTask) -> dict[str, Any]:
+def check(one: Training, task: StepTask) -> dict[str, Any]:
     """A row's part: how far the start's log-probabilities are from float64's, and "wrong" where that is too far."""
-    error = relative(stepper.logps, task.start_logps)
+    error = relative(one.logps, task.start_logps)
     found = checked({"logps": error}, LIMITS)
     return {"logps_error": error} | ({"wrong": found["wrong"]} if "wrong" in found else {})
 
 
 def _second_step_of(contender: Contender[Run], task: StepTask) -> float:
     """Seconds of it: the first has the optimizer's state to make."""
-    stepper = Stepper(contender, task)
-    stepper.step()
-    taken = stepper.step()
-    stepper.close()
+    one = Training(contender, task)
+    one.step()
+    taken = one.step()
+    one.close()
     return taken
 
 
-def _figures(stepper: Stepper, yardstick: Stepper, task: StepTask) -> dict[str, Any]:
+def _figures(one: Training, yardstick: Training, task: StepTask) -> dict[str, Any]:
     """`..._off` is how far a contender is from the yardstick: absolute for losses, relative for the rest."""
-    taken = [step["seconds"] for step in stepper.steps[1:]]
-    pairs = list(zip(stepper.steps, yardstick.steps, strict=True))
+    taken = [step["seconds"] for step in one.steps[1:]]
+    pairs = list(zip(one.steps, yardstick.steps, strict=True))
     return {
         "pairs_per_s": task.pairs_per_step / median(taken),
         "speed_over_yardstick": median(b["seconds"] / a["seconds"] for a, b in pairs[1:]),
-        "peak_mb": max(step["peak_mb"] for step in stepper.steps),
-        "losses": [step["loss"] for step in stepper.steps],
-        "grad_norms": [step["grad_norm"] for step in stepper.steps],
-        "seconds": [step["seconds"] for step in stepper.steps],
-        "logps_off": float((stepper.logps / yardstick.logps - 1).abs().max()),
+        "peak_mb": max(step["peak_mb"] for step in one.steps),
+        "losses": [step["loss"] for step in one.steps],
+        "grad_norms": [step["grad_norm"] for step in one.steps],
+        "seconds": [step["seconds"] for step in one.steps],
+        "logps_off": float((one.logps / yardstick.logps - 1).abs().max()),
         "loss_off": max(abs(a["loss"] - b["loss"]) for a, b in pairs),
         "grad_norm_off": max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs),
     }

@@ -85,7 +85,7 @@ Run = Callable[[StepTask, Turns], None]
 """Trains in a process of its own, step by step as it is its turn."""
 
 
-class Stepper:
+class Training:
     """A contender's process, from outside: its log-probabilities at the start, then a step when it is asked for one."""
 
     def __init__(self, contender: Contender[Run], task: StepTask) -> None:

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layers", type=int, help="of a pruned student; all where not given")
     parser.add_argument("--pairs_per_step", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are passed over")
+    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are skipped")
     parser.add_argument("--tokens_per_micro_batch", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", default="bundled:train")

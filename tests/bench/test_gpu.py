@@ -1,4 +1,4 @@
-"""`bench.gpu` without a GPU: inputs, judgement, frozen heads, refusals, turns and tables, under a meter that counts."""
+"""`bench.gpu` without a GPU: inputs, checks, frozen heads, refusals, turns and tables, under a meter that counts."""
 
 import json
 import sys
@@ -49,9 +49,9 @@ class CountingJob:
         return 2**20
 
 
-def measured(gpu, entrants, dtype=torch.float32, shape=(24, 16, 97), **options):
+def measured(gpu, chosen, dtype=torch.float32, shape=(24, 16, 97), **options):
     meter = CountingMeter()
-    found = gpu.measure(gpu.make_inputs(shape, dtype, "cpu"), entrants, meter, rounds=3, **options)
+    found = gpu.measure(gpu.make_inputs(shape, dtype, "cpu"), chosen, meter, rounds=3, **options)
     return found, meter
 
 
@@ -224,9 +224,9 @@ def test_what_cannot_run_is_a_row_with_the_reason(gpu):
     def missing(inputs):
         import no_such_peer  # type: ignore[import-not-found]  # noqa: F401
 
-    entrants = {"a": contenders.Contender(run=refusing), "b": contenders.Contender(run=missing)}
-    entrants |= some(gpu, "eager", "tvkd_fast, DPO")
-    found, _ = measured(gpu, entrants, shape=(25, 16, 97), without=frozenset({"eager"}))
+    chosen = {"a": contenders.Contender(run=refusing), "b": contenders.Contender(run=missing)}
+    chosen |= some(gpu, "eager", "tvkd_fast, DPO")
+    found, _ = measured(gpu, chosen, shape=(25, 16, 97), without=frozenset({"eager"}))
     assert [row["refused"] for row in found["rows"]] == [
         "AssertionError: wants V % 128 == 0",
         "not installed: No module named 'no_such_peer'",
@@ -314,12 +314,12 @@ def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, cap
     from bench.harness.machine import without_paths
     from bench.tables import kernels
 
-    make_inputs, entrants = gpu.make_inputs, some(gpu, "tvkd_fast", "eager")
+    make_inputs, chosen = gpu.make_inputs, some(gpu, "tvkd_fast", "eager")
     facts = {"device": "D", "driver": "1", "toolkit": "T", "versions": {}}
     monkeypatch.setattr(gpu, "require_gpu", lambda: None)
     monkeypatch.setattr(gpu, "device_facts", lambda: dict(facts))
     monkeypatch.setattr(gpu, "GpuMeter", CountingMeter)
-    monkeypatch.setattr(gpu, "on_gpu", lambda: entrants)
+    monkeypatch.setattr(gpu, "on_gpu", lambda: chosen)
     monkeypatch.setattr(gpu, "make_inputs", lambda shape, dtype, device: make_inputs(shape, dtype, "cpu"))
     file = tmp_path / "gpu.json"
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--shape", "24x16x97", "--rounds", "2", "--json", str(file)])

@@ -193,18 +193,18 @@ def test_liger_goes_backward_from_the_coefficients_that_it_is_checked_by(monkeyp
     torch.testing.assert_close(reference.preference_coefficients(logps.detach()), wanted)
 
 
-def test_hot_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    (hot,) = modules(monkeypatch, "head.dense_columns")
+def test_dense_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    (dense,) = modules(monkeypatch, "head.dense_columns")
     torch.manual_seed(0)
     z = torch.randn(6, 3000) * 4
-    everything = hot.counted(z, torch.arange(3000), 10)
+    everything = dense.counted(z, torch.arange(3000), 10)
     assert everything["held"] == everything["marked"] == 1
-    nothing, half = (hot.counted(z, torch.arange(k), 10) for k in (1, 1500))
+    nothing, half = (dense.counted(z, torch.arange(k), 10) for k in (1, 1500))
     assert nothing["held"] < half["held"] < 1
     assert nothing["marked"] > half["marked"] > 1
     labels = torch.tensor([2999, 7, 7])
     for rule in ("labels, then the sample", "labels, then the first"):
-        assert set(hot.orders(labels, z, 10)[rule][:2].tolist()) == {7, 2999}
+        assert set(dense.orders(labels, z, 10)[rule][:2].tolist()) == {7, 2999}
 
 
 def test_a_program_of_a_peers_name_is_not_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:

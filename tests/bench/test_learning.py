@@ -92,7 +92,7 @@ def test_an_arm_stands_beside_dpo_of_its_own_seed():
 
 
 @needs_scipy
-def test_an_interval_covers_the_truth_over_other_seeds_and_pairs():
+def test_an_interval_covers_the_mean_over_other_seeds_and_pairs():
     from bench.learning.report import crossed
 
     generator = torch.Generator().manual_seed(0)

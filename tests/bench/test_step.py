@@ -1,4 +1,4 @@
-"""The benchmark of whole steps: what it writes, and that whoever takes the same pairs comes to the same losses."""
+"""The benchmark of whole steps: what it writes, and that contenders come to the same losses on the same pairs."""
 
 import importlib.util
 from pathlib import Path
