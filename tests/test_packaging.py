@@ -57,6 +57,12 @@ def test_constraints_are_sorted_and_say_no_local_build() -> None:
     assert list(pins()) == sorted(pins())
 
 
+def test_measured_results_are_no_part_of_an_sdist() -> None:
+    taken = [line.split()[1:] for line in (ROOT / "MANIFEST.in").read_text().splitlines() if "recursive" in line]
+    assert not [folder for folder, *patterns in taken if folder in ("bench", "docs") and "*.json" in patterns]
+    assert not list((ROOT / "docs").rglob("*.json"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["tree", "sdist"])
 def test_the_wheel_holds_kernels_recipes_and_types(tmp_path: Path, source: str) -> None:

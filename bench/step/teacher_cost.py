@@ -3,10 +3,10 @@
     python -m bench.step.teacher_cost --data PAIRS.jsonl.gz --json FILE
 
 Scoring: `score_to_disk` over pairs of the data by a model as reference and as teacher, shards written and read back,
-beside what it cannot do without: that model's backbone over the same packed rows, and one product over the states that reach the head,
-each twice. The two take turns. Training: steps of a tiny model by TVKD on cached values and by DPO on a cached
-reference, two copies that take the same pairs in turn, the one that goes first changing from step to step. The interval
-is of the median of paired differences, by order statistics.
+beside what it cannot do without: that model's backbone over the same packed rows, and one product over the states that
+reach the head, each twice. The two take turns. Training: steps of a tiny model by TVKD on cached values and by DPO on a
+cached reference, two copies that take the same pairs in turn, the one that goes first changing from step to step. The
+interval is of the median of paired differences, by order statistics.
 """
 
 from __future__ import annotations
