@@ -14,7 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Head:
-    """z = softcap·tanh(a/softcap), a = logit_scale·(h·w + bias): a vocabulary projection [V, D] and its transforms."""
+    """z = softcap·tanh(a/softcap), a = logit_scale·(h·w + bias): a vocabulary projection [V, D] and its transforms.
+
+    Every op takes one in place of a weight, and then neither bias, softcap nor logit_scale beside it.
+
+    Examples:
+        >>> import torch
+        >>> from tvkd_fast import linear_soft_values
+        >>> head = Head(torch.zeros(8, 4), softcap=30.0)
+        >>> linear_soft_values(torch.zeros(2, 4), head, value_scale=0.1)  # 0.1·log 8
+        tensor([0.2079, 0.2079])
+    """
 
     weight: Tensor
     bias: Tensor | None = None

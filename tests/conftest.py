@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from tvkd_fast.ops import linear_logps, logps, reference, sparse, values
+from tvkd_fast.ops import linear_logps, logps, reference, sparse_logps, values
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -245,8 +245,8 @@ BODIES: dict[str, Callable[..., Any]] = {
     "linear_logps": logps._logps,
     "linear_logps_gradients": logps._logps_gradients,
     "scaled_slopes": logps._scaled_slopes,
-    "sparse_logps": sparse._sparse_logps,
-    "sparse_logps_gradients": sparse._sparse_gradients,
+    "sparse_logps": sparse_logps._sparse_logps,
+    "sparse_logps_gradients": sparse_logps._sparse_gradients,
     "linear_lse": values._lse,
     "linear_entropy": values._entropy,
 }
@@ -369,8 +369,8 @@ def logps_no_worse(case: Case, op: Callable[..., Tensor] = linear_logps) -> Resu
 def tile_sizes(workspace_floats: int, rows: int) -> Iterator[None]:
     """Tiles small enough that a small case walks over many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tvkd_fast.ops.tiles.WORKSPACE_FLOATS", workspace_floats)
-        patch.setattr("tvkd_fast.ops.tiles.TILE_ROWS", rows)
+        patch.setattr("tvkd_fast.ops.tiles.exact.WORKSPACE_FLOATS", workspace_floats)
+        patch.setattr("tvkd_fast.ops.tiles.exact.TILE_ROWS", rows)
         yield
 
 

@@ -155,7 +155,7 @@ def test_an_unknown_recipe_lists_the_known(capsys):
         ("--loss.gamma", "1.5", r"gamma must be in [0, 1]"),
         ("--loss.kappa", "0", "kappa must be a positive number"),
         ("--data.train", "nowhere.jsonl", "nowhere.jsonl"),
-        ("--optim.lr", "-1", "lr must be positive"),
+        ("--optim.lr", "-1", "lr must be a positive number"),
     ],
 )
 def test_errors_of_a_run_are_one_line(option, value, wanted, files, tmp_path, capsys):

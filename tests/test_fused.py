@@ -20,7 +20,7 @@ from tvkd_fast.fused import loss as fused_loss
 from tvkd_fast.fused import op as fused_op
 from tvkd_fast.fused.padded import response_states
 from tvkd_fast.losses import segment_sums, shaping_returns, tvkd_loss
-from tvkd_fast.ops import HeadGradient, HeadStats, reference, soft_values
+from tvkd_fast.ops import Head, HeadGradient, HeadStats, reference, soft_values
 from tvkd_fast.ops import values as values_ops
 
 D, V, TEACHER_D, TEACHER_V = 12, 50, 20, 70
@@ -584,3 +584,21 @@ def test_a_sharded_head_is_refused(whose: str) -> None:
     inputs[f"{whose}_weight"] = distribute_tensor(inputs[f"{whose}_weight"], mesh, [Replicate()])
     with pytest.raises(ValueError, match=r"weight is a DTensor: .*Call FusedLMHead"):
         fused_linear_tvkd_loss(**inputs)
+
+
+@every_form
+@every_case
+def test_heads_stand_for_their_parts(form: str, name: str) -> None:
+    inputs = case_of(form, name)
+    whole = dict(inputs)
+    names = {"policy": "", "teacher": "teacher_", "ref": "ref_"}
+    for model, prefix in names.items():
+        parts = {
+            "bias": whole.pop(f"{model}_bias", None),
+            "softcap": whole.pop(f"{prefix}softcap", inputs.get("softcap") if model == "ref" else None),
+            "logit_scale": whole.pop(f"{prefix}logit_scale", inputs.get("logit_scale", 1.0) if model == "ref" else 1.0),
+        }
+        if whole.get(f"{model}_weight") is not None:
+            whole[f"{model}_weight"] = Head(whole[f"{model}_weight"], **parts)
+    ours, theirs = (vars(fused_linear_tvkd_loss(**given)) for given in (whole, inputs))
+    assert all(map(torch.equal, ours.values(), theirs.values()))

@@ -12,6 +12,7 @@ from tvkd_fast import integrations, losses
 
 SURFACE = {
     "FusedLinearTVKDLoss",
+    "Head",
     "HeadGradient",
     "HeadStats",
     "TVKDOutput",

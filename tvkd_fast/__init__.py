@@ -2,11 +2,12 @@
 
 from tvkd_fast.fused import FusedLinearTVKDLoss, fused_linear_tvkd_loss
 from tvkd_fast.losses import TVKDOutput, dpo_loss, sft_loss, shaping_returns, tvkd_loss
-from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_soft_values
+from tvkd_fast.ops import Head, HeadGradient, HeadStats, linear_logps, linear_soft_values
 from tvkd_fast.version import __version__
 
 __all__ = [
     "FusedLinearTVKDLoss",
+    "Head",
     "HeadGradient",
     "HeadStats",
     "TVKDOutput",

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from tvkd_fast.data import describe
 from tvkd_fast.data.scores import check_score_folder
-from tvkd_fast.distributed import launch
+from tvkd_fast.distributed import check_replicas, launch
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.config import EvalConfig, ExplainConfig, ScoreConfig, TrainConfig
 from tvkd_fast.training.options import hint, in_options
@@ -100,13 +100,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _open_outputs(command: str, fields: dict[str, Any]) -> None:
     """Once, before several processes are started that would all find what is wrong."""
     from tvkd_fast.training import build, side_by_side
+    from tvkd_fast.training.refusals import check_device, check_run
 
     if command == "train":
+        check_run(TrainConfig(**fields))
         build.open_outputs(TrainConfig(**fields))
-    elif command == "score":
+        return
+    if command == "score":
         check_score_folder(Path(ScoreConfig(**fields).output_dir))
     elif command == "eval":
         side_by_side.open_outputs(EvalConfig(**fields))
+    check_device(fields["model"])
+    check_replicas(fields["parallel"].replicas, fields["nproc"])
 
 
 @contextmanager
@@ -148,7 +153,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
     else:
         train = TrainConfig(**fields)
         if train.dry_run:
-            print(plan.plan(train))
+            if _speaks():
+                print(plan.plan(train))
             return
         figures = build.train(train)
         if not _speaks():
@@ -157,6 +163,8 @@ def run(command: str, fields: dict[str, Any]) -> None:
         best = build.best_checkpoint(train)
         if best is not None:
             print(f"best by {train.keep_best}: {best}; a model of it: tvkd export {best}")
+        elif train.keep_best != "none":
+            print(f"best by {train.keep_best}: none, since no checkpoint on disk has a finite {train.keep_best}")
         if figures is not None:
             print(json.dumps(figures.known()))
 
@@ -241,12 +249,14 @@ def export(arguments: list[str]) -> None:
         "folder", metavar="FOLDER", nargs="?", help="where to; OUTPUT_DIR/exported/step-NNNNNN if not given"
     )
     parser.add_argument("--output_dir", metavar="FOLDER", help="the same as FOLDER")
+    parser.add_argument("--policy", metavar="MODEL", help="the run's policy, where it is not where it was any longer")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a hub model")
     given = parser.parse_args(arguments)
     if given.folder is not None and given.output_dir is not None:
         parser.error("FOLDER and --output_dir are one: give one of them")
     folder = given.folder or given.output_dir
-    print(export_checkpoint(given.checkpoint, folder, trust_remote_code=given.trust_remote_code))
+    trust = given.trust_remote_code
+    print(export_checkpoint(given.checkpoint, folder, policy=given.policy, trust_remote_code=trust))
 
 
 def _usage(arguments: list[str], usage: str, *, most: int = 10**6) -> None:

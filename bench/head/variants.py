@@ -27,7 +27,8 @@ from bench.harness.meters import interleaved
 from bench.harness.states import load_states
 from bench.head.comparison import prepared_states, product
 from tvkd_fast.kernels.head import Head, MarkRule, Marks
-from tvkd_fast.ops import compiled, sparse_tiles
+from tvkd_fast.ops.tiles import native
+from tvkd_fast.ops.tiles import sparse as sparse_tiles
 
 TILING = (2048, 1024)
 DENSE = (2048, 8192)
@@ -51,19 +52,19 @@ def variants(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dic
     by_row, by_column = (csr(marks, entries, (n, v), transposed=t) for t in (False, True))
     total = torch.empty_like(weight)
 
-    def in_torch(native: Any) -> Callable[[], Any]:
+    def in_torch(passes: Any) -> Callable[[], Any]:
         def run() -> Any:
-            kept, compiled.passes = compiled.passes, native
+            kept, native.passes = native.passes, passes
             try:
                 return sparse_tiles.mark(hidden, head, labels, rule)
             finally:
-                compiled.passes = kept
+                native.passes = kept
 
         return run
 
     found: dict[str, Callable[[], Any]] = {
         "forward: log-probabilities alone": lambda: sparse_tiles.exact.head_sums(hidden, head, labels=labels),
-        "forward: marked by numba": in_torch(compiled.passes),
+        "forward: marked by numba": in_torch(native.passes),
         "forward: marked by torch": in_torch(lambda z: None),
         "dH: gathered tile by tile": parts.by_hidden,
         "dH: torch's CSR product": lambda: by_row @ weight,

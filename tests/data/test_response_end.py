@@ -1,7 +1,9 @@
 import pytest
 
 from tvkd_fast.data.chat_template import TEMPLATE_DAY, apply_template
+from tvkd_fast.data.formats import to_preference
 from tvkd_fast.data.response_end import ResponseEnds
+from tvkd_fast.data.tokenization import PairTokenizer, tokenize_pair
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}END{% endfor %}"
@@ -110,3 +112,38 @@ def test_of_templates_by_name_and_with_a_date_of_the_rows_own(make_tokenizer):
     tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
     assert apply_template(tokenizer, message, tokenize=False) == "2024"
     assert apply_template(tokenizer, message, tokenize=False, tools=[tool], date_string="now") == "now"
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+DEFAULT = TURNS.replace("END", "<|im_end|><|eot_id|>\n")
+TOOL_USE = TURNS.replace("END", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"default": DEFAULT, "tool_use": TOOL_USE},
+        f"{{% if tools %}}{TOOL_USE}{{% else %}}{DEFAULT}{{% endif %}}",
+    ],
+)
+def test_a_turn_ends_as_the_rows_own_template_ends_it(make_tokenizer, template):
+    tokenizer = make_tokenizer(template, eos="<|endoftext|>")
+    row = {
+        "prompt": [{"role": "user", "content": "a?"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    }
+    for tools, end in ((None, "<|im_end|><|eot_id|>"), ([TOOL], "<|im_end|>")):
+        pair = tokenize_pair(to_preference(row | {"tools": tools}, "row 0"), tokenizer)
+        assert tokenizer.decode(pair.chosen_ids) == f"a{end}"
+        assert ResponseEnds(tokenizer).cut(pair.chosen_ids) == (pair.chosen_ids, True)
+        assert not pair.written_before
+
+
+def test_a_message_that_holds_more_than_its_content_ends_as_others_do(make_tokenizer):
+    tokenizer = make_tokenizer(TURNS.replace("END", "{{ m.tool_calls }}<|eot_id|>"))
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+    row = {"prompt": [{"role": "user", "content": "a?"}], "chosen": [call], "rejected": [{**call, "content": "b"}]}
+    pair = PairTokenizer(tokenizer)(to_preference(row, "row 0"), chosen_ended=False, rejected_ended=False)
+    assert tokenizer.decode(pair.chosen_ids) == "[{'name': 'f'}]"
+    assert tokenizer.decode(pair.rejected_ids) == "b[{'name': 'f'}]"

@@ -1,8 +1,12 @@
 """RewardBench's rows and the weights of its sections."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from tvkd_fast.data import BadPair, build_dataset
+from tvkd_fast.data.formats import to_preference
 from tvkd_fast.data.rewardbench import SECTIONS, section_weights, to_rewardbench
 
 ROW = {"id": 3, "subset": "llmbar-natural", "prompt": "Say a.", "chosen": "a", "rejected": "b"}
@@ -48,7 +52,7 @@ def test_weights_are_shares_of_what_is_there():
     }
 
 
-LISTS = ROW | {
+LISTS: dict[str, Any] = ROW | {
     "subset": "Factuality",
     "chosen": ["a"],
     "rejected": ["b", "c", "d"],
@@ -97,3 +101,28 @@ def test_a_row_without_one_of_its_answers_is_no_row(write_jsonl, chatml):
     assert [pair.row for pair in dataset] == ["train.jsonl row 0"] * 3
     assert dataset.report.dropped_overlong == 1
     assert dataset.report.dropped_bad == {"another pair of the row was dropped": 2}
+
+
+def test_the_pairs_of_a_row_are_those_of_rows_of_their_own(write_jsonl, chatml):
+    single = [LISTS | {"rejected": [answer], "num_incorrect": 1} for answer in LISTS["rejected"]]
+    together = build_dataset(write_jsonl([LISTS]), chatml, read=to_rewardbench)
+    alone = build_dataset(write_jsonl(single), chatml, read=to_rewardbench)
+    assert [replace(pair, row="") for pair in together] == [replace(pair, row="") for pair in alone]
+
+
+def test_the_answers_of_a_row_share_one_prompt(write_jsonl, templateless):
+    """Of the rejected answers one alone is merged with the prompt's end, and another is longer than all."""
+
+    def plain(record, row):
+        return [replace(to_preference(record, row), rejected=text) for text in record["others"]]
+
+    path = write_jsonl([{"prompt": "Say a", "chosen": "c", "rejected": "d", "others": ["d", "b", "d" * 9]}])
+    whole = build_dataset(path, templateless, read=plain)
+    assert {templateless.decode(pair.prompt_ids) for pair in whole} == {"<s>Say "}
+    assert [pair.merged for pair in whole] == [True] * 3
+    assert [templateless.decode(pair.chosen_ids) for pair in whole] == ["ac<|endoftext|>"] * 3
+    said = [templateless.decode(pair.rejected_ids) for pair in whole]
+    assert said[1:] == ["ab<|endoftext|>", f"a{'d' * 9}<|endoftext|>"]
+    cut = build_dataset(path, templateless, max_length=13, truncation="keep_end", read=plain)
+    assert [pair.prompt_ids for pair in cut] == [whole[0].prompt_ids[-2:]] * 3
+    assert cut.report.truncated == 3

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from tvkd_fast.data.tables import dataset_rows, parquet_rows
+from tvkd_fast.data.tables import dataset_rows, decoded_row, parquet_rows
 
 
 def call(**arguments: Any) -> dict[str, Any]:
@@ -31,3 +33,19 @@ def test_rows_are_what_was_written(tmp_path: Path, rows: list[dict[str, Any]], o
     assert list(parquet_rows(tmp_path / "x.parquet")) == rows
     assert list(dataset_rows(saved)) == rows
     assert list(dataset_rows(saved.select([1, 0]))) == [rows[1], rows[0]]
+    decoded: list[dict[str, Any]] = []
+    saved.map(lambda row: decoded.append(decoded_row(row, saved.features)))
+    assert decoded == rows
+
+
+def test_map_columns_are_objects(tmp_path: Path) -> None:
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.struct([("x", pyarrow.int64()), ("y", pyarrow.int64())]))
+    table = pyarrow.table({"chat_template_kwargs": pyarrow.array([[("a", {"x": 1}), ("b", None)], None], kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    found = [row["chat_template_kwargs"] for row in parquet_rows(tmp_path / "x.parquet")]
+    assert found == [{"a": {"x": 1}, "b": None}, None]
+
+
+def test_a_row_of_a_stream_without_features_is_as_it_is() -> None:
+    row = {"chosen": [{"role": "user", "content": None}]}
+    assert decoded_row(row, None) == row

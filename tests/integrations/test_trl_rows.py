@@ -11,9 +11,12 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'tvkd_fast[
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from tvkd_fast.integrations.rows import WithReturns
+from tvkd_fast.data import BadPair, build_dataset
+from tvkd_fast.data.response_end import ResponseEnds
+from tvkd_fast.integrations.rows import ROW, WithReturns
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
 from tvkd_fast.integrations.trl import RETURNS, TVKDConfig, TVKDTrainer
+from tvkd_fast.models import load_model
 from tvkd_fast.training.build import score
 from tvkd_fast.training.config import DataConfig, ScoreConfig
 
@@ -167,8 +170,6 @@ def test_what_a_cut_left_of_a_response(chatml, mode):
     """A newline stands behind the ends, id 2, and counts for the cut alone."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from tvkd_fast.data.response_end import ResponseEnds
-
     newline = chatml("\n")["input_ids"]
     example = {"prompt_ids": [9, 9], "chosen_ids": [10, 11, 12, 2, *newline], "rejected_ids": [10, 2, *newline]}
     collate = DataCollatorForPreference(pad_token_id=0, max_length=5, truncation_mode=mode)
@@ -203,5 +204,84 @@ def test_a_stream_of_rows_is_read_as_a_table_is(make, model_folder, chatml):
 
 def test_a_prompt_that_is_all_merged_is_refused(make, model_folder):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(ValueError, match="a row has no prompt of its own"):
+    with pytest.raises(BadPair, match=r"row 0: prompt without tokens \(the tokenizer merges all of it with a response"):
         make(model_folder(seed=0), rows, model_folder(seed=1))
+
+
+def test_a_batch_of_rows_without_a_prompt_is_refused_by_name(chatml):
+    rows = [{"prompt_ids": [], "chosen_ids": [9, 2], "rejected_ids": [8, 2]}]
+    for name, named in (("a row", {}), ("row 7", {ROW: "row 7"})):
+        collate = WithReturns(lambda examples: {}, ResponseEnds(chatml), "keep_start")
+        with pytest.raises(ValueError, match=f"{name} has no prompt of its own"):
+            collate([row | named for row in rows])
+
+
+CARRIED = (
+    "{% if tools %}{{ tools | tojson }}<|eot_id|>{% endif %}{% for d in documents or [] %}{{ d | tojson }}{% endfor %}"
+    "{{ 'in ' + style if style is defined else '' }}"
+)
+
+
+def carrying():
+    """Rows of which each has something that the others lack, which a table fills with nulls."""
+    rows = conversations(3)
+    tool = {"name": "f", "parameters": {"x": {"type": "int"}}}
+    own = [
+        {"tools": [tool, {"name": "g", "parameters": {"y": {"enum": ["a"]}}}]},
+        {"chat_template_kwargs": {"style": "prose"}, "system": "Be brief."},
+        {"chat_template_kwargs": {"tone": "dry"}, "documents": [{"text": "ab"}, {"title": "b"}]},
+    ]
+    none = {"tools": None, "chat_template_kwargs": None, "documents": None, "system": ""}
+    return [{**row, **none, **more} for row, more in zip(rows, own, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("end", "tool_end", "as_text"),
+    [("<|im_end|>\n", "<|eot_id|>", True), ("<|eot_id|><|im_end|>\n", "<|eot_id|>", False), ("\n", "\n", False)],
+)
+def test_rows_with_tools_and_system_turns_are_those_of_scores(
+    make, scored, tmp_path, model_folder, make_tokenizer, end, tool_end, as_text
+):
+    templates = {"default": CARRIED + TURNS.replace("END", end), "tool_use": CARRIED + TURNS.replace("END", tool_end)}
+    tokenizer = make_tokenizer(templates, eos="<|endoftext|>")
+    options = {"max_position_embeddings": 512, "tokenizer": tokenizer}
+    policy, teacher = model_folder(seed=0, **options), model_folder(seed=1, **options)
+    rows = carrying()
+    if as_text:
+        rows = [{**row, "tools": row["tools"] and json.dumps(row["tools"])} for row in rows]
+    folder = make(policy, rows, scored(policy, teacher, rows, 300), max_length=300)
+    module = make(policy, rows, load_model(teacher), max_length=300)
+    stream = make(policy, Dataset.from_list(rows).to_iterable_dataset(), teacher, max_length=300)
+    dataset = build_dataset(tmp_path / "rows.jsonl", AutoTokenizer.from_pretrained(policy), max_length=300)
+    for pair, ours, theirs, streamed in zip(
+        dataset, folder.train_dataset, module.train_dataset, stream.train_dataset, strict=True
+    ):
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            assert ours[name] == theirs[name] == streamed[name] == getattr(pair, name)
+        assert "null" not in tokenizer.decode(pair.prompt_ids)
+    stops = [end.strip(), tool_end.strip()]
+    for pair, stop in zip(dataset, [stops[1], stops[0], stops[0]], strict=True):
+        assert tokenizer.decode(pair.chosen_ids).endswith(stop or "<|endoftext|>")
+    batch = module.data_collator([{k: v for k, v in row.items() if "psi" not in k} for row in module.train_dataset])
+    for name, online in zip(RETURNS, module._asked(batch), strict=True):
+        assert folder.train_dataset[name] == pytest.approx(module.train_dataset[name], abs=2e-6)
+        assert online.tolist() == pytest.approx(module.train_dataset[name], abs=2e-6)
+
+
+def test_columns_that_scores_refuse_are_refused(make, model_folder):
+    rows = [{**row, "tools": [{"name": "f"}]} for row in ({"prompt": "a ", "chosen": "b", "rejected": "c"},)]
+    with pytest.raises(BadPair, match=r"row 0: plain text has no place .*\(tools\)"):
+        make(model_folder(seed=0), rows, model_folder(seed=1))
+
+
+def test_a_row_keeps_its_name_where_others_are_left_out(make, model_folder):
+    rows = [{"prompt": "long " * 20, "chosen": "b", "rejected": "c"}, {"prompt": "a ", "chosen": "b", "rejected": "c"}]
+    (left,) = make(model_folder(seed=0), rows, model_folder(seed=1)).train_dataset
+    assert left[ROW] == "row 1"
+
+
+def test_rows_are_read_once_and_kept(make, model_folder):
+    """datasets names its cache by the reader, whatever that has seen before."""
+    policy, rows = model_folder(seed=0), Dataset.from_list(conversations(2))
+    first = make(policy, rows, model_folder(seed=1)).train_dataset
+    assert make(policy, rows, model_folder(seed=1)).train_dataset._fingerprint == first._fingerprint

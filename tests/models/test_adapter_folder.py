@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tvkd_fast.models import (
@@ -105,6 +107,75 @@ def test_what_would_be_left_out_is_refused(change, message, make_adapter, model_
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_vocabulary_it_was_trained_with_is_its_own(tied, model_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_folder(seed=5, tie_word_embeddings=tied))
+    base.resize_token_embeddings(265, mean_resizing=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[262:].normal_()
+        base.get_output_embeddings().weight[262:].normal_()
+    both = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    both.save_pretrained(tmp_path / "adapter")
+    model, ids = load_model(tmp_path / "adapter"), torch.tensor([[1, 264, 3]])
+    save_model(model, None, tmp_path / "saved")
+    with torch.no_grad():
+        for merged in (model, load_model(tmp_path / "saved")):
+            torch.testing.assert_close(merged(ids).logits, both(ids).logits, rtol=1e-4, atol=1e-4)
+    assert model.config.vocab_size == model_shape(str(tmp_path / "adapter")).vocab == 265
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_new_tokens_without_a_head_are_refused(model_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_folder(seed=5, tie_word_embeddings=False))
+    base.resize_token_embeddings(265, mean_resizing=False)
+    both = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    both.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if "lm_head" not in name}, file)
+    with pytest.raises(ValueError, match="vocabulary of 265 tokens, and holds no embedding or no head of the new"):
+        load_model(tmp_path / "adapter")
+
+
+def test_a_base_that_is_an_adapter_is_merged_first(make_adapter, tmp_path):
+    first, _ = make_adapter("first", seed=1)
+    both = peft.get_peft_model(load_model(first), peft.LoraConfig(r=2, target_modules=["k_proj"])).eval()
+    with torch.no_grad():
+        for name, x in both.named_parameters():
+            if ".lora_" in name:
+                x.normal_(0, 0.3)
+    both.save_pretrained(tmp_path / "second")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "second")(ids).logits, both(ids).logits, rtol=1e-4, atol=1e-4)
+    config = json.loads((first / "adapter_config.json").read_text())
+    for base in (str(first), str(tmp_path / "second")):
+        (first / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=r"first has itself as its base: write the model"):
+            load_model(first)
+
+
+def test_an_adapter_in_a_folder_of_its_name_is_named(model_folder, tmp_path):
+    both = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder(seed=5)),
+        peft.LoraConfig(r=2, target_modules=["q_proj"]),
+        "mine",
+    )
+    both.save_pretrained(tmp_path / "adapter")
+    for load in (load_model, load_tokenizer, lambda path: model_shape(str(path))):
+        with pytest.raises(ValueError, match=f"is no adapter, but holds some .*: give {tmp_path / 'adapter' / 'mine'}"):
+            load(tmp_path / "adapter")
+    assert load_model(tmp_path / "adapter" / "mine")
+
+
+def test_merging_warns_of_nothing(make_adapter):
+    folder, _ = make_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         load_model(folder)
 
 

@@ -13,10 +13,11 @@ from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvkd_fast.ops import HeadStats, compiled, linear_logps
+from tvkd_fast.ops import HeadStats, linear_logps
+from tvkd_fast.ops.tiles import native
 
 pytest.importorskip("numba", reason="numba is not installed: pip install 'tvkd_fast[numba]'")
-from tvkd_fast.ops import compiled_kernels
+from tvkd_fast.ops.tiles import numba_passes
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     class Without:
         def __enter__(self) -> None:
-            monkeypatch.setattr(compiled, "passes", lambda z: None)
+            monkeypatch.setattr(native, "passes", lambda z: None)
 
         def __exit__(self, *_: Any) -> None:
             monkeypatch.undo()
@@ -65,10 +66,10 @@ def test_the_marks_are_torchs(
     case = kit.case(*shape, spread=spread, seed=seed, bias=bias)
     options = {"eps": 2.0**-log_eps, "row_cap": cap, "max_tail": 1.0}
     found = []
-    for native in (compiled.passes, lambda z: None):
+    for passes in (native.passes, lambda z: None):
         stats = HeadStats()
         with pytest.MonkeyPatch.context() as patch, kit.tile_sizes(floats, rows):
-            patch.setattr(compiled, "passes", native)
+            patch.setattr(native, "passes", passes)
             found.append((kit.run(sparse(stats, **options), case), stats.read()))
     (ours, said), (plain, torch_said) = found
     for name in ("logps", "hidden", "weight", "bias"):
@@ -87,14 +88,14 @@ def test_the_running_maximum_is_the_largest_float() -> None:
     for stop in range(1, len(odd) + 1):
         for row in (odd[:stop], odd[stop - 1 :: -1]):
             z, maximum = torch.tensor([row]), torch.full((1,), -math.inf)
-            compiled.passes(z).add(z, maximum, torch.zeros(1))
+            native.passes(z).add(z, maximum, torch.zeros(1))
             assert maximum == z.max()
 
 
 def test_a_softmax_is_right_down_to_the_smallest_normal_float() -> None:
     d = torch.linspace(-87, 0, 20_001)[None]
     got = torch.empty_like(d)
-    compiled.passes(d).softmax(d, torch.zeros(1), torch.zeros(1), out=got)
+    native.passes(d).softmax(d, torch.zeros(1), torch.zeros(1), out=got)
     torch.testing.assert_close(got.double(), d.double().exp(), rtol=2 * 2**-23, atol=0)
 
 
@@ -136,12 +137,12 @@ def test_a_fork_does_not_wait_for_threads_that_it_has_not(kit: SimpleNamespace) 
     """A child of a process that has used numba computes in torch."""
     case = kit.case(8, 6, 100, ignored=0.0)
     want = linear_logps(case.hidden, case.weight, case.labels)
-    assert compiled.passes(case.hidden) is not None
+    assert native.passes(case.hidden) is not None
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
 
     def child() -> None:
-        there = compiled.passes(case.hidden) is not None
+        there = native.passes(case.hidden) is not None
         answers.put((there, linear_logps(case.hidden, case.weight, case.labels).tolist()))
 
     process = context.Process(target=child)
@@ -157,9 +158,9 @@ def test_torchs_threads_stay_as_many_as_they_were() -> None:
     """Numba's pool sets OpenMP's number for the whole process, once: hence a process of its own."""
     script = """
 import torch
-from tvkd_fast.ops import compiled
+from tvkd_fast.ops.tiles import native
 torch.set_num_threads(1)
-assert compiled.passes(torch.zeros(1)) is not None
+assert native.passes(torch.zeros(1)) is not None
 print(torch.get_num_threads())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -167,16 +168,16 @@ print(torch.get_num_threads())
 
 
 def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
-    compiled._compiled.cache_clear()
-    assert compiled.passes(torch.zeros(1)) is None
-    compiled._compiled.cache_clear()
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    native._compiled.cache_clear()
+    assert native.passes(torch.zeros(1)) is None
+    native._compiled.cache_clear()
     monkeypatch.undo()
 
     def broken() -> None:
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(compiled_kernels, "compile_all", broken)
-    assert compiled.passes(torch.zeros(1)) is None
+    monkeypatch.setattr(numba_passes, "compile_all", broken)
+    assert native.passes(torch.zeros(1)) is None
     assert "numba is installed and cannot compile here" in caplog.text
-    compiled._compiled.cache_clear()
+    native._compiled.cache_clear()

@@ -25,7 +25,7 @@ from tvkd_fast.ops import (
     linear_lse,
     linear_soft_values,
     logps,
-    sparse,
+    sparse_logps,
 )
 
 D, V, FEATURES = 6, 30, 5
@@ -132,7 +132,7 @@ def test_opcheck_of_the_sparse_gradients(
 ) -> None:
     case = kit.case(11, D, V, dtype, bias=True, ignored=0.3)
     tensors = (case.hidden, case.weight, case.bias, case.labels)
-    values, *found, _ = sparse._sparse_logps(*tensors, *sparse_arguments(4.0))
+    values, *found, _ = sparse_logps._sparse_logps(*tensors, *sparse_arguments(4.0))
     upstream = case.upstream.to(values.dtype)
     torch.library.opcheck(ops.sparse_logps_gradients.default, (upstream, *tensors, *found, 4.0, 0.5, -100, *wants))
 

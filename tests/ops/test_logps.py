@@ -9,8 +9,9 @@ import torch
 from draws import draws
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tvkd_fast.ops import linear_logps, reference
+from tvkd_fast.ops import Head, linear_logps, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRANSFORMS: tuple[dict[str, Any], ...] = (
@@ -98,7 +99,7 @@ def test_nothing_but_ignored_rows(kit: SimpleNamespace, dtype: torch.dtype, bias
 def test_without_a_count_of_kept_rows_as_on_a_gpu(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     case = kit.case(23, 7, 31, ignored=0.4, bias=True, softcap=4.0)
     assert (case.labels == -100).any()
-    monkeypatch.setattr("tvkd_fast.ops.head.kept_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr("tvkd_fast.ops.torch_backend.kept_rows", lambda labels, ignore_index: None)
     grads = kit.logps_no_worse(case)
     assert (grads.hidden[case.labels == -100] == 0).all()
 
@@ -222,3 +223,24 @@ def test_no_rows_at_all(kit: SimpleNamespace, dtype: torch.dtype) -> None:
     assert results.hidden.shape == (0, 6)
     assert (results.weight == 0).all()
     assert (results.bias == 0).all()
+
+
+@pytest.mark.parametrize("grad_mode", ["exact", "sparse"])
+def test_a_head_stands_for_its_parts(kit: SimpleNamespace, grad_mode: str) -> None:
+    case = kit.case(7, 5, 40, bias=True, softcap=8.0, logit_scale=0.5)
+
+    def whole(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor, **transforms: Any) -> Tensor:
+        return linear_logps(hidden, Head(weight, bias, **transforms), labels, grad_mode=grad_mode)
+
+    def parts(*tensors: Tensor, **options: Any) -> Tensor:
+        return linear_logps(*tensors, grad_mode=grad_mode, **options)
+
+    for ours, theirs in zip(vars(kit.run(whole, case)).values(), vars(kit.run(parts, case)).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("beside", [{"bias": torch.zeros(9)}, {"softcap": 2.0}, {"logit_scale": 2.0}])
+def test_nothing_stands_beside_a_head(kit: SimpleNamespace, beside: dict[str, Any]) -> None:
+    case = kit.case(3, 4, 9)
+    with pytest.raises(ValueError, match="weight is a Head, which has a bias, a softcap and a logit_scale of its own"):
+        linear_logps(case.hidden, Head(case.weight), case.labels, **beside)

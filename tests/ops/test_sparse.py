@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.dice import Dice
 from tvkd_fast.ops import HeadStats, linear_logps, reference
-from tvkd_fast.ops.marked_blocks import Collected, Entries
+from tvkd_fast.ops.tiles.selected import Collected, Entries
 
 WIDE = {"max_tail": 1.0, "row_cap": 10**6}
 """Whatever the tail, and however many entries: nothing is computed exactly."""
@@ -274,7 +274,7 @@ def test_auto_is_sparse_or_exact_by_what_was_measured(kit: SimpleNamespace, monk
     case = kit.case(30, 12, 300)
     want = {"exact": kit.run(linear_logps, case), "sparse": kit.run(sparse(eps=2.0**-7), case)}
     for limit, mode in ((0.5, "exact"), (1e9, "sparse")):
-        monkeypatch.setattr("tvkd_fast.ops.sparse.break_even", lambda *_, limit=limit: limit)
+        monkeypatch.setattr("tvkd_fast.ops.sparse_logps.break_even", lambda *_, limit=limit: limit)
 
         def auto(*args: Any, **transforms: Any) -> Tensor:
             return linear_logps(*args, grad_mode="auto", eps=2.0**-7, **WIDE, **transforms)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tvkd_fast import HeadGradient, fused_linear_tvkd_loss
 from tvkd_fast.kernels.head import Head
-from tvkd_fast.ops import linear_logps, logps, pages, tiles
+from tvkd_fast.ops import linear_logps, logps
+from tvkd_fast.ops.tiles import exact, huge_pages
 
 
 def keeping(megabytes: int) -> Any:
@@ -50,24 +51,24 @@ def test_no_worse_whatever_is_kept(
 ) -> None:
     case = kit.case(*shape, dtype, seed=seed, bias=bias, softcap=softcap, logit_scale=scale, ignored=ignored)
     with kit.tile_sizes(floats, rows), pytest.MonkeyPatch.context() as patch:
-        room = tiles.room_for_logits
+        room = exact.room_for_logits
 
         def some(hidden: Tensor, head: Head, kept: Tensor | None, megabytes: int) -> Tensor:
             """As if the workspace were smaller than a MiB, as these shapes are."""
             whole = room(hidden, head, kept, megabytes)
-            block = tiles.rows_of_a_tile(whole.shape[0], hidden.shape[1])
+            block = exact.rows_of_a_tile(whole.shape[0], hidden.shape[1])
             fitting = int(share * whole.shape[0])
             return whole if fitting >= whole.shape[0] else whole[: fitting // block * block]
 
-        patch.setattr(tiles, "room_for_logits", some)
+        patch.setattr(exact, "room_for_logits", some)
         kit.logps_no_worse(case, keeping(1))
 
 
 @pytest.mark.parametrize("kept", [0, 8, 24])
 def test_what_is_kept_is_not_computed_again(kit: SimpleNamespace, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = kit.case(24, 10, 70, ignored=0.0)
-    room = tiles.room_for_logits
-    monkeypatch.setattr(tiles, "room_for_logits", lambda *args: room(*args)[:kept])
+    room = exact.room_for_logits
+    monkeypatch.setattr(exact, "room_for_logits", lambda *args: room(*args)[:kept])
     with kit.tile_sizes(512, 8), kit.Watch() as watch:
         kit.run(keeping(1), case)
     assert watch.multiply_adds == (4 * 24 - kept) * 10 * 70
@@ -77,11 +78,11 @@ def test_room_is_whole_blocks_of_rows_or_all(kit: SimpleNamespace) -> None:
     head = Head(torch.zeros(2**18, 8))
     for count, megabytes, rows in ((10, 0, 0), (10, 4, 4), (10, 9, 8), (10, 10, 10), (3, 2, 0), (3, 3, 3), (0, 5, 0)):
         with kit.tile_sizes(2**20, 4):
-            room = tiles.room_for_logits(torch.zeros(count, 8), head, None, megabytes)
+            room = exact.room_for_logits(torch.zeros(count, 8), head, None, megabytes)
             assert room.shape == (rows, 2**18), (count, megabytes)
     with kit.tile_sizes(2**20, 4):
-        assert tiles.room_for_logits(torch.zeros(99, 8), head, torch.arange(4), 99).shape[0] == 4
-        assert tiles.room_for_logits(torch.zeros(9, 8).double(), head, None, 9).shape[0] == 4
+        assert exact.room_for_logits(torch.zeros(99, 8), head, torch.arange(4), 99).shape[0] == 4
+        assert exact.room_for_logits(torch.zeros(9, 8).double(), head, None, 9).shape[0] == 4
 
 
 def test_two_backwards_through_the_same_logits(kit: SimpleNamespace) -> None:
@@ -98,8 +99,8 @@ def test_nothing_is_kept_where_nothing_is_learnt_or_the_head_is_frozen(kit: Simp
     case = kit.case(9, 6, 50)
     with pytest.MonkeyPatch.context() as patch:
         asked = []
-        room = tiles.room_for_logits
-        patch.setattr(tiles, "room_for_logits", lambda *args: asked.append(args[-1]) or room(*args))
+        room = exact.room_for_logits
+        patch.setattr(exact, "room_for_logits", lambda *args: asked.append(args[-1]) or room(*args))
         linear_logps(case.hidden, case.weight, case.labels, workspace_mb=1)
         linear_logps(case.hidden.clone().requires_grad_(), case.weight, case.labels, workspace_mb=1)
         assert not any(asked)
@@ -131,7 +132,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 
 def test_triton_keeps_no_logits(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps, "takes_triton", lambda *_: True)
+    monkeypatch.setattr(logps, "resolve", lambda *_: "triton")
     case = kit.case(3, 4, 9)
     with pytest.raises(ValueError, match=r"workspace_mb is the torch tiles': .*; leave it 0, or take impl='torch'"):
         linear_logps(case.hidden, case.weight.requires_grad_(), case.labels, workspace_mb=1)
@@ -139,15 +140,15 @@ def test_triton_keeps_no_logits(kit: SimpleNamespace, monkeypatch: pytest.Monkey
 
 def test_large_tensors_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(pages, "_madvise", lambda: lambda start, size, advice: asked.append((start, size)))
-    x = pages.large_empty(torch.zeros(1), (3 * 2**19 + 5, 2))
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda start, size, advice: asked.append((start, size)))
+    x = huge_pages.large_empty(torch.zeros(1), (3 * 2**19 + 5, 2))
     ((start, size),) = asked
-    assert start % pages.HUGE == 0
-    assert size % pages.HUGE == 0
+    assert start % huge_pages.HUGE == 0
+    assert size % huge_pages.HUGE == 0
     assert x.data_ptr() <= start < start + size <= x.data_ptr() + x.nbytes
-    assert size >= x.nbytes - 2 * pages.HUGE
-    assert pages.large_empty(torch.zeros(1), (5,)).shape == (5,)
-    assert pages.large_empty(torch.zeros(1, device="meta"), (2**20, 4), torch.float64).dtype == torch.float64
+    assert size >= x.nbytes - 2 * huge_pages.HUGE
+    assert huge_pages.large_empty(torch.zeros(1), (5,)).shape == (5,)
+    assert huge_pages.large_empty(torch.zeros(1, device="meta"), (2**20, 4), torch.float64).dtype == torch.float64
     assert len(asked) == 1
-    monkeypatch.setattr(pages, "_madvise", lambda: None)
-    assert pages.large_empty(torch.zeros(1), (2**20, 2)).shape == (2**20, 2)
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: None)
+    assert huge_pages.large_empty(torch.zeros(1), (2**20, 2)).shape == (2**20, 2)

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import shutil
@@ -83,6 +84,28 @@ def test_the_best_stays_beside_the_newest(tmp_path):
         save(tmp_path, step, model, optimizer, {}, keep=1, score=score)
     # Of equal ones the newer.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000006"]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_score_that_is_not_finite_is_never_the_best(place, tmp_path):
+    model, optimizer = made()
+    for bad in (math.nan, math.inf, -math.inf):
+        scores = [0.2, 0.1]
+        scores.insert(place, bad)
+        for step, score in enumerate(scores, start=1):
+            save(tmp_path, step, model, optimizer, {}, keep=3, score=score)
+        best = Checkpoints(tmp_path, ALONE, keep=3).best()
+        assert best.name == ("step-000002" if place == 0 else "step-000001")
+        assert json.loads((tmp_path / f"step-{place + 1:06d}" / "state.json").read_text())["score"] is None
+
+
+def test_the_best_of_a_folder_in_which_a_score_was_written_as_nan(tmp_path):
+    model, optimizer = made()
+    for step, score in enumerate((0.1, 0.2, 0.15), start=1):
+        save(tmp_path, step, model, optimizer, {}, keep=3, score=score)
+    state = tmp_path / "step-000003" / "state.json"
+    state.write_text(state.read_text().replace("0.15", "NaN"))
+    assert Checkpoints(tmp_path, ALONE, keep=3).best().name == "step-000002"
 
 
 def test_only_the_newest_are_kept(tmp_path):

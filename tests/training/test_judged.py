@@ -11,7 +11,7 @@ from tvkd_fast.cli import main
 from tvkd_fast.data import MicroBatching, build_dataset, collate_pairs
 from tvkd_fast.models import load_tokenizer
 from tvkd_fast.training.config import ModelConfig
-from tvkd_fast.training.evaluate import measure
+from tvkd_fast.training.evaluate import evaluate, measure
 from tvkd_fast.training.judged import Judged, by_row, compared, judge_pairs, table
 from tvkd_fast.training.pages import html_page, markdown_page
 from tvkd_fast.training.run_models import load_policy
@@ -35,6 +35,20 @@ def bench(tmp_path):
     path = tmp_path / "bench.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_a_pair_that_is_scored_as_nan_is_no_wrong_one(pairs, monkeypatch):
+    dataset, policy = pairs
+    numbers = torch.tensor([[-1.0, -2.0, math.nan], [-2.0, -1.0, -2.0]], dtype=torch.float64)
+    for module in ("judged", "evaluate"):
+        found = numbers if module == "judged" else torch.zeros(7, 3).double().index_fill(0, torch.tensor([0]), math.nan)
+        monkeypatch.setattr(f"tvkd_fast.training.{module}.measure", lambda *args, found=found, **kwargs: found)
+    few = [dataset[i] for i in range(3)]
+    with pytest.raises(ValueError, match=rf"m scores 1 of 3 pairs as NaN, the first of them {few[2].row}"):
+        judge_pairs("m", policy, few)
+    figures = evaluate(policy, few)
+    assert math.isnan(figures.accuracy)
+    assert "accuracy" not in figures.known()
 
 
 @pytest.mark.parametrize("how", ["mean", "sum", "norm", "reference"])

@@ -1,8 +1,9 @@
 """Where results go is made, and tried, before the work; what cannot be written is said in a line with its path."""
 
 import json
+import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tvkd_fast import cli
 from tvkd_fast.cli import main
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer
+from tvkd_fast.models.adapter_folder import adapter_folder
 from tvkd_fast.training.build import best_checkpoint
-from tvkd_fast.training.config import DataConfig, EvalConfig, ExplainConfig, LoraConfig, ScoreConfig, TrainConfig
+from tvkd_fast.training.config import (
+    DataConfig,
+    EvalConfig,
+    ExplainConfig,
+    LoraConfig,
+    ScoreConfig,
+    TrainConfig,
+    from_record,
+    to_record,
+)
+from tvkd_fast.training.evaluate import Evaluation
 from tvkd_fast.training.export import export
 from tvkd_fast.training.road import DemoConfig
 
@@ -131,6 +143,27 @@ def test_the_best_checkpoint_is_named_and_becomes_a_model(make_config, run):
         export(last)
 
 
+def test_an_evaluation_that_is_not_finite_is_reported_and_never_the_best(make_config, run, monkeypatch, capsys):
+    evaluations = iter([math.nan, 0.25, math.nan])
+
+    def evaluate(*args, **kwargs):
+        return Evaluation(pairs=1, accuracy=next(evaluations), accuracy_ci=0.0, margin=0.0, margin_ci=0.0)
+
+    monkeypatch.setattr("tvkd_fast.training.trainer.evaluate", evaluate)
+    config = make_config(**KEEPS | {"save_every": 2, "max_steps": 6, "objective": "dpo", "keep_checkpoints": 1})
+    with pytest.warns(UserWarning, match="is never the best") as warned:
+        run(config)
+    assert "eval/accuracy is nan at step 2: its checkpoint is never the best" in str(warned[0].message)
+    assert best_checkpoint(config).name == "step-000004"
+    monkeypatch.setattr(
+        "tvkd_fast.cli.TrainConfig", lambda **fields: replace(config, output_dir=f"{config.output_dir}2")
+    )
+    evaluations = iter([math.nan] * 3)
+    with pytest.warns(UserWarning, match="never the best"):
+        cli.run("train", {})
+    assert "best by accuracy: none, since no checkpoint on disk has a finite accuracy" in capsys.readouterr().out
+
+
 def test_adapters_are_merged_into_an_export_as_into_final(make_config, run, tmp_path, capsys):
     pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
     config = make_config(objective="dpo", lora=LoraConfig(rank=2), student_layers=2, max_steps=2)
@@ -159,8 +192,42 @@ def test_a_checkpoint_is_told_from_a_model(make_config, run, model_folder, tmp_p
         export(out)
     os.rename(config.policy, tmp_path / "aside")
     os.rename(model_folder(seed=9), config.policy)
-    with pytest.raises(ValueError, match="is another model now"):
+    with pytest.raises(ValueError, match="is another model than the one"):
         export(step)
+    assert export(step, policy=tmp_path / "aside").is_dir()
+    os.rename(config.policy, tmp_path / "another")
+    with pytest.raises(ValueError, match=rf"no model at {config.policy}: .* --policy says where it is now"):
+        export(step, tmp_path / "model")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_by_relative_paths_is_exported_from_anywhere(rank, make_config, run, tmp_path, monkeypatch):
+    if rank:
+        pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
+    config = make_config(objective="dpo", max_steps=1, lora=LoraConfig(rank=rank))
+    monkeypatch.chdir(Path(config.policy).parent)
+    data = replace(config.data, train=os.path.relpath(str(config.data.train)))
+    run(replace(config, policy=Path(config.policy).name, data=data))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    step = Path(config.output_dir) / "checkpoints" / "step-000001"
+    recorded = json.loads((step / "state.json").read_text())["config"]
+    assert recorded["policy"] == config.policy
+    assert Path(recorded["data"]["train"]).is_absolute()
+    folder = export(step, tmp_path / "model")
+    final = Path(config.output_dir) / "final"
+    assert fingerprint_weights(load_model(folder)) == fingerprint_weights(load_model(final))
+    assert str(tmp_path) not in (folder / "README.md").read_text()
+    if rank:
+        assert adapter_folder(str(Path(config.output_dir) / "adapter")).base == config.policy
+
+
+def test_names_that_are_no_place_here_are_recorded_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    config = TrainConfig(policy="smollm2-135m", teacher="org/name", output_dir="run", data=DataConfig(train="org/set"))
+    assert to_record(config) == asdict(config)
+    assert from_record(TrainConfig, to_record(config)) == config
 
 
 def test_passes_over_the_data_are_whole(make_config, run):

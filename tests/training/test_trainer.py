@@ -362,7 +362,7 @@ def test_epochs_count_steps_where_none_are_given(make_config, run):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("epochs", 0, "epochs must be positive"),
+        ("epochs", 0, "epochs must be a positive number"),
         ("eval_every", 5, r"need held-out pairs: set --data\.eval"),
         ("max_steps", 0, "max_steps must be at least 1"),
         ("pairs_per_step", 0, "pairs_per_step must be at least 1"),
@@ -375,7 +375,7 @@ def test_impossible_settings_are_refused(field, value, message):
 
 
 def test_a_rate_that_learns_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"lr must be positive, got 0: set --optim\.lr"):
+    with pytest.raises(ValueError, match=r"lr must be a positive number, got 0: set --optim\.lr"):
         OptimConfig(lr=0)
 
 

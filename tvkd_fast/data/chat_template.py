@@ -17,6 +17,10 @@ dataset would change overnight, and what was scored, trained or resumed with the
 _MARK = "\ue000"
 """A private character, which no template writes of its own or trims."""
 _USER, _ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
+}
 _TRIED = ([_USER, _ANSWER], [{"role": "system", "content": "a"}, _USER, _ANSWER])
 
 
@@ -42,23 +46,41 @@ def _on_the_day(template: str) -> str:
     )
 
 
-def template_tail(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes behind the last answer, its end and what follows it; "" where it cannot be seen."""
+def template_tails(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns what the tokenizer's templates write behind the last answer: its end and what follows it.
+
+    Each named template is asked, with tools and without, since they may end turns in ways of their own. Left out are
+    tails that cannot be seen.
+    """
+    templates = tokenizer.chat_template
+    names: list[str | None] = [*templates] if isinstance(templates, dict) else [None]
+    asked = [{"chat_template": name, "tools": tools} for name in names for tools in (None, [_TOOL])]
+    tails = (_tail_of_the_first_that_is_written(tokenizer, options) for options in asked)
+    return list(dict.fromkeys(tail for tail in tails if tail))
+
+
+def tail_behind(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: Any) -> str:
+    """Returns what the template writes behind the last of these messages, "" where it leaves that out.
+
+    Of a message that carries more than its content, which the template may write on either side of it, the tail is that
+    of an answer that does not.
+    """
+    *before, last = messages
+    if last.keys() - {"role", "content"}:
+        return _tail_of_the_first_that_is_written(tokenizer, options)
+    marked = [*before, {**last, "content": last["content"] + _MARK}]
+    written = str(apply_template(tokenizer, marked, tokenize=False, **options))
+    return written.rpartition(_MARK)[2] if _MARK in written else ""
+
+
+def _tail_of_the_first_that_is_written(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
     for messages in _TRIED:
         try:
-            return tail_behind(tokenizer, messages)
+            return tail_behind(tokenizer, messages, **options)
         except _refusals():
             # Some want a system's turn first. What is wrong with a template is said of the row that it refuses.
             continue
     return ""
-
-
-def tail_behind(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: Any) -> str:
-    """What the template writes behind the last of these messages, "" where it leaves that out."""
-    *before, last = messages
-    marked = [*before, {**last, "content": last["content"] + _MARK}]
-    written = str(apply_template(tokenizer, marked, tokenize=False, **options))
-    return written.rpartition(_MARK)[2] if _MARK in written else ""
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -25,10 +25,14 @@ from tvkd_fast.data.formats import (
     to_preference,
 )
 from tvkd_fast.data.packing import MicroBatching
-from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
+from tvkd_fast.data.row_pairs import by_row, share_prompt, truncate_row
+from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_ANOTHER = "another pair of the row was dropped"
+"""A row of several pairs is judged by all of them, and would be easier without one."""
 
 
 @dataclass(frozen=True)
@@ -148,36 +152,31 @@ def build_dataset(
     loaded = _load(source, split, subset, limit, bad_pairs, read)
     dropped = Counter(loaded.dropped)
     dropped_overlong = 0
-    lost: set[str] = set()
     first_dropped: BadPair | None = None
     made: list[tuple[TokenizedPair, bool, Preference]] = []
-    for pair in _with_progress(loaded.pairs, progress):
+    for texts in by_row(_with_progress(loaded.pairs, progress)):
         try:
-            whole = to_tokens(pair)
+            whole = share_prompt([to_tokens(text) for text in texts])
         except BadPair as bad:
             if bad_pairs == "error":
                 raise bad.that_stops() from None
             first_dropped = first_dropped or bad
-            dropped[bad.reason] += 1
-            lost.add(pair.row)
+            dropped += Counter({bad.reason: 1, _ANOTHER: len(texts) - 1})
             continue
         try:
-            kept, was_cut = truncate_pair(whole, max_length=max_length, truncation=truncation)
+            kept = truncate_row(whole, max_length=max_length, truncation=truncation)
             if batching is not None:
-                batching.check_fits(kept)
+                for pair, _ in kept:
+                    batching.check_fits(pair)
         except BadPair as bad:
             if overlong == "error":
                 raise
             first_dropped = first_dropped or bad
             dropped_overlong += 1
-            lost.add(pair.row)
+            dropped += Counter({_ANOTHER: len(texts) - 1})
             continue
-        made.append((kept, was_cut, pair))
-    # A row of several pairs is judged by all of them, and would be easier without one.
-    complete = [entry for entry in made if entry[0].row not in lost]
-    if len(complete) < len(made):
-        dropped["another pair of the row was dropped"] += len(made) - len(complete)
-    pairs = [kept for kept, _, _ in complete]
+        made += [(pair, was_cut, text) for (pair, was_cut), text in zip(kept, texts, strict=True)]
+    pairs = [pair for pair, _, _ in made]
     if not pairs:
         raise ValueError(f"{source}: no pair is left of {len(loaded.pairs)}; the first one dropped was {first_dropped}")
     report = report_of(
@@ -185,12 +184,12 @@ def build_dataset(
         source=loaded.source,
         max_length=max_length,
         truncation=truncation,
-        truncated=sum(was_cut for _, was_cut, _ in complete),
+        truncated=sum(was_cut for _, was_cut, _ in made),
         dropped_overlong=dropped_overlong,
         dropped_bad=dict(dropped),
     )
     _warn_of_templates(pairs, report)
-    return PairDataset(pairs, report, [text for _, _, text in complete])
+    return PairDataset(pairs, report, [text for _, _, text in made])
 
 
 def report_of(pairs: Sequence[TokenizedPair], **counts: Any) -> TokenReport:
@@ -268,15 +267,19 @@ def _load(
     return LoadedPreferences(pairs, {}, source)
 
 
+def written_before(row: str, count: int = 1) -> str:
+    """The warning about text that a chat template has written already; `row` is the first of `count` rows."""
+    rows = f"{row}, and of {count:,} rows in all," if count > 1 else row
+    return (
+        f"the text of {rows} holds special tokens, as if a chat template had written it already: no second beginning "
+        "or end is added. Give prompts and answers as messages to have the model's own template write them"
+    )
+
+
 def _warn_of_templates(pairs: Sequence[TokenizedPair], report: TokenReport) -> None:
     if report.written_before:
         first = next(pair for pair in pairs if pair.written_before)
-        warnings.warn(
-            f"the text of {first.row}, and of {report.written_before:,} rows in all, holds special tokens, as if a "
-            "chat template had written it already: no second beginning or end is added. Give prompts and answers as "
-            "messages to have the model's own template write them",
-            stacklevel=3,
-        )
+        warnings.warn(written_before(first.row, report.written_before), stacklevel=3)
 
 
 def _with_progress(items: list[Preference], progress: bool) -> Iterable[Preference]:

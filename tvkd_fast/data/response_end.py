@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from tvkd_fast.data.chat_template import template_tail
+from tvkd_fast.data.chat_template import template_tails
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class TurnEnd:
+    """How a template ends a turn: the tokens that close it, of which the last is the end, and the ids behind that."""
+
+    closing: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
 class ResponseEnds:
     """A response ends with the first of the model's stop ids behind which only template text follows.
 
-    Stop ids are the tokenizer's end of sequence, the ids at which the model's generation config ends, and the token
-    that the chat template ends a turn with. Template text is white space, further stop ids, and what the template is
-    seen to write behind the end of a turn.
+    Stop ids are the tokenizer's end of sequence, the ids at which the model's generation config ends, and the tokens
+    that the chat templates end a turn with, each of them with tools and without. Template text is white space, further
+    stop ids, and what a template is seen to write behind the end of a turn. A response without an end gets the end of
+    sequence.
 
     Args:
         tokenizer: a transformers tokenizer with an end-of-sequence token.
@@ -46,12 +56,12 @@ class ResponseEnds:
         """Ids that end a response in text. One at which generation ends and which ordinary text may hold, a newline,
         is none of them."""
         known = {self.eos_id, *(self.generation_ids & self._atomic)}
-        return frozenset(known if self._turn_end is None else {*known, self._turn_end[0]})
+        return frozenset(known | {end.closing[-1] for end in self._turn_ends})
 
     @property
-    def settings(self) -> tuple[list[int], list[int]]:
+    def settings(self) -> tuple[list[int], list[tuple[int, ...]]]:
         """What decides where a response ends, to be compared."""
-        return sorted(self.stop_ids), [] if self._turn_end is None else self._turn_end[1]
+        return sorted(self.stop_ids), sorted(end.closing + end.behind for end in self._turn_ends)
 
     @property
     def generation_stops(self) -> list[int]:
@@ -68,23 +78,38 @@ class ResponseEnds:
         return next((i for i, token in enumerate(ids) if not self._is_blank(token)), len(ids))
 
     def more_than_the_template_writes(self, behind: Sequence[int]) -> bool:
-        """Whether the ids behind a response's end hold another one that the template does not write by itself: the
-        answer brought its own along."""
-        stops, after = self.stop_ids, [] if self._turn_end is None else self._turn_end[1]
-        return sum(i in stops for i in behind) > sum(i in stops for i in after)
+        """Whether the ids behind a response's end hold another one that no template writes by itself: the answer
+        brought its own along."""
+        written = [sum(i in self.stop_ids for i in end.behind) for end in self._turn_ends]
+        return sum(i in self.stop_ids for i in behind) > max(written, default=0)
 
     def _end(self, ids: Sequence[int]) -> int | None:
-        after = [] if self._turn_end is None else self._turn_end[1]
-        length = len(ids)
-        if after and list(ids[-len(after) :]) == after and set(ids[: -len(after)][-1:]) & self.stop_ids:
-            length -= len(after)
-        found = None
-        for i in reversed(range(length)):
+        start, found = self._written_end(tuple(ids))
+        for i in reversed(range(start)):
             if ids[i] in self.stop_ids:
                 found = i
             elif not self._is_blank(ids[i]):
                 break
         return found
+
+    def _written_end(self, ids: tuple[int, ...]) -> tuple[int, int | None]:
+        """Returns where the end that a template has written begins, and its last closing token.
+
+        A template's whole end is known, so that what comes first in it, and ends turns of another template, is none.
+        Without such an end: the length, and None.
+        """
+        found: list[tuple[int, int | None]] = [(len(ids), None)]
+        for end in self._turn_ends:
+            for behind in {end.behind, ()}:
+                last = len(ids) - len(behind) - 1
+                if last < 0 or ids[last + 1 :] != behind:
+                    continue
+                first = last + 1 - len(end.closing)
+                if first >= 0 and ids[first : last + 1] == end.closing:
+                    found.append((first, last))
+                elif ids[last] in self.stop_ids:
+                    found.append((last, last))
+        return min(found, key=lambda place: place[0])
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
@@ -92,17 +117,19 @@ class ResponseEnds:
         return self._blank[token]
 
     @cached_property
-    def _turn_end(self) -> tuple[int, list[int]] | None:
-        """The token that the template ends a turn with, and the ids of what it writes behind that."""
-        if not self.tokenizer.chat_template:
-            return None
-        tail = template_tail(self.tokenizer)
-        ids = list(self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]) if tail else []
+    def _turn_ends(self) -> list[TurnEnd]:
+        """How the tokenizer's templates end a turn, where they do so with a token of its own."""
+        tails = template_tails(self.tokenizer) if self.tokenizer.chat_template else []
+        ends = (self._turn_end(tail) for tail in tails)
+        return list(dict.fromkeys(end for end in ends if end is not None))
+
+    def _turn_end(self, tail: str) -> TurnEnd | None:
+        ids = list(self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"])
         # A character that the vocabulary lacks is no end, whatever id stands for it.
         ends = {self.eos_id, *(self._atomic - {self.tokenizer.unk_token_id})}
         first = next((i for i, token in enumerate(ids) if token in ends), None)
         if first is None:
             return None
         # Cohere's closes the response and then the turn; Phi's ends the turn, and a line later the text.
-        last = next((i for i in range(first, len(ids)) if ids[i] not in ends), len(ids)) - 1
-        return ids[last], ids[last + 1 :]
+        behind = next((i for i in range(first, len(ids)) if ids[i] not in ends), len(ids))
+        return TurnEnd(tuple(ids[first:behind]), tuple(ids[behind:]))

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tvkd_fast.data.dataset import PairDataset, report_of
 from tvkd_fast.data.formats import BadPair, Message, Preference
+from tvkd_fast.data.row_pairs import by_row, share_prompt, truncate_row
 from tvkd_fast.data.template_columns import carried
-from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
+from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,17 +61,15 @@ def retokenize(
     pairs: list[TokenizedPair] = []
     bad: list[BadPair] = []
     truncated = 0
-    for pair, text in zip(dataset, dataset.texts, strict=True):
+    for row, texts in zip(by_row(dataset), by_row(dataset.texts), strict=True):
         try:
-            _check_carried(text)
-            _check_special(text, apart)
-            own = _own(_as_far_as_the_policy(pair, text, ours), pair, theirs)
-            own, was_cut = truncate_pair(own, max_length=max_length, truncation=dataset.report.truncation)
+            whole = [_rewritten(pair, text, ours, theirs, apart) for pair, text in zip(row, texts, strict=True)]
+            cut = truncate_row(share_prompt(whole), max_length=max_length, truncation=dataset.report.truncation)
         except BadPair as refused:
             bad.append(refused)
             continue
-        truncated += was_cut
-        pairs.append(own)
+        truncated += sum(was_cut for _, was_cut in cut)
+        pairs += [pair for pair, _ in cut]
     if bad:
         more = f", and {len(bad) - 1:,} more rows" if len(bad) > 1 else ""
         raise BadPair(
@@ -94,6 +93,14 @@ def _teachers(tokenizer: PreTrainedTokenizerBase, chat_template: Template, stop_
         return PairTokenizer(tokenizer, chat_template=chat_template, stop_ids=stop_ids)
     except ValueError as error:
         raise ValueError(f"of the teacher: {error}") from error
+
+
+def _rewritten(
+    pair: TokenizedPair, text: Preference, ours: PairTokenizer, theirs: PairTokenizer, apart: frozenset[str]
+) -> TokenizedPair:
+    _check_carried(text)
+    _check_special(text, apart)
+    return _own(_as_far_as_the_policy(pair, text, ours), pair, theirs)
 
 
 def _check_carried(text: Preference) -> None:

@@ -8,7 +8,7 @@ nulls, and the second are parsed, so that a row is what it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,18 +40,31 @@ def rows_of(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Iterator[
     for batch in batches:
         types = {field.name: field.type for field in batch.schema}
         for row in batch.to_pylist():
-            yield {name: _as_written(value, types[name]) for name, value in row.items()}
+            yield {name: _as_written(value, types[name], json.loads) for name, value in row.items()}
 
 
-def _as_written(value: Any, kind: pyarrow.DataType) -> Any:
-    import pyarrow
+def decoded_row(row: Mapping[str, Any], features: datasets.Features | None) -> dict[str, Any]:
+    """The same of a row that `datasets` has decoded, as `map` gives it to a function. A stream may have no features."""
+    if features is None:
+        return dict(row)
+    types = {field.name: field.type for field in features.arrow_schema}
+    return {
+        name: _as_written(value, types[name], lambda parsed: parsed) if name in types else value
+        for name, value in row.items()
+    }
+
+
+def _as_written(value: Any, kind: pyarrow.DataType, parse: Callable[[Any], Any]) -> Any:
+    from pyarrow import JsonType, types
 
     if value is None:
         return None
-    if isinstance(kind, pyarrow.JsonType):
-        return json.loads(value)
-    if pyarrow.types.is_struct(kind):
-        return {f.name: _as_written(value[f.name], f.type) for f in kind if value[f.name] is not None}
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
-        return [_as_written(item, kind.value_type) for item in value]
+    if isinstance(kind, JsonType):
+        return parse(value)
+    if types.is_struct(kind):
+        return {f.name: _as_written(value[f.name], f.type, parse) for f in kind if value[f.name] is not None}
+    if types.is_map(kind):
+        return {key: _as_written(item, kind.item_type, parse) for key, item in value}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_as_written(item, kind.value_type, parse) for item in value]
     return value

@@ -5,12 +5,13 @@ from tvkd_fast.distributed.load import fill, local
 from tvkd_fast.distributed.recompute import Recompute, checkpoint_activations
 from tvkd_fast.distributed.shard import shard_policy, sync_gradients, whole, whole_weights
 from tvkd_fast.distributed.vocabulary import can_share_vocabulary
-from tvkd_fast.distributed.world import World, joined
+from tvkd_fast.distributed.world import World, check_replicas, joined
 
 __all__ = [
     "Recompute",
     "World",
     "can_share_vocabulary",
+    "check_replicas",
     "checkpoint_activations",
     "fill",
     "joined",

@@ -79,6 +79,15 @@ class World:
             distributed.barrier(group=self.host)
 
 
+def check_replicas(replicas: int, processes: int) -> None:
+    """ValueError where the processes cannot be grouped into so many replicas of equal size."""
+    if replicas < 1 or processes % replicas:
+        raise ValueError(
+            f"{replicas} replicas do not divide {processes} processes: give a divisor of {processes} as "
+            "--parallel.replicas"
+        )
+
+
 @contextmanager
 def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0) -> Iterator[World]:
     """The world that torchrun's variables name, left again at the end.
@@ -92,8 +101,7 @@ def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0)
         ValueError: `replicas` does not divide the number of processes, or there are more than GPUs.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if replicas < 1 or size % replicas:
-        raise ValueError(f"{replicas} replicas do not divide {size} processes: give a divisor of {size}")
+    check_replicas(replicas, size)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if size > 1 and device.type == "cuda" and local >= torch.cuda.device_count():
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tvkd_fast.losses import check_discount, check_preference_settings
 from tvkd_fast.losses.shaping import TERMINALS
-from tvkd_fast.ops import check_kappa
+from tvkd_fast.ops import Head, check_kappa
 from tvkd_fast.ops.dispatch import check_impl
 from tvkd_fast.ops.values import check_value_from
 
@@ -42,11 +42,11 @@ def check_settings(
 
 def check_sources(
     teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
+    teacher_weight: Tensor | Head | None,
     cu_states: Tensor | None,
     ref_logps: Tensor | None,
     ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
+    ref_weight: Tensor | Head | None,
     psi: Tensor | None,
     ended: Tensor | None,
     alpha: float,

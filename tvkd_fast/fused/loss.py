@@ -28,8 +28,8 @@ from tvkd_fast.losses import TVKDOutput
 from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_soft_values
 from tvkd_fast.ops.checks import check_labels, check_transforms
-from tvkd_fast.ops.dispatch import Impl
-from tvkd_fast.ops.head import head_input
+from tvkd_fast.ops.dispatch import Impl, resolve
+from tvkd_fast.ops.inputs import as_head, head_input
 from tvkd_fast.ops.logps import left_for_backward
 from tvkd_fast.ops.values import ValueFrom
 
@@ -38,16 +38,16 @@ EXACT = HeadGradient()
 
 def fused_linear_tvkd_loss(
     policy_hidden: Tensor,
-    policy_weight: Tensor,
+    policy_weight: Tensor | Head,
     labels: Tensor,
     cu_seqlens: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: Tensor | Head | None = None,
     cu_states: Tensor | None = None,
     *,
     ref_logps: Tensor | None = None,
     ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
+    ref_weight: Tensor | Head | None = None,
     psi: Tensor | None = None,
     ended: Tensor | None = None,
     policy_bias: Tensor | None = None,
@@ -86,7 +86,8 @@ def fused_linear_tvkd_loss(
 
     Args:
         policy_hidden: [N, D] packed, or [2P, T, D]. bfloat16, float16, float32 or float64, as all states here.
-        policy_weight: [V, D] the policy's head, of policy_hidden's dtype and device.
+        policy_weight: [V, D] the policy's head, of policy_hidden's dtype and device. Here and for teacher and reference
+            a `Head` may stand, which has bias, softcap and logit_scale with it.
         labels: (N,) or [2P, T] int64 token ids in [0, V), or `ignore_index`.
         cu_seqlens: (2P+1,) int boundaries of the packed responses; None for padded inputs.
         teacher_hidden: [M, D] packed, s_0 of each response first, or [2P, T+1, D]. The teacher's tokens may be its own
@@ -144,7 +145,7 @@ def fused_linear_tvkd_loss(
     )
     flat_labels = labels.flatten()
     with naming("policy"):
-        hidden, head = head_input(rows_of(policy_hidden), Head(policy_weight, policy_bias, softcap, logit_scale))
+        hidden, head = head_input(rows_of(policy_hidden), as_head(policy_weight, policy_bias, softcap, logit_scale))
         check_labels(flat_labels, hidden)
     check_transforms("fused_linear_tvkd_loss", hidden, head.weight, head.bias)
 
@@ -154,11 +155,8 @@ def fused_linear_tvkd_loss(
         with naming("reference"), torch.no_grad():
             ref_token_logps = linear_logps(
                 rows_of(ref_hidden),
-                ref_weight,
+                _reference_head(ref_weight, ref_bias, ref_softcap, ref_logit_scale, head),
                 flat_labels,
-                bias=ref_bias,
-                softcap=softcap if ref_softcap == "policy" else ref_softcap,
-                logit_scale=logit_scale if ref_logit_scale == "policy" else ref_logit_scale,
                 ignore_index=ignore_index,
                 impl=impl,
             )
@@ -171,10 +169,7 @@ def fused_linear_tvkd_loss(
         with naming("teacher"):
             values = linear_soft_values(
                 rows_of(teacher_hidden),
-                teacher_weight,
-                bias=teacher_bias,
-                softcap=teacher_softcap,
-                logit_scale=teacher_logit_scale,
+                as_head(teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale),
                 kappa=kappa,
                 value_scale=beta if value_scale is None else value_scale,
                 value_from=value_from,
@@ -200,18 +195,16 @@ def fused_linear_tvkd_loss(
         )
         logps = linear_logps(
             hidden,
-            head.weight,
+            head,
             flat_labels,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
             ignore_index=ignore_index,
             stats=stats,
             impl=impl,
             **asdict(gradient),
         )
         return torch_epilogue(logps, given)[0]
-    workspace, streamed = left_for_backward(hidden, head, gradient, impl)
+    resolved = resolve(impl, hidden)
+    workspace, streamed = left_for_backward(hidden, head, gradient, resolved)
     numbers = fused_op(
         hidden,
         head.weight,
@@ -221,7 +214,7 @@ def fused_linear_tvkd_loss(
         head.softcap,
         head.logit_scale,
         ignore_index,
-        impl,
+        resolved,
         workspace,
         streamed,
         ref_token_logps,
@@ -237,3 +230,26 @@ def fused_linear_tvkd_loss(
         label_smoothing,
     )
     return TVKDOutput(*numbers[:7])
+
+
+def _reference_head(
+    weight: Tensor | Head,
+    bias: Tensor | None,
+    softcap: float | Literal["policy"] | None,
+    logit_scale: float | Literal["policy"],
+    policy: Head,
+) -> Head:
+    """The reference's head; what is "policy" is the policy's, but where a whole `Head` was given."""
+    if isinstance(weight, Head):
+        return as_head(
+            weight,
+            bias,
+            None if softcap == "policy" else softcap,
+            1.0 if logit_scale == "policy" else logit_scale,
+        )
+    return Head(
+        weight,
+        bias,
+        policy.softcap if softcap == "policy" else softcap,
+        policy.logit_scale if logit_scale == "policy" else logit_scale,
+    )

@@ -10,7 +10,7 @@ from tvkd_fast.fused.checks import check_settings
 from tvkd_fast.fused.loss import EXACT, fused_linear_tvkd_loss
 from tvkd_fast.losses import TVKDOutput
 from tvkd_fast.losses.shaping import Terminal
-from tvkd_fast.ops import HeadGradient, HeadStats
+from tvkd_fast.ops import Head, HeadGradient, HeadStats
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.values import ValueFrom
 
@@ -75,16 +75,16 @@ class FusedLinearTVKDLoss(nn.Module):
     def forward(
         self,
         policy_hidden: Tensor,
-        policy_weight: Tensor,
+        policy_weight: Tensor | Head,
         labels: Tensor,
         cu_seqlens: Tensor | None = None,
         teacher_hidden: Tensor | None = None,
-        teacher_weight: Tensor | None = None,
+        teacher_weight: Tensor | Head | None = None,
         cu_states: Tensor | None = None,
         *,
         ref_logps: Tensor | None = None,
         ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
+        ref_weight: Tensor | Head | None = None,
         psi: Tensor | None = None,
         ended: Tensor | None = None,
         policy_bias: Tensor | None = None,

@@ -16,11 +16,10 @@ from tvkd_fast.kernels.head import Head
 from tvkd_fast.losses.segments import check_boundaries
 from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops.checks import check_finite, check_label_range
-from tvkd_fast.ops.dispatch import takes_triton
-from tvkd_fast.ops.head import head_forward
+from tvkd_fast.ops.dispatch import backend
 from tvkd_fast.ops.logps import fake_left, gradients_op, scaled_op
-from tvkd_fast.ops.registered import asked_for, check_differentiated_once
-from tvkd_fast.ops.tiles import accumulation_dtype
+from tvkd_fast.ops.registered import check_differentiated_once, wanted_gradients
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 _STREAMED = 10
 """Where among the op's arguments `streamed` stands; those before it are what the backward may need."""
@@ -51,17 +50,21 @@ def _fused(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`TVKDOutput`'s seven tensors; then for the backward dL_p/dlogp_t, max z and log Σ exp(z − max z), (N,) each, and
-    what `head_forward` leaves.
+    what `logps_forward` leaves.
 
-    hidden [N, D] of both forms; labels (N,), or [2P, T] where cu_seqlens is None.
+    hidden [N, D] of both forms; impl resolved; labels (N,), or [2P, T] where cu_seqlens is None.
     """
     cu_seqlens, values, cu_states, ended = packed_form(labels, cu_seqlens, values, cu_states, ended, ignore_index)
     check_boundaries("cu_seqlens", cu_seqlens, hidden.shape[0])
     labels = labels.flatten().long()
     check_label_range(labels, weight.shape[0], ignore_index)
-    head = Head(weight, bias, softcap, logit_scale)
-    sums, left = head_forward(
-        hidden, head, impl, labels, ignore_index=ignore_index, workspace_mb=workspace_mb, streamed=streamed
+    sums, left = backend(impl).logps_forward(
+        hidden,
+        Head(weight, bias, softcap, logit_scale),
+        labels,
+        ignore_index=ignore_index,
+        workspace_mb=workspace_mb,
+        streamed=streamed,
     )
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
@@ -79,7 +82,7 @@ def _fused(
         terminal=cast(Terminal, terminal),
         label_smoothing=label_smoothing,
     )
-    epilogue = triton_epilogue if takes_triton(impl, hidden) else torch_epilogue
+    epilogue = triton_epilogue if impl == "triton" else torch_epilogue
     out, coefficients = epilogue(logps, given)
     return (
         out.loss,
@@ -132,7 +135,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_
         return scaled_op(*passed, by_token, labels, ignore_index, ctx.dtype), None, None, *[None] * len(constants)
     hidden, weight, bias, *sums = passed
     grads = gradients_op(by_token, hidden, weight, bias, labels, *sums, *ctx.settings, *wants)
-    return (*asked_for(grads, wants), *[None] * len(constants))
+    return (*wanted_gradients(grads, wants), *[None] * len(constants))
 
 
 fused_op.register_autograd(_backward, setup_context=_keep)

@@ -1,22 +1,25 @@
-"""TRL's rows of token ids, where they differ from what a model is to read, and what of them is a response.
+"""Rows of a dataset in the tokens that `tvkd score` makes of them, in TRL's columns.
 
 Letters: P pairs of a batch (2P rows, chosen first), L row length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from torch import Tensor
 
-from tvkd_fast.data.chat_template import apply_template
+from tvkd_fast.data.dataset import written_before
+from tvkd_fast.data.formats import to_preference
 from tvkd_fast.data.response_end import ResponseEnds
+from tvkd_fast.data.tables import decoded_row
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
-from tvkd_fast.integrations.returns import RETURNS, Maker
+from tvkd_fast.integrations.returns import IDS, MARK, RETURNS, Maker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,40 +27,53 @@ if TYPE_CHECKING:
 WHICH = ("chosen", "rejected")
 RESPONSES = ("response_mask", "response_ended")
 """What a batch holds of its responses, for a teacher that is yet to read them."""
+ROW = "source_row"
+"""The column with a row's name, which stays what it is where other rows are left out or shuffled."""
+_MADE = {*IDS, *RETURNS, MARK, ROW, *(f"ref_{which}_logps" for which in WHICH)}
+"""Columns that a trainer has put into a dataset, which no row was read from."""
 
 
-class RowTokenizer:
-    """A tokenizer as TRL calls one, by which rows are the tokens of `tvkd score`: text that a template wrote already
-    begins once, and a template that asks for the date is told the same on all days.
+class RowReader:
+    """Reads rows of a dataset as `tvkd score` reads them: by the same rules, into the same tokens.
+
+    Args:
+        tokenizer: the policy's.
+        stop_ids: as in `ResponseEnds`.
+        features: the dataset's; None where a stream has none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.pairs = PairTokenizer(tokenizer)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], features: Features | None
+    ) -> None:
+        self._given = tokenizer, sorted(stop_ids), features
+        self._pairs = PairTokenizer(tokenizer, stop_ids=stop_ids)
+        self._warned = False
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        ids, opening = list(self.tokenizer(text=text)["input_ids"]), self.pairs.opening
-        begun = ids[: len(opening)] == opening and self.pairs.brings_opening(ids[len(opening) :])
-        return {"input_ids": ids[len(opening) :] if begun else ids}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What it has seen so far is none of what datasets names its cache by.
+        return RowReader, self._given
 
-    def apply_chat_template(self, messages: list[Any], **options: Any) -> Any:
-        return apply_template(self.tokenizer, messages, **options)
+    def __call__(self, row: Mapping[str, Any], i: int) -> dict[str, Any]:
+        """The row's token ids, and its name. Raises BadPair where it is no preference."""
+        written = decoded_row({name: value for name, value in row.items() if name not in _MADE}, self._given[2])
+        pair = self._pairs(to_preference(written, f"row {i}"))
+        if pair.written_before and not self._warned:
+            self._warned = True
+            warnings.warn(written_before(pair.row), stacklevel=2)
+        return {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids} | {
+            ROW: pair.row
+        }
 
-    def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids))
+
+def read_rows(dataset: Any, reader: RowReader, **options: Any) -> Any:
+    """The dataset with the columns that the reader makes; `options` are those of `Dataset.map`."""
+    return dataset.map(reader, with_indices=True, **(options if isinstance(dataset, Dataset) else {}))
 
 
-def end_once(dataset: Any, ends: ResponseEnds) -> Any:
-    """Rows of plain text without the end that TRL puts behind one that the text had."""
-
-    names = [f"{which}_ids" for which in WHICH]
-
-    def once(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: ends.cut(row[name])[0] for name in names}
-
-    if isinstance(dataset, Dataset) and all(once(row) == row for row in dataset.select_columns(names)):
-        return dataset
-    return dataset.map(once)
+def long_prompts_dropped(dataset: Any, max_length: int, **options: Any) -> Any:
+    """The dataset without rows whose prompt leaves no room for a response, which TRL leaves out too."""
+    options = options if isinstance(dataset, Dataset) else {}
+    return dataset.filter(lambda row: len(row["prompt_ids"]) < max_length, **options)
 
 
 def checked_rows(dataset: Any, positions: int, whose: str, max_length: int | None) -> Any:
@@ -70,8 +86,9 @@ def checked_rows(dataset: Any, positions: int, whose: str, max_length: int | Non
         length = len(row["prompt_ids"]) + max(len(row[f"{which}_ids"]) for which in WHICH)
         length = length if max_length is None else min(length, max_length)
         if length > positions:
+            name = row.get(ROW, f"row {i}")
             raise ValueError(
-                f"row {i} has {length:,} tokens, and the {whose} was made for {positions:,} positions: set "
+                f"{name} has {length:,} tokens, and the {whose} was made for {positions:,} positions: set "
                 f"max_length={positions}, or choose a model that reads longer ones"
             )
         return row
@@ -91,9 +108,10 @@ def as_pairs(rows: Iterable[dict[str, Any]], ends: ResponseEnds, max_length: int
     What a template writes behind the end of a response is no part of it; and longer rows are cut.
     """
     for i, row in enumerate(rows):
-        _check_prompt(row, f"row {i}")
+        name = row.get(ROW, f"row {i}")
+        _check_prompt(row, name)
         (chosen, chosen_ended), (rejected, rejected_ended) = (ends.cut(row[f"{which}_ids"]) for which in WHICH)
-        pair = TokenizedPair(row["prompt_ids"], chosen, rejected, chosen_ended, rejected_ended, f"row {i}")
+        pair = TokenizedPair(row["prompt_ids"], chosen, rejected, chosen_ended, rejected_ended, name)
         yield pair if max_length is None else truncate_pair(pair, max_length=max_length, truncation="keep_start")[0]
 
 
@@ -114,7 +132,7 @@ class WithReturns:
         if self.maker is not None and all(map(self.maker.made, examples)):
             return batch | {name: torch.tensor([example[name] for example in examples]) for name in RETURNS}
         for example in examples:
-            _check_prompt(example, "a row")
+            _check_prompt(example, example.get(ROW, "a row"))
         responses = [example[f"{which}_ids"] for which in WHICH for example in examples]
         return batch | dict(zip(RESPONSES, self._of(responses, batch["completion_mask"].bool()), strict=True))
 

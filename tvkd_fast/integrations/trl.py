@@ -26,19 +26,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
-from trl.data_utils import is_conversational
+from trl.trainer.dpo_trainer import global_then_local_main_first
 
 from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.integrations.lm_head import FusedLMOutput, answering, patch_lm_head, unpatch_lm_head
 from tvkd_fast.integrations.patched import model_inside
-from tvkd_fast.integrations.returns import MARK, RETURNS, Maker, without_returns
+from tvkd_fast.integrations.returns import IDS, MARK, RETURNS, Maker, without_returns
 from tvkd_fast.integrations.rows import (
     RESPONSES,
-    RowTokenizer,
+    ROW,
+    RowReader,
     WithReturns,
     as_pairs,
     checked_rows,
-    end_once,
+    long_prompts_dropped,
+    read_rows,
 )
 from tvkd_fast.integrations.scores import CachedReturns, is_score_folder
 from tvkd_fast.integrations.teacher import ShapingSettings, TeacherReturns
@@ -305,7 +307,7 @@ class TVKDTrainer(DPOTrainer):
             return dataset
         dataset = without_returns(dataset)
         if self._cached is not None:
-            rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+            rows = dataset.select_columns([name for name in (*IDS, ROW) if name in dataset.column_names])
             returns = self._cached.of(as_pairs(rows, self._ends, self.args.max_length))
             return concatenate_datasets([dataset, Dataset.from_dict(maker.columns(dataset, returns))], axis=1)
         told = [Hasher.hash((dataset._fingerprint, maker.key))]
@@ -357,13 +359,12 @@ class TVKDTrainer(DPOTrainer):
         return self._found_ends
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """TRL's rows, in the tokens that `tvkd score` reads, and none that a model cannot."""
-        plain = not is_conversational(next(iter(dataset)))
-        if isinstance(processing_class, PreTrainedTokenizerBase):
-            processing_class = RowTokenizer(processing_class)
-        rows = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if plain:
-            rows = end_once(rows, self._ends)
+        """The rows in the tokens that `tvkd score` reads. Raises ValueError for one that a model cannot."""
+        options = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
+        with global_then_local_main_first():
+            rows = read_rows(dataset, RowReader(self._tokenizer, self._stop_ids, dataset.features), **options)
+            if args.max_length is not None and args.truncation_mode == "keep_start":
+                rows = long_prompts_dropped(rows, args.max_length, num_proc=args.dataset_num_proc)
         for whose, positions in self._positions.items():
             rows = checked_rows(rows, positions, whose, args.max_length)
         return rows
@@ -391,7 +392,7 @@ class TVKDTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in (*RETURNS, MARK) if name not in self._signature_columns]
+        self._signature_columns += [name for name in (*RETURNS, MARK, ROW) if name not in self._signature_columns]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"

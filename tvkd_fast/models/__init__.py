@@ -17,7 +17,14 @@ from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
 from tvkd_fast.models.prune import disable_dropout, prune_layers, pruned_from
 from tvkd_fast.models.quantized import BITS_A_WEIGHT
-from tvkd_fast.models.shapes import ModelShape, longest_sequence, model_config, model_shape, read_config
+from tvkd_fast.models.shapes import (
+    ModelShape,
+    empty_of_family,
+    longest_sequence,
+    model_config,
+    model_shape,
+    read_config,
+)
 from tvkd_fast.models.stop_ids import load_stop_ids, stop_ids_of
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "add_lora",
     "disable_dropout",
     "empty_model",
+    "empty_of_family",
     "fingerprint_model",
     "fingerprint_settings",
     "fingerprint_weights",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -60,7 +61,21 @@ def adapter_folder(name: str) -> AdapterFolder | None:
             f"the adapter {name} does not say which model it belongs to: write its folder or hub name as "
             "base_model_name_or_path into adapter_config.json, or give a merged model"
         )
+    _check_ends(Path(name), base)
     return AdapterFolder(name, base, config.get("revision"), config.get("peft_type", "?"))
+
+
+def _check_ends(folder: Path, base: str) -> None:
+    """ValueError where an adapter's base is an adapter, whose base is one, and so on round to the first."""
+    seen = {folder.resolve()}
+    while (config := Path(base) / "adapter_config.json").is_file() and not (Path(base) / "config.json").is_file():
+        if Path(base).resolve() in seen:
+            raise ValueError(
+                f"the adapter {folder} has itself as its base: write the model that it was trained beside into "
+                "adapter_config.json as base_model_name_or_path"
+            )
+        seen.add(Path(base).resolve())
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
 
 
 def has_tokenizer(name: str) -> bool:
@@ -78,11 +93,12 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
         raise ValueError(f"{adapter.name} is an adapter, which peft reads: pip install 'tvkd_fast[lora]'") from error
     if PeftConfig.from_pretrained(adapter.name).is_prompt_learning:
         raise ValueError(f"{adapter.name} ({adapter.kind}) learns tokens and no weights: give an adapter that merges")
-    weights = _cached(adapter.name, WEIGHTS)
-    if weights is None:
-        raise ValueError(f"{adapter.name} has no {WEIGHTS}: save the adapter again, as safetensors")
+    weights = _weights_of(adapter)
+    resized = resize_for_adapter(base, adapter)
     try:
         with warnings.catch_warnings():
+            # peft asks for a property by the name that transformers deprecates.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             # peft goes on without what a file lacks, and says so in passing.
             warnings.filterwarnings("error", "Found missing adapter keys")
             both = PeftModel.from_pretrained(base, adapter.name, torch_device=str(base.device))
@@ -94,6 +110,13 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
             f"the adapter {adapter.name} ({adapter.kind}) cannot be merged into {adapter.base}: "
             f"{' '.join(str(error).split())[:200]}. Give a merged model, or the base that it was trained beside"
         ) from error
+    both_ends = (merged.get_input_embeddings(), merged.get_output_embeddings())
+    if resized and not all(bool(x.weight.isfinite().all()) for x in both_ends):
+        raise ValueError(
+            f"the adapter {adapter.name} was trained beside {adapter.base} with a vocabulary of {resized:,} tokens, "
+            "and holds no embedding or no head of the new ones: save it again with save_embedding_layers=True, or give "
+            "a merged model"
+        )
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
         merged.all_tied_weights_keys = {}
@@ -101,6 +124,39 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
     # What is saved beside this model must not take its base for it.
     merged.name_or_path = merged.config._name_or_path = adapter.name
     return merged.eval()
+
+
+@torch.no_grad()
+def resize_for_adapter(model: PreTrainedModel, adapter: AdapterFolder) -> int | None:
+    """Give the adapter's base the vocabulary that it was trained with, where the file holds embeddings or a head of
+    another length: returns that length, or None. What the new rows are is the file's to say; they are NaN until then.
+    """
+    rows = _rows_of_vocabulary(model, _weights_of(adapter))
+    before = model.get_input_embeddings().weight.shape[0]
+    if rows is None or rows == before:
+        return None
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight[before:] = torch.nan
+    return rows
+
+
+def _rows_of_vocabulary(model: PreTrainedModel, weights: str) -> int | None:
+    """The rows of the whole embedding or head that an adapter's file holds; None where it holds neither."""
+    both_ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = "|".join(re.escape(name) for name, module in model.named_modules() if module in both_ends)
+    with safe_open(weights, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if re.fullmatch(rf"base_model\.model\.({names})(\.base_layer|\.modules_to_save)?\.weight", key):
+                return int(file.get_slice(key).get_shape()[0])
+    return None
+
+
+def _weights_of(adapter: AdapterFolder) -> str:
+    weights = _cached(adapter.name, WEIGHTS)
+    if weights is None:
+        raise ValueError(f"{adapter.name} has no {WEIGHTS}: save the adapter again, as safetensors")
+    return weights
 
 
 def _check_taken(model: nn.Module, weights: str) -> None:

@@ -245,7 +245,7 @@ def locate(name: str | Path) -> ModelSource:
         if not path.is_file():
             raise ValueError(f"no GGUF file at {text}")
         return ModelSource(str(path.parent), path.name)
-    _refuse_run_folder(path)
+    _refuse_other_folder(path)
     if path.is_dir() or not _looks_local(text):
         return ModelSource(text)
     raise ValueError(
@@ -254,8 +254,8 @@ def locate(name: str | Path) -> ModelSource:
     )
 
 
-def _refuse_run_folder(path: Path) -> None:
-    """ValueError, with what to give instead, for what a run leaves beside its model."""
+def _refuse_other_folder(path: Path) -> None:
+    """ValueError, with what to give instead, for what a run leaves beside its model, and for a folder of adapters."""
     if (path / "config.json").exists() or (path / "adapter_config.json").exists():
         return
     if re.fullmatch(r"step-\d{6,}", path.name) and path.absolute().parent.name == "checkpoints" and not path.exists():
@@ -269,6 +269,9 @@ def _refuse_run_folder(path: Path) -> None:
         raise ValueError(
             f"{path} holds checkpoints, and no model yet: make one of the newest by `tvkd export {steps[-1].parent}`"
         )
+    adapters = sorted(path.glob("*/adapter_config.json"))
+    if adapters:
+        raise ValueError(f"{path} is no adapter, but holds some in folders of their own: give {adapters[0].parent}")
 
 
 def _looks_local(text: str) -> bool:

@@ -212,8 +212,13 @@ def _check_runs(model: PreTrainedModel) -> None:
 
 
 def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """The adapters alone, as `PeftModel.from_pretrained(base, folder)` reads them."""
-    model.peft_config[ADAPTER].save_pretrained(folder)
+    """The adapters alone, as `PeftModel.from_pretrained(base, folder)` reads them. A base that is a folder of this
+    machine is named by its absolute path, so that it is found from another working directory too."""
+    config = copy.copy(model.peft_config[ADAPTER])
+    base = config.base_model_name_or_path
+    if base and Path(base).exists():
+        config.base_model_name_or_path = str(Path(base).absolute())
+    config.save_pretrained(folder)
     found = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": x.contiguous()
         for name, x in weights.items()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tvkd_fast.models.adapter_folder import resize_for_adapter
 from tvkd_fast.models.load import adapter_of, locate, unreadable
 from tvkd_fast.models.lora import adapter_sizes
 from tvkd_fast.models.prune import config_of_layers, kept_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B-Instruct": {
@@ -44,6 +48,8 @@ class ModelShape:
     hidden: int
     layers: int
     vocab: int
+    positions: int
+    """The longest sequence that it was made for."""
     tied: bool
     """Whether head and embedding are one weight."""
     adapted: tuple[tuple[str, int], ...]
@@ -89,8 +95,8 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> Any:
         raise ValueError(unreadable("config", name, error)) from error
 
 
-def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """The shape of `name`, pruned to `layers` where given; parameters are counted on the meta device."""
+def empty_of_family(name: str, *, layers: int | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of the config of `name`, pruned to `layers` where given, on the meta device: it has no weights."""
     from transformers import AutoModelForCausalLM
 
     config = model_config(name, trust_remote_code=trust_remote_code)
@@ -98,12 +104,32 @@ def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool
         config = config_of_layers(config, kept_layers(config.num_hidden_layers, layers))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if name not in PUBLISHED:
+        _resize(model, name)
+    return model
+
+
+def _resize(model: PreTrainedModel, name: str) -> None:
+    """Give the model of an adapter's base the vocabulary that it has once the adapter is merged."""
+    source = locate(name)
+    adapter = adapter_of(source)
+    if adapter is None:
+        return
+    if adapter.base != source.name:
+        _resize(model, adapter.base)
+    resize_for_adapter(model, adapter)
+
+
+def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool = False) -> ModelShape:
+    """The shape of `name`, pruned to `layers` where given; parameters are counted on the meta device."""
+    model = empty_of_family(name, layers=layers, trust_remote_code=trust_remote_code)
     return ModelShape(
         name=name,
         parameters=sum(p.numel() for p in model.parameters()),
         hidden=model.get_output_embeddings().weight.shape[1],
-        layers=config.get_text_config().num_hidden_layers,
+        layers=model.config.get_text_config().num_hidden_layers,
         vocab=model.get_output_embeddings().weight.shape[0],
+        positions=longest_sequence(model.config),
         tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         adapted=adapter_sizes(model),
     )

@@ -1,11 +1,13 @@
 """The public tensor ops: hidden states and a head's weight go in, per-token numbers come out, logits never exist."""
 
+from tvkd_fast.kernels.head import Head
 from tvkd_fast.ops.checks import unchecked
+from tvkd_fast.ops.gradient import HeadGradient, HeadStats
 from tvkd_fast.ops.logps import linear_logps
-from tvkd_fast.ops.sparse import HeadGradient, HeadStats
 from tvkd_fast.ops.values import check_kappa, linear_entropy, linear_lse, linear_soft_values, soft_values
 
 __all__ = [
+    "Head",
     "HeadGradient",
     "HeadStats",
     "check_kappa",

@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tvkd_fast.ops.sparse_tiles import bag
-from tvkd_fast.ops.tiles import accumulation_dtype
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
+from tvkd_fast.ops.tiles.sparse import bag
 
 ROWS, COLUMNS, ENTRIES = 256, 2048, 64
 """Of the sample: rows, vocabulary columns, and entries a row."""

@@ -5,6 +5,7 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,24 +13,19 @@ from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadSums
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
-from tvkd_fast.ops.dispatch import Impl, check_impl, takes_triton
-from tvkd_fast.ops.head import head_forward, head_gradients, head_input, scaled_slopes
-from tvkd_fast.ops.registered import (
-    Gradients,
-    as_tensors,
-    asked_for,
-    check_differentiated_once,
-    differentiates_first,
-    fake_gradients,
-)
-from tvkd_fast.ops.sparse import GradMode, HeadGradient, HeadStats, Tail, sparse_op
-from tvkd_fast.ops.sparse_triton import marked_op
-from tvkd_fast.ops.tiles import accumulation_dtype
+from tvkd_fast.ops.dispatch import Impl, backend, check_impl, resolve
+from tvkd_fast.ops.gradient import GradMode, HeadGradient, HeadStats, Tail
+from tvkd_fast.ops.inputs import as_head, head_input, is_differentiated, is_trained
+from tvkd_fast.ops.registered import Gradients, Kept, as_tensors, differentiate, fake_gradients
+from tvkd_fast.ops.sparse_logps import sparse_logps
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
+
+_SCALED_FLOATS = 2**20
 
 
 def linear_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -52,7 +48,8 @@ def linear_logps(
 
     Args:
         hidden: [N, D] states, packed; `hidden[t]` predicts `labels[t]`. bfloat16, float16, float32 or float64.
-        weight: [V, D] rows of the vocabulary head, of hidden's dtype and device.
+        weight: [V, D] rows of the vocabulary head, of hidden's dtype and device; or a `Head`, which has bias, softcap
+            and logit_scale with it.
         labels: (N,) int64 token ids in [0, V), or `ignore_index`.
         bias: (V,) added to the product, or None.
         softcap: Gemma's tanh cap on the logits, or None.
@@ -110,54 +107,44 @@ def linear_logps(
         max_tail=max_tail,
         workspace_mb=workspace_mb,
     )
-    check_transforms("linear_logps", hidden, weight, bias)
-    hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
+    head = as_head(weight, bias, softcap, logit_scale)
+    check_transforms("linear_logps", hidden, head.weight, head.bias)
+    hidden, head = head_input(hidden, head)
     check_labels(labels, hidden)
-    if grad_mode != "exact" and _differentiates(hidden, head):
-        op = marked_op if takes_triton(impl, hidden) else sparse_op
-        logps, *_, numbers = op(
-            hidden,
-            head.weight,
-            head.bias,
-            labels,
-            softcap,
-            logit_scale,
-            ignore_index,
-            settings.eps_for(hidden.dtype),
-            settings.cap_for(head.vocab_size),
-            tail == "unbiased",
-            settings.seed_for(),
-            max_tail,
-            grad_mode == "auto",
-        )
+    resolved = resolve(impl, hidden)
+    if grad_mode != "exact" and is_differentiated(hidden, head):
+        logps, numbers = sparse_logps(hidden, head, labels, settings, ignore_index=ignore_index, impl=resolved)
         if stats is not None:
             stats.add(numbers)
         return logps
-    options = (softcap, logit_scale, ignore_index, impl, *left_for_backward(hidden, head, settings, impl))
-    return _logps_op(hidden, head.weight, head.bias, labels, *options)[0]
+    workspace_mb, streamed = left_for_backward(hidden, head, settings, resolved)
+    return _logps_op(
+        hidden,
+        head.weight,
+        head.bias,
+        labels,
+        head.softcap,
+        head.logit_scale,
+        ignore_index,
+        resolved,
+        workspace_mb,
+        streamed,
+    )[0]
 
 
 def left_for_backward(hidden: Tensor, head: Head, settings: HeadGradient, impl: str) -> tuple[int, bool]:
-    """MiB of logits that the forward may keep, and whether it makes hidden's gradient as well and keeps nothing else.
+    """MiB of logits that the forward may keep; whether it streams, which makes hidden's gradient and keeps that alone.
 
-    The latter it can where nothing but hidden wants one.
+    It streams where only hidden is differentiated. `impl` is resolved.
     """
-    if settings.workspace_mb and takes_triton(impl, hidden):
+    if settings.workspace_mb and impl == "triton":
         raise ValueError(
             "workspace_mb is the torch tiles': the Triton kernels compute all logits again; leave it 0, or take "
             "impl='torch'"
         )
-    if not _differentiates(hidden, head):
+    if not is_differentiated(hidden, head):
         return 0, False
-    return (settings.workspace_mb, False) if _learns(head) else (0, True)
-
-
-def _differentiates(hidden: Tensor, head: Head) -> bool:
-    return torch.is_grad_enabled() and (hidden.requires_grad or _learns(head))
-
-
-def _learns(head: Head) -> bool:
-    return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    return (settings.workspace_mb, False) if is_trained(head) else (0, True)
 
 
 def _logps(
@@ -175,9 +162,13 @@ def _logps(
     """Log-probabilities (N,); for the backward max z, log Σ exp(z − max z), (N,) each, and dlogp/dh or logits."""
     labels = labels.long()
     check_label_range(labels, weight.shape[0], ignore_index)
-    head = Head(weight, bias, softcap, logit_scale)
-    sums, left = head_forward(
-        hidden, head, impl, labels, ignore_index=ignore_index, workspace_mb=workspace_mb, streamed=streamed
+    sums, left = backend(impl).logps_forward(
+        hidden,
+        Head(weight, bias, softcap, logit_scale),
+        labels,
+        ignore_index=ignore_index,
+        workspace_mb=workspace_mb,
+        streamed=streamed,
     )
     logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
     check_finite(logps, hidden, weight, bias)
@@ -200,11 +191,10 @@ def _logps_gradients(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = head_gradients(
+) -> Gradients:
+    grads = backend(impl).logps_gradients(
         hidden,
         Head(weight, bias, softcap, logit_scale),
-        impl,
         labels.long(),
         HeadSums(maximum, log_total),
         grad_logps,
@@ -218,12 +208,20 @@ def _logps_gradients(
 
 
 def _scaled_slopes(slopes: Tensor, grad_logps: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    return scaled_slopes(slopes, grad_logps.masked_fill(labels == ignore_index, 0.0), dtype)
+    """grad_logps_t·slopes_t [N, D], rounded once to `dtype`, a block of rows at a time."""
+    factors = grad_logps.masked_fill(labels == ignore_index, 0.0)
+    out = slopes.new_empty(slopes.shape, dtype=dtype)
+    rows = max(1, _SCALED_FLOATS // max(slopes.shape[1], 1))
+    for start in range(0, slopes.shape[0], rows):
+        block = slice(start, start + rows)
+        torch.mul(slopes[block], factors[block, None], out=out[block])
+    return out
 
 
 _logps_op = torch.library.custom_op("tvkd_fast::linear_logps", _logps, mutates_args=())
 gradients_op = torch.library.custom_op("tvkd_fast::linear_logps_gradients", _logps_gradients, mutates_args=())
 scaled_op = torch.library.custom_op("tvkd_fast::scaled_slopes", _scaled_slopes, mutates_args=())
+gradients_op.register_fake(fake_gradients)
 
 
 @_logps_op.register_fake
@@ -234,7 +232,7 @@ def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tenso
 
 
 def fake_left(hidden: Tensor, weight: Tensor, workspace_mb: int, streamed: bool) -> Tensor:
-    """What `head_forward` leaves for the backward, unwritten."""
+    """What `logps_forward` leaves for the backward, unwritten."""
     dtype = accumulation_dtype(hidden.dtype)
     if streamed:
         return hidden.new_empty(hidden.shape, dtype=dtype)
@@ -247,34 +245,24 @@ def _(slopes: Tensor, *args: Any) -> Tensor:
     return slopes.new_empty(slopes.shape, dtype=args[-1])
 
 
-@gradients_op.register_fake
-def _(grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Gradients:
-    return fake_gradients((hidden, weight, bias), args[-3:])
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, *ctx.settings, _, ctx.streamed = inputs
+def _kept(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
+    hidden, weight, bias, labels, *settings, _, streamed = inputs
     _, maximum, log_total, left = output
-    differentiates_first(ctx, output)
-    ctx.dtype = hidden.dtype
-    if ctx.streamed:
-        ctx.save_for_backward(left, labels)
-    else:
-        ctx.save_for_backward(hidden, weight, bias, labels, maximum, log_total, left)
+    if streamed:
+        *_, ignore_index, _ = settings
+        return (left, labels), (streamed, ignore_index, hidden.dtype)
+    return (hidden, weight, bias, labels, maximum, log_total, left), (streamed, *settings)
 
 
-def _backward(ctx: Any, grad_logps: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    check_differentiated_once("linear_logps")
-    if grad_logps is None:
-        return (None,) * len(ctx.needs_input_grad)
-    nothing = [None] * 7
-    wants = ctx.needs_input_grad[:3]
-    if ctx.streamed:
-        slopes, labels = ctx.saved_tensors
-        *_, ignore_index, _ = ctx.settings
-        return scaled_op(slopes, grad_logps, labels, ignore_index, ctx.dtype), None, None, *nothing
-    grads = gradients_op(grad_logps, *ctx.saved_tensors, *ctx.settings, *wants)
-    return (*asked_for(grads, wants), *nothing)
+def _derivative(
+    grad_logps: Tensor, kept: Sequence[Any], settings: Sequence[Any], wants: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    streamed, *settings = settings
+    if streamed:
+        slopes, labels = kept
+        return scaled_op(slopes, grad_logps, labels, *settings), None, None
+    grads: Gradients = gradients_op(grad_logps, *kept, *settings, *wants)
+    return grads
 
 
-_logps_op.register_autograd(_backward, setup_context=_keep)
+differentiate(_logps_op, _kept, _derivative)

@@ -1,8 +1,11 @@
-"""What the registered ops share: an op returns tensors only, and is differentiated once."""
+"""What the registered ops share: an op returns tensors only, and is differentiated once.
+
+Letters: N tokens, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from tvkd_fast.kernels.head import HeadGradients
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """By hidden, weight and bias; an empty tensor where none is wanted, since an op returns tensors only."""
+Kept = tuple[Sequence[Tensor | None], Sequence[Any]]
+"""What a forward keeps for its backward: tensors, and settings."""
 
 
 def as_tensors(grads: HeadGradients, hidden: Tensor) -> Gradients:
@@ -19,24 +24,48 @@ def as_tensors(grads: HeadGradients, hidden: Tensor) -> Gradients:
     return found[0], found[1], found[2]
 
 
-def fake_gradients(inputs: Sequence[Tensor | None], wants: Sequence[bool]) -> Gradients:
-    """Of hidden, weight and bias, unwritten, where they are wanted."""
-    hidden = inputs[0]
-    assert hidden is not None
-    wanted = zip(inputs, wants, strict=True)
+def fake_gradients(grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Gradients:
+    """Unwritten gradients of hidden, weight and bias, by the three `wants` that end the op's arguments."""
+    wanted = zip((hidden, weight, bias), args[-3:], strict=True)
     found = [hidden.new_empty(x.shape if want and x is not None else (0,)) for x, want in wanted]
     return found[0], found[1], found[2]
 
 
-def asked_for(grads: Gradients, wants: Sequence[bool]) -> list[Tensor | None]:
+def wanted_gradients(grads: Sequence[Tensor | None], wants: Sequence[bool]) -> list[Tensor | None]:
     """The same as autograd takes them: None where none is wanted."""
     return [grad if want else None for grad, want in zip(grads, wants, strict=True)]
 
 
-def differentiates_first(ctx: Any, output: Sequence[Tensor]) -> None:
-    """Only the first output has a gradient, None where nothing reached it: of the others autograd would write zeros."""
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+def differentiate(
+    op: Any,
+    keep: Callable[[tuple[Any, ...], tuple[Tensor, ...]], Kept],
+    gradients: Callable[[Tensor, Sequence[Any], Sequence[Any], Sequence[bool]], Sequence[Tensor | None]],
+    *,
+    name: str = "linear_logps",
+) -> None:
+    """Register the derivative of an op whose first arguments are hidden, weight and bias and whose first result alone
+    is differentiated.
+
+    `keep(inputs, output)` says what the backward needs; `gradients(grad, tensors, settings, wants)` gets it.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        # A result that no gradient reached hands None down, where autograd would write zeros.
+        ctx.set_materialize_grads(False)
+        tensors, ctx.settings = keep(inputs, output)
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        check_differentiated_once(name)
+        inputs = len(ctx.needs_input_grad)
+        if grad is None:
+            return (None,) * inputs
+        wants = ctx.needs_input_grad[:3]
+        grads = gradients(grad, ctx.saved_tensors, ctx.settings, wants)
+        return (*wanted_gradients(grads, wants), *[None] * (inputs - 3))
+
+    op.register_autograd(backward, setup_context=setup)
 
 
 def check_differentiated_once(op: str) -> None:

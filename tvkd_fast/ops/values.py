@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tvkd_fast.kernels.head import Head
 from tvkd_fast.ops.checks import check_finite, no_vmap
-from tvkd_fast.ops.dispatch import Impl, check_impl
-from tvkd_fast.ops.head import head_input, head_sums
-from tvkd_fast.ops.tiles import accumulation_dtype
+from tvkd_fast.ops.dispatch import Impl, backend, check_impl, resolve
+from tvkd_fast.ops.inputs import as_head, head_input
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 ValueFrom = Literal["logits", "logprobs"]
 
@@ -23,7 +23,7 @@ ValueFrom = Literal["logits", "logprobs"]
 @torch.no_grad()
 def linear_lse(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -39,9 +39,11 @@ def linear_lse(
     """
     check_impl(impl)
     check_kappa(kappa)
-    hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
+    hidden, head = head_input(hidden, as_head(weight, bias, softcap, logit_scale))
     _check_rows(rows, hidden)
-    lse, lse_kappa = _lse_op(hidden, head.weight, head.bias, softcap, logit_scale, kappa, impl, rows)
+    lse, lse_kappa = _lse_op(
+        hidden, head.weight, head.bias, head.softcap, head.logit_scale, kappa, resolve(impl, hidden), rows
+    )
     return lse, lse if kappa == 1.0 else lse_kappa
 
 
@@ -56,10 +58,9 @@ def _lse(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LSE(z) and LSE(κz), the second empty at κ=1: an op's results must not be one tensor."""
-    sums = head_sums(
+    sums = backend(impl).head_sums(
         hidden,
         Head(weight, bias, softcap, logit_scale),
-        impl,
         # To the head a row to leave out is one whose label is ignored; the kept rows' label, 0, is any token.
         labels=None if rows is None else rows.long() - 1,
         ignore_index=-1,
@@ -96,7 +97,7 @@ def _(
 @torch.no_grad()
 def linear_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -108,14 +109,14 @@ def linear_entropy(
     Arguments and errors as for `linear_soft_values`.
     """
     check_impl(impl)
-    hidden, head = head_input(hidden, Head(weight, bias, softcap, logit_scale))
-    return _entropy_op(hidden, head.weight, head.bias, softcap, logit_scale, impl)
+    hidden, head = head_input(hidden, as_head(weight, bias, softcap, logit_scale))
+    return _entropy_op(hidden, head.weight, head.bias, head.softcap, head.logit_scale, resolve(impl, hidden))
 
 
 def _entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, impl: str
 ) -> Tensor:
-    entropy = head_sums(hidden, Head(weight, bias, softcap, logit_scale), impl, entropy=True).entropy
+    entropy = backend(impl).head_sums(hidden, Head(weight, bias, softcap, logit_scale), entropy=True).entropy
     assert entropy is not None
     check_finite(entropy, hidden, weight, bias)
     return entropy
@@ -134,7 +135,7 @@ def _(
 
 def linear_soft_values(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -152,7 +153,7 @@ def linear_soft_values(
 
     Args:
         hidden: [M, D] the teacher's states, s_0 of each response first.
-        weight: [V, D] the teacher's head, of hidden's dtype and device.
+        weight: [V, D] the teacher's head, of hidden's dtype and device; or a `Head`, with all that follows.
         bias: (V,) or None.
         softcap: tanh cap on the logits, or None.
         logit_scale: multiplies product and bias, before the cap.

@@ -49,6 +49,7 @@ from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.metrics import METRICS, RESUMES, read_metrics
 from tvkd_fast.training.optim import make_optimizer
 from tvkd_fast.training.outputs import ready_folder, written
+from tvkd_fast.training.refusals import check_run
 from tvkd_fast.training.replay import Replayed, read_record, replay_pairs
 from tvkd_fast.training.run_models import (
     FrozenModels,
@@ -83,6 +84,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     Under torchrun every process calls it, and they share the model. Raises `Stopped` after SIGTERM or SIGINT, once the
     steps that are done are saved.
     """
+    check_run(config)
     open_outputs(config)
     with world_of(config) as world:
         try:
@@ -94,11 +96,10 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
 
 
 def open_outputs(config: TrainConfig) -> None:
-    """The folders that the run will write to, before it begins, and the check that it can keep what it is to keep."""
+    """Make the folders that the run will write to, before it begins."""
     folder = ready_folder(config.output_dir, holds=(FINAL, ADAPTER))
     if config.save_every >= 0:
         ready_folder(folder / CHECKPOINTS)
-    config.check_keep_best()
 
 
 def world_of(config: TrainConfig | ScoreConfig | EvalConfig) -> AbstractContextManager[World]:
@@ -399,11 +400,6 @@ def _frozen_models(
     config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> FrozenModels:
     """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
-    if config.objective == "tvkd" and config.teacher is None and config.scores is None:
-        raise ValueError(
-            "tvkd needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`; --objective dpo needs "
-            "none"
-        )
     with_teacher = config.objective == "tvkd"
     sharing = sharing_of(config, world)
     models = load_frozen(config, tokenizer, kappa=config.loss.kappa, with_teacher=with_teacher, sharing=sharing)
@@ -422,11 +418,9 @@ def _expected(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: FrozenModels, policy_at_start: str
 ) -> dict[str, Any]:
     """What a cache of scores must have been made of to serve this run; None is not compared."""
-    needs_sums = config.objective == "tvkd" and config.loss.value_from != "implicit_reward"
     return {
-        "tokenizer": fingerprint_tokenizer(tokenizer),
+        **expected_of_settings(config, tokenizer),
         "precision": precision(config.model, models.world),
-        "kappa": config.loss.kappa if needs_sums else None,
         "reference": fingerprint_model(models.reference.model)
         if isinstance(models.reference, PolicyWithHead)
         else policy_at_start,
@@ -434,12 +428,27 @@ def _expected(
     }
 
 
+def expected_of_settings(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The part of it that no model has to be loaded for."""
+    needs_sums = config.objective == "tvkd" and config.loss.value_from != "implicit_reward"
+    return {
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "kappa": config.loss.kappa if needs_sums else None,
+    }
+
+
 def _fitting_cache(
     folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any], scorer: OnlineScorer
 ) -> ScoreCache:
     """The cache, if it holds what `scorer` would say of the dataset."""
+    return open_scores(folder, config, dataset, expected | {"teacher_tokens": scorer.teacher_reads(dataset)})
+
+
+def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
+    """The cache of scores of a dataset. ValueError where it was made of other things than expected, or holds no
+    values that the run's loss could be made of."""
     cache = ScoreCache.load(folder, dataset)
-    cache.check(**expected | {"teacher_tokens": scorer.teacher_reads(dataset)})
+    cache.check(**expected)
     if config.objective == "tvkd" and not cache.has_values(config.loss.value_from):
         raise ValueError(
             f"the scores at {folder} hold no teacher's values of the kind {config.loss.value_from}: run `tvkd score` "

@@ -8,6 +8,7 @@ weights and optimizer (torch.distributed.checkpoint's sharded layout, which any 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -64,7 +65,7 @@ class Checkpoints:
         return None
 
     def best(self) -> Path | None:
-        """The one whose score is the largest, of those that have one."""
+        """The one whose score is the largest, of those that have a finite one; None where none has."""
         return _best(_checkpoints(self.folder))
 
     def save(
@@ -78,15 +79,16 @@ class Checkpoints:
     ) -> None:
         """Begin to write `step-NNNNNN` with weights, optimizer, generators and `extra`; training may go on meanwhile.
 
-        `score` is what the best is chosen by, larger being better. Once it is whole, all but the newest `keep` and the
-        best are dropped. CheckpointError here or at the next call or `wait`, where the disk will not take it; earlier
-        checkpoints are as they were.
+        `score` is what the best is chosen by, larger being better; one that is NaN or inf is never the best. Once it is
+        whole, all but the newest `keep` and the best are dropped. CheckpointError here or at the next call or `wait`,
+        where the disk will not take it; earlier checkpoints are as they were.
         """
         self.wait()
         tensors = state_of(model, optimizer, self.world)
         self._bytes = sum(x.numel() * x.element_size() for x in tensors.values())
         partial = self.folder / f".step-{step:06d}.partial"
         self._agree(step, self._clear if self.world.first else None, partial)
+        score = score if _comparable(score) else None
         state = {"step": step, "score": score, "processes": self.world.size, **extra}
         self._saving = step, self._saver.submit(self._write, _staged(tensors, partial, self.world), partial, state)
 
@@ -302,10 +304,15 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _best(paths: list[Path]) -> Path | None:
     """Of the newest first; scores of other held-out pairs, or by another figure, are not held against each other."""
-    scored = {path: state for path in paths if (state := _state_or_nothing(path)).get("score") is not None}
+    scored = {path: state for path in paths if _comparable((state := _state_or_nothing(path)).get("score"))}
     of = next((state.get("scored_on") for state in scored.values()), None)
     same = [path for path in scored if scored[path].get("scored_on") == of]
     return max(same, key=lambda path: scored[path]["score"], default=None)
+
+
+def _comparable(score: Any) -> bool:
+    """Whether a score can be larger or smaller than another: NaN, which compares with nothing, is neither."""
+    return isinstance(score, int | float) and math.isfinite(score)
 
 
 def _step(path: Path) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from os.path import expanduser
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from tvkd_fast.data import MicroBatching
 from tvkd_fast.distributed import Recompute
-from tvkd_fast.losses import check_discount, check_preference_settings
-from tvkd_fast.ops import HeadGradient, check_kappa
+from tvkd_fast.models.load import PACKAGED
+from tvkd_fast.ops import HeadGradient
+from tvkd_fast.training.ranges import FINITE, NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, check_numbers, number
 
 C = TypeVar("C")
 
@@ -60,11 +62,11 @@ class DataConfig:
     """Split of a hub dataset, or of a folder, to evaluate on."""
     subset: str | None = None
     """Configuration name of a hub dataset or of a copy of one, or a folder inside a folder."""
-    train_limit: int | None = None
+    train_limit: int | None = number(None, at_least(1))
     """Read only so many training rows."""
-    eval_limit: int | None = None
+    eval_limit: int | None = number(None, at_least(1))
     """Read only so many held-out rows."""
-    max_length: int = 1024
+    max_length: int = number(1024, at_least(2))
     """Most tokens of prompt and response together."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
     """What survives in a longer pair: `keep_start` cuts the responses' ends, `keep_end` the prompt's beginning."""
@@ -79,34 +81,33 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_home(self)
+        check_numbers(self, "data")
 
 
 @dataclass(kw_only=True)
 class LossConfig:
     """The TVKD loss; see docs/method.md."""
 
-    beta: float = 0.1
+    beta: float = number(0.1, POSITIVE)
     """β > 0: strength of the KL term."""
-    alpha: float = 1.0
+    alpha: float = number(1.0, FINITE)
     """α: strength and sign of the teacher's shaping; 0 is DPO."""
-    gamma: float = 1.0
+    gamma: float = number(1.0, SHARE)
     """γ in [0, 1]: discount of the shaping."""
-    kappa: float = 1.0
+    kappa: float = number(1.0, POSITIVE)
     """κ > 0: inverse temperature of the teacher's soft value."""
-    value_scale: float | None = None
+    value_scale: float | None = number(None, FINITE)
     """b: scale of the soft value; β where not given, as in the paper."""
     value_from: Literal["logits", "logprobs", "implicit_reward"] = "logits"
     """Soft value from the teacher's logits (the paper), its log-probabilities (needs κ ≠ 1), or its DPO reward so far
     (needs teacher_reference)."""
     terminal: Literal["last_content", "eos", "zero"] = "last_content"
     """Which state ends the shaping sum."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, Range(0, 0.5, without_high=True))
     """λ in [0, 0.5): share of preferences taken to be wrong."""
 
     def __post_init__(self) -> None:
-        check_preference_settings(self.beta, self.alpha, self.label_smoothing)
-        check_discount(self.gamma)
-        check_kappa(self.kappa)
+        check_numbers(self, "loss")
         if self.value_from == "logprobs" and self.kappa == 1.0:
             raise ValueError(
                 "value_from='logprobs' is 0 everywhere at kappa=1: set --loss.kappa to another value, such as 0.7"
@@ -117,24 +118,23 @@ class LossConfig:
 class OptimConfig:
     """AdamW, a linear warm-up and a cosine down to `final_lr_ratio`."""
 
-    lr: float = 1e-6
+    lr: float = number(1e-6, POSITIVE)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = number((0.9, 0.999), Range(0, 1, without_high=True))
     """AdamW's decay rates."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, POSITIVE)
     """AdamW's ε."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, NOT_NEGATIVE)
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
-    warmup_steps: int = 0
+    warmup_steps: int = number(0, at_least(0))
     """Steps of linear warm-up."""
-    final_lr_ratio: float = 0.1
+    final_lr_ratio: float = number(0.1, SHARE)
     """Learning rate at the last step over the peak."""
-    clip_norm: float = 1.0
+    clip_norm: float = number(1.0, NOT_NEGATIVE)
     """Largest gradient norm; 0 leaves it alone."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}: set --optim.lr")
+        check_numbers(self, "optim")
 
 
 @dataclass(kw_only=True)
@@ -155,7 +155,7 @@ class ModelConfig:
     (`full`)."""
     device: str = "auto"
     """`auto` takes a GPU where there is one."""
-    threads: int = 0
+    threads: int = number(0, at_least(0))
     """CPU threads; 0 leaves torch's choice."""
     return_memory: bool = False
     """Give memory that is freed back to the system at once, on a CPU under glibc: less is held, and steps take longer
@@ -163,14 +163,17 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run code that comes with a hub model. Off unless asked for."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "model")
+
 
 @dataclass(kw_only=True)
 class LoraConfig:
     """Adapters of low rank that learn in the policy's place, and the policy without them as its reference."""
 
-    rank: int = 0
+    rank: int = number(0, at_least(0))
     """r of W + (alpha/r)·B·A; 0 trains the policy's own weights."""
-    alpha: float | None = None
+    alpha: float | None = number(None, POSITIVE)
     """Scale; twice the rank where not given."""
     targets: list[str] | None = None
     """Names of the linear layers that get one, such as q_proj; all of the backbone where not given."""
@@ -178,8 +181,7 @@ class LoraConfig:
     """Hold the frozen backbone in four bits a weight (QLoRA); needs bitsandbytes. One process."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank must be 0 or more, got {self.rank}: set --lora.rank")
+        check_numbers(self, "lora")
         if self.quantize != "no" and self.rank == 0:
             raise ValueError(
                 "a backbone in four bits does not learn, adapters beside it do: set --lora.rank, such as 16"
@@ -190,7 +192,7 @@ class LoraConfig:
 class ParallelConfig:
     """How processes share a model, where there are several (`--nproc`, or torchrun)."""
 
-    replicas: int = 1
+    replicas: int = number(1, at_least(1))
     """Groups of processes that hold all weights each, sharded within a group (HSDP); 1 shards over all."""
     vocabulary: Literal["auto", "gathered", "shared"] = "auto"
     """The head: gathered by every process for its own tokens, or shared by rows to which the tokens of all are sent.
@@ -200,8 +202,11 @@ class ParallelConfig:
     reduce: Literal["step", "micro_batch"] = "step"
     """When gradients are summed over processes: once a step, for which each holds whole gradients from one micro-batch
     to the next, or in each, for which it holds its shards alone."""
-    timeout_s: float = 600.0
+    timeout_s: float = number(600.0, POSITIVE)
     """Seconds that a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "parallel")
 
 
 @dataclass(kw_only=True)
@@ -220,7 +225,7 @@ class TrainConfig:
     """What the teacher was before DPO: its own reference, for loss.value_from implicit_reward."""
     reference: str | None = None
     """Frozen reference; the policy at the start where not given."""
-    student_layers: int | None = None
+    student_layers: int | None = number(None, at_least(1))
     """Prune the policy to so many evenly spaced layers before training."""
     scores: str | None = None
     """Folder that `tvkd score` wrote for the training data: teacher and reference need not be given then, and are only
@@ -234,64 +239,55 @@ class TrainConfig:
     head: HeadGradient = field(default_factory=HeadGradient)
     lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    nproc: int = 1
+    nproc: int = number(1, at_least(1))
     """Processes to start on this machine; weights are sharded over them. Under torchrun its own number counts."""
-    max_steps: int | None = None
+    max_steps: int | None = number(None, at_least(1))
     """Optimizer steps; `epochs` over the data where not given."""
-    epochs: float = 1.0
+    epochs: float = number(1.0, POSITIVE)
     """Passes over the training pairs, where max_steps is not given: each takes every pair once, and the last step those
     that are left."""
-    pairs_per_step: int = 32
+    pairs_per_step: int = number(32, at_least(1))
     """Global batch: pairs an optimizer step averages over."""
-    tokens_per_micro_batch: int = 2048
+    tokens_per_micro_batch: int = number(2048, at_least(1))
     """Most tokens that go through a model at once, of whole pairs."""
-    pairs_per_micro_batch: int = 4
+    pairs_per_micro_batch: int = number(4, at_least(1))
     """The same in pairs, where model.packing is `padded`."""
-    eval_every: int = 0
+    eval_every: int = number(0, at_least(0))
     """Evaluate every so many steps; 0 only at the end. Needs data.eval."""
-    save_every: int = 0
+    save_every: int = number(0, at_least(-1))
     """Checkpoint every so many steps and at the end; 0 only at the end; -1 never."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = number(2, at_least(1))
     """How many of the newest checkpoints stay on disk."""
     keep_best: Literal["accuracy", "margin", "loss", "none"] = "none"
     """Keep one more: the checkpoint whose evaluation, made at the same step, was best by this figure; `tvkd export`
     makes a model of it."""
-    log_every: int = 1
+    log_every: int = number(1, at_least(1))
     """Write metrics every so many steps, over all of them."""
     trackers: list[Literal["wandb", "trackio"]] = field(default_factory=list)
     """Where else metrics go; metrics.jsonl always, and TensorBoard's files where it is installed."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is NaN or inf: stop and keep its pairs for `tvkd replay`, or pass it over and count
     it."""
-    peak_tflops: float | None = None
+    peak_tflops: float | None = number(None, POSITIVE)
     """What a process's device can do, in 10¹² floating-point operations a second: metrics then have `mfu`."""
     resume: bool = True
     """Go on from the newest complete checkpoint in output_dir, if there is one; false sets those aside and starts
     again."""
-    seed: int = 0
+    seed: int = number(0, at_least(0))
     """Seed of the order of pairs and of every generator."""
-    device_memory_gib: float | None = None
+    device_memory_gib: float | None = number(None, POSITIVE)
     """What a process's device holds, for a dry run to compare with; a GPU that is here is asked."""
     dry_run: bool = False
     """Print the plan (models, tokens, memory by part, steps) and stop."""
 
     def __post_init__(self) -> None:
         at_home(self)
-        counts = ("pairs_per_step", "tokens_per_micro_batch", "pairs_per_micro_batch", "keep_checkpoints", "log_every")
-        if self.device_memory_gib is not None and not self.device_memory_gib > 0:
-            raise ValueError(f"device_memory_gib must be positive, got {self.device_memory_gib}")
-        for name in (*counts, "nproc"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self)
         if self.keep_best != "none" and (self.data.eval is None or not self.eval_every):
             raise ValueError("keep_best goes by evaluations: set --data.eval and --eval_every")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs must be positive, got {self.epochs}")
         if self.data.eval is None and (self.eval_every or self.eval_scores):
             raise ValueError("eval_every and eval_scores need held-out pairs: set --data.eval")
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
 
     def check_keep_best(self) -> None:
         """ValueError where no checkpoint is of a step that is evaluated, or no evaluation has the figure."""
@@ -336,34 +332,31 @@ class ScoreConfig:
     """The teacher's own reference: keep the teacher's rewards instead, for loss.value_from implicit_reward."""
     reference: str | None = None
     """Reference whose log-probabilities to keep; the policy where not given."""
-    student_layers: int | None = None
+    student_layers: int | None = number(None, at_least(1))
     """As in `tvkd train`: the reference is the policy pruned to so many layers."""
-    kappa: float = 1.0
+    kappa: float = number(1.0, POSITIVE)
     """κ of the soft values; alpha, gamma, terminal and value_scale can be chosen later."""
     which: Literal["train", "eval"] = "train"
     """Which of data.train and data.eval to score."""
     value_dtype: Literal["float32", "float16"] = "float32"
     """Dtype in which the teacher's sums are kept: 4 or 2 bytes a response state, twice that where kappa is not 1."""
-    pairs_per_shard: int = 512
+    pairs_per_shard: int = number(512, at_least(1))
     """Pairs a file: a pass that was killed goes on after the last whole one."""
-    tokens_per_micro_batch: int = 2048
+    tokens_per_micro_batch: int = number(2048, at_least(1))
     """Most tokens that go through a model at once, of whole pairs."""
-    pairs_per_micro_batch: int = 8
+    pairs_per_micro_batch: int = number(8, at_least(1))
     """The same in pairs, where model.packing is `padded`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    nproc: int = 1
+    nproc: int = number(1, at_least(1))
     """Processes to start on this machine; pairs and weights are shared among them."""
 
     def __post_init__(self) -> None:
         at_home(self)
-        check_processes(self.nproc)
-        if self.pairs_per_shard < 1:
-            raise ValueError(f"pairs_per_shard must be at least 1, got {self.pairs_per_shard}")
+        check_numbers(self)
         if self.teacher_reference is not None and self.teacher is None:
             raise ValueError("--teacher_reference is the reference of a teacher: set --teacher")
-        check_kappa(self.kappa)
 
 
 @dataclass(kw_only=True)
@@ -390,29 +383,27 @@ class EvalConfig:
     negative of their norm."""
     generate: str | None = None
     """Folder for answers.md and answers.html: greedy answers to held-out prompts, the models side by side."""
-    generate_prompts: int = 20
+    generate_prompts: int = number(20, at_least(1))
     """How many prompts are answered, evenly spaced over the held-out ones."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = number(128, at_least(1))
     """Most tokens of an answer."""
-    tokens_per_micro_batch: int = 2048
+    tokens_per_micro_batch: int = number(2048, at_least(1))
     """Most tokens that go through a model at once, of whole pairs."""
-    pairs_per_micro_batch: int = 8
+    pairs_per_micro_batch: int = number(8, at_least(1))
     """The same in pairs, where model.packing is `padded`."""
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    nproc: int = 1
+    nproc: int = number(1, at_least(1))
     """Processes to start on this machine; pairs and weights are shared among them."""
 
     def __post_init__(self) -> None:
         at_home(self)
-        check_processes(self.nproc)
+        check_numbers(self)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
         if self.tabled and self.teacher is not None:
             raise ValueError("a table of models tells who is right, and has no shaping: leave out --teacher")
-        if self.generate_prompts < 1 or self.max_new_tokens < 1:
-            raise ValueError("generate_prompts and max_new_tokens must be at least 1")
 
     @property
     def tabled(self) -> bool:
@@ -430,7 +421,7 @@ class ExplainConfig:
     """The teacher's own reference, for loss.value_from implicit_reward."""
     output_dir: str
     """Folder for explain.html and explain.png."""
-    pair: int = 0
+    pair: int = number(0, at_least(0))
     """Which of the held-out pairs, counted from 0."""
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -438,15 +429,8 @@ class ExplainConfig:
 
     def __post_init__(self) -> None:
         at_home(self)
+        check_numbers(self)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
-        if self.pair < 0:
-            raise ValueError(f"pair is counted from 0, got {self.pair}")
-
-
-def check_processes(nproc: int) -> None:
-    """One at least."""
-    if nproc < 1:
-        raise ValueError(f"nproc must be at least 1, got {nproc}")
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, loss: LossConfig) -> None:
@@ -468,14 +452,34 @@ def micro_batching(config: TrainConfig | ScoreConfig | EvalConfig) -> MicroBatch
     return MicroBatching(config.model.packing, config.tokens_per_micro_batch, config.pairs_per_micro_batch)
 
 
+def to_record(config: Any) -> dict[str, Any]:
+    """The config as JSON keeps it. Files and folders of this machine are absolute paths, so that they are found from
+    another working directory too; hub names stay as they are."""
+    return {
+        f.name: to_record(value)
+        if is_dataclass(value := getattr(config, f.name))
+        else _absolute(value)
+        if f.name in _PATHS
+        else value
+        for f in fields(config)
+    }
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
+    is_local = isinstance(value, str) and value not in PACKAGED and Path(value).exists()
+    return str(Path(value).absolute()) if is_local else value
+
+
 def from_record(kind: type[C], record: Mapping[str, Any]) -> C:
-    """A config out of what `asdict` made of it, and JSON kept."""
+    """A config out of what `to_record` made of it, and JSON kept."""
     types = get_type_hints(kind)
-    fields: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, value in record.items():
         expected = types[name]
         if is_dataclass(expected) and isinstance(expected, type):
-            fields[name] = from_record(expected, value)
+            given[name] = from_record(expected, value)
         else:
-            fields[name] = tuple(value) if get_origin(expected) is tuple else value
-    return kind(**fields)
+            given[name] = tuple(value) if get_origin(expected) is tuple else value
+    return kind(**given)

@@ -27,7 +27,7 @@ class Evaluation:
 
     pairs: int
     accuracy: float
-    """Share of pairs in which the policy gives the chosen response the higher log-probability."""
+    """Share of pairs in which the policy gives the chosen response the higher log-probability; NaN if any pair's is."""
     accuracy_ci: float
     margin: float
     """Mean of log π(y_w) − log π(y_l), nats."""
@@ -82,7 +82,7 @@ def evaluate(
 
     numbers = measure(policy, dataset, columns, batching=batching, world=world)
     difference, losses, margin, shaped, lengths, has_reference, has_loss = numbers
-    right = (difference > 0).double()
+    right = _larger_than_0(difference)
     figures: dict[str, Any] = {
         "pairs": len(dataset),
         "accuracy": float(right.mean()),
@@ -91,7 +91,7 @@ def evaluate(
         "margin_ci": _half_width(difference),
     }
     if has_reference.all():
-        figures["reward_accuracy"] = float((margin > 0).double().mean())
+        figures["reward_accuracy"] = float(_larger_than_0(margin).mean())
         figures["reward_margin"] = float(margin.mean())
         if has_loss.all():
             figures["loss"] = float(losses.mean())
@@ -128,6 +128,11 @@ def measure(
     numbers = torch.cat([numbers for numbers, _ in everyone], 1)
     order = torch.cat([places for _, places in everyone])
     return torch.empty_like(numbers).index_copy_(1, order, numbers)
+
+
+def _larger_than_0(x: Tensor) -> Tensor:
+    """1 or 0 where that can be told, NaN where x is: a pair that was not judged is not one that was judged wrong."""
+    return torch.where(x.isnan(), x, (x > 0).double())
 
 
 def _half_width(x: Tensor) -> float:

@@ -22,14 +22,23 @@ EXPORTED = "exported"
 """Of a run's folder: where its checkpoints become models, unless said."""
 
 
-def export(checkpoint: str | Path, folder: str | Path | None = None, *, trust_remote_code: bool = False) -> Path:
+def export(
+    checkpoint: str | Path,
+    folder: str | Path | None = None,
+    *,
+    policy: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
     """Make a folder that `from_pretrained` loads, tokenizer included and adapters merged, of a run's step-NNNNNN.
 
-    `folder` is OUTPUT_DIR/exported/step-NNNNNN where not given. The run's policy must be where it was. Raises
-    ValueError where there is no whole checkpoint, where the policy is another now, and where `folder` is not empty.
+    `folder` is OUTPUT_DIR/exported/step-NNNNNN where not given, and `policy` the place of the run's policy, where that
+    is another now. Raises ValueError where there is no whole checkpoint, where the policy is not the one that the run
+    was of, and where `folder` is not empty.
     """
     path = Path(checkpoint).expanduser()
     config, step = _run_of(path)
+    if policy is not None:
+        config = replace(config, policy=str(policy))
     target = path.resolve().parents[1] / EXPORTED / path.name if folder is None else Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already: give another folder, or remove it")
@@ -41,18 +50,21 @@ def export(checkpoint: str | Path, folder: str | Path | None = None, *, trust_re
         raise ValueError(f"{path} is not a whole checkpoint ({flaw}): take another one")
     # A file does not decide that code from a hub is run.
     model = ModelConfig(dtype=config.model.dtype, packing="padded", device="cpu", trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(config.policy, trust_remote_code=trust_remote_code)
-    policy = load_policy(config.policy, model, layers=config.student_layers, lora=config.lora)
-    if read_state(path)["identity"].get("policy") not in (None, fingerprint_model(policy.model)):
+    try:
+        tokenizer = load_tokenizer(config.policy, trust_remote_code=trust_remote_code)
+        start = load_policy(config.policy, model, layers=config.student_layers, lora=config.lora)
+    except ValueError as error:
+        raise ValueError(f"the policy that {path} was trained from: {error}. --policy says where it is now") from error
+    if read_state(path)["identity"].get("policy") not in (None, fingerprint_model(start.model)):
         raise ValueError(
-            f"{config.policy} is another model now than when {path} was trained from it: put that one back there"
+            f"{config.policy} is another model than the one that {path} was trained from: give that one by --policy"
         )
-    checkpoints.load_weights(path, policy)
+    checkpoints.load_weights(path, start)
     card = model_card(replace(config, max_steps=step), None)
-    if any(is_adapter(name) for name, _ in policy.named_parameters()):
-        save_final(*merged(policy.model, whole_weights(policy)), tokenizer, target, card)
+    if any(is_adapter(name) for name, _ in start.named_parameters()):
+        save_final(*merged(start.model, whole_weights(start)), tokenizer, target, card)
     else:
-        save_final(policy.model, None, tokenizer, target, card)
+        save_final(start.model, None, tokenizer, target, card)
     return target
 
 

@@ -51,7 +51,7 @@ def judge_pairs(
     world: World | None = None,
 ) -> Judged:
     """A response's score is Σ_t log π − log π_ref where there is a reference; else of its tokens' log π the mean, the
-    sum, or the negative Euclidean norm, which are RewardBench's `avg`, `sum` and `norm`.
+    sum, or the negative Euclidean norm, which are RewardBench's `avg`, `sum` and `norm`. ValueError where one is NaN.
     """
 
     def columns(batch: PairBatch, token_logps: Tensor) -> Tensor:
@@ -68,6 +68,14 @@ def judge_pairs(
         return scores.view(2, -1)
 
     chosen, rejected = measure(policy, dataset, columns, batching=batching, world=world)
+    unjudged = [
+        pair.row for pair, bad in zip(dataset, (chosen.isnan() | rejected.isnan()).tolist(), strict=True) if bad
+    ]
+    if unjudged:
+        raise ValueError(
+            f"{name} scores {len(unjudged)} of {len(dataset)} pairs as NaN, the first of them {unjudged[0]}: its "
+            "weights or its reference's are not finite, or overflow in --model.autocast"
+        )
     return Judged(name, chosen, rejected)
 
 

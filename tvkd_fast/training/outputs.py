@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,25 @@ def ready_folder(path: str | Path, *, holds: tuple[str, ...] = ()) -> Path:
         trial.unlink()
     except OSError as error:
         raise refuse_place(folder, "folder", error) from error
-    for name in holds:
+    _check_holds(folder, holds)
+    return folder
+
+
+def check_folder(path: str | Path, *, holds: tuple[str, ...] = ()) -> None:
+    """Raise what `ready_folder` would, as far as that can be told without making anything."""
+    folder = Path(path)
+    there = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+    if not there.is_dir():
+        raise refuse_place(folder, "folder", NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise refuse_place(folder, "folder", PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there)))
+    _check_holds(folder, holds)
+
+
+def _check_holds(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
         if (folder / name).exists() and not (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a file, where a folder is to be: move it, or give another place")
-    return folder
 
 
 def ready_file(path: str | Path) -> Path:

@@ -7,16 +7,31 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from tvkd_fast.data import PairDataset, pairs_of_epochs
+from tvkd_fast.data import PairDataset, check_positions, check_token_ids, pairs_of_epochs
 from tvkd_fast.data.splits import FILE_SUFFIXES
-from tvkd_fast.models import ModelShape, load_tokenizer, model_shape
-from tvkd_fast.training.build import load_dataset
+from tvkd_fast.models import (
+    ModelShape,
+    load_stop_ids,
+    load_tokenizer,
+    longest_sequence,
+    model_config,
+    model_shape,
+)
+from tvkd_fast.models.load import PACKAGED
+from tvkd_fast.training.build import ADAPTER, FINAL, expected_of_settings, load_dataset, open_scores
 from tvkd_fast.training.config import TrainConfig, micro_batching
 from tvkd_fast.training.footprint import Footprint, PairTokens
+from tvkd_fast.training.outputs import check_folder
+from tvkd_fast.training.refusals import check_family, check_run, check_step
+from tvkd_fast.training.run_models import check_same_tokenizer
 from tvkd_fast.training.usage import process_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GIB = 2**30
 _KEPT_BY_MALLOC = 0.25
@@ -27,14 +42,17 @@ _LOADED_LATER = 0.15 * GIB
 
 
 def plan(config: TrainConfig) -> str:
-    """The plan as text: models, tokens, memory by part, steps."""
-    config.check_keep_best()
+    """The plan as text: models, tokens, memory by part, steps. ValueError for what the run itself would refuse, as far
+    as that can be told without weights and downloads."""
+    check_run(config)
+    check_folder(config.output_dir, holds=(FINAL, ADAPTER))
+    check_family(config)
     trust = config.model.trust_remote_code
     policy = model_shape(config.policy, layers=config.student_layers, trust_remote_code=trust)
     teacher = None
     if config.objective == "tvkd" and config.teacher is not None and config.scores is None:
         teacher = model_shape(config.teacher, trust_remote_code=trust)
-    tokens, pairs, source = _tokens(config)
+    tokens, pairs, source = _tokens(config, policy)
     passes = pairs_of_epochs(config.epochs, pairs) / config.pairs_per_step if pairs else None
     steps = config.max_steps or (math.ceil(passes) if passes else None)
     found = Footprint(config, policy, teacher, tokens, int(os.environ.get("WORLD_SIZE", config.nproc)))
@@ -140,12 +158,12 @@ def _room(config: TrainConfig) -> float | None:
     return None
 
 
-def _tokens(config: TrainConfig) -> tuple[PairTokens, int, str]:
+def _tokens(config: TrainConfig, policy: ModelShape) -> tuple[PairTokens, int, str]:
     """Tokens of a pair, pairs, and a line on where the figures come from."""
     source = config.data.train
     if source is None:
         raise ValueError("no train data: set --data.train")
-    if not (source.startswith("bundled:") or Path(source).exists() or source.endswith(FILE_SUFFIXES)):
+    if not _counted(source):
         longest = config.data.max_length
         return (
             PairTokens(0, longest, longest, longest),
@@ -153,8 +171,43 @@ def _tokens(config: TrainConfig) -> tuple[PairTokens, int, str]:
             f"{source} (not downloaded in a dry run: every response counted at {longest} tokens)",
         )
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("train", config.data, tokenizer, micro_batching(config))
+    dataset = _read("train", config, tokenizer, policy, config.scores)
+    check_step(config.pairs_per_step, dataset)
+    if config.data.eval is not None and _counted(config.data.eval):
+        _read("eval", config, tokenizer, policy, config.eval_scores)
     return tokens_of(dataset), dataset.report.pairs, str(dataset.report)
+
+
+def _counted(source: str) -> bool:
+    """Whether data are here to be counted. A name that ends as a file's does is no hub's, even where it is missing."""
+    return source.startswith("bundled:") or Path(source).exists() or source.endswith(FILE_SUFFIXES)
+
+
+def _read(
+    which: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, policy: ModelShape, scores: str | None
+) -> PairDataset:
+    """The pairs, which every model of the run that is on this machine can read."""
+    trust = config.model.trust_remote_code
+    stops = load_stop_ids(config.policy, trust_remote_code=trust)
+    dataset = load_dataset(which, config.data, tokenizer, micro_batching(config), stop_ids=stops)
+    check_token_ids(dataset, policy.vocab)
+    check_positions(dataset, policy.positions, "policy")
+    if config.objective == "sft":
+        return dataset
+    if config.reference is not None and _is_here(config.reference):
+        check_same_tokenizer(tokenizer, config.reference, config.model, whose="policy")
+        check_positions(dataset, longest_sequence(model_config(config.reference, trust_remote_code=trust)), "reference")
+    if config.objective == "tvkd" and config.teacher is not None and _is_here(config.teacher):
+        theirs = load_tokenizer(config.teacher, trust_remote_code=trust)
+        if theirs.get_vocab() == tokenizer.get_vocab():
+            check_positions(dataset, longest_sequence(model_config(config.teacher, trust_remote_code=trust)), "teacher")
+    if scores is not None:
+        open_scores(scores, config, dataset, expected_of_settings(config, tokenizer))
+    return dataset
+
+
+def _is_here(name: str) -> bool:
+    return name in PACKAGED or Path(name).exists()
 
 
 def tokens_of(dataset: PairDataset) -> PairTokens:
@@ -191,9 +244,7 @@ def _reference_line(config: TrainConfig) -> str:
 def _teacher_line(config: TrainConfig, teacher: ModelShape | None) -> str:
     if config.objective != "tvkd":
         return f"none ({config.objective})"
-    if config.scores is not None:
-        return f"scored already, in {config.scores}"
-    return _shape_line(teacher) if teacher is not None else "none yet: set --teacher or --scores"
+    return f"scored already, in {config.scores}" if teacher is None else _shape_line(teacher)
 
 
 def _loss_line(config: TrainConfig) -> str:

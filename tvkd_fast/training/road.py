@@ -28,6 +28,7 @@ from tvkd_fast.training.generate import answers
 from tvkd_fast.training.metrics import read_metrics
 from tvkd_fast.training.outputs import ready_folder, written
 from tvkd_fast.training.plot import plot_curves
+from tvkd_fast.training.ranges import POSITIVE, at_least, check_numbers, number
 from tvkd_fast.training.run_models import load_policy
 from tvkd_fast.training.scoring import CachedScorer, OnlineScorer, Scorer
 from tvkd_fast.version import __version__
@@ -53,23 +54,24 @@ class DemoConfig:
     """Training pairs instead of the recipe's."""
     eval: str | None = None
     """Held-out pairs instead of the recipe's."""
-    teacher_steps: int = 20
+    teacher_steps: int = number(20, at_least(1))
     """DPO steps that make the teacher out of the recipe's policy."""
-    teacher_lr: float = 1e-5
+    teacher_lr: float = number(1e-5, POSITIVE)
     """Peak learning rate of the teacher's DPO."""
-    warm_steps: int = 150
+    warm_steps: int = number(150, at_least(1))
     """SFT steps on chosen responses that warm the pruned student."""
-    warm_lr: float = 1e-3
+    warm_lr: float = number(1e-3, POSITIVE)
     """Peak learning rate of the student's SFT."""
-    steps: int | None = None
+    steps: int | None = number(None, at_least(1))
     """Steps of TVKD, and of DPO beside it, instead of the recipe's."""
-    judged: int = 24
+    judged: int = number(24, at_least(0))
     """Bundled prompts answered greedily by each model and judged by rule; 0 leaves it out."""
-    seed: int | None = None
+    seed: int | None = number(None, at_least(0))
     """Seed instead of the recipe's."""
 
     def __post_init__(self) -> None:
         at_home(self)
+        check_numbers(self)
         if self.quick:
             self.teacher_steps, self.warm_steps, self.judged = 1, 3, 0
             self.steps = self.steps or 3

@@ -15,7 +15,6 @@ from tvkd_fast.data import PairDataset, check_positions, check_token_ids, packed
 from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, shard_policy
 from tvkd_fast.models import (
     EmptyModel,
-    Lora,
     PolicyWithHead,
     TeacherWithHead,
     WithoutAdapters,
@@ -39,6 +38,7 @@ from tvkd_fast.training.config import (
     TrainConfig,
     micro_batching,
 )
+from tvkd_fast.training.refusals import check_device, check_lora, lora_of
 from tvkd_fast.training.scoring import OnlineScorer, RewardTeacher, TeacherTokens
 from tvkd_fast.training.usage import return_freed_memory
 
@@ -197,11 +197,19 @@ def resolve_device(config: ModelConfig) -> torch.device:
         torch.set_num_threads(config.threads)
     if config.return_memory:
         return_freed_memory()
+    check_device(config)
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("no CUDA device is available: set --model.device cpu, or install a CUDA build of torch")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there are {torch.cuda.device_count()} GPUs here, and no {config.device}: set --model.device")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no {config.device} device can be used ({reason}): set --model.device cpu") from error
     return device
 
 
@@ -229,18 +237,15 @@ def _made(
     if sharing is not None and sharing.world.mesh is None:
         sharing = None
     quantize = lora is not None and lora.quantize == "nf4"
-    if quantize and (sharing is not None or layers is not None):
-        what, remedy = "shared among processes", "--nproc 1"
-        if layers is not None:
-            what, remedy = "pruned", "--policy to a student that is pruned already, and no student_layers"
-        raise ValueError(f"a backbone in four bits cannot be {what}: set {remedy}, or leave --lora.quantize out")
+    if lora is not None:
+        check_lora(lora, processes=1 if sharing is None else sharing.world.size, layers=layers)
     empty = None if sharing is None else _empty(name, config, layers)
     model = _load(name, config, layers=layers, nf4=quantize) if empty is None else empty.model
     policy = make(model, packing=config.packing, autocast=_autocast(config))
     if frozen:
         freeze(policy)
     elif lora is not None and lora.rank:
-        add_lora(policy, Lora(lora.rank, 2.0 * lora.rank if lora.alpha is None else lora.alpha, lora.targets))
+        add_lora(policy, lora_of(lora))
     if not frozen:
         checkpoint_activations(policy, config.activation_checkpointing)
     if sharing is not None:
@@ -291,15 +296,13 @@ def _load_reference(
     *,
     whose: str,
 ) -> PolicyWithHead:
-    theirs = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
-    _check_same_tokenizer(tokenizer, theirs, name, whose=whose)
+    check_same_tokenizer(tokenizer, name, config, whose=whose)
     return load_policy(name, config, sharing=sharing, frozen=True)
 
 
-def _check_same_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, *, whose: str
-) -> None:
-    """A reference's log-probabilities are taken at the tokens of the model it belongs to."""
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig, *, whose: str) -> None:
+    """ValueError where the reference `name` has another tokenizer than the model whose tokens it is asked about."""
+    other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours == theirs:
         return

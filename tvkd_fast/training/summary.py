@@ -80,9 +80,11 @@ def _on_a_hub(name: str) -> bool:
 
 def _name(source: str | None) -> str | None:
     """A hub's name as it is; of a file or folder the last part."""
-    if source is None or _on_a_hub(source) or not Path(source).exists():
+    if source is None or _on_a_hub(source):
         return source
     path = Path(source)
+    if not (path.exists() or path.is_absolute()):
+        return source
     return path.parent.name if path.name == "final" else path.name
 
 

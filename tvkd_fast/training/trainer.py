@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+import warnings
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +19,12 @@ from tvkd_fast.distributed import World
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import HeadStats
 from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state, set_aside
-from tvkd_fast.training.config import TrainConfig, micro_batching
+from tvkd_fast.training.config import TrainConfig, micro_batching, to_record
 from tvkd_fast.training.evaluate import Evaluation, evaluate
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.outputs import written
+from tvkd_fast.training.refusals import check_step
 from tvkd_fast.training.scoring import Scorer
 from tvkd_fast.training.step import NonFiniteStepError, StepOutput, train_step
 from tvkd_fast.training.stop import Stopped, StopSignal
@@ -75,11 +77,7 @@ class Trainer:
         self.optimizer = make_optimizer(policy, config.optim)
         self.flops = StepFlops(policy)
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.world, keep=config.keep_checkpoints)
-        if config.pairs_per_step > len(dataset):
-            raise ValueError(
-                f"a step takes {config.pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "
-                "lower --pairs_per_step, or give more data"
-            )
+        check_step(config.pairs_per_step, dataset)
         self.trained = False
         """Whether `run` has taken a step, and was not finished before."""
         self.identity = {"dataset": dataset.fingerprint, **_trajectory(config), **(identity or {})}
@@ -150,7 +148,7 @@ class Trainer:
         except NonFiniteStepError as error:
             self.checkpoints.wait()
             if self.world.first:
-                record = {"step": step, "pairs": error.pairs, "config": asdict(self.config)}
+                record = {"step": step, "pairs": error.pairs, "config": to_record(self.config)}
                 path = self.folder / NONFINITE.format(step)
                 with written(path, RESUMES):
                     self.folder.mkdir(parents=True, exist_ok=True)
@@ -196,11 +194,17 @@ class Trainer:
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
         by = self.config.keep_best
-        extra: dict[str, Any] = {"identity": self.identity, "config": asdict(self.config)}
+        extra: dict[str, Any] = {"identity": self.identity, "config": to_record(self.config)}
         if self.held_out is not None and by != "none":
             extra["scored_on"] = [by, self.held_out.fingerprint]
         figure = None if evaluation is None or by == "none" else getattr(evaluation, by)
         score = None if figure is None else -figure if by == "loss" else figure
+        if score is not None and not math.isfinite(score) and self.world.first:
+            warnings.warn(
+                f"eval/{by} is {figure} at step {step}: its checkpoint is never the best by keep_best {by}; score the "
+                "held-out pairs by `tvkd eval` to see which of them is not finite",
+                stacklevel=2,
+            )
         self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
 
     def _pairs(self, step: int) -> list[int]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tvkd_fast.kernels.dice import Dice
 from tvkd_fast.kernels.head import MarkRule
-from tvkd_fast.ops import compiled
-from tvkd_fast.ops.compiled import Passes
-from tvkd_fast.ops.tiles import Tiles, locate
+from tvkd_fast.ops.tiles import native
+from tvkd_fast.ops.tiles.exact import Tiles, locate
+from tvkd_fast.ops.tiles.native import Passes
 
 FAN = 8
 """Columns whose largest entry is looked at before they are: an eighth of a tile is searched, not all of it."""
@@ -25,7 +25,7 @@ FAN = 8
 
 def block_of(tiles: Tiles, rule: MarkRule, h: Tensor, rows: slice) -> Block | CompiledBlock:
     """In compiled passes where they can be had; they know no softcap and no unbiased tail."""
-    passes = compiled.passes(tiles.buffers)
+    passes = native.passes(tiles.buffers)
     if passes is None or rule.unbiased or tiles.head.softcap is not None:
         return Block(tiles, rule, h, rows)
     return CompiledBlock(passes, tiles, rule, h, rows)

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
-from tvkd_fast.ops import compiled
-from tvkd_fast.ops import tiles as exact
-from tvkd_fast.ops.marked_blocks import Collected, block_of
-from tvkd_fast.ops.tiles import Tiles, blocks, pick_targets
+from tvkd_fast.ops.tiles import exact, native
+from tvkd_fast.ops.tiles.exact import Tiles, blocks, pick_targets
+from tvkd_fast.ops.tiles.selected import Collected, block_of
 
 
 def mark(
@@ -133,7 +132,7 @@ class Parts:
         if head.softcap is not None:
             own *= 1.0 - (sums.target / head.softcap) ** 2
         self.own = own + self.even
-        self.passes = compiled.passes(self.tiles.buffers) if marks.chain is None else None
+        self.passes = native.passes(self.tiles.buffers) if marks.chain is None else None
         self.even_everywhere, self.c_everywhere = (_placed(x, kept, c.new_zeros(n)) for x in (self.even, c))
 
     def _counts(self, n: int) -> Tensor:

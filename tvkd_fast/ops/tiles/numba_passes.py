@@ -1,4 +1,4 @@
-"""The kernels of `compiled`, in numba: imported only where it is installed.
+"""The kernels of `native`, in numba: imported only where it is installed.
 
 What was compiled stays on disk (numba's cache), since compiling takes seconds.
 

@@ -131,10 +131,10 @@ def _compiled() -> Passes | None:
         return None
     threads = torch.get_num_threads()
     try:
-        from tvkd_fast.ops import compiled_kernels
+        from tvkd_fast.ops.tiles import numba_passes
 
-        compiled_kernels.compile_all()
-        return Passes(compiled_kernels)
+        numba_passes.compile_all()
+        return Passes(numba_passes)
     except Exception as why:  # whatever keeps numba from compiling, torch's passes compute the same
         _log.warning("numba is installed and cannot compile here (%s): the head's passes are torch's", why)
         return None

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums
-from tvkd_fast.ops import compiled
-from tvkd_fast.ops.pages import large_empty
+from tvkd_fast.ops.tiles import native
+from tvkd_fast.ops.tiles.huge_pages import large_empty
 
 WORKSPACE_FLOATS = 4 * 2**20
 TILE_ROWS = 1024
@@ -55,9 +55,9 @@ def head_sums(
             z = tiles.logits(h, tiles.upcast(head.weight[columns]), columns, kept_for=rows)
             if labels is not None and target is not None:
                 pick_targets(z, labels[rows], columns, out=target[rows])
-            native = compiled.passes(z)
-            if native is not None and kappa is None and not entropy:
-                native.add(z, running_max, total)
+            passes = native.passes(z)
+            if passes is not None and kappa is None and not entropy:
+                passes.add(z, running_max, total)
                 continue
             new_max = torch.maximum(running_max, z.amax(1))
             # A row whose logits so far are all -inf has no finite maximum to subtract.
@@ -326,9 +326,9 @@ class Tiles:
             z = self.logits(h, w, columns)
         chain = self.chain(z)
         g = self.tile(z.shape)
-        native = compiled.passes(z)
-        if native is not None:
-            native.softmax(z, sums.maximum[rows], sums.log_total[rows], out=g)
+        passes = native.passes(z)
+        if passes is not None:
+            passes.softmax(z, sums.maximum[rows], sums.log_total[rows], out=g)
         else:
             torch.sub(z, sums.maximum[rows, None], out=g).sub_(sums.log_total[rows, None]).exp_()
         here, local = locate(labels, columns)

@@ -1,0 +1,101 @@
+"""What an objective is: settings, what it needs, and a loss from numbers of responses.
+
+Letters: P pairs, 2P responses, chosen first, then rejected in the same order; M teacher states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, is_dataclass
+from enum import Enum
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from tvkd_fast.data import PairBatch, Scores
+
+
+class Need(Enum):
+    """What an objective computes its loss from, beside the chosen responses' log-probabilities under the policy."""
+
+    REJECTED = "rejected responses"
+    REFERENCE = "the reference's log-probabilities"
+    TEACHER_SUMS = "the teacher's log-sum-exps"
+    TEACHER_REWARDS = "the teacher's rewards over its own reference"
+
+
+TEACHER = frozenset({Need.TEACHER_SUMS, Need.TEACHER_REWARDS})
+
+
+@dataclass(frozen=True)
+class PolicyNumbers:
+    """A batch's responses under the policy."""
+
+    logps: Tensor
+    """(2P,) log-probabilities summed over each response's tokens, nats, differentiable; (P,) of the chosen alone."""
+    lengths: Tensor
+    """The same shape, int64: tokens of each response."""
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """The losses, and what metrics and evaluation show of pairs. Only `losses` carries gradients."""
+
+    losses: Tensor
+    """(P,): the step sums them, and divides once by the pairs (or tokens) of the whole step."""
+    margins: Tensor | None = None
+    """(P,): by how much the chosen response's reward is the larger. None where nothing is compared."""
+    chosen_rewards: Tensor | None = None
+    """(P,)"""
+    rejected_rewards: Tensor | None = None
+    """(P,)"""
+    shaping_margins: Tensor | None = None
+    """(P,): what shaping takes from the margin. None without shaping."""
+
+
+class Objective:
+    """The base of all objectives: each is a dataclass of its settings, in a file of its own, with `@objective(name)`.
+
+    Whoever adds one defines `needs` and `loss`; scoring, caches, metrics, evaluation, the plan and the command line
+    follow from them.
+    """
+
+    name: ClassVar[str]
+    """On the command line and in recipes; `@objective` sets it."""
+    divided_by: ClassVar[Literal["pairs", "tokens"]] = "pairs"
+    """What the sum of the losses is divided by: the pairs of the step, or the response tokens of the step."""
+    kappa: float = 1.0
+    """κ at which TEACHER_SUMS are wanted."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What `loss` is computed from. It may follow from the settings."""
+        raise NotImplementedError
+
+    def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
+        """The losses of a batch with P ≥ 1 pairs, whose `scores` hold what `needs` names."""
+        raise NotImplementedError
+
+    def without(self, missing: Collection[Need]) -> Objective | None:
+        """The objective whose margins are shown where `missing` numbers are not known; None where there is none."""
+        return None if self.needs & frozenset(missing) else self
+
+    def describe(self) -> str:
+        """The settings in a line, as a plan shows them."""
+        return ", ".join(f"{name} {value}" for name, value in self.settings().items())
+
+    def settings(self) -> dict[str, Any]:
+        assert is_dataclass(self)
+        return asdict(self)
+
+
+def known(scores: Scores) -> frozenset[Need]:
+    """The needs that these scores meet."""
+    found = {Need.REJECTED}
+    if scores.ref_logps is not None:
+        found.add(Need.REFERENCE)
+    if scores.lse is not None and scores.lse_kappa is not None:
+        found.add(Need.TEACHER_SUMS)
+    if scores.reward is not None:
+        found.add(Need.TEACHER_REWARDS)
+    return frozenset(found)

@@ -1,0 +1,37 @@
+"""DPO: Direct Preference Optimization (arXiv 2305.18290).
+
+Letters: P pairs, 2P responses, chosen first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.losses import check_preference_settings, dpo_loss
+from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.objectives.registry import objective
+
+
+@objective("dpo")
+@dataclass(kw_only=True)
+class DPO(Objective):
+    """−(1−λ) log σ(m) − λ log σ(−m), m = β[ρ_w − ρ_l], ρ = log π_θ(y) − log π_ref(y)."""
+
+    beta: float = 0.1
+    """β > 0: strength of the KL term."""
+    label_smoothing: float = 0.0
+    """λ in [0, 0.5): share of preferences taken to be wrong."""
+
+    def __post_init__(self) -> None:
+        check_preference_settings(self.beta, 0.0, self.label_smoothing)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.REJECTED, Need.REFERENCE})
+
+    def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
+        assert scores.ref_logps is not None
+        ref_logps = scores.ref_logps.to(policy.logps.dtype)
+        out = dpo_loss(policy.logps, ref_logps, beta=self.beta, label_smoothing=self.label_smoothing)
+        return ObjectiveOutput(out.losses, out.margins, out.chosen_rewards, out.rejected_rewards)

@@ -1,0 +1,62 @@
+"""The objectives by name: every file of this folder that says `@objective(name)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, TypeVar
+
+from tvkd_fast.objectives.contract import Objective
+
+T = TypeVar("T", bound=type[Objective])
+
+DEFAULT = "tvkd"
+
+_REGISTERED: dict[str, type[Objective]] = {}
+
+
+def objective(name: str) -> Callable[[T], T]:
+    """Makes a class the objective of this name."""
+
+    def register(cls: T) -> T:
+        other = _REGISTERED.get(name)
+        if other is not None and other.__qualname__ != cls.__qualname__:
+            raise ValueError(f"there are two objectives {name!r}: {other.__module__} and {cls.__module__}; rename one")
+        cls.name = name
+        _REGISTERED[name] = cls
+        return cls
+
+    return register
+
+
+def objectives() -> Mapping[str, type[Objective]]:
+    """All of them, in the order of their names."""
+    package = import_module(__package__)
+    for module in iter_modules(package.__path__, f"{__package__}."):
+        import_module(module.name)
+    return dict(sorted(_REGISTERED.items()))
+
+
+def objective_named(name: str) -> type[Objective]:
+    """ValueError for a name that no objective has."""
+    found = objectives()
+    if name not in found:
+        close = get_close_matches(name, found, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"objective must be one of {', '.join(found)}, got {name!r}{hint}")
+    return found[name]
+
+
+def as_objective(name: str, settings: Objective | Mapping[str, Any] | None = None) -> Objective:
+    """The objective of that name, under these settings: its own, or those that another one shares with it."""
+    cls = objective_named(name)
+    if isinstance(settings, cls):
+        return settings
+    if isinstance(settings, Objective):
+        settings = settings.settings()
+    assert is_dataclass(cls)
+    own = {field.name for field in fields(cls)}
+    return cls(**{key: value for key, value in (settings or {}).items() if key in own})

@@ -1,0 +1,30 @@
+"""SFT: supervised fine-tuning on the chosen responses.
+
+Letters: P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.objectives.registry import objective
+
+
+@objective("sft")
+@dataclass(kw_only=True)
+class SFT(Objective):
+    """−log π_θ(y_w), divided by tokens: the mean negative log-likelihood per token of the chosen responses."""
+
+    divided_by = "tokens"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset()
+
+    def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
+        return ObjectiveOutput(-policy.logps)
+
+    def describe(self) -> str:
+        return "mean negative log-likelihood of the chosen responses"

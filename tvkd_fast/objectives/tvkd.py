@@ -1,0 +1,99 @@
+"""TVKD: DPO plus a potential-based shaping reward from a teacher's soft value (arXiv 2509.16965; docs/method.md).
+
+Letters: P pairs, 2P responses, chosen first; M teacher states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tvkd_fast.data import PairBatch, Scores
+from tvkd_fast.losses import check_discount, check_preference_settings, shaping_returns, tvkd_loss
+from tvkd_fast.objectives.contract import TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.objectives.registry import objective
+from tvkd_fast.ops import check_kappa, soft_values
+
+
+@objective("tvkd")
+@dataclass(kw_only=True)
+class TVKD(Objective):
+    """−(1−λ) log σ(m) − λ log σ(−m), m = β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l], Ψ(y) = Σ_t γ V(s_{t+1}) − V(s_t)."""
+
+    beta: float = 0.1
+    """β > 0: strength of the KL term."""
+    alpha: float = 1.0
+    """α: strength and sign of the teacher's shaping; 0 is DPO."""
+    gamma: float = 1.0
+    """γ in [0, 1]: discount of the shaping."""
+    kappa: float = 1.0
+    """κ > 0: inverse temperature of the teacher's soft value."""
+    value_scale: float | None = None
+    """b: scale of the soft value; β where not given, as in the paper."""
+    value_from: Literal["logits", "logprobs", "implicit_reward"] = "logits"
+    """Soft value from the teacher's logits (the paper), its log-probabilities (needs κ ≠ 1), or its DPO reward so far
+    (needs teacher_reference)."""
+    terminal: Literal["last_content", "eos", "zero"] = "last_content"
+    """Which state ends the shaping sum."""
+    label_smoothing: float = 0.0
+    """λ in [0, 0.5): share of preferences taken to be wrong."""
+
+    def __post_init__(self) -> None:
+        check_preference_settings(self.beta, self.alpha, self.label_smoothing)
+        check_discount(self.gamma)
+        check_kappa(self.kappa)
+        if self.value_from == "logprobs" and self.kappa == 1.0:
+            raise ValueError(
+                "value_from='logprobs' is 0 everywhere at kappa=1: set --loss.kappa to another value, such as 0.7"
+            )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        teacher = Need.TEACHER_REWARDS if self.value_from == "implicit_reward" else Need.TEACHER_SUMS
+        return frozenset({Need.REJECTED, Need.REFERENCE, teacher})
+
+    def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
+        assert scores.ref_logps is not None
+        cu_states, ended = scores.boundaries(batch)
+        psi = shaping_returns(self.values(scores), cu_states, gamma=self.gamma, terminal=self.terminal, ended=ended)
+        out = tvkd_loss(
+            policy.logps,
+            scores.ref_logps.to(policy.logps.dtype),
+            psi,
+            beta=self.beta,
+            alpha=self.alpha,
+            label_smoothing=self.label_smoothing,
+        )
+        return ObjectiveOutput(out.losses, out.margins, out.chosen_rewards, out.rejected_rewards, out.shaping_margins)
+
+    def values(self, scores: Scores) -> Tensor:
+        """(M,) soft values V of every response state."""
+        if self.value_from == "implicit_reward":
+            assert scores.reward is not None
+            return scores.reward * self.scale
+        assert scores.lse is not None
+        assert scores.lse_kappa is not None
+        return soft_values(
+            scores.lse, scores.lse_kappa, kappa=self.kappa, value_scale=self.scale, value_from=self.value_from
+        )
+
+    @property
+    def scale(self) -> float:
+        """b."""
+        return self.beta if self.value_scale is None else self.value_scale
+
+    def without(self, missing: Collection[Need]) -> Objective | None:
+        """Rewards are DPO's, with or without a teacher."""
+        if not self.needs & frozenset(missing):
+            return self
+        return DPO(beta=self.beta, label_smoothing=self.label_smoothing).without(frozenset(missing) - TEACHER)
+
+    def describe(self) -> str:
+        return (
+            f"beta {self.beta}, label_smoothing {self.label_smoothing}, alpha {self.alpha}, gamma {self.gamma}, "
+            f"terminal {self.terminal}, value {self.scale}·LSE from {self.value_from} at kappa {self.kappa}"
+        )

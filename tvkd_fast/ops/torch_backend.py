@@ -1,0 +1,134 @@
+"""The head in torch tiles: one call for the statistics, one for the gradients, on any device.
+
+Letters: N tokens, K of them kept, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tvkd_fast.kernels.head import Head, HeadGradients, HeadSums, MarkRule, Marks
+from tvkd_fast.ops.autocast import without_autocast
+from tvkd_fast.ops.tiles import exact, sparse
+
+
+def head_sums(
+    hidden: Tensor,
+    head: Head,
+    *,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    kappa: float | None = None,
+    entropy: bool = False,
+) -> HeadSums:
+    with without_autocast(hidden):
+        kept = None if labels is None else kept_rows(labels, ignore_index)
+        labels = labels if labels is None or kept is None else labels[kept]
+        sums = exact.head_sums(hidden, head, kept=kept, labels=labels, kappa=kappa, entropy=entropy)
+        return _spread(sums, kept, hidden)
+
+
+def logps_forward(
+    hidden: Tensor, head: Head, labels: Tensor, *, ignore_index: int, workspace_mb: int, streamed: bool
+) -> tuple[HeadSums, Tensor]:
+    with without_autocast(hidden):
+        kept = kept_rows(labels, ignore_index)
+        wanted = labels if kept is None else labels[kept]
+        if not streamed:
+            logits = exact.room_for_logits(hidden, head, kept, workspace_mb)
+            sums = exact.head_sums(hidden, head, kept=kept, labels=wanted, logits=logits)
+            return _spread(sums, kept, hidden), logits
+        sums, slopes = exact.head_slopes(hidden, head, wanted, kept=kept)
+        if kept is None:
+            # Off the CPU every row is computed, those to ignore among them.
+            slopes.masked_fill_((labels == ignore_index)[:, None], 0.0)
+        return _spread(sums, kept, hidden), slopes
+
+
+def logps_gradients(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    sums: HeadSums,
+    grad_logps: Tensor,
+    *,
+    logits: Tensor,
+    ignore_index: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> HeadGradients:
+    with without_autocast(hidden):
+        kept = kept_rows(labels, ignore_index)
+        upstream = grad_logps.masked_fill(labels == ignore_index, 0)
+        if kept is not None:
+            labels, upstream, sums = labels[kept], upstream[kept], sums.map(lambda x: x[kept])
+        return exact.head_gradients(
+            hidden,
+            head,
+            labels,
+            sums,
+            upstream,
+            kept=kept,
+            logits=logits,
+            want_hidden=want_hidden,
+            want_weight=want_weight,
+            want_bias=want_bias,
+        )
+
+
+def mark(hidden: Tensor, head: Head, labels: Tensor, rule: MarkRule, *, ignore_index: int) -> tuple[HeadSums, Marks]:
+    """The statistics (N,), `target` among them, and the entries that a sparse gradient is made of."""
+    with without_autocast(hidden):
+        kept = kept_rows(labels, ignore_index)
+        sums, marks = sparse.mark(hidden, head, labels if kept is None else labels[kept], rule, kept=kept)
+        return _spread(sums, kept, hidden), marks
+
+
+def sparse_gradients(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    sums: HeadSums,
+    marks: Marks,
+    grad_logps: Tensor,
+    *,
+    ignore_index: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> HeadGradients:
+    """Gradients of Σ_t grad_logps_t·logp_t; `sums` and `marks` as `mark` returned them."""
+    with without_autocast(hidden):
+        kept = kept_rows(labels, ignore_index)
+        upstream = grad_logps.masked_fill(labels == ignore_index, 0.0)
+        if kept is not None:
+            labels, upstream, sums = labels[kept], upstream[kept], sums.map(lambda x: x[kept])
+        return sparse.sparse_gradients(
+            hidden,
+            head,
+            labels,
+            sums,
+            marks,
+            upstream,
+            kept=kept,
+            want_hidden=want_hidden,
+            want_weight=want_weight,
+            want_bias=want_bias,
+        )
+
+
+def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
+    """(K,) rows to compute, or None for all. A GPU would have to wait for the count, so it computes them all."""
+    if labels.device.type != "cpu":
+        return None
+    kept = labels != ignore_index
+    return None if kept.all() else kept.nonzero()[:, 0]
+
+
+def _spread(sums: HeadSums, kept: Tensor | None, hidden: Tensor) -> HeadSums:
+    """The kept rows' numbers at their places among all of hidden's, 0 elsewhere."""
+    if kept is None:
+        return sums
+    zeros = hidden.new_zeros(hidden.shape[0], dtype=sums.maximum.dtype)
+    return sums.map(lambda x: zeros.index_copy(0, kept, x))

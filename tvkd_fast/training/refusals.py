@@ -1,0 +1,73 @@
+"""What a run refuses before it loads a weight, shared by `tvkd train` and its dry run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sized
+from importlib.util import find_spec
+
+import torch
+
+from tvkd_fast.distributed import check_replicas
+from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family
+from tvkd_fast.training.config import LoraConfig, ModelConfig, TrainConfig
+
+
+def check_run(config: TrainConfig) -> None:
+    """ValueError where the settings do not fit together, whatever the models and the data are."""
+    processes = int(os.environ.get("WORLD_SIZE", config.nproc))
+    config.check_keep_best()
+    check_device(config.model)
+    check_replicas(config.parallel.replicas, processes)
+    check_lora(config.lora, processes=processes, layers=config.student_layers)
+    if config.objective == "tvkd" and config.teacher is None and config.scores is None:
+        raise ValueError(
+            "tvkd needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`; --objective dpo needs "
+            "none"
+        )
+
+
+def check_device(config: ModelConfig) -> None:
+    """ValueError where `device` is the name of none; whether it is here is `resolve_device`'s to find."""
+    if config.device == "auto":
+        return
+    try:
+        usable = torch.device(config.device).type != "meta"
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{config.device!r} is no device: set --model.device to auto, cpu, cuda or cuda:N")
+
+
+def check_lora(lora: LoraConfig, *, processes: int, layers: int | None) -> None:
+    """ValueError where adapters cannot be made whatever the model is."""
+    if lora.rank and find_spec("peft") is None:
+        raise ValueError("LoRA is peft's: pip install 'tvkd_fast[lora]'")
+    if lora.quantize != "no" and (processes > 1 or layers is not None):
+        what, remedy = "shared among processes", "--nproc 1"
+        if layers is not None:
+            what, remedy = "pruned", "--policy to a student that is pruned already, and no student_layers"
+        raise ValueError(f"a backbone in four bits cannot be {what}: set {remedy}, or leave --lora.quantize out")
+
+
+def check_step(pairs_per_step: int, dataset: Sized) -> None:
+    """ValueError where a step takes more pairs than there are."""
+    if pairs_per_step > len(dataset):
+        raise ValueError(
+            f"a step takes {pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "
+            "lower --pairs_per_step, or give more data"
+        )
+
+
+def check_family(config: TrainConfig) -> None:
+    """ValueError where the policy's family takes no packed rows or adapters; its weights are not needed for that."""
+    trust = config.model.trust_remote_code
+    model = empty_of_family(config.policy, layers=config.student_layers, trust_remote_code=trust)
+    policy = PolicyWithHead(model, packing=config.model.packing, probe=False)
+    if config.lora.rank:
+        add_lora(policy, lora_of(config.lora))
+
+
+def lora_of(config: LoraConfig) -> Lora:
+    """Rank, scale and places of a run's adapters."""
+    return Lora(config.rank, 2.0 * config.rank if config.alpha is None else config.alpha, config.targets)
