@@ -75,5 +75,5 @@ setup(
             *TRL,
         ],
     },
-    entry_points={"console_scripts": ["tvkd = tvkd_fast.cli:main"]},
+    entry_points={"console_scripts": ["tvkd = tvkd_fast.cli.main:main"]},
 )

@@ -3,6 +3,8 @@
 accelerate launch examples/accelerate_loop.py --policy POLICY --teacher TEACHER --data PAIRS.jsonl
 """
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from pairs import arguments, collate, load, read_pairs, save, score
@@ -19,7 +21,8 @@ def main() -> None:
     score(pairs, given.policy, given.teacher)
     policy = patch_lm_head(load(given.policy))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=given.lr)
-    loader = DataLoader(pairs, batch_size=given.batch_size, collate_fn=collate)
+    # A list is all the dataset that a loader needs, though torch's types ask for a class.
+    loader: DataLoader[Any] = DataLoader(pairs, batch_size=given.batch_size, collate_fn=collate)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(policy, optimizer, loader)
     for batch in loader:
         with accelerator.accumulate(model):

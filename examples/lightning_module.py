@@ -4,6 +4,7 @@ python examples/lightning_module.py --policy POLICY --teacher TEACHER --data PAI
 """
 
 import os
+from typing import Any
 
 import lightning
 import torch
@@ -49,7 +50,9 @@ def main() -> None:
         # As many processes as torchrun started; Lightning finds them out by itself where it starts them.
         devices=os.environ.get("WORLD_SIZE", "auto"),
     )
-    trainer.fit(module, DataLoader(pairs, batch_size=given.batch_size, collate_fn=collate))
+    # A list is all the dataset that a loader needs, though torch's types ask for a class.
+    loader: DataLoader[Any] = DataLoader(pairs, batch_size=given.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    trainer.fit(module, loader)
     if trainer.is_global_zero:
         save(unpatch_lm_head(module.policy), given)
 

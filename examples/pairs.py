@@ -6,6 +6,7 @@ Letters: P pairs of a batch (2P rows, chosen first), L row length.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def save(model: PreTrainedModel, given: argparse.Namespace) -> None:
     AutoTokenizer.from_pretrained(given.policy).save_pretrained(given.out)
 
 
-def read_pairs(file: str, policy: str) -> list[dict]:
+def read_pairs(file: str, policy: str) -> list[dict[str, Any]]:
     """By pair and response: input_ids, and labels that are IGNORED in the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
     found = []
@@ -59,7 +60,7 @@ def read_pairs(file: str, policy: str) -> list[dict]:
     return found
 
 
-def collate(pairs: list[dict]) -> dict[str, Tensor]:
+def collate(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
     """input_ids and labels [2P, L], padded where a causal model does not see it; ref_logps, psi (2P,) once scored."""
     batch = {}
     for name, padding in (("input_ids", 0), ("labels", IGNORED)):
@@ -72,7 +73,7 @@ def collate(pairs: list[dict]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def score(pairs: list[dict], policy: str, teacher: str) -> None:
+def score(pairs: list[dict[str, Any]], policy: str, teacher: str) -> None:
     """Adds, two of each a pair, log π_ref(y) and Ψ(y): all that training needs of reference and teacher."""
     reference, taught = patch_lm_head(load(policy)), load(teacher)
     for pair in pairs:

@@ -24,7 +24,7 @@ class PreferenceTrainer(Trainer):
         out = tvkd_loss(outputs.log_probs.sum(1), ref_logps, psi, beta=0.1, alpha=1.0)
         return (out.loss, outputs) if return_outputs else out.loss
 
-    def _get_train_sampler(self, *given: Any) -> torch.utils.data.Sampler:
+    def _get_train_sampler(self, *given: Any) -> torch.utils.data.Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
 

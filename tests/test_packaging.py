@@ -41,7 +41,7 @@ def test_types_are_offered() -> None:
 
 def test_the_command_is_registered() -> None:
     (command,) = (point for point in metadata.entry_points(group="console_scripts") if point.name == "tvkd")
-    assert command.value == "tvkd_fast.cli:main"
+    assert command.value == "tvkd_fast.cli.main:main"
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
@@ -55,6 +55,12 @@ def test_constraints_are_sorted_and_say_no_local_build() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     assert list(pins()) == sorted(pins())
+
+
+def test_measured_results_are_no_part_of_an_sdist() -> None:
+    taken = [line.split()[1:] for line in (ROOT / "MANIFEST.in").read_text().splitlines() if "recursive" in line]
+    assert not [folder for folder, *patterns in taken if folder in ("bench", "docs") and "*.json" in patterns]
+    assert not list((ROOT / "docs").rglob("*.json"))
 
 
 @pytest.mark.slow

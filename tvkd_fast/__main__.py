@@ -1,5 +1,5 @@
 """`python -m tvkd_fast` is `tvkd`."""
 
-from tvkd_fast.cli import main
+from tvkd_fast.cli.main import main
 
 main()

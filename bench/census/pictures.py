@@ -12,6 +12,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import torch
@@ -30,7 +31,7 @@ INK, SOFT, WARM, COOL = "#222222", "#d9d9d9", "#d1495b", "#30638e"
 
 
 @triton.jit
-def order_kernel(places, rows, columns, GROUP: tl.constexpr):  # noqa: N803
+def order_kernel(places: Any, rows: Any, columns: Any, GROUP: tl.constexpr) -> None:  # noqa: N803
     program = tl.program_id(0)
     m, n = grouped_tile(program, rows, columns, GROUP)
     tl.store(places + m * columns + n, program)

@@ -7,9 +7,9 @@ gradients by hidden and weight; then forward alone, of inputs that want no gradi
 loss, the reference policy's forward included, of four pairs. In rows of a frozen head the weight wants no gradient and
 is asked for none; their forward alone would be that of the rows above, and is not timed again.
 
-Each contender is first held to float32; one that is wrong, is not installed or refuses the shape is a row that says so.
-The rest are timed by CUDA events, interleaved, and their memory is the allocator's peak beyond inputs, values and
-gradients, in a pass of its own. The unit is the forward product (cuBLAS). The inputs are random and the softmax is
+Each contender is first checked against float64; one that is wrong, is not installed or refuses the shape is a row that
+says so. The rest are timed by CUDA events, interleaved, and their memory is the allocator's peak beyond inputs, values
+and gradients, in a pass of its own. The unit is the forward product (cuBLAS). The inputs are random and the softmax is
 flat, the best case of a contender that skips small gradients (CCE): hence its error beside it, and a row of it that
 skips none.
 
@@ -25,46 +25,20 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import quantiles
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.gpu.checker import Judge, error
-from bench.gpu.contenders import Contender, contenders
+from bench.gpu.rounding import RoundingChecker
+from bench.harness.checker import relative
 from bench.harness.inputs import Inputs, both, forward, make_inputs
 from bench.harness.machine import made_by, write_report
+from bench.harness.meters import GpuMeter, Job, Meter, interleaved
+from bench.head.contenders import Contender, on_gpu
 
 SHAPES = ("4096x2048x128256", "8192x4096x128256", "4096x576x49152", "2048x4096x151936")
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl")
-WARM_UP = 3
-Job = Callable[[], Any]
-
-
-class Meter(Protocol):
-    """What differs between a device and a test of this file."""
-
-    def milliseconds(self, job: Job) -> float: ...
-
-    def peak_bytes(self, job: Job) -> int: ...
-
-
-class CudaMeter:
-    def milliseconds(self, job: Job) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        job()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
-
-    def peak_bytes(self, job: Job) -> int:
-        """Beyond what was there before and what the job returns."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = job()
-        return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in kept)
 
 
 def tried(name: str, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -94,50 +68,64 @@ def _check_device(name: str) -> None:
         raise SystemExit(f"{name} left the device unusable ({broken}): run again with --without '{name}'") from broken
 
 
-def timed(jobs: Mapping[str, Job], meter: Meter, rounds: int) -> dict[str, list[float]]:
+def timed(jobs: Mapping[str, Job], rounds: int) -> dict[str, list[float]]:
     """Lower quartile, median and upper quartile in milliseconds, of jobs taken in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
     for job in jobs.values():
-        for _ in range(WARM_UP):
-            job()
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            taken[name].append(meter.milliseconds(job))
-    return {name: quantiles(values, n=4, method="inclusive") for name, values in taken.items()}
+        job.warm_up()
+    taken = interleaved({name: job.seconds for name, job in jobs.items()}, rounds)
+    return {name: quantiles([1e3 * own for _, own in times], n=4, method="inclusive") for name, times in taken.items()}
+
+
+def whole(result: Any) -> Any:
+    return result
 
 
 def measure(
     inputs: Inputs,
-    entrants: Mapping[str, Contender],
+    contenders: Mapping[str, Contender],
     meter: Meter,
     *,
     rounds: int,
     without: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Rows of all entrants for one shape."""
-    judge = Judge(inputs)
+    """Rows of all contenders for one shape."""
+    checker = RoundingChecker(inputs)
+    detached = inputs.detached()
     # Each shape is compiled afresh: past eight of them torch.compile falls back to eager.
     torch.compiler.reset()
-    rows: list[dict[str, Any]] = [
-        {"name": name, "refused": "left out by --without"}
-        if name in without
-        else tried(name, partial(judge.row, contender))
-        for name, contender in entrants.items()
-    ]
-    del judge
-    detached = inputs.detached()
-    fit = {row["name"]: entrants[row["name"]] for row in rows if not row.keys() & {"refused", "wrong"}}
-    jobs: dict[str, Job] = {"product": partial(torch.mm, detached.hidden, detached.weight.T)}
-    jobs |= {f"{name} both": partial(both, x.run, x.given(inputs)) for name, x in fit.items()}
-    jobs |= {f"{name} forward": partial(forward, x.run, detached) for name, x in fit.items() if not x.frozen}
-    taken = timed(jobs, meter, rounds)
+    jobs: dict[str, Job] = {
+        "product": meter.start(lambda: partial(torch.mm, detached.hidden, detached.weight.T), whole)
+    }
+    rows: list[dict[str, Any]] = []
+    for name, contender in contenders.items():
+        if refusal := "left out by --without" if name in without else contender.refusal:
+            rows.append({"name": name, "refused": refusal})
+            continue
+        started = start(contender, inputs, meter)
+        rows.append(tried(name, partial(checker.row, contender, started)))
+        if not rows[-1].keys() & {"refused", "wrong"}:
+            jobs |= {f"{name} {what}": job for what, job in started.items()}
+    del checker
+    # Forward and backward of all, then forward of all.
+    jobs = {name: jobs[name] for name in sorted(jobs, key=lambda name: name.endswith(" forward"))}
+    taken = timed(jobs, rounds)
     unit = taken["product"][1]
     for row in rows:
         for what in ("both", "forward"):
             if (name := f"{row['name']} {what}") in jobs:
                 row |= {f"{what}_ms": taken[name], f"{what}_over_product": taken[name][1] / unit}
-                row[f"{what}_peak_mb"] = meter.peak_bytes(jobs[name]) / 2**20
+                row[f"{what}_peak_mb"] = jobs[name].peak_bytes() / 2**20
     return {"product_ms": taken["product"], "rows": rows, "products": block_products(detached, meter, rounds)}
+
+
+def start(contender: Contender, inputs: Inputs, meter: Meter) -> dict[str, Job]:
+    """Forward and backward, and forward alone where the head is not frozen; of a frozen one it is no other."""
+    jobs: dict[str, Job] = {
+        "both": meter.start(lambda: partial(both, contender.run, contender.given(inputs)), whole),
+    }
+    if not contender.frozen:
+        jobs["forward"] = meter.start(lambda: partial(forward, contender.run, inputs.detached()), whole)
+    return jobs
 
 
 def block_products(detached: Inputs, meter: Meter, rounds: int) -> list[dict[str, Any]]:
@@ -151,11 +139,14 @@ def block_products(detached: Inputs, meter: Meter, rounds: int) -> list[dict[str
             raise ValueError("a block takes 256 rows and columns at least")
         cublas = partial(torch.mm, left.T if transposed else left, right)
         ours = partial(_our_product, detached, left, right, transposed)
-        want = (left.T if transposed else left).float() @ right.float()
-        errors = {"tvkd_fast": error(ours(), want), "cuBLAS": error(cublas(), want)}
+        want = (left.T if transposed else left).double() @ right.double()
+        errors = {"tvkd_fast": relative(ours(), want), "cuBLAS": relative(cublas(), want)}
         if not errors["tvkd_fast"] <= 2 * errors["cuBLAS"] + 1e-5:
             return {"errors": errors, "wrong": "off by more than twice cuBLAS's own error"}
-        taken = timed({"tvkd_fast": ours, "cuBLAS": cublas}, meter, rounds)
+        jobs = {
+            name: meter.start(partial(whole, run), whole) for name, run in (("tvkd_fast", ours), ("cuBLAS", cublas))
+        }
+        taken = timed(jobs, rounds)
         return {"errors": errors, "ms": taken, "over_cublas": taken["tvkd_fast"][1] / taken["cuBLAS"][1]}
 
     return [
@@ -205,13 +196,13 @@ def text(measured: dict[str, Any]) -> str:
     for row in measured.get("rows", []) + measured.get("products", []):
         errors = ", ".join(f"{name} {e:.1e}" for name, e in row.get("errors", {}).items())
         if reason := row.get("refused") or row.get("wrong"):
-            told = ("wrong: " if "wrong" in row else "") + reason
+            shown = ("wrong: " if "wrong" in row else "") + reason
         elif "over_cublas" in row:
-            told = f"{row['over_cublas']:6.2f} x cuBLAS"
+            shown = f"{row['over_cublas']:6.2f} x cuBLAS"
         else:
             alone = f"{row['forward_over_product']:.2f}" if "forward_over_product" in row else "–"
-            told = f"{row['both_over_product']:6.2f} x the product, forward {alone:>6}, {row['both_peak_mb']:8,.0f} MB"
-        lines.append(f"  {row['name']:<26} {told}" + (f"   errors: {errors}" if errors else ""))
+            shown = f"{row['both_over_product']:6.2f} x the product, forward {alone:>6}, {row['both_peak_mb']:8,.0f} MB"
+        lines.append(f"  {row['name']:<26} {shown}" + (f"   errors: {errors}" if errors else ""))
     return "\n".join([*lines, *([f"  {measured['refused']}"] if "refused" in measured else [])])
 
 
@@ -236,10 +227,12 @@ def require_gpu() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", action="append", help=f"NxDxV, any number of times; otherwise {', '.join(SHAPES)}")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--without", action="append", default=[], choices=contenders(), help="leave a contender out")
+    parser.add_argument("--without", action="append", default=[], choices=on_gpu(), help="leave a contender out")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.rounds < 2:
@@ -252,7 +245,7 @@ def main() -> None:
         try:
             inputs = make_inputs((n, d, v), torch.bfloat16, "cuda")
             left_out = frozenset(arguments.without)
-            measured |= measure(inputs, contenders(), CudaMeter(), rounds=arguments.rounds, without=left_out)
+            measured |= measure(inputs, on_gpu(), GpuMeter(), rounds=arguments.rounds, without=left_out)
         except torch.OutOfMemoryError as refusal:
             measured["refused"] = reason(refusal)
         report["shapes"].append(measured)

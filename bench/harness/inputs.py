@@ -1,4 +1,4 @@
-"""What is asked of each contender of `bench.gpu`: inputs, objectives, and the two ways to run one.
+"""What is asked of a head: inputs, tasks, and how one is run forward, or forward and backward.
 
 Letters: N tokens, D hidden, V vocabulary, P pairs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch import Tensor
 from tvkd_fast import dpo_loss
 
 PAIRS = 4
+BETA = 0.1
+"""Of the DPO loss that a contender may go backward from."""
 Shape = tuple[int, int, int]
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""hidden [N, D], weight [V, D] and labels (N,) to log-probabilities (N,)."""
+"""hidden [N, D], weight [V, D] and labels (N,) to log-probabilities (N,), or to values (N,)."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Inputs:
     weight: Tensor
     labels: Tensor
     coefficients: Tensor
-    reference: Tensor
-    """[N, D]: the reference policy's states; its weight is the policy's, detached."""
+    reference: Tensor | None = None
+    """[N, D]: the reference policy's states, where DPO has one; its weight is the policy's, detached."""
 
     def detached(self) -> Inputs:
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
@@ -35,15 +38,17 @@ class Inputs:
     def frozen_head(self) -> Inputs:
         return replace(self, weight=self.weight.detach())
 
-    def float(self) -> Inputs:
-        hidden, weight = (x.detach().float().requires_grad_() for x in (self.hidden, self.weight))
-        return replace(self, hidden=hidden, weight=weight, reference=self.reference.float())
+    def double(self) -> Inputs:
+        hidden, weight = (x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
+        reference = None if self.reference is None else self.reference.double()
+        return replace(self, hidden=hidden, weight=weight, coefficients=self.coefficients.double(), reference=reference)
 
 
 Values = tuple[Tensor, Tensor]
 """What is compared, and the scalar to go backward from."""
 Run = Callable[[Inputs], Values]
-Objective = Callable[[Head, Inputs], Values]
+Task = Literal["logps", "values", "preference"]
+"""What is asked of a head: labels' log-probabilities that are weighted and summed, values alone, or DPO's loss."""
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
@@ -61,16 +66,19 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def weighted(head: Head, inputs: Inputs) -> Values:
-    logps = head(inputs.hidden, inputs.weight, inputs.labels)
-    return logps, (logps * inputs.coefficients).sum()
+    """Under given coefficients, as a preference loss sends them back."""
+    values = head(inputs.hidden, inputs.weight, inputs.labels)
+    return values, (values * inputs.coefficients).sum()
 
 
 def preference(head: Head, inputs: Inputs) -> Values:
     """DPO's loss of four pairs, chosen sequences first; compared by the sequences' log-probabilities."""
     policy = sequences(head(inputs.hidden, inputs.weight, inputs.labels)).sum(1)
-    with torch.no_grad():
-        reference = sequences(head(inputs.reference, inputs.weight.detach(), inputs.labels)).sum(1)
-    return policy, dpo_loss(policy, reference).loss
+    reference = torch.zeros_like(policy)
+    if inputs.reference is not None:
+        with torch.no_grad():
+            reference = sequences(head(inputs.reference, inputs.weight.detach(), inputs.labels)).sum(1)
+    return policy, dpo_loss(policy, reference, beta=BETA).loss
 
 
 def sequences(tokens: Tensor) -> Tensor:

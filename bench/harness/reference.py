@@ -1,6 +1,6 @@
-"""What float64 says of a head's gradients, kept beside the states: contenders are held to it before they are timed.
+"""A head's log-probabilities and gradients in float64, kept beside the states: contenders are checked against them.
 
-    python -m bench.harness.reference STATES TRUTH
+    python -m bench.harness.reference STATES REFERENCE
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -15,19 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.harness.inputs import PAIRS, sequences
+from bench.harness.checker import Reference
+from bench.harness.inputs import BETA, PAIRS, Task, sequences
 from bench.harness.states import States, load_states
 
 WHOLE = 32 * 2**20
-"""Of a larger weight an even selection of rows is judged, and of dH rows by such a selection too."""
+"""Of a larger weight an even selection of rows is checked, and of dH too."""
 CHECKED_COLUMNS, CHECKED_ROWS = 4096, 256
 BLOCK = 512
-BETA = 0.1
-"""Of the DPO loss that a contender may go backward from."""
 
 
 @dataclass(frozen=True)
-class Truth:
+class HeadReference:
     """Log-probabilities of all rows; dH of `rows` and dW of `columns`, for the states' coefficients and for DPO's."""
 
     logps: Tensor
@@ -38,12 +37,22 @@ class Truth:
     preference_by_hidden: Tensor
     preference_by_weight: Tensor
 
+    def of(self, task: Task, states: States) -> Reference:
+        """What a contender of this task is checked by; one that goes backward from DPO's loss, by its gradients."""
+        if task == "values":
+            own = (states.hidden.double() * states.weight[states.labels].double()).sum(1)
+            return Reference({"lse": own - self.logps})
+        rows = {"hidden": self.rows, "weight": self.columns}
+        if task == "preference":
+            return Reference({"hidden": self.preference_by_hidden, "weight": self.preference_by_weight}, rows)
+        return Reference({"logps": self.logps, "hidden": self.by_hidden, "weight": self.by_weight}, rows)
+
     @property
     def extent(self) -> str:
         return f"{len(self.rows)} rows of dH, {len(self.columns)} of dW"
 
 
-def compute(states: States) -> Truth:
+def compute(states: States) -> HeadReference:
     (n, _, v), weight = states.shape, states.weight.double()
     whole = states.weight.numel() <= WHOLE
     columns = torch.arange(v) if whole else torch.linspace(0, v - 1, CHECKED_COLUMNS).long()
@@ -78,7 +87,7 @@ def compute(states: States) -> Truth:
             by_logits = g @ weight
             for c, dh in zip(coefficients, by_hidden, strict=True):
                 dh[wanted[block[here]]] = by_logits * c[block[here], None]
-    return Truth(logps, rows, columns, by_hidden[0], by_weight[0], by_hidden[1], by_weight[1])
+    return HeadReference(logps, rows, columns, by_hidden[0], by_weight[0], by_hidden[1], by_weight[1])
 
 
 def preference_coefficients(logps: Tensor) -> Tensor:
@@ -88,40 +97,19 @@ def preference_coefficients(logps: Tensor) -> Tensor:
     return torch.cat([by_pair, -by_pair]).repeat_interleave(len(logps) // (2 * PAIRS))
 
 
-def errors(
-    truth: Truth, states: States, got: tuple[Tensor, ...], *, forward: bool = False, preference: bool = False
-) -> dict[str, float]:
-    """Of log-probabilities, or of values where only those were asked for, the largest error in nats; of gradients the
-    relative error in Frobenius' norm. What goes backward from a loss of its own has no log-probabilities to judge.
-    """
-    found = {}
-    if not preference:
-        want = truth.logps
-        if forward:
-            want = (states.hidden.double() * states.weight[states.labels].double()).sum(1) - truth.logps
-        found["err_nats"] = float((got[0].double() - want).abs().max())
-    wanted = (truth.by_hidden, truth.by_weight)
-    if preference:
-        wanted = (truth.preference_by_hidden, truth.preference_by_weight)
-    names = (("rel_err_dh", truth.rows), ("rel_err_dw", truth.columns))
-    for (name, where), grad, want in zip(names, got[1:], wanted, strict=False):
-        found[name] = float((grad[where].double() - want).norm() / want.norm())
-    return found
-
-
-def load_truth(file: Path) -> Truth:
-    return Truth(**load_file(file))
+def load_reference(file: Path) -> HeadReference:
+    return HeadReference(**load_file(file))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("states", type=Path)
-    parser.add_argument("truth", type=Path)
+    parser.add_argument("reference", type=Path)
     arguments = parser.parse_args()
     with torch.no_grad():
-        truth = compute(load_states(arguments.states))
-    save_file({name: tensor.contiguous() for name, tensor in vars(truth).items()}, arguments.truth)
-    print(f"float64: {truth.extent}")
+        reference = compute(load_states(arguments.states))
+    save_file({name: tensor.contiguous() for name, tensor in vars(reference).items()}, arguments.reference)
+    print(f"float64: {reference.extent}")
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def load_states(file: Path) -> States:
     """Read by one thread: the caller may go on to fork."""
     with safe_open(file, "pt") as opened:
         source = opened.metadata()["source"]
-        tensors = [opened.get_tensor(name) for name in ("hidden", "weight", "labels", "coefficients")]
-    return States(*tensors, source)
+        tensors = {name: opened.get_tensor(name) for name in ("hidden", "weight", "labels", "coefficients")}
+    return States(**tensors, source=source)
 
 
 def main() -> None:

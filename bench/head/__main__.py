@@ -6,8 +6,8 @@ A shape that the packaged model has is measured on that model's states over pref
 made ones that say so. How: `bench/head/comparison.py`.
 """
 
-from bench.head.comparison import contest
-from bench.head.contenders import contenders
+from bench.head.comparison import command
+from bench.head.contenders import on_cpu
 
 if __name__ == "__main__":
-    contest(__doc__, contenders())
+    command("bench.head", __doc__, on_cpu())

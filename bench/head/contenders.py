@@ -1,92 +1,148 @@
-"""The heads that are compared on a CPU: ours, plain torch, and the peers'."""
+"""The heads that are compared: on a CPU, of a teacher's values, and on a GPU.
+
+Letters: N tokens.
+"""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from bench.gpu.contenders import trl
-from bench.harness.inputs import Head, sequences
-from bench.harness.reference import BETA
-from bench.head.comparison import Contender
+from bench.harness import contenders as registry
+from bench.harness.inputs import Head, Inputs, Run, Task, Values, preference, weighted
+from bench.head import peers
 from tvkd_fast import linear_logps, linear_soft_values
+from tvkd_fast.ops import linear_lse
 from tvkd_fast.ops.tiles import native
 
+EXACT = 1e-4
+"""The relative error of gradients, by float64, that a contender in float32 may have."""
+LIMITS = {"2^-14": 5e-2, "2^-16": 2e-2, "2^-18": 1e-2, "unbiased 2^-14": 1e-1}
+"""The same of those that leave small entries out, by ε."""
 WORKSPACE = 1024
 """MiB in which exact gradients may keep logits; at the packaged shape all 4,096 rows' take 768."""
-LIMITS = {"2^-14": 5e-2, "2^-16": 2e-2, "2^-18": 1e-2, "unbiased 2^-14": 1e-1}
+TASKS: dict[Task, Callable[[Head, Inputs], Values]] = {
+    "logps": weighted,
+    "values": weighted,
+    "preference": preference,
+}
 
 
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return (hidden @ weight.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+@dataclass(frozen=True, kw_only=True)
+class Contender(registry.Contender[Run]):
+    task: Task = "logps"
+    limit: float = EXACT
+    """On a CPU a contender whose gradients' relative error is more is wrong."""
+    skips: bool = False
+    """On a GPU, leaves small gradients out by design."""
+    frozen: bool = False
+    """Its weight wants no gradient, and it is asked for none."""
+    reuse: bool = False
+    """Its gradients' memory was touched before."""
+    compiles: bool = False
+    """For a shape: its first call is not its own time nor memory."""
+
+    def given(self, inputs: Inputs) -> Inputs:
+        if self.task == "values":
+            return inputs.detached()
+        return inputs.frozen_head() if self.frozen else inputs
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of what it is checked by, in the order of its results."""
+        if self.task == "values":
+            return ("lse",)
+        return ("logps", "hidden") if self.frozen else ("logps", "hidden", "weight")
 
 
-def eager_logsumexp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = hidden @ weight.T
-    return logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(-1)
+def of(head: Head, task: Task = "logps", **options: Any) -> Contender:
+    return Contender(run=partial(TASKS[task], head), task=task, **options)
 
 
-def cce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="torch_compile")
-
-
-def liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """A loss, not log-probabilities."""
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compiled=shutil.which("g++") is not None)
-    return loss(weight, sequences(hidden), sequences(labels))[0]
-
-
-def in_torch(run: Head) -> Head:
-    """Without the numba extra, in a process that takes this and nothing else."""
+def in_torch(head: Head) -> Head:
+    """Without the numba extra, in a process that runs this and nothing else."""
 
     def without(*args: Tensor) -> Tensor:
         native.passes = lambda z: None
-        return run(*args)
+        return head(*args)
 
     return without
 
 
-def values(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def sparse(eps: float, **options: Any) -> Head:
+    return partial(linear_logps, grad_mode="sparse", eps=eps, **options)
+
+
+def soft_values(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return linear_soft_values(hidden, weight)
 
 
-def contenders() -> dict[str, Contender]:
-    def sparse(eps: float, **options: Any) -> Head:
-        return partial(linear_logps, grad_mode="sparse", eps=eps, **options)
+def lse(hidden: Tensor, weight: Tensor, labels: Tensor, *, kappa: float | None = None) -> Tensor:
+    """Where κ is given, both sums of the same product."""
+    return linear_lse(hidden, weight, kappa=kappa)[0] if kappa else linear_lse(hidden, weight)[0]
 
-    small, smaller = Contender(sparse(2.0**-14), LIMITS["2^-14"]), Contender(sparse(2.0**-16), LIMITS["2^-16"])
-    unbiased = Contender(sparse(2.0**-14, tail="unbiased", seed=0), LIMITS["unbiased 2^-14"])
+
+def on_cpu() -> dict[str, Contender]:
+    """Forward and backward, by name."""
+    small = of(sparse(2.0**-14), limit=LIMITS["2^-14"])
+    unbiased = sparse(2.0**-14, tail="unbiased", seed=0)
     return {
         "tvkd_fast, sparse 2^-14": small,
         "tvkd_fast, sparse 2^-14, memory touched": replace(small, reuse=True),
-        "tvkd_fast, sparse 2^-14, without numba": replace(small, run=in_torch(small.run)),
-        "tvkd_fast, sparse 2^-14, whatever the tail": Contender(sparse(2.0**-14, max_tail=1.0), 1.0, by_name=True),
-        "tvkd_fast, sparse 2^-16": smaller,
-        "tvkd_fast, sparse 2^-18": Contender(sparse(2.0**-18), LIMITS["2^-18"]),
-        "tvkd_fast, sparse 2^-14, unbiased": unbiased,
+        "tvkd_fast, sparse 2^-14, without numba": of(in_torch(sparse(2.0**-14)), limit=LIMITS["2^-14"]),
+        "tvkd_fast, sparse 2^-14, whatever the tail": of(sparse(2.0**-14, max_tail=1.0), limit=1.0, by_name=True),
+        "tvkd_fast, sparse 2^-16": of(sparse(2.0**-16), limit=LIMITS["2^-16"]),
+        "tvkd_fast, sparse 2^-18": of(sparse(2.0**-18), limit=LIMITS["2^-18"]),
+        "tvkd_fast, sparse 2^-14, unbiased": of(unbiased, limit=LIMITS["unbiased 2^-14"]),
         "tvkd_fast, sparse 2^-14, frozen head": replace(small, frozen=True),
-        "tvkd_fast, exact": Contender(linear_logps),
-        "tvkd_fast, exact, logits kept": Contender(partial(linear_logps, workspace_mb=WORKSPACE)),
-        "tvkd_fast, exact, frozen head": Contender(linear_logps, frozen=True),
-        "tvkd_fast, values": Contender(values, forward=True),
-        "eager log-softmax": Contender(eager),
-        "eager logsumexp": Contender(eager_logsumexp),
-        "torch.compile": Contender(lambda *args: by_torch_compile()(*args), needs="g++", compiles=True),
-        "TRL, chunked head": Contender(trl, needs="trl"),
-        "CCE, torch_compile": Contender(cce, needs="cut_cross_entropy", compiles=True),
-        "Liger, fused DPO": Contender(liger_dpo, needs="liger_kernel", preference=True),
+        "tvkd_fast, exact": of(linear_logps),
+        "tvkd_fast, exact, logits kept": of(partial(linear_logps, workspace_mb=WORKSPACE)),
+        "tvkd_fast, exact, frozen head": of(linear_logps, frozen=True),
+        "tvkd_fast, values": of(soft_values, "values"),
+        "eager log-softmax": of(peers.eager),
+        "eager logsumexp": of(peers.eager_logsumexp),
+        "torch.compile": of(peers.compiled, needs="g++", compiles=True),
+        "TRL, chunked head": of(peers.trl, needs="trl"),
+        "CCE, torch_compile": of(peers.cce_compiled, needs="cut_cross_entropy", compiles=True),
+        "Liger, fused DPO": Contender(run=peers.liger_dpo, task="preference", needs="liger_kernel"),
     }
 
 
-@lru_cache
-def by_torch_compile() -> Head:
-    return torch.compile(eager, dynamic=False)
+def of_values() -> dict[str, Contender]:
+    """A teacher's log-sum-exp, forward alone, by name."""
+    return {
+        "tvkd_fast": of(lse, "values"),
+        "tvkd_fast, without numba": of(in_torch(lse), "values"),
+        "tvkd_fast, kappa 1/2": of(partial(lse, kappa=0.5), "values"),
+        "eager logsumexp": of(peers.eager_values, "values"),
+        "torch.compile": of(peers.compiled_values, "values", needs="g++", compiles=True),
+    }
+
+
+def on_gpu(impl: Literal["auto", "torch", "triton"] = "triton") -> dict[str, Contender]:
+    """By name, in the order of the table. CCE with a frozen head skips nothing."""
+    ours = partial(linear_logps, impl=impl)
+    liger = partial(peers.liger, accumulate=None)
+    of_liger, of_cce = (partial(of, needs=needs) for needs in ("liger_kernel", "cut_cross_entropy"))
+    return {
+        "tvkd_fast": of(ours),
+        "eager": of(peers.eager),
+        "torch.compile": of(peers.compiled),
+        "Liger": of_liger(liger),
+        "Liger, float32 dW": of_liger(partial(peers.liger, accumulate=torch.float32)),
+        "CCE": of_cce(partial(peers.cce, skip="high"), skips=True),
+        "CCE, nothing skipped": of_cce(partial(peers.cce, skip=None)),
+        "TRL": of(peers.trl, needs="trl"),
+        "tvkd_fast, DPO": of(ours, "preference"),
+        "Liger, DPO": Contender(run=peers.liger_dpo, task="preference", needs="liger_kernel"),
+        "tvkd_fast, frozen head": of(ours, frozen=True),
+        "eager, frozen head": of(peers.eager, frozen=True),
+        "torch.compile, frozen head": of(peers.compiled, frozen=True),
+        "Liger, frozen head": of_liger(liger, frozen=True),
+        "CCE, frozen head": of_cce(partial(peers.cce, skip=None), frozen=True),
+    }

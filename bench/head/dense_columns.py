@@ -1,9 +1,9 @@
-"""What a floor of hot columns finds on real states: how many entries they hold, and how many too many are marked.
+"""Dense columns on real states: how many entries they hold, and how many entries too many are selected beside them.
 
     python -m bench.head.dense_columns --data PAIRS.jsonl.gz --json FILE
 
-Counted in torch as `kernels/selection_bits.py` selects: beside the floor, a split of 4 tiles of 256 columns has its own
-sum so far. No timing. Letters: N tokens, V vocabulary, K hot columns, R rows that are looked at.
+Counted in torch as `kernels/selection_bits.py` selects: beside the dense columns' sum, a split of 4 tiles of 256
+columns has its own sum so far. No timing. Letters: N tokens, V vocabulary, K dense columns, R rows that are looked at.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.harness.machine import made_by, write_report
 from bench.harness.states import load_states
-from bench.head.comparison import prepared
+from bench.head.comparison import prepared_states
 from tvkd_fast.kernels.dense_columns import SAMPLE_ROWS, rank
 
 TILE, SPLIT_TILES = 256, 4
@@ -28,7 +28,7 @@ EVERY = 16
 
 
 def orders(labels: Tensor, logits: Tensor, log_eps: int) -> dict[str, Tensor]:
-    """Columns by how soon they are hot, by rule; logits [SAMPLE_ROWS, V]."""
+    """Columns in the order in which a rule takes them as dense; logits [SAMPLE_ROWS, V]."""
     vocab = logits.shape[1]
     marked = (logits.log_softmax(1) >= -log_eps * math.log(2)).sum(0)
     present = torch.zeros(vocab, dtype=torch.int64).index_fill_(0, labels, 1)
@@ -41,17 +41,17 @@ def orders(labels: Tensor, logits: Tensor, log_eps: int) -> dict[str, Tensor]:
     return {rule: rank(*counts).argsort(descending=True) for rule, counts in rules.items()}
 
 
-def counted(z: Tensor, hot: Tensor, log_eps: int) -> dict[str, float]:
-    """Of rows z [R, V]: the share of all entries that hot columns hold, and marked over true of all entries."""
+def counted(z: Tensor, dense: Tensor, log_eps: int) -> dict[str, float]:
+    """The share of the entries of z [R, V] that dense columns hold, and entries selected over true ones."""
     true = z.log_softmax(1) >= -log_eps * math.log(2)
     split = TILE * SPLIT_TILES
     padded = torch.nn.functional.pad(z, (0, -z.shape[1] % split), value=-math.inf).view(len(z), -1, SPLIT_TILES, TILE)
-    so_far = padded.logsumexp(3).logcumsumexp(2).maximum(z[:, hot].logsumexp(1)[:, None, None])
+    so_far = padded.logsumexp(3).logcumsumexp(2).maximum(z[:, dense].logsumexp(1)[:, None, None])
     limit = so_far.repeat_interleave(TILE, 2).view(len(z), -1)[:, : z.shape[1]] - log_eps * math.log(2)
     marked = z >= limit
-    cold = torch.ones(z.shape[1], dtype=torch.bool).index_fill_(0, hot, False)
-    total, outside = float(true.sum()), float(true[:, cold].sum())
-    return {"held": 1 - outside / total, "marked": (total - outside + float(marked[:, cold].sum())) / total}
+    others = torch.ones(z.shape[1], dtype=torch.bool).index_fill_(0, dense, False)
+    total, outside = float(true.sum()), float(true[:, others].sum())
+    return {"held": 1 - outside / total, "marked": (total - outside + float(marked[:, others].sum())) / total}
 
 
 def main() -> None:
@@ -60,8 +60,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    arguments.entries = 0.0
-    states = load_states(prepared((4096, 576, 49152), arguments, truth=False)[0])
+    states = load_states(prepared_states((4096, 576, 49152), model=arguments.model, data=arguments.data))
     n = len(states.hidden)
     sample = states.hidden[torch.arange(SAMPLE_ROWS) * n // SAMPLE_ROWS] @ states.weight.T
     z = states.hidden[3::EVERY] @ states.weight.T

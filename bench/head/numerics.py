@@ -132,19 +132,19 @@ def eager(
     *,
     dtype: torch.dtype | None = None,
     product: Product = torch.matmul,
-    room: float | None = None,
+    headroom: float | None = None,
 ) -> dict[str, Tensor]:
     """Whole logits and torch's own functions, on inputs cast to `dtype` (None: as they are).
 
-    Where `room` is given, dlogits are rounded once to the inputs' dtype, as a kernel rounds them: divided by `room`
-    times the largest |coefficient| before, multiplied by it after.
+    Where `headroom` is given, dlogits are rounded once to the inputs' dtype, as a kernel rounds them: divided by
+    `headroom` times the largest |coefficient| before, multiplied by it after.
     """
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     hidden, weight, bias = leaves
     scale, softcap = case.transforms.get("logit_scale", 1.0), case.transforms.get("softcap")
     a = scale * (_Product.apply(hidden, weight, product) + bias)
-    if room is not None:
-        divisor = case.upstream[case.kept].abs().max() * room
+    if headroom is not None:
+        divisor = case.upstream[case.kept].abs().max() * headroom
         a.register_hook(lambda grad: (grad / divisor).to(case.hidden.dtype).to(grad.dtype) * divisor)
     z = a if softcap is None else softcap * torch.tanh(a / softcap)
     logs = z.log_softmax(1)
@@ -154,9 +154,11 @@ def eager(
     return _named(logps, z.logsumexp(1), (KAPPA * z).logsumexp(1), entropy, [g.to(case.hidden.dtype) for g in grads])
 
 
-def rounded_once(case: Case, room: float | None = None) -> dict[str, Tensor]:
+def rounded_once(case: Case, headroom: float | None = None) -> dict[str, Tensor]:
     """The yardstick of tests/kernels for gradients: torch on upcast inputs, but for the rounding of dlogits."""
-    return eager(case, dtype=torch.float32, room=room or (2.0**-14 if case.hidden.dtype == torch.float16 else 1.0))
+    return eager(
+        case, dtype=torch.float32, headroom=headroom or (2.0**-14 if case.hidden.dtype == torch.float16 else 1.0)
+    )
 
 
 def tf32(x: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ IMPLEMENTATIONS = (
     Implementation("torch tiles, frozen head", FLOATS, partial(of_ops, impl="torch", frozen=True)),
     Implementation("eager on upcast inputs", FLOATS, partial(eager, dtype=torch.float32)),
     Implementation("the same, dlogits rounded once", FLOATS[1:], rounded_once),
-    Implementation("the same, without the factor 2⁻¹⁴", FLOATS[1:2], partial(rounded_once, room=1.0), ("flat",)),
+    Implementation("the same, without the factor 2⁻¹⁴", FLOATS[1:2], partial(rounded_once, headroom=1.0), ("flat",)),
     Implementation("eager in the dtype", FLOATS[1:], eager),
     Implementation("eager, three TF32 products", FLOATS[:1], partial(eager, product=three_tf32_products), TF32_CASES),
     Implementation("eager, one TF32 product", FLOATS[:1], partial(eager, product=one_tf32_product), TF32_CASES),
@@ -251,10 +253,10 @@ def strict_rule(shape: tuple[int, int, int], seeds: int) -> dict[str, Any]:
             float((measure(case)["hidden"] - twin).abs().max() / twin.abs().max())
             for measure in (triton, plain, rounded)
         )
-        told = {"error": error, "strict": 2 * strict + 1e-5, "rounded_once": 2 * once + 1e-5}
+        found = {"error": error, "strict": 2 * strict + 1e-5, "rounded_once": 2 * once + 1e-5}
         for yardstick in broken:
-            broken[yardstick] += error > told[yardstick]
-        worst = max(worst, told, key=lambda x: x["error"] / x["strict"])
+            broken[yardstick] += error > found[yardstick]
+        worst = max(worst, found, key=lambda x: x["error"] / x["strict"])
     return {"shape": "x".join(map(str, shape)), "seeds": seeds, "broken": broken, "worst": worst}
 
 
@@ -266,9 +268,9 @@ def report() -> dict[str, Any]:
             twin = exact(cast)
             for implementation in IMPLEMENTATIONS:
                 if dtype in implementation.dtypes and case.name.startswith(implementation.cases):
-                    told = errors(implementation.measure(cast), twin, cast)
+                    distances = errors(implementation.measure(cast), twin, cast)
                     name = str(dtype).removeprefix("torch.")
-                    rows.append({"case": case.name, "implementation": implementation.name, "dtype": name, **told})
+                    rows.append({"case": case.name, "implementation": implementation.name, "dtype": name, **distances})
     return {
         "shape": f"{N}x{D}x{V}",
         "kappa": KAPPA,
@@ -284,15 +286,15 @@ def main() -> None:
     arguments = parser.parse_args()
     # One order of adding up, whatever the machine's cores.
     torch.set_num_threads(1)
-    told = report() | {"made_by": made_by()}
-    for row in told["rows"]:
+    made = report() | {"made_by": made_by()}
+    for row in made["rows"]:
         numbers = "  ".join(
             f"{name} {row[name]:.1e}" for name in ("logps", "lse", "entropy", "hidden", "weight", "bias") if name in row
         )
         print(f"{row['case'][:8]:<9}{row['dtype']:<9} {row['implementation']:<38} {numbers}")
-    for rule in told["strict_rule"]:
+    for rule in made["strict_rule"]:
         print(rule)
-    write_report(told, arguments.json)
+    write_report(made, arguments.json)
 
 
 if __name__ == "__main__":

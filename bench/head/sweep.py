@@ -57,7 +57,7 @@ def fits(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By contender, where each point has it."""
     found = {}
     for name in (row["name"] for row in points[0]["results"]):
-        rows = [next((row for row in x["results"] if row["name"] == name), {}) for x in points]
+        rows: list[dict[str, Any]] = [next((row for row in x["results"] if row["name"] == name), {}) for x in points]
         if all("seconds" in row for row in rows):
             found[name] = fit([x["value"] for x in points], [row["seconds"] for row in rows])
     return found

@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from bench.harness.reference import Truth, compute, errors
+from bench.harness.reference import HeadReference, compute
 from bench.harness.states import States, made_states
-from bench.head import values
-from bench.head.comparison import Contender, job, there
-from bench.head.contenders import contenders
+from bench.head.comparison import call, check
+from bench.head.contenders import Contender, of_values, on_cpu
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install 'tvkd_fast[bench]'")
 
 SHAPE = tuple(int(x) for x in os.environ.get("TVKD_BENCH_SHAPE", "256x64x8192").split("x"))
-CONTENDERS = {**contenders(), **{f"values, {name}": x for name, x in values.contenders().items()}}
+CONTENDERS = {**on_cpu(), **{f"values, {name}": x for name, x in of_values().items()}}
 
 
 @pytest.fixture(scope="module")
-def case() -> tuple[States, Truth]:
+def case() -> tuple[States, HeadReference]:
+    n, d, v = SHAPE
     with torch.no_grad():
-        states = made_states(SHAPE, entries=100.0)
+        states = made_states((n, d, v), entries=100.0)
         return states, compute(states)
 
 
@@ -35,14 +35,13 @@ def takes_part(name: str) -> bool:
     # Without numba it stays for the process, and memory that was touched before is the allocator's doing.
     if "without numba" in name or "touched" in name:
         return False
-    return there(CONTENDERS[name]) and not CONTENDERS[name].by_name
+    return not CONTENDERS[name].refusal and not CONTENDERS[name].by_name
 
 
-@pytest.mark.parametrize("name", filter(takes_part, CONTENDERS))
-def test_head(benchmark: Any, case: tuple[States, Truth], name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if takes_part(name)])
+def test_head(benchmark: Any, case: tuple[States, HeadReference], name: str) -> None:
     contender: Contender = CONTENDERS[name]
-    states, truth = case
-    run = job(contender, states)
-    found = errors(truth, states, run(), forward=contender.forward, preference=contender.preference)
-    assert all(x <= max(contender.limit, 1e-3) for x in found.values()), found
+    run = call(contender, case[0])
+    row = check(contender, *case, run())
+    assert "wrong" not in row, row
     benchmark(run)

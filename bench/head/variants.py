@@ -1,11 +1,11 @@
-"""The ways that were tried to make a sparse gradient of marked entries, each over the forward product.
+"""Variants that were tried of a sparse gradient from selected entries, each over the forward product.
 
     python -m bench.head.variants --data PAIRS.jsonl.gz --json FILE
 
 On the packaged model's states. All in one process, interleaved, medians; dense blocks are timed as the three products
 that they would take, beside the share of the entries that they would save the gathering.
 
-Letters: N tokens, D hidden, V vocabulary, K most-marked columns.
+Letters: N tokens, D hidden, V vocabulary, K columns with the most selected entries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 from bench.harness.machine import made_by, seconds, write_report
+from bench.harness.meters import interleaved
 from bench.harness.states import load_states
-from bench.head.comparison import prepared, product
+from bench.head.comparison import prepared_states, product
 from tvkd_fast.kernels.records import Head, SelectedEntries, SelectionRule
 from tvkd_fast.ops.tiles import native
 from tvkd_fast.ops.tiles import sparse as sparse_tiles
@@ -39,7 +41,7 @@ def csr(marks: SelectedEntries, entries: Tensor, shape: tuple[int, int], *, tran
     return (whole.t() if transposed else whole).coalesce().to_sparse_csr()
 
 
-def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+def variants(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """What is timed, by name, and what was counted."""
     hidden, weight, labels = states.hidden, states.weight, states.labels
     (n, _), v = hidden.shape, weight.shape[0]
@@ -74,7 +76,7 @@ def ways(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[st
     for k in DENSE:
         block = weight[:k].contiguous()
         name = f"a dense block of {k:,} columns"
-        found[name] = lambda block=block: dense(hidden, block)
+        found[name] = partial(dense, hidden, block)
         saved[name] = float(share[k - 1])
     return found, {"entries": marks.count / n, "saved": saved}
 
@@ -96,19 +98,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse")
-    states = load_states(prepared((arguments.tokens, 576, 49152), arguments, truth=False)[0])
-    results = []
+    shape = (arguments.tokens, 576, 49152)
+    states = load_states(prepared_states(shape, model=arguments.model, data=arguments.data))
+    results: list[dict[str, Any]] = []
     with torch.no_grad():
         for eps in (2.0**-14, 2.0**-16):
-            jobs, counted = ways(states, eps)
-            taken: dict[str, list[float]] = {name: [] for name in ("product", *jobs)}
-            for round_ in range(arguments.rounds + 1):
-                for name, run in {"product": lambda: product(states.hidden, states.weight, TILING), **jobs}.items():
-                    took = seconds(run)
-                    if round_:
-                        taken[name].append(took)
-            floor = median(taken.pop("product"))
-            over = {name: median(took) / floor for name, took in taken.items()}
+            jobs, counted = variants(states, eps)
+            runs: dict[str, Callable[[], Any]] = {
+                "product": partial(product, states.hidden, states.weight, TILING),
+                **jobs,
+            }
+            taken = interleaved({name: partial(seconds, run) for name, run in runs.items()}, arguments.rounds + 1)
+            # The first round wakes threads and fills caches.
+            medians = {name: median(own for _, own in times[1:]) for name, times in taken.items()}
+            unit = medians.pop("product")
+            over = {name: middle / unit for name, middle in medians.items()}
             results.append({"eps": eps, **counted, "over_product": over})
             print(json.dumps(results[-1], indent=1))
     report = {"results": results, "states": states.source, "tokens": arguments.tokens, "rounds": arguments.rounds}

@@ -1,12 +1,12 @@
 """Does the teacher's value help a small student? Arms screened from one seed, finalists from five, beside DPO.
 
     python -m bench.learning --data TRAIN.jsonl.gz --eval HELD_OUT.jsonl.gz --json out/learning/study.json
-    python -m bench.learning --quick …        the same road in minutes; its figures mean nothing
+    python -m bench.learning --quick …        the same in minutes; its figures mean nothing
 
-Two processes of one thread each. Runs that are in the JSON file are passed over, so a study that was cut off goes on;
+Two processes of one thread each. Runs that are in the JSON file are skipped, so that a study that was cut off resumes;
 models and scores lie under --out. 58 runs: 13 arms from one seed on half of the human preferences; DPO, the paper's
 TVKD and two finalists, from five other seeds on all of them and other pairs; DPO, the paper's and the first of the
-finalists on the set whose truth is known; and DPO and the paper's on human preferences, with a smaller student. What a
+finalists on the set that a rule judges; and DPO and the paper's on human preferences, with a smaller student. What a
 stage needs is made when it begins, so --stages 1 is the screen alone.
 """
 
@@ -79,7 +79,7 @@ class Study:
             raise SystemExit(f"{self.out} holds models of another study: give another --out, or delete it")
 
     def prepare(self, pool: ProcessPoolExecutor, cell: Cell, arms: Iterable[str]) -> None:
-        """The cell's teacher and student, and what they say that the arms ask for; each once."""
+        """The cell's teacher and student, and their numbers that the arms ask for; each once."""
         arguments = self.arguments
         cells.make_base(self.out)
         cells.write_data(self.out, cell.data, arguments.quick, arguments.data, arguments.eval)
@@ -109,7 +109,7 @@ class Study:
                 one = self.runs[-1]
                 print(f"{len(self.runs):>3} {one['cell']}: {one['arm']}, seed {one['seed']}", flush=True)
         except BaseException:
-            # Nobody would keep what those that wait come to.
+            # The results of those that wait would not be kept.
             for job in jobs:
                 job.cancel()
             raise

@@ -32,7 +32,7 @@ Split = Literal["train", "held_out"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every arm of a cell is given; `quick` shows that the road can be walked, its figures mean nothing."""
+    """What every arm of a cell is given; `quick` shows that the study runs, its figures mean nothing."""
 
     train: int
     held_out: int | None
@@ -146,12 +146,12 @@ def make_student(cell: Cell) -> None:
 
 
 def make_reference_scores(cell: Cell, split: Split) -> None:
-    """What the student says before it is trained."""
+    """The student's log-probabilities before it is trained."""
     _score(cell, f"reference-{cell.layers}-{split}", split)
 
 
 def make_potential(cell: Cell, kind: Potential) -> None:
-    """What the teacher says of the training pairs, in sums or in rewards over what it was before DPO."""
+    """The teacher's numbers of the training pairs, in sums or in rewards over what it was before DPO."""
     changes: dict[str, Any] = {"teacher": str(cell.teacher), "kappa": KAPPA if kind == "sums" else 1.0}
     if kind == "rewards":
         changes["teacher_reference"] = str(cell.out / "base" / FINAL)

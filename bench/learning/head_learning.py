@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.harness.machine import made_by, write_report
 from bench.harness.states import load_states
-from bench.head.comparison import prepared
+from bench.head.comparison import prepared_states
 from tvkd_fast import linear_logps
 
 RUN = 32
@@ -35,7 +35,7 @@ Gradient = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]
 
 def ours(**options: Any) -> Gradient:
     def gradient(h: Tensor, w: Tensor, labels: Tensor, c: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        seeded = {"seed": step} if options.get("tail") == "unbiased" else {}
+        seeded: dict[str, Any] = {"seed": step} if options.get("tail") == "unbiased" else {}
         h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
         dh, dw = torch.autograd.grad((linear_logps(h, w, labels, **options, **seeded) * c).sum(), (h, w))
         return dh, dw
@@ -107,8 +107,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     total, held_out = 4096, 256
-    arguments.entries = 0.0
-    everything = load_states(prepared((total, 576, 49152), arguments, truth=False)[0])
+    everything = load_states(prepared_states((total, 576, 49152), model=arguments.model, data=arguments.data))
     states = SimpleNamespace(
         hidden=everything.hidden[:-held_out], labels=everything.labels[:-held_out], weight=everything.weight
     )

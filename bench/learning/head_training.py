@@ -7,7 +7,7 @@
 
 After 10, 100 and the last step each run is compared with the exact one of its seed: ‖ΔW − ΔW*‖/‖ΔW*‖ of the head's
 weight and of all others together, and on held-out pairs the reward margins, pair by pair. Runs that are finished lie
-under `--out` and are passed over, so that a study that was cut off goes on.
+under `--out` and are skipped, so that a study that was cut off resumes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ ARMS: dict[str, Callable[[PolicyWithHead], None]] = {
 
 
 class Study:
-    """The start, its pairs and what the reference says of them, made once."""
+    """The start, its pairs and their log-probabilities under the reference, made once."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments

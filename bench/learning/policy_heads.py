@@ -1,4 +1,4 @@
-"""Heads of a policy that hold their logits as a whole: what the fused one is measured against."""
+"""Heads of a policy that hold all their logits at once: what the fused one is measured against."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tvkd_fast.models import FusedLMHead
 class EagerHead(FusedLMHead):
     """Log-probabilities by log-softmax of logits, as a trainer without a fused head has them."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, **options: Any) -> Any:  # type: ignore[override]
         if labels is None:
             return super().forward(hidden, labels, **options)
         return self.logits(hidden).log_softmax(1).gather(1, labels[:, None])[:, 0]

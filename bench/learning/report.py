@@ -1,4 +1,4 @@
-"""What the runs say: every arm against DPO of the same cell, seed and pairs.
+"""The runs summed up: every arm against DPO of the same cell, seed and pairs.
 
 Letters: R seeds, P pairs.
 """

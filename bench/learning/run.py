@@ -22,7 +22,7 @@ from tvkd_fast.training.step import train_step
 OPTIM = OptimConfig(lr=3e-5, warmup_steps=15)
 BATCHING = MicroBatching(tokens=1024)
 WIDE = MicroBatching(tokens=2048)
-"""Held-out pairs are not cut to what a step has room for."""
+"""Held-out pairs are not cut to what fits in a step."""
 
 
 def settings() -> str:
@@ -37,7 +37,7 @@ def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
     held_out = cell.dataset("held_out"), cell.reference("held_out")
     policy = load_policy(str(cell.student), MODEL_CONFIG)
     start = time.process_time()
-    step = _stepper(cell, arm, policy, train)
+    step = _step_of(cell, arm, policy, train)
     optimizer = make_optimizer(policy, OPTIM)
     marks = {round(budget.steps * part) for part in (1 / 3, 2 / 3, 1)}
     curve, trained = [], 0.0
@@ -93,15 +93,15 @@ def margins_of(
     return measure(policy, PairDataset(dataset[:most], dataset.report), columns, batching=WIDE)
 
 
-def _stepper(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -> Any:
+def _step_of(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -> Any:
     """What one step does: pairs and optimizer to a loss."""
     if arm.source == "kl":
-        teacher = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
+        distilled = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
 
         def distil(pairs: list[int], optimizer: torch.optim.Optimizer) -> float:
             (batch,) = BATCHING.batches(train, pairs, chosen_only=True)
             policy.train()
-            loss = kl_loss(policy, teacher, batch)
+            loss = kl_loss(policy, distilled, batch)
             loss.backward()
             clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()

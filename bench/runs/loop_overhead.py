@@ -23,8 +23,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from bench.harness.machine import made_by, write_report
 from bench.runs.soak import make_models
-from tvkd_fast.commands import build
 from tvkd_fast.commands.models import load_policy
+from tvkd_fast.commands.score import ScoreConfig, score
+from tvkd_fast.commands.train import train
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models.model_config import ModelConfig
@@ -98,16 +99,16 @@ def main() -> None:
             save_every=-1,
         )
         # In a cache, as a run that is long enough to matter has it.
-        build.score(build.ScoreConfig(output_dir=f"{folder}/scores", policy=config.policy, data=config.data))
+        score(ScoreConfig(output_dir=f"{folder}/scores", policy=config.policy, data=config.data))
         config.scores = f"{folder}/scores"
         turns = Turns(config)
-        trainer.train_step = turns  # type: ignore[assignment]
-        build.train(config, show_progress=False)
+        trainer.train_step = turns
+        train(config, show_progress=False)
     # The last one's share of the loop ends with the run.
     pairs = list(zip(turns.loop, turns.bare, strict=True))[SETTLING:-1]
     differences = [loop - bare for loop, bare in pairs]
     low, high = interval(differences)
-    report = {
+    report: dict[str, Any] = {
         "steps": len(pairs),
         "loop_ms": 1e3 * median(loop for loop, _ in pairs),
         "bare_ms": 1e3 * median(bare for _, bare in pairs),

@@ -1,4 +1,4 @@
-"""What a dry run says of a process's memory, held to what a run takes on a CPU.
+"""The memory that a dry run plans for a process, beside what a run takes on a CPU.
 
     python -m bench.runs.planned --data PAIRS.jsonl.gz --json FILE
 
@@ -23,8 +23,10 @@ from typing import Any
 import torch
 
 from bench.harness.machine import made_by, write_report
-from tvkd_fast.commands import build, plan
-from tvkd_fast.data.data_config import DataConfig
+from tvkd_fast.commands import plan
+from tvkd_fast.commands.prepare import prepare
+from tvkd_fast.commands.processes import world_of
+from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import launch
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import load_tokenizer, model_shape
@@ -78,15 +80,15 @@ def measure(config: TrainConfig, folder: Path) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.nproc))
     # As a dry run has it.
     tokenizer = load_tokenizer(config.policy)
-    dataset = build.load_dataset("train", config.data, tokenizer, micro_batching(config))
+    dataset = load_dataset("train", config.data, tokenizer, micro_batching(config))
     policy = model_shape(config.policy, layers=config.student_layers)
     teacher = None if config.teacher is None else model_shape(config.teacher)
     footprint = Footprint(config, policy, teacher, plan.tokens_of(dataset), config.nproc)
     moment, parts = footprint.memory()
     parts = plan.on_a_cpu(config, parts)
     del dataset
-    with build._world(config) as world:
-        made = build.prepare(config, world, verbose=False)
+    with world_of(config) as world:
+        made = prepare(config, world, verbose=False)
         trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
         Path("/proc/self/clear_refs").write_text("5")
         before = process_bytes("VmRSS")

@@ -1,12 +1,12 @@
-"""Kill a run again and again, and hold what it resumes from, and ends with, to a run that nothing has disturbed.
+"""Kill a run again and again, and compare what it resumes from, and ends with, with a run that nothing disturbed.
 
     python -m bench.runs.soak               30 kills of one of two processes, twelve inside a save or an export
     python -m bench.runs.soak --kills 6 --json FILE
 
 A tiny policy is trained over processes of gloo. Some kills come at a random moment; for the others the run is held at a
-named place within a save or an export, which it says that it has reached, and is killed there. Before each restart the
-newest whole checkpoint is compared, bit for bit, with that of the undisturbed run at the same step; the restart must
-say that it goes on from there; and at the end so must the final model be.
+named place within a save or an export, reports that it has reached it, and is killed there. Before each restart the
+newest complete checkpoint is compared, bit for bit, with that of the undisturbed run at the same step; the restart must
+report that it resumes from there; and the final models are compared likewise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Kill:
     step: int
     """The last one that metrics tell of, when it came."""
     resumed_from: int | None = None
-    """The newest whole checkpoint afterwards; None where there was none yet."""
+    """The newest complete checkpoint afterwards; None where there was none yet."""
     exact: bool = False
     """Whether that is the undisturbed run's, bit for bit, and the restart went on from it."""
     ended_in_s: float = 0.0
@@ -109,16 +109,16 @@ class Soak:
         self._recipe("killed", keep=2)
         kills: list[Kill] = []
         for place in self.places:
-            kill, said = self._killed(place)
+            kill, output = self._killed(place)
             if kills:
-                kills[-1].exact &= _went_on_from(kills[-1].resumed_from, said)
-            newest = newest_whole(self.folder / "killed" / "checkpoints")
+                kills[-1].exact &= _resumed_from(kills[-1].resumed_from, output)
+            newest = newest_complete(self.folder / "killed" / "checkpoints")
             kill.resumed_from = None if newest is None else int(newest.name.removeprefix("step-"))
             kill.exact = newest is None or same_tensors(newest, self.folder / "whole" / "checkpoints" / newest.name)
             kills.append(kill)
             print(f"kill {len(kills)}: rank {kill.rank}, {kill.where}, after step {kill.step}: {newest}", flush=True)
-        status, said = self._finish("killed")
-        kills[-1].exact &= _went_on_from(kills[-1].resumed_from, said)
+        status, output = self._finish("killed")
+        kills[-1].exact &= _resumed_from(kills[-1].resumed_from, output)
         ends = [sha256_of(self.folder / name / "final" / "model.safetensors") for name in ("whole", "killed")]
         logs = [losses(self.folder / name / "metrics.jsonl") for name in ("whole", "killed")]
         return kills, status == 0 and ends[0] == ends[1] and logs[0] == logs[1]
@@ -145,7 +145,7 @@ class Soak:
         worker = [sys.executable, "-m", "bench.runs.soak", "--worker", str(self.folder), name, place]
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", code, str(self.processes), *worker],
-            # What a killed process has said must have left it.
+            # What a killed process has printed must have left it.
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -154,10 +154,10 @@ class Soak:
 
     def _finish(self, name: str) -> tuple[int, str]:
         running = self._start(name, "nowhere")
-        said, _ = running.communicate(timeout=600)
+        output, _ = running.communicate(timeout=600)
         if running.returncode:
-            print(said)
-        return running.returncode, said
+            print(output)
+        return running.returncode, output
 
     def _killed(self, place: str) -> tuple[Kill, str]:
         running = self._start("killed", place)
@@ -172,9 +172,9 @@ class Soak:
         step = newest_step(self.folder / "killed" / "metrics.jsonl")
         os.kill(int((self.folder / f"rank-{rank}").read_text()), signal.SIGKILL)
         since = time.monotonic()
-        said, _ = running.communicate(timeout=60)
+        output, _ = running.communicate(timeout=60)
         assert running.returncode, "a killed run must not look like a finished one"
-        return Kill(place, rank, step, ended_in_s=time.monotonic() - since), said
+        return Kill(place, rank, step, ended_in_s=time.monotonic() - since), output
 
     def _until(self, running: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
         while not ready():
@@ -183,12 +183,12 @@ class Soak:
             time.sleep(0.005)
 
 
-def _went_on_from(step: int | None, said: str) -> bool:
-    line = next((line for line in said.splitlines() if "resuming from" in line), None)
+def _resumed_from(step: int | None, output: str) -> bool:
+    line = next((line for line in output.splitlines() if "resuming from" in line), None)
     return line is None if step is None else line is not None and line.endswith(f"step-{step:06d}")
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_complete(folder: Path) -> Path | None:
     """By its own account of its checksums, read here and not by the code that is tested."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         if (path / STATE).exists():
@@ -259,21 +259,21 @@ def make_models(folder: Path) -> None:
 def work(arguments: list[str]) -> None:
     """What a process of the run does: `tvkd train`, held where it is to be killed."""
     from tvkd_fast.cli.main import load_recipe
-    from tvkd_fast.commands import build
+    from tvkd_fast.commands.train import train
 
     folder, name, place = Path(arguments[0]), arguments[1], arguments[2]
     torch.set_num_threads(1)
     (folder / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
     hold_at(place, folder / "reached")
-    build.train(load_recipe(str(folder / f"{name}.yaml")))
+    train(load_recipe(str(folder / f"{name}.yaml")))
 
 
 def hold_at(place: str, reached: Path) -> None:
-    """Let the run say that it has come to a place, and wait there to be killed."""
+    """Let the run report that it has reached a place, and wait there to be killed."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     from tvkd_fast import files
-    from tvkd_fast.commands import build
+    from tvkd_fast.commands import final
     from tvkd_fast.training import checkpoint
 
     def hold() -> None:
@@ -313,13 +313,13 @@ def hold_at(place: str, reached: Path) -> None:
                 hold()
             return real_sum(path)
 
-        checkpoint.sha256_of = held_sum  # type: ignore[attr-defined]
+        checkpoint.sha256_of = held_sum
     elif place == "before the move":
         before(checkpoint, "_flush")
     elif place == "before old ones go":
         before(checkpoint.Checkpoints, "_prune")
     elif place == "half a model":
-        after_half(build, "save_model", lambda model, tokenizer, partial, *_: Path(partial))
+        after_half(final, "save_model", lambda model, tokenizer, partial, *_: Path(partial))
     elif place == "before the model moves":
         before(files, "put_in_place")
 

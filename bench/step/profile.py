@@ -22,8 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.harness.machine import made_by, seconds, versions, write_report
-from bench.step.comparison import make_job
-from bench.step.contenders import BETA, CLIP, LR, Given
+from bench.step.comparison import make_task
+from bench.step.contenders import BETA, CLIP, LR, KnownScores
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.models.model_config import ModelConfig
 from tvkd_fast.objectives.dpo import DPO
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layers", type=int, help="of a pruned student; all where not given")
     parser.add_argument("--pairs_per_step", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are passed over")
+    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are skipped")
     parser.add_argument("--tokens_per_micro_batch", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", default="bundled:train")
@@ -96,15 +96,15 @@ def main() -> None:
     arguments.pairs, arguments.made_length = 2 * arguments.pairs_per_step, None
     torch.set_num_threads(arguments.threads)
     with TemporaryDirectory() as folder:
-        job = make_job(arguments, Path(folder))
-        policy = load_policy(job.start, ModelConfig(packing=job.batching.packing))
+        task = make_task(arguments, Path(folder))
+        policy = load_policy(task.start, ModelConfig(packing=task.batching.packing))
     optimizer = make_optimizer(policy, OptimConfig(lr=LR, clip_norm=CLIP))
     policy.train()
 
     def step(number: int) -> None:
         with record_function(DATA):
-            batches = list(job.batching.batches(job.pairs, job.of_step(number)))
-        train_step(policy, Given(job.ref_logps), batches, optimizer, DPO(beta=BETA), clip_norm=CLIP)
+            batches = list(task.batching.batches(task.pairs, task.of_step(number)))
+        train_step(policy, KnownScores(task.ref_logps), batches, optimizer, DPO(beta=BETA), clip_norm=CLIP)
 
     step(0)
     options: dict[str, Any] = {"record_shapes": True, "with_flops": True}
@@ -119,7 +119,7 @@ def main() -> None:
         "gflops_alone": alone(shape),
         "model": arguments.model if arguments.layers is None else f"{arguments.model}, {arguments.layers} layers",
         "pairs": arguments.pairs_per_step,
-        "tokens": sum(batch.num_tokens for batch in job.batching.batches(job.pairs, job.of_step(1))),
+        "tokens": sum(batch.num_tokens for batch in task.batching.batches(task.pairs, task.of_step(1))),
         "data": Path(arguments.data).name,
         "made_by": made_by() | {"threads": arguments.threads, "peers": versions("numba")},
     }

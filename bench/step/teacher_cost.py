@@ -3,10 +3,10 @@
     python -m bench.step.teacher_cost --data PAIRS.jsonl.gz --json FILE
 
 Scoring: `score_to_disk` over pairs of the data by a model as reference and as teacher, shards written and read back,
-beside the floor: that model's backbone over the same packed rows, and one product over the states that reach the head,
-each twice. The two take turns. Training: steps of a tiny model by TVKD on cached values and by DPO on a cached
-reference, two copies that take the same pairs in turn, the one that goes first changing from step to step. The interval
-is of the median of paired differences, by order statistics.
+beside what it cannot do without: that model's backbone over the same packed rows, and one product over the states that
+reach the head, each twice. The two take turns. Training: steps of a tiny model by TVKD on cached values and by DPO on a
+cached reference, two copies that take the same pairs in turn, the one that goes first changing from step to step. The
+interval is of the median of paired differences, by order statistics.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.harness.machine import made_by, seconds, versions, write_report
+from bench.harness.meters import interleaved
 from bench.head.comparison import fastest_tiling, product
 from tvkd_fast.data import MicroBatching, PairDataset, build_dataset, pairs_of_step
 from tvkd_fast.distributed import World
@@ -42,7 +43,7 @@ CPU = torch.device("cpu")
 
 
 def manifest(dataset: PairDataset, scorer: OnlineScorer) -> ScoreManifest:
-    """Of scores that nobody else will read."""
+    """A manifest of scores that only this benchmark reads."""
     return ScoreManifest(
         dataset=dataset.fingerprint,
         tokenizer="",
@@ -75,23 +76,24 @@ def scoring(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, An
     hidden = torch.randn(min(states, 2048), reference.head.in_features)
     weight = reference.head.weight.detach()
     tiling = fastest_tiling(hidden, weight)
-    ours, floor = [], []
-    for turn in range(arguments.rounds + 1):
-        floor.append(seconds(partial(backbone_and_product, reference, dataset, batching, tiling)))
+    backbones = partial(backbone_and_product, reference, dataset, batching, tiling)
+
+    def score() -> float:
         with TemporaryDirectory() as folder:
             made = manifest(dataset, scorer)
             options: dict[str, Any] = {"pairs_per_shard": PAIRS_PER_SHARD, "batching": batching, "world": World(CPU)}
-            run = partial(score_to_disk, dataset, scorer, made, f"{folder}/{turn}", **options)
-            ours.append(seconds(run))
-    # The first turn wakes threads and fills caches.
-    ours, floor = ours[1:], floor[1:]
+            return seconds(partial(score_to_disk, dataset, scorer, made, f"{folder}/scores", **options))
+
+    taken = interleaved({"ours": score}, arguments.rounds + 1, before=partial(seconds, backbones))
+    # The first round wakes threads and fills caches.
+    floor, ours = zip(*taken["ours"][1:], strict=True)
     return {
         "model": arguments.model,
         "pairs": len(dataset),
         "states": states,
         "speed_over_floor": median(b / a for a, b in zip(ours, floor, strict=True)),
-        "seconds": ours,
-        "floor_seconds": floor,
+        "seconds": list(ours),
+        "floor_seconds": list(floor),
     }
 
 
@@ -120,7 +122,7 @@ def training(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, A
     ]
     for objective, scorer in scorers:
         cache = score_dataset(dataset, scorer, manifest(dataset, scorer), batching=batching, world=World(CPU))
-        steps[objective.name] = stepper(tiny(vocabulary, 0), cache, dataset, batching, objective)
+        steps[objective.name] = take_steps(tiny(vocabulary, 0), cache, dataset, batching, objective)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for step in range(arguments.steps + 10):
         for name in sorted(steps, reverse=step % 2 == 1):
@@ -139,7 +141,7 @@ def training(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, A
     }
 
 
-def stepper(
+def take_steps(
     policy: PolicyWithHead, cache: ScoreCache, dataset: PairDataset, batching: MicroBatching, objective: Objective
 ) -> Callable[[int], Any]:
     """Takes the step of a number, its pairs packed and its scores looked up."""
@@ -177,7 +179,7 @@ def main() -> None:
         arguments.data, tokenizer, limit=400, max_length=arguments.max_length, bad_pairs="drop", overlong="drop"
     )
     few = PairDataset(dataset[: arguments.pairs], replace(dataset.report, pairs=arguments.pairs))
-    report = {
+    report: dict[str, Any] = {
         "training": training(dataset, arguments),
         "scoring": scoring(few, arguments),
         "data": Path(arguments.data).name,

@@ -156,8 +156,8 @@ def lengths_picture() -> None:
         rows = [point["results"][place] for point in report["points"]]
         each = [point["tokens"] / point["pairs"] for point in report["points"]]
         label = rows[0]["name"]
-        told = [row["pairs_per_s"] * tokens for row, tokens in zip(rows, each, strict=True)]
-        speed.plot(lengths, told, "o-", color=colour, label=label)
+        rates = [row["pairs_per_s"] * tokens for row, tokens in zip(rows, each, strict=True)]
+        speed.plot(lengths, rates, "o-", color=colour, label=label)
         memory.plot(lengths, [row["peak_mb"] / 1024 for row in rows], "o-", color=colour, label=label)
     for axes, label in ((speed, "tokens a second"), (memory, "peak memory, GB")):
         axes.set(xscale="log", xlabel="tokens of prompt and response", ylabel=label, ylim=(0, None))

@@ -81,8 +81,8 @@ def sweep_table(report: dict[str, Any]) -> str:
         found = [next((row for row in x["results"] if row["name"] == name), None) for x in points]
         cells = [raised(name), *(_point(row) for row in found)]
         if lines:
-            line, floor = lines.get(name), points[0]["results"][0]["seconds"]
-            cells += [f"{line['a'] / floor:.2f}", f"{line['worst']:.0%}"] if line else ["–", "–"]
+            line, product = lines.get(name), points[0]["results"][0]["seconds"]
+            cells += [f"{line['a'] / product:.2f}", f"{line['worst']:.0%}"] if line else ["–", "–"]
         rows.append(cells)
     runs = len(points[0]["results"][-1].get("rounds", []))
     what = f"{points[0]['shape']} to {points[-1]['shape']}, {points[-1]['states']}; medians of {runs} runs"
@@ -97,8 +97,8 @@ def _point(row: dict[str, Any] | None) -> str:
     return f"{row['over_floor']:.2f}" + (f", {max(row['peak_mb'], 0):,.0f} MB" if "peak_mb" in row else "")
 
 
-def ways_table(report: dict[str, Any]) -> str:
-    """A way a row, an ε a column; a dense block with the share of the entries that it holds."""
+def variants_table(report: dict[str, Any]) -> str:
+    """A row per variant, a column per ε; a dense block with the share of the entries that it holds."""
     results = report["results"]
     head = [
         "over the product",
@@ -112,8 +112,8 @@ def ways_table(report: dict[str, Any]) -> str:
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
-def hot_table(report: dict[str, Any]) -> str:
-    """A rule and number of hot columns a row, an ε two columns."""
+def dense_columns_table(report: dict[str, Any]) -> str:
+    """A row per rule and number of dense columns, two columns per ε."""
     found = {(x["rule"], x["k"], x["log_eps"]): x for x in report["rows"]}
     log_eps = sorted({x["log_eps"] for x in report["rows"]})
     head = ["hot columns"]

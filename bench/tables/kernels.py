@@ -8,7 +8,7 @@ from typing import Any
 from bench.tables.markdown import cell, error, markdown, provenance
 
 FROZEN = (
-    "Frozen head: the weight wants no gradient, and dW is neither asked for nor judged; the product is the same one. "
+    "Frozen head: the weight wants no gradient, and dW is neither asked for nor checked; the product is the same one. "
     "Forward alone, of inputs that want no gradient, is that of the row whose head is not frozen. CCE skips nothing."
 )
 
@@ -23,13 +23,13 @@ def gpu_table(report: dict[str, Any]) -> str:
             rows.append([f"not measured: {cell(measured['refused'])}", "–", "–", "–", "–"])
         parts.append(markdown([f"{measured['shape']} {measured['dtype']}", *head], rows))
         if products := measured.get("products"):
-            told = (
+            ratios = (
                 f"{row['name']} {row['over_cublas']:.2f}"
                 if "over_cublas" in row
                 else f"{row['name']} {_not_timed(row)}"
                 for row in products
             )
-            parts.append(f"Our products over cuBLAS: {'; '.join(told)}.")
+            parts.append(f"Our products over cuBLAS: {'; '.join(ratios)}.")
     if any("frozen head" in row["name"] for measured in report["shapes"] for row in measured.get("rows", [])):
         parts.append(FROZEN)
     peers = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["versions"].items())
@@ -118,7 +118,7 @@ def census_table(report: dict[str, Any]) -> str:
 
 
 def _census_fold(target: str, rows: list[dict[str, Any]]) -> str:
-    """A line a binary of whole steps; of the rest, and of kernels without a product, a line a tile, with the ranges."""
+    """A line per binary of whole steps; of the rest, and of kernels without a product, a line per tile, with ranges."""
     head = ["kernel", "variant", "dtype", "tile", "warps, stages", "registers", "KiB", "fit", "matrix", "bulk", "16 B"]
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
@@ -175,5 +175,5 @@ def model_table(report: dict[str, Any]) -> str:
         ]
         for x in report["estimates"]
     ]
-    said = "\nA model, no measurement: " + "; ".join(report["assumptions"]) + "."
-    return markdown(head, rows) + "\n" + said
+    note = "\nA model, no measurement: " + "; ".join(report["assumptions"]) + "."
+    return markdown(head, rows) + "\n" + note

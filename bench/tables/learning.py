@@ -59,8 +59,8 @@ def data_table(report: dict[str, Any]) -> str:
     for data, splits in report["data"].items():
         for split, one in splits.items():
             otherwise = sum(one["dropped_bad"].values())
-            counts = (one["pairs"] + one["dropped_overlong"] + otherwise, one["pairs"], one["truncated"])
-            counts += (one["dropped_overlong"], otherwise, one["max_length"])
+            counts = [one["pairs"] + one["dropped_overlong"] + otherwise, one["pairs"], one["truncated"]]
+            counts += [one["dropped_overlong"], otherwise, one["max_length"]]
             rows.append([f"{data}, {split.replace('_', ' ')}", *(f"{count:,}" for count in counts)])
     return markdown(head, rows) + "\n" + provenance(report["made_by"], "rows that are left out and cut")
 

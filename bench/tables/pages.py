@@ -2,7 +2,7 @@
 
 python -m bench.tables add NAME REPORT.json    keep a report as bench/results/NAME.json
 python -m bench.tables write                   write every table anew between its markers
-python -m bench.tables check                   fail where a table is not what its JSON says
+python -m bench.tables check                   fail where a table differs from its JSON
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TABLES = {
     "census": kernels.census_table,
     "model": kernels.model_table,
     "rejected": kernels.rejected_table,
-    "road": runs.road_table,
+    "demo": runs.demo_table,
     "shaping": runs.shaping_table,
     "head": head.head_table,
     "heads": head.heads_table,
@@ -54,8 +54,8 @@ TABLES = {
     "soak": runs.soak_table,
     "overhead": runs.overhead_table,
     "planned": runs.planned_table,
-    "ways": head.ways_table,
-    "hot": head.hot_table,
+    "variants": head.variants_table,
+    "dense_columns": head.dense_columns_table,
     "gpu": kernels.gpu_table,
     "numerics": kernels.numerics_table,
 }
@@ -79,7 +79,7 @@ def render(text: str) -> str:
 
 
 def stale() -> list[str]:
-    """Pages whose tables are not what their JSON says."""
+    """Pages whose tables differ from their JSON."""
     return [page.name for page in PAGES if render(page.read_text()) != page.read_text()]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from bench.tables.markdown import markdown, provenance
 
 
-def road_table(report: dict[str, Any]) -> str:
+def demo_table(report: dict[str, Any]) -> str:
     judged = "judged" in report["start"]
     head = ["model", "accuracy", "margin, nats", "reward accuracy", *(["good answers"] if judged else [])]
     rows = []
@@ -71,7 +71,7 @@ def scaling_table(report: dict[str, Any]) -> str:
 
 
 def planned_table(report: dict[str, Any]) -> str:
-    """What a dry run says of memory beside what runs took: a case a row."""
+    """Memory that a dry run plans beside what runs took: a row per case."""
     head = ["a run on a CPU", "most is held"]
     for how in ("", ", memory returned"):
         head += [f"planned{how}", "held", "planned over held"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.tables.markdown import markdown, provenance, raised
+from bench.tables.markdown import cell, markdown, provenance, raised
 
 
 def step_table(report: dict[str, Any]) -> str:
     """A trainer a row; what it is compared with is the last one."""
-    yardstick = report["results"][-1]["name"]
+    yardstick = [row["name"] for row in report["results"] if "pairs_per_s" in row][-1]
     head = ["a whole step of DPO", f"speed over {yardstick}'s", "peak memory", "losses off", "gradient norm off"]
     rows = []
     for row in report["results"]:
+        if refusal := row.get("refused") or row.get("wrong"):
+            rows.append([f"{raised(row['name'])}: {cell(refusal)}", "–", "–", "–", "–"])
+            continue
         cells = [raised(row["name"]), f"{row['speed_over_yardstick']:.2f}", f"{row['peak_mb']:,.0f} MB"]
         rows.append([*cells, f"{row['loss_off']:.0e}", f"{row['grad_norm_off']:.0e}"])
     made = report["made_by"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def run(folder: Path, name: str, *arguments: str) -> dict:
 
 
 @pytest.mark.e2e
-def test_every_row_is_judged_and_timed(tmp_path: Path) -> None:
+def test_every_row_is_checked_and_timed(tmp_path: Path) -> None:
     made = ("--shape", "64x32x2000", "--entries", "40", "--rounds", "2", "--threads", "2")
     report = run(tmp_path, "head", *made, "--only", "tvkd_fast", "--only", "eager")
     # Of the contenders' processes: this benchmark's own has one.
@@ -52,7 +53,7 @@ def test_every_row_is_judged_and_timed(tmp_path: Path) -> None:
     assert report["entries"]["2^-14"]["head_entries"] == pytest.approx(40, rel=0.5)
 
 
-def test_values_are_judged_and_timed(tmp_path: Path) -> None:
+def test_values_are_checked_and_timed(tmp_path: Path) -> None:
     report = run(
         tmp_path, "head.values", "--shape", "64x32x2000", "--entries", "40", "--only", "tvkd", "--only", "eager"
     )
@@ -82,75 +83,137 @@ def test_a_line_is_fitted_by_relative_errors(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_contenders_are_chosen_by_name_or_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    head, contest = modules(monkeypatch, "head.contenders", "head.comparison")
-    everyone = head.contenders()
-    assert list(contest.selected(everyone, ["exact"])) == ["tvkd_fast, exact"]
-    assert list(contest.selected(everyone, ["frozen"])) == [name for name in everyone if "frozen" in name]
-    assert set(contest.selected(everyone, None)) <= set(everyone)
+    head, registry = modules(monkeypatch, "head.contenders", "harness.contenders")
+    everyone = head.on_cpu()
+    assert list(registry.selected(everyone, ["exact"])) == [name for name in everyone if "exact" in name][:1]
+    assert list(registry.selected(everyone, ["frozen"])) == [name for name in everyone if "frozen" in name]
     asked = "tvkd_fast, sparse 2^-14, whatever the tail"
-    assert asked not in contest.selected(everyone, None) | contest.selected(everyone, ["sparse"])
-    assert list(contest.selected(everyone, [asked.removeprefix("tvkd_fast, ")])) == [asked]
+    assert set(registry.selected(everyone, None)) == set(everyone) - {asked}
+    assert asked not in registry.selected(everyone, ["sparse"])
+    assert list(registry.selected(everyone, [asked.removeprefix("tvkd_fast, ")])) == [asked]
 
 
 def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, contest, states, truth = modules(
-        monkeypatch, "head.contenders", "head.comparison", "harness.states", "harness.reference"
-    )
+    names = ("head.contenders", "head.comparison", "head.peers", "harness.states", "harness.reference")
+    head, comparison, peers, states, reference = modules(monkeypatch, *names)
     with torch.no_grad():
         made = states.made_states((32, 16, 300), 20.0)
-    found = contest.measure(
+    found = comparison.measure(
         made,
-        truth.compute(made),
+        reference.compute(made),
         {
-            "right": contest.Contender(head.eager),
-            "wrong": contest.Contender(lambda h, w, y: 1.01 * head.eager(h, w, y)),
-            "broken": contest.Contender(lambda h, w, y: h @ w),
+            "right": head.of(peers.eager),
+            "wrong": head.of(lambda h, w, y: 1.01 * peers.eager(h, w, y)),
+            "broken": head.of(lambda h, w, y: h @ w),
+            "missing": head.of(peers.eager, needs="no_such_peer"),
         },
         rounds=1,
         threads=1,
     )
     rows = {row["name"]: row for row in found["results"]}
-    assert "seconds" in rows["right"]
-    assert rows["wrong"]["wrong"] == "rel_err_dh beyond 0.0001, rel_err_dw beyond 0.0001, err_nats beyond 0.001"
+    assert len(rows["right"]["rounds"]) == 1
+    assert rows["wrong"]["wrong"] == "logps beyond 0.001, hidden beyond 0.0001, weight beyond 0.0001"
     assert rows["broken"]["refused"].startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
-    assert "seconds" not in rows["wrong"]
-    assert "seconds" not in rows["broken"]
+    assert rows["missing"]["refused"].startswith("not installed: no_such_peer (pip install")
+    assert not [name for name in ("wrong", "broken", "missing") if "seconds" in rows[name]]
+
+
+def test_the_product_is_timed_before_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    (meters,) = modules(monkeypatch, "harness.meters")
+    clock: list[str] = []
+
+    def taking(name: str, seconds: float) -> Any:
+        return lambda: clock.append(name) or seconds
+
+    timers = {"a": taking("a", 2.0), "b": taking("b", 3.0)}
+    found = meters.interleaved(timers, 2, before=taking("product", 0.5))
+    assert clock == ["product", "a", "product", "b"] * 2
+    assert found == {"a": [(0.5, 2.0)] * 2, "b": [(0.5, 3.0)] * 2}
+    assert meters.interleaved(timers, 1) == {"a": [(0.0, 2.0)], "b": [(0.0, 3.0)]}
+
+
+def test_the_checked_run_is_a_timed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    (meters,) = modules(monkeypatch, "harness.meters")
+
+    def make() -> Any:
+        runs = iter(range(3))
+        return lambda: (next(runs), torch.zeros(2**22))
+
+    job = meters.CpuMeter(threads=1).start(make, lambda result: result[0])
+    assert job.check() == 0
+    assert job.peak_bytes() > 2**23
+    first, second, third = (job.seconds() for _ in range(3))
+    assert min(first, second, third) > 0
+    # The checked run's time was given first: two more were run.
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        job.seconds()
+    job.close()
 
 
 def test_a_process_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    (runners,) = modules(monkeypatch, "harness.processes")
-    runner = runners.Runner(lambda: lambda: os._exit(9), lambda result: result, threads=1, reuse=False)
-    with pytest.raises(RuntimeError, match="the process died"):
-        runner.seconds()
+    (meters,) = modules(monkeypatch, "harness.meters")
+    job = meters.CpuMeter(threads=1).start(lambda: lambda: os._exit(9), lambda result: result)
+    with pytest.raises(RuntimeError, match=r"the process died \(9\)"):
+        job.seconds()
+    job.close()
 
 
-def test_liger_goes_backward_from_the_coefficients_that_it_is_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    (truth,) = modules(monkeypatch, "harness.reference")
+def test_a_number_without_a_reference_is_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    (checker,) = modules(monkeypatch, "harness.checker")
+    reference = checker.Reference({"logps": torch.zeros(3, dtype=torch.float64)})
+    assert checker.checked(reference.errors({"other": torch.zeros(3)}), {}) == {
+        "errors": {},
+        "limits": {},
+        "wrong": "no number that float64 has",
+    }
+    assert "wrong" not in checker.checked(reference.errors({"logps": torch.full((3,), 0.5)}), {"logps": 0.5})
+    nan = torch.tensor([0.0, float("nan"), 0.0])
+    assert checker.checked(reference.errors({"logps": nan}), {"logps": 0.5})["wrong"] == "logps beyond 0.5"
+    with pytest.raises(ValueError, match=r"shape \(2,\), expected \(3,\)"):
+        reference.errors({"logps": torch.zeros(2)})
+
+
+def test_a_selection_of_rows_is_compared_with_those_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    (checker,) = modules(monkeypatch, "harness.checker")
+    want = torch.randn(6, 4, dtype=torch.float64)
+    rows = torch.tensor([1, 4])
+    reference = checker.Reference({"weight": want[rows]}, {"weight": rows})
+    assert reference.errors({"weight": want.float()})["weight"] < 1e-6
+    off = want.float()
+    off[4] *= 2
+    assert reference.errors({"weight": off})["weight"] > 0.1
+
+
+def test_liger_goes_backward_from_the_coefficients_that_it_is_checked_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    (reference,) = modules(monkeypatch, "harness.reference")
     logps = torch.randn(64, dtype=torch.float64, requires_grad=True)
     chosen, rejected = logps.unflatten(0, (8, 8)).sum(1).chunk(2)
-    loss = -torch.nn.functional.logsigmoid(truth.BETA * (chosen - rejected)).mean()
+    loss = -torch.nn.functional.logsigmoid(reference.BETA * (chosen - rejected)).mean()
     (wanted,) = torch.autograd.grad(loss, logps)
-    torch.testing.assert_close(truth.preference_coefficients(logps.detach()), wanted)
+    torch.testing.assert_close(reference.preference_coefficients(logps.detach()), wanted)
 
 
-def test_hot_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    (hot,) = modules(monkeypatch, "head.dense_columns")
+def test_dense_columns_hold_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    (dense,) = modules(monkeypatch, "head.dense_columns")
     torch.manual_seed(0)
     z = torch.randn(6, 3000) * 4
-    everything = hot.counted(z, torch.arange(3000), 10)
+    everything = dense.counted(z, torch.arange(3000), 10)
     assert everything["held"] == everything["marked"] == 1
-    nothing, half = (hot.counted(z, torch.arange(k), 10) for k in (1, 1500))
+    nothing, half = (dense.counted(z, torch.arange(k), 10) for k in (1, 1500))
     assert nothing["held"] < half["held"] < 1
     assert nothing["marked"] > half["marked"] > 1
     labels = torch.tensor([2999, 7, 7])
     for rule in ("labels, then the sample", "labels, then the first"):
-        assert set(hot.orders(labels, z, 10)[rule][:2].tolist()) == {7, 2999}
+        assert set(dense.orders(labels, z, 10)[rule][:2].tolist()) == {7, 2999}
 
 
 def test_a_program_of_a_peers_name_is_not_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    head, contest = modules(monkeypatch, "head.contenders", "head.comparison")
-    monkeypatch.setattr(contest.shutil, "which", lambda name: f"/somewhere/{name}")
-    monkeypatch.setattr(contest.importlib.util, "find_spec", lambda name: None)
-    found = set(contest.selected(head.contenders(), None))
-    assert "TRL, chunked head" not in found
-    assert {"torch.compile", "tvkd_fast, exact"} <= found
+    head, registry = modules(monkeypatch, "head.contenders", "harness.contenders")
+    monkeypatch.setattr(registry.shutil, "which", lambda name: f"/somewhere/{name}")
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    contenders = head.on_cpu()
+    assert contenders["TRL, chunked head"].refusal.startswith("not installed: trl ")
+    assert contenders["torch.compile"].refusal is None
+    assert contenders["tvkd_fast, exact"].refusal is None
+    monkeypatch.setattr(registry.shutil, "which", lambda name: None)
+    assert contenders["torch.compile"].refusal == "not installed: g++"

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Timer
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_an_arm_stands_beside_dpo_of_its_own_seed():
 
 
 @needs_scipy
-def test_an_interval_covers_the_truth_over_other_seeds_and_pairs():
+def test_an_interval_covers_the_mean_over_other_seeds_and_pairs():
     from bench.learning.report import crossed
 
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +137,9 @@ def test_a_length_alone_is_as_wide_as_the_teachers_offset(pairs):
     batches = list(MicroBatching(tokens=200).batches(dataset, range(len(dataset))))
     slope = length_slope(dataset, Teacher(), batches)
     scorer = ArmScorer(ARMS["length alone"], Reference(), None, slope, policy)
-    offsets, wanted, lengths = [], [], []
+    offsets: list[torch.Tensor] = []
+    wanted: list[torch.Tensor] = []
+    lengths = []
     for batch in batches:
         for found, source in ((offsets, scorer), (wanted, Teacher())):
             scores = source.of(batch)
@@ -187,7 +190,8 @@ def study(tmp_path, monkeypatch):
     pytest.importorskip("scipy", reason="scipy is not installed: pip install 'tvkd_fast[bench]'")
     from bench.learning import __main__ as command
 
-    asked, fails = [], set()
+    asked: list[tuple[str, str, int]] = []
+    fails: set[str] = set()
 
     def run(cell, arm, seed):
         asked.append((cell.name, arm, seed))
@@ -197,7 +201,7 @@ def study(tmp_path, monkeypatch):
 
     class Pool:
         def submit(self, function, *arguments):
-            job = Future()
+            job: Future[Any] = Future()
             try:
                 job.set_result(function(*arguments))
             except RuntimeError as error:

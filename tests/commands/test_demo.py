@@ -25,7 +25,7 @@ def recipe(model_folder):
 
 def test_the_road_ends_with_a_table_a_picture_and_a_report(recipe, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: make venv, or pip install 'tvkd_fast[plot]'")
-    said = []
+    said: list[str] = []
     out = tmp_path / "demo"
     config = DemoConfig(out=str(out), teacher_steps=2, warm_steps=2, judged=4)
     report = walk(config, recipe, say=said.append)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tvkd_fast.cli import main
+from tvkd_fast.cli.main import main
 from tvkd_fast.commands.explain import ExplainConfig, heats_of
 from tvkd_fast.data import MicroBatching, build_dataset
 from tvkd_fast.data.data_config import DataConfig

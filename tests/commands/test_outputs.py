@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tvkd_fast import cli
-from tvkd_fast.cli import main
+from tvkd_fast.cli import main as cli
+from tvkd_fast.cli.main import main
 from tvkd_fast.commands.demo import DemoConfig
 from tvkd_fast.commands.eval import EvalConfig
 from tvkd_fast.commands.explain import ExplainConfig
@@ -27,7 +27,9 @@ from tvkd_fast.training.record import from_record, to_record
 from tvkd_fast.training.train_config import TrainConfig
 
 WORK = (
-    "tvkd_fast.commands.build.load_tokenizer",
+    "tvkd_fast.commands.eval.load_tokenizer",
+    "tvkd_fast.commands.prepare.load_tokenizer",
+    "tvkd_fast.commands.score.load_tokenizer",
     "tvkd_fast.commands.compare.load_tokenizer",
     "tvkd_fast.commands.explain.load_tokenizer",
     "tvkd_fast.commands.demo._base",

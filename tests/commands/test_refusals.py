@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPTJConfig
 
-from tvkd_fast.cli import main
+from tvkd_fast.cli.main import main
 from tvkd_fast.commands.models import resolve_device
 from tvkd_fast.commands.plan import plan
 from tvkd_fast.commands.score import ScoreConfig, score

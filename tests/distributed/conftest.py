@@ -31,7 +31,7 @@ FAMILIES = {
 }
 IMPORTED = [
     "tvkd_fast.cli",
-    "tvkd_fast.commands.build",
+    "tvkd_fast.commands.train",
     "transformers.models.llama.modeling_llama",
     "transformers.models.gemma2.modeling_gemma2",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tvkd_fast.cli.main import load_recipe
-from tvkd_fast.commands import build
+from tvkd_fast.commands.train import train
 from tvkd_fast.training import trainer
 from tvkd_fast.training.signals import Stopped
 
@@ -28,7 +28,7 @@ def main() -> None:
 
     trainer.train_step = counted  # type: ignore[attr-defined]
     try:
-        build.train(load_recipe(recipe), show_progress=False)
+        train(load_recipe(recipe), show_progress=False)
     except Stopped as stopped:
         print(f"\n{stopped} {stopped.status}")
 

@@ -62,7 +62,7 @@ def errors(
     (plain(states, labels) * upstream).sum().backward()
     exact = [x.detach().double().requires_grad_() for x in (everyone, plain.weight)]
     options = {"softcap": transforms.softcap, "logit_scale": transforms.logit_scale}
-    options["bias"] = None if plain.bias is None else plain.bias.detach().double()
+    options["bias"] = None if plain.bias is None else plain.bias.detach().double()  # type: ignore[assignment]
     truth = twin(*exact, labels, **options)
     (truth * upstream).sum().backward()
     found = {"logps": float((ours[0] - truth[mine]).abs().max())}

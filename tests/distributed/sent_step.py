@@ -8,8 +8,8 @@ import torch
 import torch._C._distributed_c10d as c10d
 
 from tvkd_fast.cli.main import load_recipe
-from tvkd_fast.commands import build
 from tvkd_fast.commands.plan import tokens_of
+from tvkd_fast.commands.prepare import prepare
 from tvkd_fast.data import PairBatch
 from tvkd_fast.distributed import World, joined
 from tvkd_fast.models import model_shape
@@ -27,7 +27,7 @@ def main() -> None:
     (replicas,) = {config.parallel.replicas for config in configs}
     with joined(torch.device("cpu"), replicas=replicas, timeout_s=120) as world:
         for config in configs:
-            made = build.prepare(config, world, verbose=False)
+            made = prepare(config, world, verbose=False)
             trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
             sent: dict[str, float] = {}
             # A first step learns what goes where.
@@ -76,7 +76,7 @@ def _sent(entries: list[dict], world: World, replicas: int) -> dict[str, float]:
 
 
 def _entries() -> list[dict]:
-    return json.loads(c10d._dump_fr_trace_json())["entries"]
+    return json.loads(c10d._dump_fr_trace_json())["entries"]  # type: ignore[attr-defined]
 
 
 def _bytes(entry: dict, side: str) -> float:

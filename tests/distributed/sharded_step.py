@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
@@ -80,6 +81,7 @@ def check(name: str, world: World, replicas: int, *, vocabulary: bool) -> None:
     all_of_it = 4 * sum(4 * parameter.numel() for parameter in whole.parameters())
     assert own <= (1.2 / (world.size / replicas)) * all_of_it
     for key, parameter in sharded.named_parameters():
+        assert isinstance(parameter, DTensor)
         assert parameter.to_local().numel() < parameter.numel()
         torch.testing.assert_close(parameter.full_tensor(), whole.get_parameter(key), rtol=0, atol=1e-5)
         gradient = parameter.grad.full_tensor()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tvkd_fast.cli import main
+from tvkd_fast.cli.main import main
 from tvkd_fast.training.metrics import read_metrics
 
 

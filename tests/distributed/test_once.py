@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from tvkd_fast.cli import main
+from tvkd_fast.cli.main import main
 from tvkd_fast.distributed import once, print_once
 
 

@@ -40,7 +40,7 @@ def test_a_world_of_one_is_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> No
         assert world.first
         assert torch.equal(world.sum(torch.ones(2)), torch.ones(2))
         policy = object()
-        assert shard_policy(policy, world) is policy
+        assert shard_policy(policy, world) is policy  # type: ignore[type-var]
 
 
 def test_replicas_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

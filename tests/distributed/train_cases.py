@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from tvkd_fast.cli.main import load_recipe
-from tvkd_fast.commands import build
-from tvkd_fast.commands.score import ScoreConfig
+from tvkd_fast.commands.score import ScoreConfig, _score
+from tvkd_fast.commands.train import _train
 from tvkd_fast.distributed import joined
 
 
@@ -22,9 +22,9 @@ def main() -> None:
             if config.scores is not None:
                 config.scores = f"{config.output_dir}-scores"
                 made = {name: getattr(config, name) for name in ("policy", "teacher", "data")}
-                build._score(ScoreConfig(output_dir=config.scores, pairs_per_shard=8, **made), world, verbose=False)
+                _score(ScoreConfig(output_dir=config.scores, pairs_per_shard=8, **made), world, verbose=False)
                 config.teacher = None
-            build._train(config, world, show_progress=False)
+            _train(config, world, show_progress=False)
             if world.first:
                 print("done:", recipe.stem)
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tvkd_fast.cli import main
+from tvkd_fast.cli.main import main
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.data import MicroBatching, build_dataset, collate_pairs
 from tvkd_fast.evaluation.evaluate import evaluate, measure

@@ -1,6 +1,7 @@
 """RewardBench's rows and the weights of its sections."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_weights_are_shares_of_what_is_there():
     }
 
 
-LISTS = ROW | {
+LISTS: dict[str, Any] = ROW | {
     "subset": "Factuality",
     "chosen": ["a"],
     "rejected": ["b", "c", "d"],

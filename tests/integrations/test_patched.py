@@ -122,11 +122,11 @@ def test_a_model_unpatched_under_a_wrapper_keeps_the_wrapper(model: Any, bf16: a
 @torch.compiler.set_stance("force_eager")
 def test_compiled_before_or_after(model: Any) -> None:
     compiled = torch.compile(model, backend="eager")
-    assert patch_lm_head(compiled) is compiled
+    assert patch_lm_head(compiled) is compiled  # type: ignore[type-var]
     answers(compiled)
     answers(model)
     # Either handle may be all that somebody has.
-    unpatch_lm_head(compiled)
+    unpatch_lm_head(compiled)  # type: ignore[type-var]
     unpatch_lm_head(model)
     assert not hasattr(compiled(IDS, labels=LABELS), "log_probs")
     with pytest.raises(ValueError, match="there is nothing to undo"):
@@ -145,11 +145,11 @@ def test_compiled_graphs_are_the_patched_models(model: Any) -> None:
 
     compiled = torch.compile(model, backend=backend)
     compiled(IDS)
-    patch_lm_head(compiled)
+    patch_lm_head(compiled)  # type: ignore[type-var]
     graphs.clear()
     answers(compiled)
     assert graphs
-    unpatch_lm_head(compiled)
+    unpatch_lm_head(compiled)  # type: ignore[type-var]
     assert not hasattr(compiled(IDS, labels=LABELS), "log_probs")
 
 

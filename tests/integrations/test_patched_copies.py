@@ -131,7 +131,8 @@ def test_a_policy_whose_head_was_taken_says_so(tiny_model: Callable[..., Any]) -
 @torch.compiler.set_stance("force_eager")
 def test_a_model_unpatched_by_its_wrapper_is_pickled_without_a_forward(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model(0)
-    unpatch_lm_head(patch_lm_head(torch.compile(model, backend="eager")))
+    compiled: Any = torch.compile(model, backend="eager")
+    unpatch_lm_head(patch_lm_head(compiled))
     other = pickle.loads(pickle.dumps(model))
     assert isinstance(other, LlamaForCausalLM)
     assert "forward" not in vars(other)

@@ -158,7 +158,7 @@ def test_rows_padded_on_the_left_and_rows_with_holes(tiny_model, in_float64):
         assert teacher.of(ids, response.bool(), ended, mask).tolist() == pytest.approx(want, abs=1e-6)
     mask[2, -5] = 0
     with torch.no_grad():
-        logits = model(ids[2:, -8:], attention_mask=mask[2:, -8:]).logits[0, 4:]
+        logits = model(ids[2:, -8:], attention_mask=mask[2:, -8:]).logits[0, 4:]  # type: ignore[call-overload]
     values = logits.logsumexp(-1)
     found = teacher.of(ids, response.bool(), ended, mask)
     assert float(found[2]) == pytest.approx(float((0.9 * values[1:] - values[:-1]).sum()), abs=1e-6)

@@ -319,7 +319,7 @@ def recorded() -> tuple[Launch, ...]:
                     ops_of_a_head(dtype, 20, d, 40, bias, softcap)
                 for wants in ("both, none dense", "dH alone", "dW alone"):
                     sparse_ops_of_a_head(dtype, d, False, None, "even", wants)
-                for bias, softcap in product((False, True), (None, 5.0)):
+                for bias, softcap in product((False, True), (None, 5.0)):  # type: ignore[assignment]
                     for tail in ("even", "unbiased") if d == 64 else ("even",):
                         sparse_ops_of_a_head(dtype, d, bias, softcap, tail, "both")
     with recording("fp32", launches):

@@ -38,7 +38,7 @@ def make_config(files, model_folder):
         nested["data"] = DataConfig(train=str(files / "train.jsonl"), eval=str(files / "eval.jsonl"))
         for name in [n for n in changes if n.split("_")[0] in nested]:
             group, field = name.split("_", 1)
-            nested[group] = replace(nested[group], **{field: changes.pop(name)})
+            nested[group] = replace(nested[group], **{field: changes.pop(name)})  # type: ignore[type-var]
         defaults = {
             "policy": model_folder(seed=0),
             "teacher": model_folder(seed=1),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tvkd_fast import cli
+from tvkd_fast.cli import main as cli
+from tvkd_fast.commands import replay
 from tvkd_fast.training import trainer as trainer_module
 from tvkd_fast.training.metrics import read_metrics
 from tvkd_fast.training.signals import Stopped
@@ -124,15 +125,13 @@ def test_it_is_replayed_pair_by_pair(broken, capsys):
 
 
 def test_a_replay_of_bad_weights_names_the_pairs(broken, monkeypatch, capsys):
-    from tvkd_fast.commands import build
-
-    real = build.replay_pairs
+    real = replay.replay_pairs
 
     def poisoned(policy, *arguments):
         poison(policy)
         return real(policy, *arguments)
 
-    monkeypatch.setattr(build, "replay_pairs", poisoned)
+    monkeypatch.setattr(replay, "replay_pairs", poisoned)
     cli.main(["replay", str(Path(broken.output_dir) / "nonfinite-step-000003.json")])
     assert "4 of 4 pairs are not finite alone" in capsys.readouterr().out
 

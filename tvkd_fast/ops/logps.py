@@ -61,7 +61,7 @@ def linear_logps(
             wants no gradient, one where nothing does. Two where only hidden wants one (a frozen head): the forward then
             makes and keeps dlogp/dh, [N, D] float32, and the backward multiplies it by its upstream gradient.
             "sparse": the log-probabilities are the same, the gradient is made of the softmax's entries from `eps` up
-            and the label's, as the forward selects them; what remains is spread evenly, so that the gradient sums to what
+            and the label's, which the forward finds; what remains is spread evenly, so that the gradient sums to what
             the exact one sums to. One product and what is gathered; docs/numerics.md says what it costs in learning.
             "auto": sparse, and exact for a call with more entries than pay, as timed once a shape and process.
         eps: ε in [0, 2⁻⁴]; None is 2⁻¹⁶ for float32 and float64 inputs, 2⁻¹⁴ for 16-bit ones. 0 keeps everything.

@@ -1,0 +1,31 @@
+"""Who imports whom among the benchmarks: the harness knows none of them."""
+
+import ast
+from pathlib import Path
+
+BENCH = Path(__file__).parents[2] / "bench"
+MAY_IMPORT = {
+    "harness": set(),
+    "tables": {"harness"},
+    "census": {"harness"},
+    "head": {"harness"},
+    "gpu": {"harness", "head"},
+    "step": {"harness", "head"},
+    "runs": {"harness"},
+    "learning": {"harness", "head", "tables"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Folders of bench that a file imports from."""
+    nodes = ast.walk(ast.parse(file.read_text()))
+    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {module.split(".")[1] for module in modules if module.startswith("bench.")}
+
+
+def test_the_harness_knows_no_benchmark() -> None:
+    folders = {file.parent.name for file in BENCH.glob("*/*.py")}
+    assert folders == set(MAY_IMPORT)
+    for folder, below in MAY_IMPORT.items():
+        for file in (BENCH / folder).glob("*.py"):
+            assert imported(file) <= below | {folder}, file.name
