@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tvkd_fast import linear_soft_values, shaping_returns
 from tvkd_fast.data import tokenize_pair
-from tvkd_fast.data.formats import to_preference
+from tvkd_fast.data.reading.formats import to_preference
 from tvkd_fast.integrations import patch_lm_head
 
 IGNORED = -100

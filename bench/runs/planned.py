@@ -24,8 +24,8 @@ import torch
 
 from bench.harness.machine import made_by, write_report
 from tvkd_fast.commands import plan
+from tvkd_fast.commands.models import world_of
 from tvkd_fast.commands.prepare import prepare
-from tvkd_fast.commands.processes import world_of
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import launch
 from tvkd_fast.distributed.parallel_config import ParallelConfig

@@ -24,7 +24,7 @@ from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.models.model_config import ModelConfig
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.ops import HeadGradient
-from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.training.optim import OptimConfig, make_optimizer
 from tvkd_fast.training.step import train_step
 

@@ -16,7 +16,7 @@ from tvkd_fast.data import MicroBatching, build_dataset
 from tvkd_fast.losses import shaping_returns
 from tvkd_fast.models import load_tokenizer
 from tvkd_fast.models.model_config import ModelConfig
-from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.layout import Scores
 
 needs_scipy = pytest.mark.skipif(
     find_spec("scipy") is None, reason="scipy is not installed: pip install 'tvkd_fast[bench]'"

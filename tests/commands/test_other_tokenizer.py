@@ -15,7 +15,8 @@ from tvkd_fast.data import collate_packed
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.models import load_model, load_tokenizer
 from tvkd_fast.objectives import PolicyNumbers
-from tvkd_fast.scoring.cache import describe, read_manifest
+from tvkd_fast.scoring.cache import describe
+from tvkd_fast.scoring.manifest import read_manifest
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.metrics import read_metrics
 

@@ -14,7 +14,7 @@ from tvkd_fast.data.dataset import (
     check_token_ids,
     fingerprint_tokenizer,
 )
-from tvkd_fast.data.formats import BadPair
+from tvkd_fast.data.reading.formats import BadPair
 from tvkd_fast.data.tokenization import TokenizedPair
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]

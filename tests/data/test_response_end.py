@@ -1,7 +1,7 @@
 import pytest
 
 from tvkd_fast.data.chat_template import TEMPLATE_DAY, apply_template
-from tvkd_fast.data.formats import to_preference
+from tvkd_fast.data.reading.formats import to_preference
 from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.data.tokenization import PairTokenizer, tokenize_pair
 

@@ -9,7 +9,7 @@ from tokenizers import normalizers
 
 from tvkd_fast.data import BadPair, build_dataset, retokenize
 from tvkd_fast.data.dataset import PairDataset, report_of
-from tvkd_fast.data.formats import Preference
+from tvkd_fast.data.reading.formats import Preference
 from tvkd_fast.data.tokenization import tokenize_pair, truncate_pair
 from tvkd_fast.models import load_tokenizer
 from tvkd_fast.synthetic.bundled import preference_rows

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from tvkd_fast.data.formats import BadPair, Preference, to_preference
+from tvkd_fast.data.reading.formats import BadPair, Preference, to_preference
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, tokenize_pair, truncate_pair
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]

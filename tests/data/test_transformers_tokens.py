@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tvkd_fast.data.formats import Preference, to_preference
+from tvkd_fast.data.reading.formats import Preference, to_preference
 from tvkd_fast.data.tokenization import tokenize_pair
 
 TEXTS = ["The quick fox. Name a colour. Blue, of course. user assistant Seven hello world 1 2 3\n\n"] * 20

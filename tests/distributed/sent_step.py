@@ -14,7 +14,7 @@ from tvkd_fast.data import PairBatch
 from tvkd_fast.distributed import World, joined
 from tvkd_fast.models import model_shape
 from tvkd_fast.planning.footprint import Footprint
-from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.training.trainer import Trainer
 
 SCALARS = 64

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
-from tvkd_fast.data.formats import Preference, to_preference
+from tvkd_fast.data.reading.formats import Preference, to_preference
 from tvkd_fast.evaluation.generate import answers
 from tvkd_fast.models import load_model
 

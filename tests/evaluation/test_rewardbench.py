@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tvkd_fast.data import BadPair, build_dataset
-from tvkd_fast.data.formats import to_preference
+from tvkd_fast.data.reading.formats import to_preference
 from tvkd_fast.evaluation.rewardbench import SECTIONS, section_weights, to_rewardbench
 
 ROW = {"id": 3, "subset": "llmbar-natural", "prompt": "Say a.", "chosen": "a", "rejected": "b"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tvkd_fast.models import Lora, PolicyWithHead, add_lora, fingerprint_model, load_model, save_model
-from tvkd_fast.models.adapters import ADAPTER
+from tvkd_fast.models.lora import ADAPTER
 
 
 def test_what_changes_a_number_changes_it(tiny_model):

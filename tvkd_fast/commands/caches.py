@@ -17,7 +17,8 @@ from tvkd_fast.models import (
 )
 from tvkd_fast.models.model_config import ModelConfig
 from tvkd_fast.objectives import TEACHER, Need, known
-from tvkd_fast.scoring.cache import ScoreCache, ScoreManifest
+from tvkd_fast.scoring.cache import ScoreCache
+from tvkd_fast.scoring.manifest import ScoreManifest
 from tvkd_fast.scoring.scorer import OnlineScorer
 from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.version import __version__

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvkd_fast.commands.eval import EvalConfig
-from tvkd_fast.commands.models import check_readable, load_frozen, load_policy
-from tvkd_fast.commands.processes import sharing_of, world_of
+from tvkd_fast.commands.models import check_readable, load_frozen, load_policy, sharing_of, world_of
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.distributed import World
@@ -22,7 +21,7 @@ from tvkd_fast.models import load_stop_ids, load_tokenizer
 from tvkd_fast.training.train_config import micro_batching
 
 if TYPE_CHECKING:
-    from tvkd_fast.data.formats import Preference
+    from tvkd_fast.data.reading.formats import Preference
 
 AT_ONCE = 8
 """Prompts that are answered together."""

@@ -40,7 +40,7 @@ from tvkd_fast.training.train_config import TrainConfig, micro_batching
 from tvkd_fast.version import __version__
 
 if TYPE_CHECKING:
-    from tvkd_fast.data.formats import Message
+    from tvkd_fast.data.reading.formats import Message
 
 SHOWN_ANSWERS = 3
 STAGE = "stage.json"

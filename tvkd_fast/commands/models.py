@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -14,7 +15,7 @@ import torch
 from tvkd_fast.commands.refusals import check_device, check_lora, lora_of
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, packed_length, retokenize
 from tvkd_fast.data.data_config import DataConfig
-from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, shard_policy
+from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, joined, shard_policy
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import (
     EmptyModel,
@@ -40,6 +41,9 @@ from tvkd_fast.training.usage import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    pass
+
 
 P = TypeVar("P", bound=PolicyWithHead)
 
@@ -336,3 +340,12 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: 
 
 def _autocast(config: ModelConfig) -> torch.dtype | None:
     return torch.bfloat16 if config.autocast == "bfloat16" else None
+
+
+def world_of(config: RunConfig) -> AbstractContextManager[World]:
+    parallel = config.parallel
+    return joined(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
+
+
+def sharing_of(config: RunConfig, world: World) -> Sharing:
+    return Sharing(world, config.parallel, config.tokens_per_micro_batch)

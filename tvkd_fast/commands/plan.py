@@ -18,7 +18,7 @@ from tvkd_fast.commands.refusals import check_family, check_run
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, pairs_of_epochs
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.data.order import check_step
-from tvkd_fast.data.splits import FILE_SUFFIXES
+from tvkd_fast.data.reading.splits import FILE_SUFFIXES
 from tvkd_fast.files import check_folder
 from tvkd_fast.models import (
     ModelShape,

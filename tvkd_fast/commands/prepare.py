@@ -19,8 +19,8 @@ from tvkd_fast.commands.models import (
     load_frozen,
     load_policy,
     precision,
+    sharing_of,
 )
-from tvkd_fast.commands.processes import sharing_of
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.distributed import World

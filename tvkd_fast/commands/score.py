@@ -12,8 +12,9 @@ from tvkd_fast.commands.caches import (
 from tvkd_fast.commands.models import (
     load_frozen,
     load_policy,
+    sharing_of,
+    world_of,
 )
-from tvkd_fast.commands.processes import sharing_of, world_of
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import World
 from tvkd_fast.distributed.parallel_config import ParallelConfig

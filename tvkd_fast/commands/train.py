@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tvkd_fast.commands.final import ADAPTER, EXPORTED, FINAL, save_trained
+from tvkd_fast.commands.models import world_of
 from tvkd_fast.commands.prepare import prepare
-from tvkd_fast.commands.processes import world_of
 from tvkd_fast.commands.refusals import check_run
 from tvkd_fast.distributed import World
 from tvkd_fast.evaluation.evaluate import Evaluation

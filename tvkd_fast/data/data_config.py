@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.data import MicroBatching, PairDataset, build_dataset
-from tvkd_fast.data.formats import ReadRow, to_preference
+from tvkd_fast.data.reading.formats import ReadRow, to_preference
 from tvkd_fast.files import at_home
 from tvkd_fast.ranges import at_least, check_numbers, number
 

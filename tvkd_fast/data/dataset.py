@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from tvkd_fast.data.formats import (
+from tvkd_fast.data.packing import MicroBatching
+from tvkd_fast.data.reading.formats import (
     BadPair,
     LoadedPreferences,
     Preference,
@@ -24,8 +25,7 @@ from tvkd_fast.data.formats import (
     read_row,
     to_preference,
 )
-from tvkd_fast.data.packing import MicroBatching
-from tvkd_fast.data.row_pairs import by_row, share_prompt, truncate_row
+from tvkd_fast.data.reading.row_pairs import by_row, share_prompt, truncate_row
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair
 
 if TYPE_CHECKING:

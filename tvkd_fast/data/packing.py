@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from tvkd_fast.data.batch import PairBatch, micro_batches
-from tvkd_fast.data.formats import BadPair
+from tvkd_fast.data.reading.formats import BadPair
 from tvkd_fast.data.tokenization import TokenizedPair
 
 Packing = Literal["shared", "unshared", "padded"]

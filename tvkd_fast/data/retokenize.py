@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tvkd_fast.data.dataset import PairDataset, report_of
-from tvkd_fast.data.formats import BadPair, Message, Preference
-from tvkd_fast.data.row_pairs import by_row, share_prompt, truncate_row
-from tvkd_fast.data.template_columns import carried
+from tvkd_fast.data.reading.formats import BadPair, Message, Preference
+from tvkd_fast.data.reading.row_pairs import by_row, share_prompt, truncate_row
+from tvkd_fast.data.reading.template_columns import carried
 from tvkd_fast.data.tokenization import CHAT_TEMPLATE, PairTokenizer, TokenizedPair
 
 if TYPE_CHECKING:

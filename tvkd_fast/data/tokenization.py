@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from tvkd_fast.data.chat_template import tail_behind
-from tvkd_fast.data.formats import BadPair, Message, Preference
+from tvkd_fast.data.reading.formats import BadPair, Message, Preference
+from tvkd_fast.data.reading.template_columns import check_columns, check_without_template, variables_of, write_messages
 from tvkd_fast.data.response_end import ResponseEnds
-from tvkd_fast.data.template_columns import check_columns, check_without_template, variables_of, write_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """More than one process: who is there, and a policy's weights over them. Applied from outside the model."""
 
+from tvkd_fast.distributed.fill import fill, local
 from tvkd_fast.distributed.launcher import launch
-from tvkd_fast.distributed.load import fill, local
 from tvkd_fast.distributed.once import print_once
 from tvkd_fast.distributed.recompute import Recompute, checkpoint_activations
 from tvkd_fast.distributed.shard import shard_policy, sync_gradients, whole, whole_weights

@@ -15,7 +15,7 @@ from tvkd_fast.models.lent import in_eval
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from tvkd_fast.data.formats import Message, Preference
+    from tvkd_fast.data.reading.formats import Message, Preference
 
 
 @torch.no_grad()

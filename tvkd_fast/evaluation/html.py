@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from tvkd_fast.data.messages import text_of
+from tvkd_fast.data.reading.messages import text_of
 
 if TYPE_CHECKING:
-    from tvkd_fast.data.formats import Message
+    from tvkd_fast.data.reading.formats import Message
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #222; }

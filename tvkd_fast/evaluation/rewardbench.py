@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tvkd_fast.data.formats import BadPair, Preference, to_preference
-from tvkd_fast.data.messages import is_list
+from tvkd_fast.data.reading.formats import BadPair, Preference, to_preference
+from tvkd_fast.data.reading.messages import is_list
 
 HUB, SPLIT = "allenai/reward-bench", "filtered"
 """The set on the hub, and which of its splits the benchmark is."""

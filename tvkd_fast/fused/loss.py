@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tvkd_fast.fused.checks import (
+from tvkd_fast.fused.arguments import (
     check_device,
     check_form,
     check_numbers_a_response,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tvkd_fast.fused.checks import check_settings
+from tvkd_fast.fused.arguments import check_settings
 from tvkd_fast.fused.loss import EXACT, fused_linear_tvkd_loss
 from tvkd_fast.losses import TVKDOutput
 from tvkd_fast.losses.shaping import Terminal

@@ -15,9 +15,9 @@ from datasets import Dataset, Features
 from torch import Tensor
 
 from tvkd_fast.data.dataset import written_before
-from tvkd_fast.data.formats import to_preference
+from tvkd_fast.data.reading.formats import to_preference
+from tvkd_fast.data.reading.tables import decoded_row
 from tvkd_fast.data.response_end import ResponseEnds
-from tvkd_fast.data.tables import decoded_row
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
 from tvkd_fast.integrations.returns import IDS, MARK, RETURNS, Maker
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tvkd_fast.data import PairDataset, TokenizedPair, TokenReport, collate_pairs
 from tvkd_fast.integrations.teacher import ShapingSettings
-from tvkd_fast.scoring.cache import MANIFEST, ScoreCache, read_manifest
+from tvkd_fast.scoring.cache import ScoreCache
+from tvkd_fast.scoring.manifest import MANIFEST, read_manifest
 from tvkd_fast.scoring.score_pairs import first_difference
 
 AT_ONCE = 256

@@ -1,8 +1,8 @@
 """Pure functions of per-token or per-sequence numbers: they know preferences and nothing of vocabulary."""
 
+from tvkd_fast.losses.likelihood import sft_loss
 from tvkd_fast.losses.preference import TVKDOutput, check_preference_settings, dpo_loss, tvkd_loss
 from tvkd_fast.losses.segments import running_sums, segment_sums
-from tvkd_fast.losses.sft import sft_loss
 from tvkd_fast.losses.shaping import (
     ShapingReport,
     Terminal,

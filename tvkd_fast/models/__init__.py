@@ -1,6 +1,5 @@
 """Causal language models: loading them, calling them without logits, and making students out of teachers."""
 
-from tvkd_fast.models.adapters import is_adapter, without_adapter
 from tvkd_fast.models.fingerprint import fingerprint_model, fingerprint_settings, fingerprint_weights
 from tvkd_fast.models.head import FusedLMHead, HeadTransforms, head_transforms
 from tvkd_fast.models.load import (
@@ -12,7 +11,16 @@ from tvkd_fast.models.load import (
     save_model,
     saved_tensors,
 )
-from tvkd_fast.models.lora import Lora, WithoutAdapters, adapter_start, add_lora, merged, save_adapter
+from tvkd_fast.models.lora import (
+    Lora,
+    WithoutAdapters,
+    adapter_start,
+    add_lora,
+    is_adapter,
+    merged,
+    save_adapter,
+    without_adapter,
+)
 from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
 from tvkd_fast.models.prune import disable_dropout, prune_layers, pruned_from

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tvkd_fast._compat import is_dtensor
-from tvkd_fast.models.adapters import ADAPTER, is_adapter, without_adapter
 from tvkd_fast.models.load import saved_tensors
+from tvkd_fast.models.lora import ADAPTER, is_adapter, without_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

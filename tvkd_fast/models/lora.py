@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +24,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tvkd_fast.models.adapters import ADAPTER, is_adapter, without_adapter
 from tvkd_fast.models.lent import adapters_off, undone
 from tvkd_fast.models.policy import PolicyWithHead
 from tvkd_fast.models.quantized import dequantized
@@ -226,3 +226,19 @@ def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Pat
         if is_adapter(name)
     }
     save_file(found, folder / "adapter_model.safetensors")
+
+
+ADAPTER = "tvkd_run"
+"""Name of a run's own adapter. One that a model came with has another name, and is part of that model."""
+
+_OF_ADAPTER = re.compile(rf".*\.lora_[AB]\.{ADAPTER}\.weight")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to the adapter that the run itself has added."""
+    return _OF_ADAPTER.fullmatch(name) is not None
+
+
+def without_adapter(name: str) -> str:
+    """A parameter's name before an adapter was put beside its layer; a layer of two weights has two around it."""
+    return re.sub(r"\.(base_layer\.)+", ".", name)

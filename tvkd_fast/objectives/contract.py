@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tvkd_fast.data import PairBatch
-from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.layout import Scores
 
 
 class Need(Enum):

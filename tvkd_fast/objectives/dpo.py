@@ -12,7 +12,7 @@ from tvkd_fast.losses import dpo_loss
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
 from tvkd_fast.ranges import POSITIVE, Range, check_numbers, number
-from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.layout import Scores
 
 
 @objective("dpo")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tvkd_fast.data import PairBatch
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.layout import Scores
 
 
 @objective("sft")

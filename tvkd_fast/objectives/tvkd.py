@@ -18,7 +18,7 @@ from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
 from tvkd_fast.ops import soft_values
 from tvkd_fast.ranges import FINITE, POSITIVE, SHARE, Range, check_numbers, number
-from tvkd_fast.scoring.cache import Scores
+from tvkd_fast.scoring.layout import Scores
 
 
 @objective("tvkd")

@@ -8,151 +8,30 @@ Letters: P pairs, M response states; responses are stored pair by pair, chosen t
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from hashlib import sha256
+from dataclasses import fields, replace
 from itertools import pairwise
 from os.path import expanduser
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tvkd_fast.data.batch import PairBatch
 from tvkd_fast.data.dataset import PairDataset
 from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.files import put_in_place, refuse_place, sha256_of, unfinished
+from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
+from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, states_of
 
-FORMAT = 3
-MANIFEST = "manifest.json"
 DIGESTS = "pair_digests"
 """Of the pairs whose scores a shard holds, `PairDataset.pair_digests`; shards of older versions have none."""
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of the cache: pairs that follow those of the shard before."""
-
-    file: str
-    pairs: int
-    states: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ScoreManifest:
-    """What the numbers were made of. Fingerprints are sha256 in hex, a model's with what it holds before it; None where
-    there was no such model. Those of older versions are of a model's weights alone: they are read, and no model is
-    compared with them."""
-
-    dataset: str
-    """Of the token ids, `PairDataset.fingerprint`: truncation and tokenizer are in it."""
-    tokenizer: str
-    teacher: str | None
-    """Of the teacher: weights, config, and the adapter that it came with."""
-    reference: str | None
-    """Of the reference."""
-    precision: str
-    """Dtype of the weights and of the products: scores in one are not those in another."""
-    kappa: float
-    pairs: int
-    states: int
-    versions: dict[str, str]
-    """Of this library, torch and transformers, for the record."""
-    value_dtype: Literal["float32", "float16"] = "float32"
-    """Dtype of what is kept a state; log-probabilities are float32."""
-    teacher_reference: str | None = None
-    """Of the teacher's own reference, where its rewards are kept and not its sums."""
-    teacher_tokens: str | None = None
-    """Of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
-    shards: tuple[Shard, ...] = ()
-    format: int = FORMAT
-
-    @property
-    def own_tokens(self) -> bool:
-        """Whether the teacher read tokens of its own."""
-        return self.teacher_tokens not in (None, self.dataset)
-
-    @property
-    def finished(self) -> bool:
-        return sum(shard.pairs for shard in self.shards) == self.pairs
-
-    def same_numbers(self, other: ScoreManifest) -> bool:
-        """Whether both tell of the same numbers, however many of them are there and whoever wrote them."""
-        return replace(self, shards=(), versions={}) == replace(other, shards=(), versions={})
-
-    def text(self) -> str:
-        """As it stands in its file, byte by byte, with a checksum of its own: what reads otherwise is damaged."""
-        body = asdict(self)
-        checksum = sha256(json.dumps(body).encode()).hexdigest()
-        return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Numbers of consecutive pairs of a dataset, or of a batch of it (then chosen rows first, then rejected)."""
-
-    ref_logps: Tensor | None = None
-    """[P, 2] float32 in a dataset, (2P,) in a batch: summed reference log-probabilities."""
-    lse: Tensor | None = None
-    """(M,) float32: LSE(z) of every response state under the teacher."""
-    lse_kappa: Tensor | None = None
-    """(M,) float32: LSE(κz); the same tensor as `lse` where κ=1."""
-    reward: Tensor | None = None
-    """(M,) float32: Σ_{k<t} log π_φ − log π_φref up to every response state, teacher φ and its own reference."""
-    teacher_states: Tensor | None = None
-    """[P, 2] int64 in a dataset, (2P,) in a batch: states of each response, where the teacher has a tokenizer of its
-    own and M counts them; None where they are the policy's."""
-    teacher_ended: Tensor | None = None
-    """The same shape, bool: whether the response ends in the teacher's tokens."""
-
-    def boundaries(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """(2P+1,) boundaries of the responses in the teacher's states, and (2P,) which of them ended."""
-        if self.teacher_states is None or self.teacher_ended is None:
-            return batch.cu_states, batch.ended
-        return torch.cat([self.teacher_states.new_zeros(1), self.teacher_states.cumsum(0)]), self.teacher_ended
-
-
-class ScoreLayout:
-    """Where the numbers of a pair stand in a dataset's flat arrays, from [P, 2] states of its responses."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.num_pairs = states.shape[0]
-        self.bounds = torch.cat([torch.zeros(1, dtype=torch.int64), states.flatten().cumsum(0)])
-
-    @classmethod
-    def of(cls, dataset: Sequence[TokenizedPair]) -> ScoreLayout:
-        return cls(states_of(dataset))
-
-    @property
-    def num_states(self) -> int:
-        return int(self.bounds[-1])
-
-    def between(self, first: int, last: int) -> int:
-        """States of the pairs first..last−1."""
-        return int(self.bounds[2 * last] - self.bounds[2 * first])
-
-    def responses(self, pairs: Tensor) -> Tensor:
-        """(P,) pairs to the (2P,) places of their responses, in a batch's order: chosen first, then rejected."""
-        return torch.cat([2 * pairs, 2 * pairs + 1])
-
-    def states(self, pairs: Tensor) -> Tensor:
-        """(P,) pairs to the (M,) places of their responses' states, in a batch's order."""
-        responses = self.responses(pairs)
-        ends = zip(self.bounds[responses].tolist(), self.bounds[responses + 1].tolist(), strict=True)
-        nothing = torch.empty(0, dtype=torch.int64)
-        return torch.cat([nothing, *(torch.arange(start, end) for start, end in ends)])
-
-
-def states_of(dataset: Sequence[TokenizedPair]) -> Tensor:
-    """[P, 2] int64: how many states the responses have."""
-    return torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in dataset], dtype=torch.int64).view(-1, 2) + 1
+OF_MODELS = ("teacher", "teacher_reference", "reference")
+"""Fields of a manifest that are fingerprints of models."""
 
 
 class ScoreCache:
@@ -299,40 +178,6 @@ class ScoreWriter:
         """Put the whole cache in its place."""
         assert self.manifest.finished
         put_in_place(self.folder, "scores")
-
-
-OF_MODELS = ("teacher", "teacher_reference", "reference")
-"""Fields of a manifest that are fingerprints of models."""
-NAMES = tuple(f.name for f in fields(Scores))
-STATE_NAMES = ("lse", "lse_kappa", "reward")
-"""Of the numbers that there are one a state of; of the others there is one a response."""
-RESPONSE_NAMES = tuple(name for name in NAMES if name not in STATE_NAMES)
-
-
-def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest:
-    """The manifest as it stands in the folder.
-
-    Raises ValueError where there is none, it is damaged, of another format, or of a run that is not finished.
-    """
-    path = Path(expanduser(folder)) / MANIFEST
-    try:
-        text = path.read_bytes().decode()
-        body = json.loads(text)
-        if isinstance(body, dict) and body.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} is of format {body.get('format')}, this library reads {FORMAT}: run `tvkd score` again"
-            )
-        del body["checksum"]
-        manifest = ScoreManifest(**body | {"shards": tuple(Shard(**shard) for shard in body["shards"])})
-        if manifest.text() != text:
-            raise TypeError("it is not what was written")
-    except FileNotFoundError:
-        raise ValueError(f"no score cache at {folder}: make one with `tvkd score --output_dir {folder} …`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); run `tvkd score` again") from error
-    if finished and not manifest.finished:
-        raise ValueError(f"{path} names {len(manifest.shards)} shards of a run that is not finished: run it again")
-    return manifest
 
 
 def describe(folder: str | Path) -> str:

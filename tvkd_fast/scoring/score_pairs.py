@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors import safe_open
 
 from tvkd_fast.data.dataset import PairDataset
-from tvkd_fast.scoring.cache import DIGESTS, read_manifest
+from tvkd_fast.scoring.cache import DIGESTS
+from tvkd_fast.scoring.manifest import read_manifest
 
 
 def pairs_alike(folder: str | Path, dataset: PairDataset) -> int | None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvkd_fast.data.messages import carries_nothing, is_dialogue, is_list, strings
 from tvkd_fast.data.pairs import BadPair
+from tvkd_fast.data.reading.messages import carries_nothing, is_dialogue, is_list, strings
 
 Record = Mapping[str, Any]
 

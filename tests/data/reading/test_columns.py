@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tvkd_fast.data.formats import BadPair, Preference, to_preference
+from tvkd_fast.data.reading.formats import BadPair, Preference, to_preference
 
 USER = {"role": "user", "content": "Why?"}
 GOOD = {"role": "assistant", "content": "Because."}

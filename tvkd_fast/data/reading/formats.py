@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from tvkd_fast.data.columns import Named, named
-from tvkd_fast.data.messages import (
+from tvkd_fast.data.pairs import BadPair, Message, Preference
+from tvkd_fast.data.reading.columns import Named, named
+from tvkd_fast.data.reading.messages import (
     carries_nothing,
     is_dialogue,
     is_list,
@@ -24,8 +25,7 @@ from tvkd_fast.data.messages import (
     says,
     strings,
 )
-from tvkd_fast.data.pairs import BadPair, Message, Preference
-from tvkd_fast.data.sources import records
+from tvkd_fast.data.reading.sources import records
 
 __all__ = [
     "BadPair",
@@ -68,7 +68,7 @@ def to_preference(record: Mapping[str, Any], row: str) -> Preference:
 
     An implicit plain prompt ends where the answers stop being alike, backed up to the border of a word; one space at
     the border belongs to the answers. Dialogue turns lose the whitespace around them. Columns of other names are read
-    by the rules of `data/columns.py`. A `system` column is the conversation's first turn, and makes a plain row one,
+    by the rules of `columns.py`. A `system` column is the conversation's first turn, and makes a plain row one,
     unless its prompt holds that text already. Messages keep all that they carry, and `tools`, `documents` and
     `chat_template_kwargs` go to the chat template with them. Columns that only describe the row are left alone.
 
@@ -119,7 +119,7 @@ def load_preferences(
 
     Args:
         source: a `.jsonl`, `.json` (either also `.gz`) or `.parquet` file; a folder of them, such as a copy of a
-            dataset of the hub, with the splits that it has there (`data/splits.py`); a folder that
+            dataset of the hub, with the splits that it has there (`data/reading/splits.py`); a folder that
             `datasets.save_to_disk` wrote; or a dataset's name on the hub, with a data folder after a colon if it has
             several (`"Anthropic/hh-rlhf:harmless-base"`). A name that ends like a file is never asked of the hub.
         split: which split, where the source has several. A single file is one split, whatever it is called.

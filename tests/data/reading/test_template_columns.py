@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tvkd_fast.data import build_dataset
-from tvkd_fast.data.formats import BadPair, to_preference
+from tvkd_fast.data.reading.formats import BadPair, to_preference
+from tvkd_fast.data.reading.template_columns import variables_of
 from tvkd_fast.data.retokenize import retokenize
-from tvkd_fast.data.template_columns import variables_of
 from tvkd_fast.data.tokenization import PairTokenizer
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]

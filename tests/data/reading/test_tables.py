@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tvkd_fast.data.tables import dataset_rows, decoded_row, parquet_rows
+from tvkd_fast.data.reading.tables import dataset_rows, decoded_row, parquet_rows
 
 
 def call(**arguments: Any) -> dict[str, Any]:

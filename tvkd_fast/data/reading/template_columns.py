@@ -9,8 +9,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tvkd_fast.data.chat_template import apply_template
-from tvkd_fast.data.messages import carries_nothing, unwritten
 from tvkd_fast.data.pairs import BadPair, Message, Preference
+from tvkd_fast.data.reading.messages import carries_nothing, unwritten
 
 if TYPE_CHECKING:
     from jinja2 import nodes

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvkd_fast.data.formats import BadPair, Preference, load_preferences, to_preference
+from tvkd_fast.data.reading.formats import BadPair, Preference, load_preferences, to_preference
 
 PLAIN = {"prompt": "Why?", "chosen": " Because.", "rejected": " No."}
 USER = {"role": "user", "content": "Why?"}

@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tvkd_fast.data.formats import load_preferences
+from tvkd_fast.data.reading.formats import load_preferences
 
 MakeFolder = Callable[..., Path]
 

@@ -11,8 +11,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tvkd_fast.data.splits import FILE_SUFFIXES, JSON_SUFFIXES, files_of_split, folder_of_subset
-from tvkd_fast.data.tables import dataset_rows, parquet_rows
+from tvkd_fast.data.reading.splits import FILE_SUFFIXES, JSON_SUFFIXES, files_of_split, folder_of_subset
+from tvkd_fast.data.reading.tables import dataset_rows, parquet_rows
 
 if TYPE_CHECKING:
     import datasets

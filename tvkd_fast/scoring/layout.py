@@ -1,0 +1,84 @@
+"""Scores of pairs, and where they lie in flat arrays.
+
+Letters: P pairs, M response states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from tvkd_fast.data.batch import PairBatch
+from tvkd_fast.data.tokenization import TokenizedPair
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Numbers of consecutive pairs of a dataset, or of a batch of it (then chosen rows first, then rejected)."""
+
+    ref_logps: Tensor | None = None
+    """[P, 2] float32 in a dataset, (2P,) in a batch: summed reference log-probabilities."""
+    lse: Tensor | None = None
+    """(M,) float32: LSE(z) of every response state under the teacher."""
+    lse_kappa: Tensor | None = None
+    """(M,) float32: LSE(κz); the same tensor as `lse` where κ=1."""
+    reward: Tensor | None = None
+    """(M,) float32: Σ_{k<t} log π_φ − log π_φref up to every response state, teacher φ and its own reference."""
+    teacher_states: Tensor | None = None
+    """[P, 2] int64 in a dataset, (2P,) in a batch: states of each response, where the teacher has a tokenizer of its
+    own and M counts them; None where they are the policy's."""
+    teacher_ended: Tensor | None = None
+    """The same shape, bool: whether the response ends in the teacher's tokens."""
+
+    def boundaries(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """(2P+1,) boundaries of the responses in the teacher's states, and (2P,) which of them ended."""
+        if self.teacher_states is None or self.teacher_ended is None:
+            return batch.cu_states, batch.ended
+        return torch.cat([self.teacher_states.new_zeros(1), self.teacher_states.cumsum(0)]), self.teacher_ended
+
+
+class ScoreLayout:
+    """Where the numbers of a pair stand in a dataset's flat arrays, from [P, 2] states of its responses."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.num_pairs = states.shape[0]
+        self.bounds = torch.cat([torch.zeros(1, dtype=torch.int64), states.flatten().cumsum(0)])
+
+    @classmethod
+    def of(cls, dataset: Sequence[TokenizedPair]) -> ScoreLayout:
+        return cls(states_of(dataset))
+
+    @property
+    def num_states(self) -> int:
+        return int(self.bounds[-1])
+
+    def between(self, first: int, last: int) -> int:
+        """States of the pairs first..last−1."""
+        return int(self.bounds[2 * last] - self.bounds[2 * first])
+
+    def responses(self, pairs: Tensor) -> Tensor:
+        """(P,) pairs to the (2P,) places of their responses, in a batch's order: chosen first, then rejected."""
+        return torch.cat([2 * pairs, 2 * pairs + 1])
+
+    def states(self, pairs: Tensor) -> Tensor:
+        """(P,) pairs to the (M,) places of their responses' states, in a batch's order."""
+        responses = self.responses(pairs)
+        ends = zip(self.bounds[responses].tolist(), self.bounds[responses + 1].tolist(), strict=True)
+        nothing = torch.empty(0, dtype=torch.int64)
+        return torch.cat([nothing, *(torch.arange(start, end) for start, end in ends)])
+
+
+def states_of(dataset: Sequence[TokenizedPair]) -> Tensor:
+    """[P, 2] int64: how many states the responses have."""
+    return torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in dataset], dtype=torch.int64).view(-1, 2) + 1
+
+
+NAMES = tuple(f.name for f in fields(Scores))
+
+STATE_NAMES = ("lse", "lse_kappa", "reward")
+"""Of the numbers that there are one a state of; of the others there is one a response."""
+
+RESPONSE_NAMES = tuple(name for name in NAMES if name not in STATE_NAMES)

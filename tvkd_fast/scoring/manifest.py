@@ -1,0 +1,99 @@
+"""What a folder of scores says about itself: which data, models and settings it was made of, and its checksums."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from os.path import expanduser
+from pathlib import Path
+from typing import Literal
+
+FORMAT = 3
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the cache: pairs that follow those of the shard before."""
+
+    file: str
+    pairs: int
+    states: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ScoreManifest:
+    """What the numbers were made of. Fingerprints are sha256 in hex, a model's with what it holds before it; None where
+    there was no such model. Those of older versions are of a model's weights alone: they are read, and no model is
+    compared with them."""
+
+    dataset: str
+    """Of the token ids, `PairDataset.fingerprint`: truncation and tokenizer are in it."""
+    tokenizer: str
+    teacher: str | None
+    """Of the teacher: weights, config, and the adapter that it came with."""
+    reference: str | None
+    """Of the reference."""
+    precision: str
+    """Dtype of the weights and of the products: scores in one are not those in another."""
+    kappa: float
+    pairs: int
+    states: int
+    versions: dict[str, str]
+    """Of this library, torch and transformers, for the record."""
+    value_dtype: Literal["float32", "float16"] = "float32"
+    """Dtype of what is kept a state; log-probabilities are float32."""
+    teacher_reference: str | None = None
+    """Of the teacher's own reference, where its rewards are kept and not its sums."""
+    teacher_tokens: str | None = None
+    """Of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
+    shards: tuple[Shard, ...] = ()
+    format: int = FORMAT
+
+    @property
+    def own_tokens(self) -> bool:
+        """Whether the teacher read tokens of its own."""
+        return self.teacher_tokens not in (None, self.dataset)
+
+    @property
+    def finished(self) -> bool:
+        return sum(shard.pairs for shard in self.shards) == self.pairs
+
+    def same_numbers(self, other: ScoreManifest) -> bool:
+        """Whether both tell of the same numbers, however many of them are there and whoever wrote them."""
+        return replace(self, shards=(), versions={}) == replace(other, shards=(), versions={})
+
+    def text(self) -> str:
+        """As it stands in its file, byte by byte, with a checksum of its own: what reads otherwise is damaged."""
+        body = asdict(self)
+        checksum = sha256(json.dumps(body).encode()).hexdigest()
+        return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
+
+
+def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest:
+    """The manifest as it stands in the folder.
+
+    Raises ValueError where there is none, it is damaged, of another format, or of a run that is not finished.
+    """
+    path = Path(expanduser(folder)) / MANIFEST
+    try:
+        text = path.read_bytes().decode()
+        body = json.loads(text)
+        if isinstance(body, dict) and body.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is of format {body.get('format')}, this library reads {FORMAT}: run `tvkd score` again"
+            )
+        del body["checksum"]
+        manifest = ScoreManifest(**body | {"shards": tuple(Shard(**shard) for shard in body["shards"])})
+        if manifest.text() != text:
+            raise TypeError("it is not what was written")
+    except FileNotFoundError:
+        raise ValueError(f"no score cache at {folder}: make one with `tvkd score --output_dir {folder} …`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); run `tvkd score` again") from error
+    if finished and not manifest.finished:
+        raise ValueError(f"{path} names {len(manifest.shards)} shards of a run that is not finished: run it again")
+    return manifest
