@@ -6,7 +6,8 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from tvkd_fast.cli.main import COMMANDS, main
+from tvkd_fast.cli.main import main
+from tvkd_fast.cli.parser import COMMANDS
 from tvkd_fast.objectives import Objective, objectives
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.ranges import FINITE, LARGEST, POSITIVE, Range, at_least, check_numbers, number, range_of

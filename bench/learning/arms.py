@@ -15,8 +15,8 @@ from tvkd_fast.data import PairBatch, PairDataset
 from tvkd_fast.losses import shaping_returns
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import TEACHER, Objective, dpo, tvkd
-from tvkd_fast.scoring.scorer import Scorer
 from tvkd_fast.scoring.layout import Scores
+from tvkd_fast.scoring.scorer import Scorer
 
 KAPPA = 0.7
 """Of what is kept of the teacher, beside its κ = 1."""

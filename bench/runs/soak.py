@@ -258,7 +258,7 @@ def make_models(folder: Path) -> None:
 
 def work(arguments: list[str]) -> None:
     """What a process of the run does: `tvkd train`, held where it is to be killed."""
-    from tvkd_fast.cli.main import load_recipe
+    from tvkd_fast.cli.parser import load_recipe
     from tvkd_fast.commands.train import train
 
     folder, name, place = Path(arguments[0]), arguments[1], arguments[2]

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from tvkd_fast.cli.main import COMMANDS, load_recipe, main, recipes
+from tvkd_fast.cli.main import main
+from tvkd_fast.cli.parser import COMMANDS, load_recipe, recipes
 
 
 @pytest.fixture
@@ -231,7 +232,7 @@ def test_a_benchmark_that_is_not_there_is_named(capsys):
 
 
 def test_a_wheel_has_no_benchmarks(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("tvkd_fast.cli.main.__file__", str(tmp_path / "tvkd_fast" / "cli" / "main.py"))
+    monkeypatch.setattr("tvkd_fast.cli.positional.__file__", str(tmp_path / "tvkd_fast" / "cli" / "positional.py"))
     assert "the benchmarks are no part of a wheel: run it from a checkout" in error_of(capsys, "bench", "head")
 
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from tvkd_fast.cli.main import COMMANDS, _parser_of, main
+from tvkd_fast.cli.main import main
 from tvkd_fast.cli.options import ELSEWHERE, SAID, hint
+from tvkd_fast.cli.parser import COMMANDS, parser_of
 
 
 def error_of(capsys, *arguments):
@@ -51,7 +52,7 @@ SAYS = {
 
 @pytest.fixture(scope="module")
 def known():
-    return _parser_of("train").known
+    return parser_of("train").known
 
 
 def test_an_option_of_the_same_meaning_is_named(known):
@@ -89,7 +90,7 @@ def test_nothing_is_made_up(known):
 
 
 def test_what_is_named_is_an_option():
-    options = {option for command in COMMANDS for option in _parser_of(command).known}
+    options = {option for command in COMMANDS for option in parser_of(command).known}
     assert {name.split()[0] for name in ELSEWHERE} <= options
     assert all(set(re.findall(r"--([\w.]*\w)", sentence)) <= options for sentence in SAID)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvkd_fast.cli import main as cli
 from tvkd_fast.cli.main import main
+from tvkd_fast.commands import train
 from tvkd_fast.commands.demo import DemoConfig
 from tvkd_fast.commands.eval import EvalConfig
 from tvkd_fast.commands.explain import ExplainConfig
@@ -184,12 +185,9 @@ def test_an_evaluation_that_is_not_finite_is_reported_and_never_the_best(make_co
         run(config)
     assert "eval/accuracy is nan at step 2: its checkpoint is never the best" in str(warned[0].message)
     assert best_checkpoint(config).name == "step-000004"
-    monkeypatch.setattr(
-        "tvkd_fast.cli.main.TrainConfig", lambda **fields: replace(config, output_dir=f"{config.output_dir}2")
-    )
     evaluations = iter([math.nan] * 3)
     with pytest.warns(UserWarning, match="never the best"):
-        cli.run("train", {})
+        train.run(replace(config, output_dir=f"{config.output_dir}2"))
     assert "best by accuracy: none, since no checkpoint on disk has a finite accuracy" in capsys.readouterr().out
 
 

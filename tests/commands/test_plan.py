@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tvkd_fast.cli.main import load_recipe
+from tvkd_fast.cli.parser import load_recipe
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.commands.plan import plan
 from tvkd_fast.distributed.parallel_config import ParallelConfig

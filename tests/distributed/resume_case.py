@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tvkd_fast.cli.main import load_recipe
+from tvkd_fast.cli.parser import load_recipe
 from tvkd_fast.commands.train import train
 from tvkd_fast.training import trainer
 from tvkd_fast.training.signals import Stopped

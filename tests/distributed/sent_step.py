@@ -7,7 +7,7 @@ import sys
 import torch
 import torch._C._distributed_c10d as c10d
 
-from tvkd_fast.cli.main import load_recipe
+from tvkd_fast.cli.parser import load_recipe
 from tvkd_fast.commands.plan import tokens_of
 from tvkd_fast.commands.prepare import prepare
 from tvkd_fast.data import PairBatch

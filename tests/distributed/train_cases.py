@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tvkd_fast.cli.main import load_recipe
+from tvkd_fast.cli.parser import load_recipe
 from tvkd_fast.commands.score import ScoreConfig, _score
 from tvkd_fast.commands.train import _train
 from tvkd_fast.distributed import joined

@@ -10,9 +10,9 @@ from tvkd_fast.data import PairDataset, TokenReport, collate_pairs
 from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.files import unfinished
 from tvkd_fast.scoring.cache import ScoreCache, ScoreWriter, describe
+from tvkd_fast.scoring.layout import ScoreLayout, Scores
 from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, read_manifest
 from tvkd_fast.scoring.score_pairs import first_difference
-from tvkd_fast.scoring.layout import ScoreLayout, Scores
 
 SHARD = "scores-00000.safetensors"
 

@@ -12,8 +12,8 @@ from tvkd_fast.objectives import Need
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.sft import SFT
 from tvkd_fast.objectives.tvkd import TVKD
-from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher
 from tvkd_fast.scoring.layout import Scores
+from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher
 from tvkd_fast.training.step import train_step
 
 

@@ -2,76 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import json
 import os
-import re
-import runpy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from importlib import import_module
+from typing import Any, NoReturn
 
-import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
-
-from tvkd_fast.cli.options import hint, in_options
+from tvkd_fast.cli.parser import (
+    COMMANDS,
+    expand,
+    fields_of,
+    load_recipe,
+    make_parser,
+    objective_of,
+)
+from tvkd_fast.cli.positional import WITHOUT_OPTIONS, bench
 from tvkd_fast.commands.demo import DemoConfig
-from tvkd_fast.commands.eval import EvalConfig
-from tvkd_fast.commands.explain import ExplainConfig
-from tvkd_fast.commands.score import ScoreConfig
-from tvkd_fast.distributed import check_replicas, launch, print_once
-from tvkd_fast.files import in_a_line, written
-from tvkd_fast.objectives import DEFAULT, Objective, objective_named, objectives
-from tvkd_fast.scoring.cache import check_score_folder, describe
+from tvkd_fast.distributed import is_main_process, launch, print_once
+from tvkd_fast.files import in_a_line
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.signals import Stopped
-from tvkd_fast.training.train_config import TrainConfig
-from tvkd_fast.version import __version__
 
-COMMANDS: dict[str, tuple[type, str]] = {
-    "score": (ScoreConfig, "run teacher and reference once over the data and keep one float a state"),
-    "train": (TrainConfig, "train a policy by an objective"),
-    "eval": (EvalConfig, "evaluate a policy, or several (--model A --model B), on preference pairs (--data PAIRS)"),
-    "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
-    "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
-}
-ONLY_HELD_OUT = ("eval", "explain")
-"""Commands that read data.eval and no data.train."""
-BENCHMARKS = {"head": "bench.head", "values": "bench.head.values", "step": "bench.step"}
-"""What `tvkd bench` runs of the checkout's bench/, by name."""
 _NAMES = (*COMMANDS, "scores", "replay", "plot", "bench", "export")
-_SWITCHES = ("--dry_run", "--quick")
-
-
-class Parser(ArgumentParser):
-    """An argument parser with short errors that suggest what to type instead."""
-
-    known: tuple[str, ...] = ()
-    """Options of the command; of the outer parser none."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # An error in a YAML file reaches the outer parser, which names the command in the message.
-        command = re.search(rf"\b({'|'.join(COMMANDS)})\b", f"{self.prog} {message}")
-        known = self.known or (_parser_of(command[1]).known if command else ())
-        said = in_options(message, COMMANDS[command[1]][0] if command else None, known)
-        unknown = re.search(
-            r"unrecognized arguments: (\S+)|does not accept option '([^']+)'|Key '([^']+)'|"
-            r'Parser key "([^"]+)":\s+Unable to load config',
-            message,
-        )
-        words = [word.lstrip("-").split("=")[0] for word in unknown.groups() if word] if unknown else []
-        name = f"tvkd {command[1]}" if command else "tvkd"
-        if command and command[1] in ONLY_HELD_OUT:
-            known = tuple(option for option in known if not option.startswith("data.train"))
-        more = hint(words[0], known) if words else ""
-        said = f"{said.rstrip('.')}.{more}" if more else said
-        print_once(f"{name}: error: {said}\nAll options: {name} --help")
-        raise SystemExit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,38 +42,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _errors_in_a_line(given[0]), _warnings_in_a_line():
             WITHOUT_OPTIONS[given[0]](given[1:])
         return
-    arguments = _expand(given)
-    parser = make_parser(_objective_of(arguments))
+    arguments = expand(given)
+    parser = make_parser(objective_of(arguments))
     parsed = parser.parse_args(arguments)
     _be_quiet()
     try:
         with _errors_in_a_line(parsed.command), _warnings_in_a_line():
-            fields = _fields(parser.instantiate(parsed)[parsed.command])
+            fields = fields_of(parser.instantiate(parsed)[parsed.command])
             if fields.get("nproc", 1) > 1 and "WORLD_SIZE" not in os.environ and not fields.get("dry_run"):
-                _open_outputs(parsed.command, fields)
+                _check(parsed.command, fields)
                 raise SystemExit(launch([sys.executable, "-m", "tvkd_fast", *given], fields["nproc"]))
             run(parsed.command, fields)
     except Stopped as stopped:
-        if _is_main_process():
+        if is_main_process():
             print(f"tvkd {parsed.command}: {stopped}", file=sys.stderr)
         raise SystemExit(stopped.status) from stopped
 
 
-def _open_outputs(command: str, fields: dict[str, Any]) -> None:
-    """Make the checks that need no process group once, before several processes are started."""
-    from tvkd_fast.commands import compare, train
-    from tvkd_fast.commands.refusals import check_device, check_run
+def run(command: str, fields: dict[str, Any]) -> None:
+    """One command with its fields already typed."""
+    module, config = import_module(f"tvkd_fast.commands.{command}"), COMMANDS[command][0](**fields)
+    if isinstance(config, DemoConfig):
+        module.run(config, load_recipe(config.recipe))
+    else:
+        module.run(config)
 
-    if command == "train":
-        check_run(TrainConfig(**fields))
-        train.open_outputs(TrainConfig(**fields))
-        return
-    if command == "score":
-        check_score_folder(Path(ScoreConfig(**fields).output_dir))
-    elif command == "eval":
-        compare.open_outputs(EvalConfig(**fields))
-    check_device(fields["model"])
-    check_replicas(fields["parallel"].replicas, fields["nproc"])
+
+def _check(command: str, fields: dict[str, Any]) -> None:
+    """Make the command's checks once, before several processes are started."""
+    import_module(f"tvkd_fast.commands.{command}").check(COMMANDS[command][0](**fields))
 
 
 @contextmanager
@@ -142,75 +94,6 @@ def _warnings_in_a_line() -> Iterator[None]:
         yield
 
 
-def run(command: str, fields: dict[str, Any]) -> None:
-    """One command with its fields already typed."""
-    from tvkd_fast.commands import demo, explain, plan, train
-    from tvkd_fast.commands.final import FINAL
-    from tvkd_fast.commands.score import score
-
-    if command == "demo" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("tvkd demo is one process's: start it without torchrun")
-    if command == "demo":
-        road = DemoConfig(**fields)
-        demo.walk(road, load_recipe(road.recipe))
-    elif command == "score":
-        config = ScoreConfig(**fields)
-        manifest = score(config).manifest
-        if _is_main_process():
-            print(
-                f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): "
-                f"{config.output_dir}"
-            )
-            if config.teacher is None:
-                print("no --teacher was given: this is the reference alone, for --objective dpo")
-    elif command == "explain":
-        print("\n".join(map(str, explain.explain(ExplainConfig(**fields)))))
-    elif command == "eval":
-        _evaluate(EvalConfig(**fields))
-    else:
-        asked = TrainConfig(**fields)
-        if asked.dry_run:
-            if _is_main_process():
-                print(plan.plan(asked))
-            return
-        figures = train.train(asked)
-        if not _is_main_process():
-            return
-        print(f"final model: {Path(asked.output_dir) / FINAL}")
-        best = train.best_checkpoint(asked)
-        if best is not None:
-            print(f"best by {asked.keep_best}: {best}; a model of it: tvkd export {best}")
-        elif asked.keep_best != "none":
-            print(f"best by {asked.keep_best}: none, since no checkpoint on disk has a finite {asked.keep_best}")
-        if figures is not None:
-            print(json.dumps(figures.known()))
-
-
-def _evaluate(config: EvalConfig) -> None:
-    from tvkd_fast.commands import compare
-    from tvkd_fast.commands.eval import evaluate_policy
-    from tvkd_fast.evaluation import judged
-
-    if _is_main_process():
-        compare.open_outputs(config)
-    compare.check_can_answer(config)
-    if config.tabled:
-        found = compare.compare_models(config)
-        if _is_main_process():
-            print(judged.table(found) + "\n")
-    else:
-        found = evaluate_policy(config).known()
-    if not _is_main_process():
-        return
-    line = json.dumps({"policy": config.policy, **found})
-    print(line)
-    if config.output is not None:
-        with written(Path(config.output)), Path(config.output).open("a") as file:
-            file.write(line + "\n")
-    if config.generate is not None:
-        print("\n".join(map(str, compare.write_answers(config))))
-
-
 def _which_command(given: list[str]) -> NoReturn:
     """Exit with a message for a missing or an unknown command."""
     if not given:
@@ -223,237 +106,6 @@ def _which_command(given: list[str]) -> NoReturn:
         file=sys.stderr,
     )
     raise SystemExit(2)
-
-
-def _is_main_process() -> bool:
-    """Whether this process is the first of those that were started, the one that prints results."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def scores(arguments: list[str]) -> None:
-    """`tvkd scores FOLDER`, or a file in it: what is in a score cache, once every byte matches its checksum."""
-    _usage(arguments, "tvkd scores FOLDER: what is in a folder that `tvkd score` wrote", most=1)
-    path = Path(os.path.expanduser(arguments[0]))
-    print(describe(path.parent if path.is_file() else path))
-
-
-def replay(arguments: list[str]) -> None:
-    """`tvkd replay FILE`: the pairs of a step that was not finite, one by one."""
-    from tvkd_fast.commands.replay import replay as replay_record
-    from tvkd_fast.commands.replay import told
-
-    _usage(arguments, "tvkd replay OUTPUT_DIR/nonfinite-step-NNNNNN.json: the step's pairs, one by one", most=1)
-    print(told(replay_record(arguments[0])))
-
-
-def plot(arguments: list[str]) -> None:
-    """`tvkd plot RUN ...` draws the curves of runs over each other."""
-    from tvkd_fast.commands.plot import plot_runs
-
-    _usage(arguments, "tvkd plot OUTPUT_DIR [OUTPUT_DIR ...]: draws their curves as curves.png in the first")
-    print(plot_runs([Path(os.path.expanduser(folder)) for folder in arguments]))
-
-
-def export(arguments: list[str]) -> None:
-    """`tvkd export CHECKPOINT [FOLDER]`: a model of a run's checkpoint, that `from_pretrained` loads."""
-    from tvkd_fast.commands.export import export as export_checkpoint
-
-    parser = argparse.ArgumentParser(
-        prog="tvkd export",
-        allow_abbrev=False,
-        description="Make a model of a run's checkpoint, as final/ is one of its last step: weights, tokenizer, and "
-        "adapters merged, in a folder that AutoModelForCausalLM.from_pretrained loads.",
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="OUTPUT_DIR/checkpoints/step-NNNNNN of a run")
-    parser.add_argument(
-        "folder", metavar="FOLDER", nargs="?", help="where to; OUTPUT_DIR/exported/step-NNNNNN if not given"
-    )
-    parser.add_argument("--output_dir", metavar="FOLDER", help="the same as FOLDER")
-    parser.add_argument("--policy", metavar="MODEL", help="the run's policy, where it is not where it was any longer")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a hub model")
-    given = parser.parse_args(arguments)
-    if given.folder is not None and given.output_dir is not None:
-        parser.error("FOLDER and --output_dir are one: give one of them")
-    folder = given.folder or given.output_dir
-    trust = given.trust_remote_code
-    print(export_checkpoint(given.checkpoint, folder, policy=given.policy, trust_remote_code=trust))
-
-
-def _usage(arguments: list[str], usage: str, *, most: int = 10**6) -> None:
-    if 1 <= len(arguments) <= most and not any(argument.startswith("-") for argument in arguments):
-        return
-    print(f"usage: {usage}", file=sys.stderr)
-    raise SystemExit(0 if arguments == ["--help"] else 2)
-
-
-WITHOUT_OPTIONS: dict[str, Callable[[list[str]], None]] = {
-    "scores": scores,
-    "replay": replay,
-    "plot": plot,
-    "export": export,
-}
-"""Commands that are given a folder or a file."""
-
-
-def bench(arguments: list[str]) -> None:
-    """`tvkd bench NAME ...` runs a benchmark of the checkout that this package lies in."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "bench" / "head").is_dir():
-        print("tvkd bench: error: the benchmarks are no part of a wheel: run it from a checkout", file=sys.stderr)
-        raise SystemExit(2)
-    if arguments[:1] not in ([name] for name in BENCHMARKS):
-        print(f"tvkd bench: error: name one of {', '.join(BENCHMARKS)}; tvkd bench head --help", file=sys.stderr)
-        raise SystemExit(2)
-    name, *rest = arguments
-    sys.path.insert(0, str(root))
-    sys.argv = [name, *rest]
-    runpy.run_module(BENCHMARKS[name], run_name="__main__", alter_sys=True)
-
-
-def make_parser(objective: str = DEFAULT) -> Parser:
-    """The parser of all commands, with the settings of one objective."""
-    # The help texts are the docstrings under the configs' fields.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(
-        prog="tvkd",
-        description="Preference distillation (TVKD) at the cost of fine-tuning.",
-        epilog="tvkd scores FOLDER prints what is in a folder that score wrote, tvkd plot RUN ... draws the curves of "
-        "runs, tvkd replay FILE goes through the pairs of a step that was not finite, and tvkd export CHECKPOINT makes "
-        "a model of a run's checkpoint. In a checkout, tvkd bench head, values or step times the head beside its peers "
-        "(each has --help).",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subcommands(dest="command")
-    for name, (_, summary) in COMMANDS.items():
-        sub = _parser_of(name, objective)
-        commands.add_subcommand(name, sub, help=summary)
-    return parser
-
-
-def _parser_of(name: str, objective: str = DEFAULT) -> Parser:
-    """The parser of one command's options; those under --loss are the settings of the objective."""
-    config, summary = COMMANDS[name]
-    parser = Parser(
-        prog=f"tvkd {name}",
-        usage=f"tvkd {name} [--config FILE_OR_RECIPE] [options]",
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        allow_abbrev=False,
-    )
-    if name != "demo":
-        parser.add_argument(
-            "--config", action="config", help=f"YAML of the options below, or a recipe: {', '.join(recipes())}"
-        )
-    if get_type_hints(config).get("loss") is Objective:
-        parser.add_class_arguments(config, skip={"loss"})
-        parser.add_class_arguments(objective_named(objective), "loss")
-        (choice,) = (action for action in parser._actions if action.dest == "objective")
-        choice.help = f"{choice.help} One of {', '.join(objectives())}; shown here: {objective}"
-    else:
-        parser.add_class_arguments(config)
-    parser.known = tuple(action.dest for action in parser._actions)
-    return parser
-
-
-def _objective_of(arguments: Sequence[str]) -> str:
-    """The objective that the arguments name, or the last of their YAML files that names one."""
-    named = [*_values_of("--objective", arguments)]
-    for file in _values_of("--config", arguments) if not named else ():
-        try:
-            found = yaml.safe_load(Path(file).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            # The parser says what is wrong with it.
-            continue
-        if isinstance(found, dict) and "objective" in found:
-            named = [str(found["objective"])]
-    name = named[-1] if named else DEFAULT
-    if name in objectives():
-        return name
-    close = difflib.get_close_matches(name, objectives(), n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    command = arguments[0] if arguments and arguments[0] in COMMANDS else "train"
-    print(
-        f"tvkd {command}: error: --objective wants one of {', '.join(objectives())}, and got {name!r}.{hint}\n"
-        f"All options: tvkd {command} --help",
-        file=sys.stderr,
-    )
-    raise SystemExit(2)
-
-
-def _values_of(option: str, arguments: Sequence[str]) -> Iterator[str]:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == option and following:
-            yield following
-        elif argument.startswith(f"{option}="):
-            yield argument.partition("=")[2]
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in resources.files("tvkd_fast").joinpath("recipes").iterdir()
-        if p.name.endswith(".yaml")
-    )
-
-
-def load_recipe(name: str) -> TrainConfig:
-    """A training recipe by the name of one that comes with the package, or by file."""
-    arguments = ["--config", str(_recipe_path(name))]
-    parser = _parser_of("train", _objective_of(arguments))
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    return TrainConfig(**_fields(parsed))
-
-
-def _fields(parsed: Any) -> dict[str, Any]:
-    """Return a command's typed fields, without the path of the recipe."""
-    return {name: value for name, value in vars(parsed).items() if name != "config"}
-
-
-def _recipe_path(name: str) -> Path:
-    name = os.path.expanduser(name)
-    packaged = Path(str(resources.files("tvkd_fast").joinpath("recipes", f"{name}.yaml")))
-    if not Path(name).exists() and packaged.exists():
-        return packaged
-    if not Path(name).exists():
-        print_once(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}")
-        raise SystemExit(2)
-    if Path(name).is_dir():
-        print_once(f"tvkd: error: --config {name} is a folder: give a YAML file, or a recipe's name")
-        raise SystemExit(2)
-    return Path(name)
-
-
-def _renamed(arguments: list[str]) -> list[str]:
-    """Rename eval's short options: the first `--model` is the policy, each further one is compared with it, and
-    `--data FILE` is the held-out pairs."""
-    renamed, models = [arguments[0]], sum(a.partition("=")[0] == "--policy" for a in arguments)
-    for argument in arguments[1:]:
-        name, equals, value = argument.partition("=")
-        if name == "--model":
-            name = "--compare+" if models else "--policy"
-            models += 1
-        elif name == "--data":
-            name = "--data.eval"
-        renamed.append(name + equals + value)
-    return renamed
-
-
-def _expand(arguments: list[str]) -> list[str]:
-    """Add the value of bare switches, and replace names of recipes by their paths."""
-    if arguments[:1] == ["eval"]:
-        arguments = _renamed(arguments)
-    expanded: list[str] = []
-    for i, argument in enumerate(arguments):
-        expanded.append(argument)
-        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        if argument in _SWITCHES and following.startswith("--"):
-            expanded.append("true")
-        if i > 0 and arguments[i - 1] == "--config":
-            expanded[-1] = str(_recipe_path(argument))
-        elif argument.startswith("--config="):
-            expanded[-1] = f"--config={_recipe_path(argument.removeprefix('--config='))}"
-    return expanded
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -469,7 +121,3 @@ def _be_quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -366,3 +367,10 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown processor"
+
+
+def run(config: DemoConfig, recipe: TrainConfig) -> None:
+    """The demo, in one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("tvkd demo is one process's: start it without torchrun")
+    walk(config, recipe)

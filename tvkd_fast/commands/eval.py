@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.commands.models import (
@@ -12,11 +14,13 @@ from tvkd_fast.commands.models import (
     sharing_of,
     world_of,
 )
+from tvkd_fast.commands.refusals import check_processes
 from tvkd_fast.data.data_config import DataConfig, load_dataset
-from tvkd_fast.distributed import World
+from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig
+from tvkd_fast.evaluation import judged
 from tvkd_fast.evaluation.evaluate import Evaluation, evaluate
-from tvkd_fast.files import at_home
+from tvkd_fast.files import at_home, written
 from tvkd_fast.models import (
     load_stop_ids,
     load_tokenizer,
@@ -111,3 +115,36 @@ def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation
         batching=micro_batching(config),
         world=world,
     )
+
+
+def check(config: EvalConfig) -> None:
+    """The checks that need no process group, before several processes are started."""
+    from tvkd_fast.commands import compare
+
+    compare.open_outputs(config)
+    check_processes(config)
+
+
+def run(config: EvalConfig) -> None:
+    """Evaluate one policy or several, and print and write what was found."""
+    # It imports EvalConfig.
+    from tvkd_fast.commands import compare
+
+    if is_main_process():
+        compare.open_outputs(config)
+    compare.check_can_answer(config)
+    if config.tabled:
+        found = compare.compare_models(config)
+        if is_main_process():
+            print(judged.table(found) + "\n")
+    else:
+        found = evaluate_policy(config).known()
+    if not is_main_process():
+        return
+    line = json.dumps({"policy": config.policy, **found})
+    print(line)
+    if config.output is not None:
+        with written(Path(config.output)), Path(config.output).open("a") as file:
+            file.write(line + "\n")
+    if config.generate is not None:
+        print("\n".join(map(str, compare.write_answers(config))))

@@ -234,3 +234,8 @@ class ExplainConfig:
         at_home(self)
         check_numbers(self)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
+
+
+def run(config: ExplainConfig) -> None:
+    """Draw the pair, and say where."""
+    print("\n".join(map(str, explain(config))))

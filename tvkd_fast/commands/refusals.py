@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 
 from tvkd_fast.distributed import check_replicas
+from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family
 from tvkd_fast.models.model_config import LoraConfig, ModelConfig
 from tvkd_fast.objectives import TEACHER
@@ -31,6 +33,18 @@ def check_run(config: TrainConfig) -> None:
             f"{config.objective} needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`"
             f"{'' if other is None else f'; --objective {other.name} needs none'}"
         )
+
+
+class _Processes(Protocol):
+    model: ModelConfig
+    parallel: ParallelConfig
+    nproc: int
+
+
+def check_processes(config: _Processes) -> None:
+    """ValueError where the device is none, or the processes cannot be divided into replicas."""
+    check_device(config.model)
+    check_replicas(config.parallel.replicas, config.nproc)
 
 
 def check_device(config: ModelConfig) -> None:

@@ -15,8 +15,9 @@ from tvkd_fast.commands.models import (
     sharing_of,
     world_of,
 )
+from tvkd_fast.commands.refusals import check_processes
 from tvkd_fast.data.data_config import DataConfig, load_dataset
-from tvkd_fast.distributed import World
+from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.files import at_home
 from tvkd_fast.models import (
@@ -26,6 +27,7 @@ from tvkd_fast.models import (
     load_tokenizer,
 )
 from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.objectives import SCORED, Need, objectives
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
 from tvkd_fast.scoring.cache import ScoreCache, check_score_folder
 from tvkd_fast.scoring.scorer import score_to_disk
@@ -116,3 +118,20 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
         world=world,
         progress=verbose,
     )
+
+
+def check(config: ScoreConfig) -> None:
+    """The checks that need no process group, before several processes are started."""
+    check_score_folder(Path(config.output_dir))
+    check_processes(config)
+
+
+def run(config: ScoreConfig) -> None:
+    """Score, and say what was scored."""
+    manifest = score(config).manifest
+    if not is_main_process():
+        return
+    print(f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): {config.output_dir}")
+    if config.teacher is None:
+        plain = [name for name, cls in objectives().items() if cls().needs & SCORED == {Need.REFERENCE}]
+        print(f"no --teacher was given: this is the reference alone, for --objective {' or '.join(plain)}")

@@ -10,9 +10,10 @@ import torch
 
 from tvkd_fast.commands.final import ADAPTER, EXPORTED, FINAL, save_trained
 from tvkd_fast.commands.models import world_of
+from tvkd_fast.commands.plan import plan
 from tvkd_fast.commands.prepare import prepare
 from tvkd_fast.commands.refusals import check_run
-from tvkd_fast.distributed import World
+from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.evaluation.evaluate import Evaluation
 from tvkd_fast.files import ready_folder, written
 from tvkd_fast.training.checkpoint import Checkpoints
@@ -100,3 +101,28 @@ def best_checkpoint(config: TrainConfig) -> Path | None:
     if config.keep_best == "none":
         return None
     return Checkpoints(Path(config.output_dir) / CHECKPOINTS, World(torch.device("cpu")), keep=1).best()
+
+
+def check(config: TrainConfig) -> None:
+    """The checks that need no process group, before several processes are started."""
+    check_run(config)
+    open_outputs(config)
+
+
+def run(config: TrainConfig) -> None:
+    """Train, or print the plan, and say where the model is."""
+    if config.dry_run:
+        if is_main_process():
+            print(plan(config))
+        return
+    evaluation = train(config)
+    if not is_main_process():
+        return
+    print(f"final model: {Path(config.output_dir) / FINAL}")
+    best = best_checkpoint(config)
+    if best is not None:
+        print(f"best by {config.keep_best}: {best}; a model of it: tvkd export {best}")
+    elif config.keep_best != "none":
+        print(f"best by {config.keep_best}: none, since no checkpoint on disk has a finite {config.keep_best}")
+    if evaluation is not None:
+        print(json.dumps(evaluation.known()))

@@ -2,7 +2,7 @@
 
 from tvkd_fast.distributed.fill import fill, local
 from tvkd_fast.distributed.launcher import launch
-from tvkd_fast.distributed.once import print_once
+from tvkd_fast.distributed.once import is_main_process, print_once
 from tvkd_fast.distributed.recompute import Recompute, checkpoint_activations
 from tvkd_fast.distributed.shard import shard_policy, sync_gradients, whole, whole_weights
 from tvkd_fast.distributed.vocabulary import can_share_vocabulary
@@ -15,6 +15,7 @@ __all__ = [
     "check_replicas",
     "checkpoint_activations",
     "fill",
+    "is_main_process",
     "joined",
     "launch",
     "local",

@@ -31,3 +31,8 @@ def _is_first(text: str) -> bool:
         return bool(store.add(KEY.format(hashlib.sha256(text.encode()).hexdigest()), 1) == 1)
     except (KeyError, ValueError, OSError, RuntimeError):
         return True
+
+
+def is_main_process() -> bool:
+    """Whether this process is the first of those that were started, the one that prints results."""
+    return os.environ.get("RANK", "0") == "0"

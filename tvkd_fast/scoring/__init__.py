@@ -1,9 +1,9 @@
 """What reference and teacher say of pairs: from the models themselves, or from a cache on disk."""
 
 from tvkd_fast.scoring.cache import ScoreCache, ScoreWriter, describe
+from tvkd_fast.scoring.layout import ScoreLayout, Scores
 from tvkd_fast.scoring.manifest import ScoreManifest, read_manifest
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
-from tvkd_fast.scoring.layout import ScoreLayout, Scores
 
 __all__ = [
     "CachedScorer",

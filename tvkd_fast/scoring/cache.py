@@ -24,8 +24,8 @@ from torch import Tensor
 from tvkd_fast.data.dataset import PairDataset
 from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.files import put_in_place, refuse_place, sha256_of, unfinished
-from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
 from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, states_of
+from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
 
 DIGESTS = "pair_digests"
 """Of the pairs whose scores a shard holds, `PairDataset.pair_digests`; shards of older versions have none."""

@@ -17,8 +17,8 @@ from tvkd_fast.distributed import World
 from tvkd_fast.losses import running_sums, segment_sums
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead, WithoutAdapters
 from tvkd_fast.scoring.cache import ScoreCache, ScoreWriter
-from tvkd_fast.scoring.manifest import ScoreManifest
 from tvkd_fast.scoring.layout import NAMES, STATE_NAMES, ScoreLayout, Scores
+from tvkd_fast.scoring.manifest import ScoreManifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
