@@ -15,6 +15,7 @@ from tvkd_fast.cli.parser import (
     COMMANDS,
     expand,
     fields_of,
+    for_objective,
     load_recipe,
     make_parser,
     objective_of,
@@ -43,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             WITHOUT_OPTIONS[given[0]](given[1:])
         return
     arguments = expand(given)
-    parser = make_parser(objective_of(arguments))
-    parsed = parser.parse_args(arguments)
+    objective = objective_of(arguments)
+    parser = make_parser(objective)
+    parsed = parser.parse_args(for_objective(arguments, objective))
     _be_quiet()
     try:
         with _errors_in_a_line(parsed.command), _warnings_in_a_line():

@@ -20,7 +20,7 @@ from tvkd_fast.commands.eval import EvalConfig
 from tvkd_fast.commands.explain import ExplainConfig
 from tvkd_fast.commands.score import ScoreConfig
 from tvkd_fast.distributed import print_once
-from tvkd_fast.objectives import DEFAULT, Objective, objective_named, objectives
+from tvkd_fast.objectives import DEFAULT, Objective, objective_named, objectives, settings_names
 from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.version import __version__
 
@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "train": (TrainConfig, "train a policy by an objective"),
     "eval": (EvalConfig, "evaluate a policy, or several (--model A --model B), on preference pairs (--data PAIRS)"),
     "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
-    "demo": (DemoConfig, "walk the whole road on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
+    "demo": (DemoConfig, "the whole method on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }
 
 ONLY_HELD_OUT = ("eval", "explain")
@@ -43,6 +43,8 @@ class Parser(ArgumentParser):
 
     known: tuple[str, ...] = ()
     """Options of the command; of the outer parser none."""
+    objective: str = DEFAULT
+    """The objective whose settings are the options under --loss."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # An error in a YAML file reaches the outer parser, which names the command in the message.
@@ -58,10 +60,20 @@ class Parser(ArgumentParser):
         name = f"tvkd {command[1]}" if command else "tvkd"
         if command and command[1] in ONLY_HELD_OUT:
             known = tuple(option for option in known if not option.startswith("data.train"))
-        more = hint(words[0], known) if words else ""
+        more = (self._of_another_objective(words[0]) or hint(words[0], known)) if words else ""
         said = f"{said.rstrip('.')}.{more}" if more else said
         print_once(f"{name}: error: {said}\nAll options: {name} --help")
         raise SystemExit(2)
+
+    def _of_another_objective(self, option: str) -> str:
+        """A sentence where the option is a setting of objectives other than the one that was asked for."""
+        group, _, name = option.rpartition(".")
+        owners = [other for other, cls in objectives().items() if group == "loss" and name in settings_names(cls)]
+        if not owners or self.objective in owners:
+            return ""
+        own = [f"--loss.{setting}" for setting in settings_names(objective_named(self.objective))]
+        has = f"has {', '.join(own)}" if own else "has none"
+        return f" It is a setting of {' and '.join(owners)}, and {self.objective} {has}."
 
 
 def make_parser(objective: str = DEFAULT) -> Parser:
@@ -77,6 +89,7 @@ def make_parser(objective: str = DEFAULT) -> Parser:
         "(each has --help).",
         allow_abbrev=False,
     )
+    parser.objective = objective
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subcommands(dest="command")
     for name, (_, summary) in COMMANDS.items():
@@ -105,6 +118,7 @@ def parser_of(name: str, objective: str = DEFAULT) -> Parser:
         choice.help = f"{choice.help} One of {', '.join(objectives())}; shown here: {objective}"
     else:
         parser.add_class_arguments(config)
+    parser.objective = objective
     parser.known = tuple(action.dest for action in parser._actions)
     return parser
 
@@ -132,6 +146,34 @@ def objective_of(arguments: Sequence[str]) -> str:
         file=sys.stderr,
     )
     raise SystemExit(2)
+
+
+def for_objective(arguments: Sequence[str], objective: str) -> list[str]:
+    """The arguments with files of another objective's settings reduced to those that this one has too."""
+    return [
+        _reduced(argument, objective) if i > 0 and arguments[i - 1] == "--config" else argument
+        for i, argument in enumerate(arguments)
+    ]
+
+
+def _reduced(file: str, objective: str) -> str:
+    """The file, or its text without the settings of another objective."""
+    try:
+        found = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return file
+    if not isinstance(found, dict) or not isinstance(found.get("loss"), dict):
+        return file
+    theirs = str(found.get("objective", DEFAULT))
+    if theirs == objective or theirs not in objectives():
+        return file
+    own, others = settings_names(objective_named(objective)), settings_names(objective_named(theirs))
+    left_out = [name for name in found["loss"] if name in others and name not in own]
+    if not left_out:
+        return file
+    print_once(f"{file} has settings of {theirs} that {objective} has not; left out: {', '.join(left_out)}")
+    kept = {name: value for name, value in found["loss"].items() if name not in left_out}
+    return yaml.safe_dump(found | {"objective": objective, "loss": kept}, allow_unicode=True)
 
 
 def _values_of(option: str, arguments: Sequence[str]) -> Iterator[str]:
@@ -206,5 +248,5 @@ def expand(arguments: list[str]) -> list[str]:
         if i > 0 and arguments[i - 1] == "--config":
             expanded[-1] = str(_recipe_path(argument))
         elif argument.startswith("--config="):
-            expanded[-1] = f"--config={_recipe_path(argument.removeprefix('--config='))}"
+            expanded[-1:] = ["--config", str(_recipe_path(argument.removeprefix("--config=")))]
     return expanded

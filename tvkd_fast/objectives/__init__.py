@@ -6,6 +6,7 @@ from tvkd_fast.objectives.registry import (
     objective,
     objective_named,
     objectives,
+    settings_names,
     settings_of,
     shared_settings,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "objective",
     "objective_named",
     "objectives",
+    "settings_names",
     "settings_of",
     "shared_settings",
 ]

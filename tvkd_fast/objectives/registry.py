@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
@@ -66,6 +66,9 @@ def settings_of(name: str, settings: Objective | None = None) -> Objective:
 def shared_settings(name: str, settings: Objective) -> Objective:
     """The objective of that name under the settings that another one has in common with it."""
     cls = objective_named(name)
-    assert is_dataclass(cls)
-    own = {field.name for field in fields(cls)}
+    own = settings_names(cls)
     return cls(**{key: value for key, value in settings.settings().items() if key in own})
+
+
+def settings_names(cls: type[Objective]) -> list[str]:
+    return [field.name for field in fields(cls)]

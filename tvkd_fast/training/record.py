@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 
 from tvkd_fast.files import PATHS
 from tvkd_fast.models.load import PACKAGED
-from tvkd_fast.objectives import Objective, objective_named
+from tvkd_fast.objectives import Objective, objective_named, settings_names
 
 C = TypeVar("C")
 
@@ -43,7 +43,7 @@ def from_record(kind: type[C], record: Mapping[str, Any]) -> C:
         if expected is Objective:
             settings = objective_named(record["objective"])
             # Before objectives had settings of their own, every run recorded all of TVKD's.
-            own = {f.name for f in fields(settings)}
+            own = settings_names(settings)
             given[name] = settings(**{key: x for key, x in value.items() if key in own})
         elif is_dataclass(expected) and isinstance(expected, type):
             given[name] = from_record(expected, value)
