@@ -4,8 +4,8 @@
     python -m bench.census --check             and exit 1 where a gate does not hold
     python -m bench.census --json FILE         and keep it (docs/kernels.md shows docs/results/census.json)
 
-Results for unchanged sources are kept in out/census. No GPU is needed, and nothing here is a timing. A row is a binary: registers, stack, spills, shared memory and instructions are read from it with the tools that
-Triton's wheel carries.
+Results for unchanged sources are kept in out/census. No GPU is needed, and nothing here is a timing. A row is a binary:
+registers, stack, spills, shared memory and instructions are read from it with the tools that Triton's wheel carries.
 """
 
 from __future__ import annotations
