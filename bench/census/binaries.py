@@ -1,12 +1,11 @@
-"""Every kernel that ships, compiled ahead of time for every target: what the compiler made of it, held to gates.
+"""Every kernel that ships, compiled ahead of time for every target, and checked against gates.
 
     python -m bench.census                     print the table
     python -m bench.census --check             and exit 1 where a gate does not hold
     python -m bench.census --json FILE         and keep it (bench.tables adds it to docs/kernels.md)
 
-What was compiled from the same source before is kept in out/census. No GPU is needed, and nothing here is a timing.
-A row is a binary: registers, stack, spills, shared memory and instructions are read from it with the tools that
-Triton's wheel carries.
+Results for unchanged sources are kept in out/census. No GPU is needed, and nothing here is a timing. A row is a binary:
+registers, stack, spills, shared memory and instructions are read from it with the tools that Triton's wheel carries.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ class Build:
     out: str = "fp32"
     aligned: bool = True
     warps: int = UNTILED["num_warps"]
-    """Of a kernel that walks no tiles of a product."""
+    """Warps of a kernel without a product."""
 
     @property
     def name(self) -> str:
@@ -143,14 +142,14 @@ class Build:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the compiler made of a build."""
+    """What was read from a build's binary."""
 
     registers: int
     stack: int
     spills: int
     """Instructions that store to or load from local memory (registers spilled, on AMD)."""
     shared: int
-    """Bytes a program."""
+    """Bytes per program."""
     programs: int
     """Programs that a multiprocessor holds at once, as registers, shared memory and threads allow."""
     tensor: dict[str, int]
@@ -166,7 +165,7 @@ class Facts:
 
 
 def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
-    """All that ships: by target, dtype, and what is asked of the kernel.
+    """All builds that ship, by target, dtype and set of switches.
 
     Where D is whole steps, each set of switches that an op can ask for is built. Where loads are masked, or narrow, the
     heaviest sets stand for the others: tests/kernels/test_census.py says why they may, and that they do.
@@ -284,7 +283,7 @@ def _selection_bits(target: str, dtype: str) -> Iterator[Build]:
 
 
 def _gathers(target: str, dtype: str) -> Iterator[Build]:
-    """By D, since a program holds whole rows; every head and side at one of them."""
+    """One per D, since a program holds whole rows; at one D for every head and side."""
     everything = [dict(zip(("HAS_BIAS", "HAS_SOFTCAP", "UNBIASED"), on, strict=True)) for on in _flags(3)]
     for size in HEAD_SIZES:
         config = GatherConfig.of(size)
@@ -478,7 +477,7 @@ def _amd(binary: Any, threads: int) -> Facts:
 
 
 def broken_gates(build: Build, facts: Facts) -> list[str]:
-    """What a build does that none that ships may do; empty where every gate holds."""
+    """The gates that a build breaks; empty if it may ship."""
     found = []
     limit = SHARED_KIB[TARGETS[build.target][0]]
     if facts.stack:

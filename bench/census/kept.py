@@ -1,4 +1,4 @@
-"""What the compiler made of a build before, by all that it depends on: what has not changed is compiled once."""
+"""A cache of the facts of builds, keyed by all that they depend on, so that an unchanged build is compiled once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = Path(os.environ.get("TVKD_CENSUS_KEPT", ROOT / "out" / "census"))
 
 
 def kept(build: Any, kernel: triton.JITFunction[Any], compiled: Callable[[Any], Any], made: type) -> Any:
-    """`compiled(build)`, from the folder where the same source was compiled for the same build before.
+    """`compiled(build)`, or its result from the folder, if the same source was compiled for the same build before.
 
     The key is over the kernel's source with that of all it calls, the build and its compiler options, Triton's
     version, and the census itself, which reads the binaries.

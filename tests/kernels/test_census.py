@@ -299,6 +299,8 @@ def epilogues() -> None:
 
 def test_launches_name_their_arguments_and_pointers_say_so() -> None:
     """The recorder asserts it of each launch; the census takes a parameter's type from its name."""
+    # No list is launched where every row is dense, which a few seeds give.
+    torch.manual_seed(0)
     launches: list[Launch] = []
     with recording("fp32", launches):
         ops_of_a_head(torch.float32, 3, 16, 40, "none", None)
