@@ -182,7 +182,7 @@ def test_scores_are_what_the_models_say(make_config, make_scores, files, chatml)
                 scores.lse[-logits.shape[0] :].double(), logits.logsumexp(-1).detach(), rtol=1e-5, atol=1e-5
             )
     tensors = load_file(Path(folder) / "scores-00000.safetensors")
-    assert set(tensors) == {"ref_logps", "lse"}
+    assert set(tensors) == {"ref_logps", "lse", "pair_digests"}
     assert tensors["lse"].dtype == torch.float32
 
 
@@ -202,7 +202,7 @@ def test_a_teachers_rewards_are_scored_and_cached_like_values(make_config, make_
     online = make_config(output_dir=str(files / "online"), **changes)
     scores = make_scores(online, teacher_reference=online.teacher_reference, kappa=0.3)
     tensors = load_file(Path(scores) / "scores-00000.safetensors")
-    assert set(tensors) == {"ref_logps", "reward"}
+    assert set(tensors) == {"ref_logps", "reward", "pair_digests"}
     cached = replace(online, teacher=None, teacher_reference=None, scores=scores, eval_scores=None)
     cached = replace(cached, output_dir=str(files / "cached"), data=replace(cached.data, eval=None))
     run(online)

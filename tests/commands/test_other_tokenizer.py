@@ -93,7 +93,7 @@ def test_cached_it_is_the_online_run(loss, packing, make_config, model_folder, m
     assert losses(cached) == pytest.approx(losses(online), abs=1e-6)
     tensors = load_file(files / "scores" / "scores-00000.safetensors")
     kept = {"reward"} if "teacher_reference" in loss else {"lse", "lse_kappa"}
-    assert set(tensors) == {"ref_logps", "teacher_states", "teacher_ended"} | kept
+    assert set(tensors) == {"ref_logps", "pair_digests", "teacher_states", "teacher_ended"} | kept
     assert tensors["teacher_states"].sum() == len(tensors[min(kept)])
     assert "teacher_tokens" in describe(files / "scores")
 
