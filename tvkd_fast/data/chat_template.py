@@ -1,4 +1,4 @@
-"""Chat templates, written on the same day whatever the day, and what they write behind an answer."""
+"""Applying chat templates as if on one fixed day, and finding what they write behind an answer."""
 
 from __future__ import annotations
 

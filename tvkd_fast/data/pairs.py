@@ -1,4 +1,4 @@
-"""A preference pair as text, and the refusal of a row that is none."""
+"""A preference pair as text, and the error for a row that is not one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a response ends, in token ids: asked by all that reads, cuts, scores or generates one."""
+"""Where a response ends, in token ids: the one rule for reading, cutting, scoring and generating responses."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ResponseEnds:
 
     @property
     def settings(self) -> tuple[list[int], list[tuple[int, ...]]]:
-        """What decides where a response ends, to be compared."""
+        """Everything that decides where a response ends, in a form that can be compared."""
         return sorted(self.stop_ids), sorted(end.closing + end.behind for end in self._turn_ends)
 
     @property

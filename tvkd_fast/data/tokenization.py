@@ -126,7 +126,7 @@ class PairTokenizer:
         )
 
     def prompt_ids(self, prompt: str | list[Message], row: str, given: Mapping[str, Any] | None = None) -> list[int]:
-        """Ids of a prompt alone, as a model is asked it; `given` is what its row gives the template."""
+        """Returns the ids of a prompt alone, for generation; `given` is what its row gives the template."""
         if self.uses_template and not isinstance(prompt, str):
             return self._ids(self._template(prompt, row, given or {}, add_generation_prompt=True))
         if not isinstance(prompt, str):
@@ -136,8 +136,8 @@ class PairTokenizer:
         return self._opening(own) + own
 
     def written_before(self, text: str) -> bool:
-        """Whether the text has special tokens where a chat template writes them, at the beginning of a line: one in the
-        middle of a sentence is spoken of."""
+        """Whether the text has special tokens where a chat template writes them, at the beginning of a line. One in
+        the middle of a sentence is only mentioned."""
         return self._written.search(text) is not None
 
     def _refuse_written(self, pair: Preference) -> None:

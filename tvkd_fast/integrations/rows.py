@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 WHICH = ("chosen", "rejected")
 RESPONSES = ("response_mask", "response_ended")
-"""What a batch holds of its responses, for a teacher that is yet to read them."""
+"""Keys of a batch that describe its responses, for a teacher that runs on the batch."""
 ROW = "source_row"
-"""The column with a row's name, which stays what it is where other rows are left out or shuffled."""
+"""The column with a row's name, which stays the same when other rows are dropped or rows are shuffled."""
 _MADE = {*IDS, *RETURNS, MARK, ROW, *(f"ref_{which}_logps" for which in WHICH)}
-"""Columns that a trainer has put into a dataset, which no row was read from."""
+"""Columns that a trainer has added to a dataset, and that are not read as data."""
 
 
 class RowReader:
@@ -50,11 +50,11 @@ class RowReader:
         self._warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What it has seen so far is none of what datasets names its cache by.
+        # datasets names its cache by what is pickled: state from earlier rows must not be part of it.
         return RowReader, self._given
 
     def __call__(self, row: Mapping[str, Any], i: int) -> dict[str, Any]:
-        """The row's token ids, and its name. Raises BadPair where it is no preference."""
+        """Returns the row's token ids and its name. Raises BadPair if it is no preference."""
         written = decoded_row({name: value for name, value in row.items() if name not in _MADE}, self._given[2])
         pair = self._pairs(to_preference(written, f"row {i}"))
         if pair.written_before and not self._warned:
@@ -77,9 +77,9 @@ def long_prompts_dropped(dataset: Any, max_length: int, **options: Any) -> Any:
 
 
 def checked_rows(dataset: Any, positions: int, whose: str, max_length: int | None) -> Any:
-    """The dataset; a stream is looked at as it comes.
+    """Returns the dataset; a stream is checked as it is read.
 
-    Raises a ValueError that names the first row which a model of so many positions cannot read.
+    Raises a ValueError that names the first row with more tokens than the model has positions.
     """
 
     def checked(row: dict[str, Any], i: int) -> dict[str, Any]:
@@ -117,15 +117,14 @@ def as_pairs(rows: Iterable[dict[str, Any]], ends: ResponseEnds, max_length: int
 
 @dataclass
 class WithReturns:
-    """A collator that hands Ψ on where every row has what `maker` would make of it, and else what of each row is a
-    response."""
+    """A collator that adds Ψ if every row has the Ψ that `maker` would make, and otherwise marks the responses."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     ends: ResponseEnds
     truncation: str
     """The collator's, "keep_start" or "keep_end"."""
     maker: Maker | None = None
-    """None where rows have no Ψ that could be taken at its word."""
+    """None where no row's Ψ may be reused."""
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(examples)
@@ -139,7 +138,7 @@ class WithReturns:
     def _of(self, responses: list[list[int]], completion: Tensor) -> tuple[Tensor, Tensor]:
         """[2P, L] bool, which tokens are a response's up to and with its end, and (2P,) bool, whether that is there.
 
-        An end is looked for in the whole row: what truncation left of one does not tell.
+        The end is found in the whole row, since a truncated one may have lost it.
         """
         cut = [self.ends.cut(ids) for ids in responses]
         length, ended = torch.tensor([len(ids) for ids, _ in cut]), torch.tensor([found for _, found in cut])

@@ -1,4 +1,4 @@
-"""Messages of a conversation: read from a row, compared, and asked what they say."""
+"""Messages of a conversation: reading them from a row, and looking at what they hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from tvkd_fast.data.pairs import BadPair, Message
 
 SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Fields that make a turn without content say something all the same."""
+"""Fields that give a turn without content something to learn from."""
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -29,7 +29,7 @@ def read_dialogue(text: str) -> list[Message]:
 
 
 def carries_nothing(value: object) -> bool:
-    """Whether what a row gives its template is as good as nothing given: null, or empty."""
+    """Whether a value that a row gives its template is null or empty."""
     return value is None or (isinstance(value, list | tuple | Mapping | str) and not value)
 
 

@@ -200,7 +200,7 @@ def _listing(folder: Path) -> str:
 
 
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """README.md's `configs` by name, with what `.huggingface.yaml` says over them."""
+    """README.md's `configs` by name, overridden by `.huggingface.yaml`."""
     import yaml
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load

@@ -44,7 +44,7 @@ def rows_of(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Iterator[
 
 
 def decoded_row(row: Mapping[str, Any], features: datasets.Features | None) -> dict[str, Any]:
-    """The same of a row that `datasets` has decoded, as `map` gives it to a function. A stream may have no features."""
+    """Returns a row that `datasets` has decoded, without such nulls. Rows of a stream without features stay as they are."""
     if features is None:
         return dict(row)
     types = {field.name: field.type for field in features.arrow_schema}

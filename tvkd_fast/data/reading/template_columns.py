@@ -1,4 +1,4 @@
-"""What a row gives a chat template, and what is said where the template cannot write it."""
+"""The values that a row gives its chat template, and errors for what the template cannot write."""
 
 from __future__ import annotations
 
