@@ -99,7 +99,7 @@ class ArmScorer:
         if self.arm.source == "length":
             steps = torch.cat([torch.arange(int(n)) for n in batch.cu_states.diff()]) * self.slope
             return Scores(reference.ref_logps, lse=steps, lse_kappa=steps)
-        if self.teacher is None:
+        if self.teacher is None or not self.arm.loss.needs & TEACHER:
             return Scores(reference.ref_logps)
         scores = replace(self.teacher.of(batch), ref_logps=reference.ref_logps)
         # The cache holds κ = 1 beside the other.

@@ -15,7 +15,7 @@ from tvkd_fast.commands.train import train
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.models import load_model, load_tokenizer
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.scorer import CachedScorer
 from tvkd_fast.synthetic.bundled import max_rows, preference_rows

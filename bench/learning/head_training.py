@@ -36,7 +36,7 @@ from tvkd_fast.data import PairDataset, micro_batches, pairs_of_step
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import FusedLMHead, PolicyWithHead, load_tokenizer
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.scorer import CachedScorer

@@ -28,7 +28,7 @@ from tvkd_fast.commands.score import ScoreConfig, score
 from tvkd_fast.commands.train import train
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.losses import segment_sums
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.training import trainer
 from tvkd_fast.training.optim import make_optimizer
 from tvkd_fast.training.step import StepOutput

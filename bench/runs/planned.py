@@ -30,7 +30,7 @@ from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import launch
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import load_tokenizer, model_shape
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.planning.footprint import Footprint
 from tvkd_fast.training.record import from_record
 from tvkd_fast.training.train_config import TrainConfig, micro_batching

@@ -17,7 +17,7 @@ from bench.harness.machine import made_by, write_report
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import model_shape
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.planning.footprint import Footprint, PairTokens
 from tvkd_fast.training.train_config import TrainConfig
 

@@ -21,7 +21,7 @@ from tvkd_fast.commands.models import load_policy
 from tvkd_fast.data import MicroBatching, PairBatch, TokenizedPair
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.scoring.layout import Scores

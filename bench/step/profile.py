@@ -25,7 +25,7 @@ from bench.harness.machine import made_by, seconds, versions, write_report
 from bench.step.comparison import make_task
 from bench.step.contenders import BETA, CLIP, LR, KnownScores
 from tvkd_fast.commands.models import load_policy
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.training.optim import OptimConfig, make_optimizer
 from tvkd_fast.training.step import train_step

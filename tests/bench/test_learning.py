@@ -15,7 +15,7 @@ from tvkd_fast.commands.models import load_policy
 from tvkd_fast.data import MicroBatching, build_dataset
 from tvkd_fast.losses import shaping_returns
 from tvkd_fast.models import load_tokenizer
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.scoring.layout import Scores
 
 needs_scipy = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from tvkd_fast.commands.eval import EvalConfig, evaluate_policy
 from tvkd_fast.commands.score import ScoreConfig, score
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives.tvkd import TVKD
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.scorer import OnlineScorer

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer, merged, save_model
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.training.metrics import read_metrics
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PhimoeConfig, Qwen3MoeConfig
 
 from tvkd_fast.models import fingerprint_weights, load_model, save_model
-from tvkd_fast.models.model_config import LoraConfig
+from tvkd_fast.models.settings import LoraConfig
 from tvkd_fast.training.metrics import read_metrics
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")

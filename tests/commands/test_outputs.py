@@ -23,7 +23,7 @@ from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.evaluation.evaluate import Evaluation
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer
 from tvkd_fast.models.adapter_folder import adapter_folder
-from tvkd_fast.models.model_config import LoraConfig
+from tvkd_fast.models.settings import LoraConfig
 from tvkd_fast.training.record import from_record, to_record
 from tvkd_fast.training.train_config import TrainConfig
 

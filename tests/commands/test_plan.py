@@ -14,7 +14,7 @@ from tvkd_fast.commands.models import load_policy
 from tvkd_fast.commands.plan import plan
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import model_shape
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.planning.footprint import Footprint, PairTokens
 
 TOKENS = PairTokens(20, 40, 40, 60)

@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPTJConfig, OPTConfig, Qwen3MoeConfig
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.commands.plan import plan
 from tvkd_fast.models import model_shape, save_model
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.planning.footprint import Footprint, PairTokens
 
 IDS = {"vocab_size": 262, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

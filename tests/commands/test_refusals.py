@@ -15,7 +15,7 @@ from tvkd_fast.commands.plan import plan
 from tvkd_fast.commands.score import ScoreConfig, score
 from tvkd_fast.commands.train import train
 from tvkd_fast.distributed.parallel_config import ParallelConfig
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 
 SETTINGS = {
     "replicas": (

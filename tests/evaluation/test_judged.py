@@ -14,7 +14,7 @@ from tvkd_fast.evaluation.evaluate import evaluate, measure
 from tvkd_fast.evaluation.html import html_page, markdown_page
 from tvkd_fast.evaluation.judged import Judged, by_row, compared, judge_pairs, table
 from tvkd_fast.models import load_tokenizer
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.scoring.scorer import OnlineScorer
 
 SUBSETS = ["llmbar-natural", "mt-bench-hard", "hep-go"]

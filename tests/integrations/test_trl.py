@@ -160,7 +160,7 @@ def test_it_is_what_this_projects_own_trainer_computes(
 ) -> None:
     from tvkd_fast.commands.train import train
     from tvkd_fast.data.data_config import DataConfig
-    from tvkd_fast.models.model_config import ModelConfig
+    from tvkd_fast.models.settings import ModelConfig
     from tvkd_fast.objectives.tvkd import TVKD
     from tvkd_fast.training.metrics import read_metrics
     from tvkd_fast.training.optim import OptimConfig

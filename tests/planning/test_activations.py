@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from tvkd_fast.commands.models import load_policy
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.models.shared_prompt import states_of
 from tvkd_fast.planning.activations import count_activations
 

@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_the_twins(config, batching, models, dataset):
     if rewards_of(config):
         of_values = RewardTeacher(PolicyWithHead(teacher, packing=batching.packing), frozen)
     else:
-        of_values = TeacherWithHead(teacher, kappa=config.kappa, packing=batching.packing)  # type: ignore[assignment]
+        of_values = TeacherWithHead(teacher, kappa=config.teacher_kappa, packing=batching.packing)  # type: ignore[assignment]
     out = train_step(
         PolicyWithHead(policy, packing=batching.packing),
         OnlineScorer(frozen, of_values),

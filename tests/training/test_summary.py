@@ -7,7 +7,7 @@ import yaml
 
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.commands.train import train
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.training.optim import OptimConfig, make_optimizer
 from tvkd_fast.training.usage import StepFlops, memory_by_part
 

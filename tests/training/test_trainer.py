@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.training import trainer as trainer_module
 from tvkd_fast.training.checkpoint import SHARD_OF_ONE, CheckpointError

@@ -15,7 +15,7 @@ from tvkd_fast.models import (
     PolicyWithHead,
     fingerprint_model,
 )
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import TEACHER, Need, known
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.manifest import ScoreManifest

@@ -25,7 +25,7 @@ from tvkd_fast.models import (
     load_stop_ids,
     load_tokenizer,
 )
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import DEFAULT, Objective, settings_of
 from tvkd_fast.objectives.contract import check_teacher_reference
 from tvkd_fast.ranges import at_least, check_numbers, number

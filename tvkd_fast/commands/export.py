@@ -14,7 +14,7 @@ from tvkd_fast.commands.models import load_policy
 from tvkd_fast.distributed import World, whole_weights
 from tvkd_fast.files import ready_folder
 from tvkd_fast.models import fingerprint_model, is_adapter, load_tokenizer, merged
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.training.checkpoint import Checkpoints, read_state
 from tvkd_fast.training.record import from_record
 from tvkd_fast.training.summary import model_card

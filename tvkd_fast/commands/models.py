@@ -33,7 +33,7 @@ from tvkd_fast.models import (
     pruned_from,
     stop_ids_of,
 )
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import Need
 from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher, TeacherTokens
 from tvkd_fast.training.train_config import micro_batching

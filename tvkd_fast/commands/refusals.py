@@ -12,7 +12,7 @@ import torch
 from tvkd_fast.distributed import check_replicas
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import TEACHER
 from tvkd_fast.training.train_config import TrainConfig
 

@@ -26,7 +26,7 @@ from tvkd_fast.models import (
     load_stop_ids,
     load_tokenizer,
 )
-from tvkd_fast.models.model_config import ModelConfig
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import SCORED, Need, objectives
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
 from tvkd_fast.scoring.cache import ScoreCache, check_score_folder

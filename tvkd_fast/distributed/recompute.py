@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.models.model_config import Recompute
+from tvkd_fast.models.settings import Recompute
 
 KEPT = (
     torch.ops.aten.mm.default,

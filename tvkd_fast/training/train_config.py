@@ -9,7 +9,7 @@ from tvkd_fast.data import MicroBatching
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.files import at_home
-from tvkd_fast.models.model_config import LoraConfig, ModelConfig
+from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import DEFAULT, TEACHER, Need, Objective, settings_of
 from tvkd_fast.objectives.contract import check_teacher_reference
 from tvkd_fast.ops import HeadGradient

@@ -44,7 +44,7 @@ def rows_of(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Iterator[
 
 
 def decoded_row(row: Mapping[str, Any], features: datasets.Features | None) -> dict[str, Any]:
-    """Returns a row that `datasets` has decoded, without such nulls. Rows of a stream without features stay as they are."""
+    """Returns a row that `datasets` has decoded, without such nulls. A stream without features keeps its rows."""
     if features is None:
         return dict(row)
     types = {field.name: field.type for field in features.arrow_schema}
