@@ -96,7 +96,7 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 class Row(NamedTuple):
     """The tiles of a kernel on a target for demands of a shape, and the census of the binaries that take them.
 
-    The census is docs/results/census.json, over all dtypes and architectures of the row; no binary spills.
+    The census is bench/results/census.json, over all dtypes and architectures of the row; no binary spills.
     """
 
     kernel: Kernel

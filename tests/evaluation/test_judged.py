@@ -42,7 +42,7 @@ def test_a_pair_that_is_scored_as_nan_is_no_wrong_one(pairs, monkeypatch):
     numbers = torch.tensor([[-1.0, -2.0, math.nan], [-2.0, -1.0, -2.0]], dtype=torch.float64)
     for module in ("judged", "evaluate"):
         found = numbers if module == "judged" else torch.zeros(7, 3).double().index_fill(0, torch.tensor([0]), math.nan)
-        monkeypatch.setattr(f"tvkd_fast.training.{module}.measure", lambda *args, found=found, **kwargs: found)
+        monkeypatch.setattr(f"tvkd_fast.evaluation.{module}.measure", lambda *args, found=found, **kwargs: found)
     few = [dataset[i] for i in range(3)]
     with pytest.raises(ValueError, match=rf"m scores 1 of 3 pairs as NaN, the first of them {few[2].row}"):
         judge_pairs("m", policy, few)

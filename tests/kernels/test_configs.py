@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from tvkd_fast.kernels.configs import TABLE, TARGETS, Demand, Kernel, Row, TileConfig, row_of
 
-CENSUS = Path(__file__).parents[2] / "docs" / "results" / "census.json"
+CENSUS = Path(__file__).parents[2] / "bench" / "results" / "census.json"
 FAMILIES = {target: target for target in TARGETS} | {"sm_89": "sm_86", "sm_120": "sm_86"}
 DEMANDS = [Demand(*flags) for flags in product((False, True), repeat=4)]
 
