@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
-from tvkd_fast.kernels.configs import TABLE, TARGETS, Demand, Kernel, Row, TileConfig, row_of
+from bench.census.binaries import Build, builds
+from tvkd_fast.kernels.configs import TABLE, TARGETS, Demand, Kernel, Row, row_of
 
 CENSUS = Path(__file__).parents[2] / "bench" / "results" / "census.json"
 FAMILIES = {target: target for target in TARGETS} | {"sm_89": "sm_86", "sm_120": "sm_86"}
@@ -36,20 +37,22 @@ def test_a_demand_takes_the_row_that_names_most_of_it() -> None:
     assert row_of("dlogits", "sm_100", replace(everything, aligned=False)).shape == "unaligned wide"
 
 
-def demand_of(build: dict[str, Any]) -> Demand:
-    on = {name for name, value in build["switches"].items() if value is True}
+def demand_of(build: Build) -> Demand:
+    on = {name for name, value in build.switches.items() if value is True}
     heavy = not on.isdisjoint({"HAS_SOFTCAP", "HAS_ENTROPY", "UNBIASED"})
-    return Demand(build["dtype"] == "fp32", heavy, "HAS_BIAS" in on, build["aligned"])
+    return Demand(build.dtype == "fp32", heavy, "HAS_BIAS" in on, build.aligned)
 
 
 def test_rows_cite_the_census() -> None:
     """The most registers and shared memory of all binaries that take a row's tiles."""
     found: dict[Row, list[dict[str, Any]]] = defaultdict(list)
+    made = {(build.kernel, build.target, build.dtype, build.variant): build for build in builds()}
     for entry in json.loads(CENSUS.read_text())["rows"]:
-        build = entry["build"]
-        if build["config"] is not None:
-            row = row_of(build["kernel"], FAMILIES[build["target"]], demand_of(build))
-            assert TileConfig(**build["config"]) == row.tiles
+        build = made[tuple(entry["build"][name] for name in ("kernel", "target", "dtype", "variant"))]
+        tiles = entry["build"]["config"]
+        if tiles is not None:
+            row = row_of(build.kernel, FAMILIES[build.target], demand_of(build))
+            assert tiles == {name: getattr(row.tiles, name) for name in tiles}
             found[row].append(entry["facts"])
     for row in TABLE:
         facts = found[row]

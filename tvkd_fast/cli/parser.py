@@ -119,7 +119,9 @@ def parser_of(name: str, objective: str = DEFAULT) -> Parser:
     else:
         parser.add_class_arguments(config)
     parser.objective = objective
-    parser.known = tuple(action.dest for action in parser._actions)
+    # An objective's settings are what is meant before those of other groups: --alpha is its alpha before the adapters'.
+    options = [action.dest for action in parser._actions]
+    parser.known = tuple(sorted(options, key=lambda option: not option.startswith("loss.")))
     return parser
 
 
