@@ -30,7 +30,7 @@ FAMILIES = {
     "gemma2": Gemma2Config(vocab_size=262, **SIZES, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
 }
 IMPORTED = [
-    "tvkd_fast.cli",
+    "tvkd_fast.cli.main",
     "tvkd_fast.commands.train",
     "transformers.models.llama.modeling_llama",
     "transformers.models.gemma2.modeling_gemma2",
