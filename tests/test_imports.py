@@ -1,50 +1,21 @@
 """Which layer of the package may import which: every import statement is checked against the table below."""
 
-import ast
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "tvkd_fast"
-
-LAYERS = (
-    "cli",
-    "commands",
-    "planning",
-    "training",
-    "evaluation",
-    "objectives",
-    "scoring",
-    "distributed",
-    "models",
-    "data",
-    "synthetic",
-    "fused",
-    "ops",
-    "losses",
-    "kernels",
+from bench.architecture.imports import (
+    FOR_EVERYBODY,
+    LAYERS,
+    MAY_IMPORT,
+    PACKAGE,
+    ROOT,
+    imports,
+    layer_of,
+    module_of,
+    python_files,
 )
-"""From the top: a layer may import those below it, but for `APART`."""
-APART: dict[str, set[str]] = {
-    "kernels": set(),
-    "losses": set(),
-    "ops": {"kernels"},
-    "fused": {"ops", "losses", "kernels"},
-    "synthetic": set(),
-    "data": {"synthetic"},
-    "models": {"ops", "kernels"},
-    "distributed": {"models", "ops", "kernels"},
-    "integrations": {"ops", "losses", "models", "data", "scoring"},
-    "__init__": {"fused", "ops", "losses"},
-    "__main__": {"cli"},
-}
-"""What a layer may import, where that is less than all below it; and files that are no layer."""
-MAY_IMPORT: dict[str, set[str]] = {layer: set(LAYERS[i + 1 :]) for i, layer in enumerate(LAYERS)} | APART
-FOR_EVERYBODY = {"version", "_compat", "files", "ranges"}
-"""Single files at the top of the package, which import none of its layers."""
+
 NEVER_IMPORTED = {"kernels", "bench", "tests"}
 """Folders of the project that are no packages of their own, though a working directory makes them look so."""
 
@@ -65,40 +36,8 @@ def violations(root: Path) -> list[str]:
     return found
 
 
-def python_files(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(parent) / name for name in names if name.endswith(".py"))
-
-
 def named(folder: Path, name: str) -> list[Path]:
     return [file for file in python_files(folder) if file.name == name]
-
-
-def module_of(file: Path, package: Path) -> str:
-    return ".".join((PACKAGE, *file.relative_to(package).with_suffix("").parts))
-
-
-def imports(file: Path, package: Path) -> Iterator[tuple[int, str]]:
-    """The modules that a file imports, by absolute name, with their lines; a relative import is resolved."""
-    parents = module_of(file, package).split(".")[:-1]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = parents[: len(parents) + 1 - node.level] if node.level else []
-            origin = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((node.lineno, full_name(origin, alias.name, package)) for alias in node.names)
-
-
-def full_name(origin: str, name: str, package: Path) -> str:
-    """`from origin import name` imports the module origin.name where there is one, and origin otherwise."""
-    inside = Path(package.parent, *origin.split("."), name)
-    return f"{origin}.{name}" if inside.is_dir() or inside.with_suffix(".py").is_file() else origin
-
-
-def layer_of(module: str) -> str:
-    """The part of the package that a module belongs to; the package itself is its `__init__`."""
-    return [*module.split("."), "__init__"][1]
 
 
 def forbidden(layer: str, target: str) -> str | None:

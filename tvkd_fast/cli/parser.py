@@ -32,6 +32,9 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "the whole method on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
 }
 
+PROGRAM = __name__.partition("_")[0]
+"""The command has the package's name up to its underscore."""
+
 ONLY_HELD_OUT = ("eval", "explain")
 """Commands that read data.eval and no data.train."""
 
@@ -57,7 +60,7 @@ class Parser(ArgumentParser):
             message,
         )
         words = [word.lstrip("-").split("=")[0] for word in unknown.groups() if word] if unknown else []
-        name = f"tvkd {command[1]}" if command else "tvkd"
+        name = f"{PROGRAM} {command[1]}" if command else PROGRAM
         if command and command[1] in ONLY_HELD_OUT:
             known = tuple(option for option in known if not option.startswith("data.train"))
         more = (self._of_another_objective(words[0]) or hint(words[0], known)) if words else ""
@@ -81,7 +84,7 @@ def make_parser(objective: str = DEFAULT) -> Parser:
     # The help texts are the docstrings under the configs' fields.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
-        prog="tvkd",
+        prog=PROGRAM,
         description="Preference distillation (TVKD) at the cost of fine-tuning.",
         epilog="tvkd scores FOLDER prints what is in a folder that score wrote, tvkd plot RUN ... draws the curves of "
         "runs, tvkd replay FILE goes through the pairs of a step that was not finite, and tvkd export CHECKPOINT makes "

@@ -114,7 +114,7 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
     report = _report(config, recipe, out)
     report["stages"] = {n: json.loads(p.read_text()) for n in stages if (p := out / n / STAGE).exists()}
     report["seconds"] = round(time.perf_counter() - started, 1)
-    report["made_by"] = provenance() | {"command": " ".join(["tvkd", *sys.argv[1:]]), **settings}
+    report["made_by"] = provenance() | {"command": f"tvkd {' '.join(sys.argv[1:])}", **settings}
     text = json.dumps(report, indent=2, allow_nan=False)
     report = json.loads(text)
     with written(out / "report.json"):

@@ -43,7 +43,7 @@ class TrainerHeads:
     """The heads of a trainer's policy and reference."""
 
     def __init__(self, args: TVKDConfig) -> None:
-        self.ours = args.fused_head == "tvkd" or (args.fused_head == "auto" and args.device.type == "cpu")
+        self.ours = args.fused_head != "trl" and (args.fused_head != "auto" or args.device.type == "cpu")
         self.stats = HeadStats() if self.ours and args.grad_mode != "exact" else None
         gradient = HeadGradient(grad_mode=args.grad_mode, eps=args.eps)
         self._settings = HeadSettings(gradient, self.stats, TRLOutput)

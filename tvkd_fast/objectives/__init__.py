@@ -1,4 +1,4 @@
-"""Objectives: what a policy is trained for. One file each; nothing outside this folder knows their names."""
+"""What a policy is trained for, one file per objective. Nothing outside this folder knows their names."""
 
 from tvkd_fast.objectives.contract import SCORED, TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers, known
 from tvkd_fast.objectives.registry import (

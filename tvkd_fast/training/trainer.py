@@ -164,7 +164,9 @@ class Trainer:
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
         newest = self.checkpoints.newest()
         kept = "there is no checkpoint to go on from" if newest is None else f"the newest checkpoint is {newest.name}"
-        replay = "" if self.config.objective == "sft" else f"`tvkd replay {record}` says which of them it is. "
+        replay = (
+            "" if Need.REJECTED not in self.config.loss.needs else f"`tvkd replay {record}` says which of them it is. "
+        )
         return (
             f"the loss or the gradient of step {step + 1} is NaN or inf, and the weights were left as they were before "
             f"it. Its rows: {', '.join(rows[:NAMED_ROWS])}{more}. {replay}Take out a row that is not finite alone; "

@@ -1,0 +1,49 @@
+"""How the package is laid out: files and folders of one idea, few frames to a kernel, objectives known in one place."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bench.architecture.calls import BACKWARD, batch_way, files, linear_logps_way
+from bench.architecture.imports import ROOT, python_files
+from tvkd_fast.objectives import objectives
+
+PACKAGE = ROOT / "tvkd_fast"
+FILES = sorted(python_files(PACKAGE))
+TRLS_OWN = {"integrations/trl.py", "integrations/trl_config.py"}
+"""Where TRL's names of losses, tags and choices stand, among which are some of the same letters."""
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+def test_no_file_is_long_and_no_folder_full() -> None:
+    assert [relative(file) for file in FILES if len(file.read_text().splitlines()) > 400] == []
+    folders = Counter(file.parent for file in FILES)
+    assert {str(folder): count for folder, count in folders.items() if count > 16 and folder.name != "kernels"} == {}
+
+
+def test_no_two_files_have_one_name() -> None:
+    names = Counter(file.name for file in FILES if file.name != "__init__.py")
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_objectives_are_named_in_their_folder_alone() -> None:
+    quoted = re.compile("|".join(rf'"{name}"' for name in objectives()))
+    named = {relative(file) for file in FILES if quoted.search(file.read_text())}
+    assert {name for name in named if not name.startswith("objectives/")} - TRLS_OWN == set()
+
+
+def test_a_call_comes_to_its_kernel_in_five_frames() -> None:
+    assert len(linear_logps_way()) <= 5
+
+
+@pytest.mark.parametrize("kernel", [None, BACKWARD], ids=["forward", "backward"])
+def test_a_batch_comes_to_a_kernel_through_ten_files(kernel: str | None) -> None:
+    way = files(batch_way(kernel))
+    assert way[0] == "training/trainer.py"
+    assert way[-1] == "kernels/launch.py"
+    assert len(way) <= 10
