@@ -2,18 +2,16 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tvkd_fast.data import PairBatch, TokenizedPair, collate_packed
 from tvkd_fast.objectives import (
     SCORED,
     TEACHER,
     Need,
     Objective,
-    PolicyNumbers,
     known,
     objective,
     objective_named,
@@ -31,26 +29,8 @@ EVERY = [make() for make in objectives().values()] + [TVKD(value_from="implicit_
 every = pytest.mark.parametrize("found", EVERY, ids=lambda found: f"{found.name} {found.describe()}")
 
 
-def batch_of(lengths: list[tuple[int, int]], *, chosen_only: bool = False) -> PairBatch:
-    pairs = [TokenizedPair([1, 2], [3] * chosen, [4] * rejected, True, True, "row") for chosen, rejected in lengths]
-    return collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
-
-
-def numbers_of(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
-    """Log-probabilities as leaves, and everything that an objective may need."""
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(count: int) -> Tensor:
-        return torch.randn(count, generator=draw, dtype=torch.float64)
-
-    responses, states = len(batch.lengths), int(batch.cu_states[-1])
-    logps = (-10 + normal(responses)).requires_grad_()
-    lse = 5 + normal(states)
-    return PolicyNumbers(logps, batch.lengths), Scores(-10 + normal(responses), lse, lse, normal(states))
-
-
 @every
-def test_the_gradient_is_one_number_per_response(found: Objective) -> None:
+def test_the_gradient_is_one_number_per_response(found: Objective, batch_of: Any, numbers_of: Any) -> None:
     batch = batch_of([(3, 5), (2, 2), (7, 1)], chosen_only=Need.REJECTED not in found.needs)
     policy, scores = numbers_of(batch)
     out = found.loss(policy, scores, batch)
@@ -65,7 +45,7 @@ def test_the_gradient_is_one_number_per_response(found: Objective) -> None:
 
 
 @every
-def test_numbers_that_are_shown_carry_no_gradient(found: Objective) -> None:
+def test_numbers_that_are_shown_carry_no_gradient(found: Objective, batch_of: Any, numbers_of: Any) -> None:
     batch = batch_of([(3, 5), (2, 2)], chosen_only=Need.REJECTED not in found.needs)
     out = found.loss(*numbers_of(batch), batch)
     shown = [getattr(out, field.name) for field in fields(out) if field.name != "losses"]
@@ -80,7 +60,7 @@ def test_numbers_that_are_shown_carry_no_gradient(found: Objective) -> None:
 
 
 @every
-def test_what_is_not_needed_may_be_missing(found: Objective) -> None:
+def test_what_is_not_needed_may_be_missing(found: Objective, batch_of: Any, numbers_of: Any) -> None:
     batch = batch_of([(3, 5), (2, 2)], chosen_only=Need.REJECTED not in found.needs)
     policy, scores = numbers_of(batch)
     given = {

@@ -1,0 +1,58 @@
+"""Every objective trains, is planned and evaluated, by what it needs and not by its name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tvkd_fast.commands.eval import EvalConfig, evaluate_policy
+from tvkd_fast.commands.plan import plan
+from tvkd_fast.objectives import SCORED, TEACHER, Need, objectives
+from tvkd_fast.training.metrics import METRICS, read_metrics
+
+every = pytest.mark.parametrize("name", objectives())
+
+
+def settings_of(name: str, config: Any) -> dict[str, Any]:
+    """The models that the objective needs, and no others."""
+    return {} if objectives()[name]().needs & TEACHER else {"teacher": None}
+
+
+@every
+def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any) -> None:
+    needs = objectives()[name]().needs
+    config = make_config(objective=name, max_steps=4, eval_every=2, save_every=2)
+    config = replace(config, **settings_of(name, config))
+    figures = run(config)
+    lines = read_metrics(Path(config.output_dir) / METRICS)
+    compares = Need.REJECTED in needs
+    assert all(("margin" in line) == compares for line in lines if "loss" in line)
+    assert (figures.reward_accuracy is not None) == compares
+    assert (figures.loss is not None) == compares
+    state = json.loads((Path(config.output_dir) / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert state["identity"]["loss"] == config.loss.settings()
+    assert ("reference" in state["identity"]) == bool(needs & SCORED)
+
+
+@every
+def test_it_is_planned(name: str, make_config: Any) -> None:
+    needs = objectives()[name]().needs
+    config = make_config(objective=name)
+    text = plan(replace(config, **settings_of(name, config)))
+    assert f"objective   {name}: " in text
+    assert (f"reference   none ({name})" in text) == (Need.REFERENCE not in needs)
+    assert (f"teacher     none ({name})" in text) == (not needs & TEACHER)
+
+
+@every
+def test_a_policy_is_evaluated_by_it(name: str, make_config: Any) -> None:
+    needs = objectives()[name]().needs
+    config = make_config(objective=name)
+    reference = config.policy if needs & SCORED else None
+    teacher = config.teacher if needs & TEACHER else None
+    found = evaluate_policy(
+        EvalConfig(policy=config.policy, reference=reference, teacher=teacher, data=config.data, objective=name)
+    )
+    assert (found.loss is not None) == (Need.REJECTED in needs)
