@@ -34,8 +34,8 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> Evaluation | No
     Under torchrun every process calls it, and they share the model. Raises `Stopped` after SIGTERM or SIGINT, once the
     steps that are done are saved.
     """
-    check_run(config)
     open_outputs(config)
+    check_run(config)
     with world_of(config) as world:
         try:
             return _train(config, world, show_progress=show_progress)
@@ -105,8 +105,8 @@ def best_checkpoint(config: TrainConfig) -> Path | None:
 
 def check(config: TrainConfig) -> None:
     """The checks that need no process group, before several processes are started."""
-    check_run(config)
     open_outputs(config)
+    check_run(config)
 
 
 def run(config: TrainConfig) -> None:
