@@ -100,7 +100,7 @@ def test_rewards_without_a_teacher_are_dpos() -> None:
 
 
 def test_settings_belong_to_their_objective() -> None:
-    assert settings_of("dpo") == DPO()
+    assert settings_of("dpo", Objective()) == DPO()
     assert settings_of("sft", SFT()) == SFT()
     with pytest.raises(ValueError, match=r"of the objective tvkd and not of dpo: set objective='tvkd', or give it DPO"):
         settings_of("dpo", TVKD())

@@ -70,7 +70,7 @@ class EvalConfig:
     data: DataConfig = field(default_factory=DataConfig)
     objective: str = DEFAULT
     """Whose rewards and loss are shown; each objective has its own --loss settings (docs/objectives.md)."""
-    loss: Objective = None  # type: ignore[assignment]
+    loss: Objective = field(default_factory=Objective)
     """The objective's settings; its defaults where not given."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

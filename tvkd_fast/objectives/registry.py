@@ -50,10 +50,13 @@ def objective_named(name: str) -> type[Objective]:
     return found[name]
 
 
-def settings_of(name: str, settings: Objective | None = None) -> Objective:
-    """The settings of that objective: those given, or its defaults. ValueError where they are another objective's."""
+def settings_of(name: str, settings: Objective) -> Objective:
+    """The settings of that objective: those given, or its defaults where they are the bare `Objective()`.
+
+    ValueError where they are another objective's.
+    """
     cls = objective_named(name)
-    if settings is None:
+    if type(settings) is Objective:
         return cls()
     if not isinstance(settings, cls):
         raise ValueError(

@@ -41,7 +41,7 @@ class TrainConfig:
     eval_scores: str | None = None
     """The same for the held-out data (`tvkd score --which eval`); scored at the start of the run where not given."""
     data: DataConfig = field(default_factory=DataConfig)
-    loss: Objective = None  # type: ignore[assignment]
+    loss: Objective = field(default_factory=Objective)
     """The objective's settings; its defaults where not given."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
