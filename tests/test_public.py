@@ -1,6 +1,7 @@
 """The public surface: names and arguments that others build on, each with a docstring that is so."""
 
 import doctest
+import importlib
 import inspect
 import sys
 from typing import Any
@@ -69,3 +70,15 @@ def test_an_example_stands_in_the_docstring_and_is_so(module: Any, name: str) ->
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
     assert result.attempted > 1
     assert result.failed == 0, "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("build", "score"), ("build", "train"), ("config", "DataConfig"), ("config", "TrainConfig")]
+)
+def test_names_that_moved_are_found_where_they_were(module: str, name: str) -> None:
+    old = importlib.import_module(f"tvkd_fast.training.{module}")
+    with pytest.warns(DeprecationWarning, match=rf"tvkd_fast.training.{module}.{name} has moved: import it from "):
+        found = getattr(old, name)
+    assert found.__name__ == name
+    with pytest.raises(AttributeError, match=f"module 'tvkd_fast.training.{module}' has no attribute 'nothing'"):
+        _ = old.nothing

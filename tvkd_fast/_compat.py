@@ -1,8 +1,10 @@
-"""What torch offers under a private name alone, or at a price that every start would pay."""
+"""What torch offers under a private name alone, or at a price that every start would pay; and names that have moved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from torch import Tensor
@@ -27,3 +29,15 @@ def is_dtensor(x: object) -> TypeGuard[DTensor]:
     from torch.distributed.tensor import DTensor
 
     return isinstance(x, DTensor)
+
+
+def moved(module: str, to: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module whose names live elsewhere now: by name, the module that each is in."""
+
+    def find(name: str) -> Any:
+        if name not in to:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} has moved: import it from {to[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(to[name]), name)
+
+    return find
