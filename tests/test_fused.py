@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from tvkd_fast import FusedLinearTVKDLoss, TVKDOutput, fused_linear_tvkd_loss
 from tvkd_fast import linear_logps as our_logps
 from tvkd_fast import linear_soft_values as our_values
+from tvkd_fast.fused import known, known_op
 from tvkd_fast.fused import loss as fused_loss
 from tvkd_fast.fused import op as fused_op
 from tvkd_fast.fused.padded import response_states
@@ -265,20 +266,24 @@ def test_what_is_frozen_costs_nothing(monkeypatch: pytest.MonkeyPatch, form: str
         asked.append(args[-3:])
         return gradients(*args)
 
-    gradients = fused_op.gradients_op
-    monkeypatch.setattr(fused_op, "gradients_op", watched)
+    gradients = known_op.gradients_op
+    for module in (known_op, fused_op):
+        monkeypatch.setattr(module, "gradients_op", watched)
     inputs = case_of(form, "as it comes")
     _, everything = with_gradients(fused_linear_tvkd_loss, inputs)
-    assert asked == [(True, True, True)] * len(REDUCTIONS)
+    # The gradient of the mean loss was made in the forward.
+    assert asked == [(True, True, True)] * (len(REDUCTIONS) - 1)
     leaf = inputs[trained].requires_grad_()
     (grad,) = torch.autograd.grad(REDUCTIONS["losses"](fused_linear_tvkd_loss(**inputs)), leaf)
     if trained == "policy_hidden":
         # A frozen head's forward makes the gradient: there is nothing left to ask.
-        assert len(asked) == len(REDUCTIONS)
+        assert len(asked) == len(REDUCTIONS) - 1
         torch.testing.assert_close(grad, everything[f"{trained} of losses"], rtol=1e-4, atol=1e-6)
     else:
         assert asked[-1] == tuple(name == trained for name in ("policy_hidden", "policy_weight", "policy_bias"))
         assert torch.equal(grad, everything[f"{trained} of losses"])
+        (grad,) = torch.autograd.grad(REDUCTIONS["loss"](fused_linear_tvkd_loss(**inputs)), leaf)
+        torch.testing.assert_close(grad, everything[f"{trained} of loss"], rtol=1e-5, atol=1e-6)
 
 
 def test_no_graph_where_none_is_wanted() -> None:
@@ -330,7 +335,9 @@ def test_nothing_waits_for_a_device(form: str, streamed: bool) -> None:
     )
     assert [x.device.type for x in out] == ["meta"] * 11
     losses = out[1]
-    assert fused_op._upstream(losses.sum(), losses, bare["labels"], bare.get("cu_seqlens")).shape == out[7].shape
+    assert (
+        fused_op.upstream_by_token(losses.sum(), losses, bare["labels"], bare.get("cu_seqlens")).shape == out[7].shape
+    )
 
 
 def test_autocast_is_an_explicit_cast() -> None:
@@ -471,7 +478,7 @@ def test_the_ops_are_registered_as_torch_wants_them(monkeypatch: pytest.MonkeyPa
 
         return call
 
-    for module, name in ((values_ops, "_lse_op"), (fused_loss, "fused_op")):
+    for module, name in ((values_ops, "_lse_op"), (fused_loss, "fused_op"), (fused_loss, "known_op")):
         monkeypatch.setattr(module, name, keep(getattr(module, name)))
     inputs = case_of(form, "reference by states") | {"kappa": 0.7, "ended": ENDED}
     for name in ("policy_hidden", "policy_weight", "policy_bias"):
@@ -602,3 +609,33 @@ def test_heads_stand_for_their_parts(form: str, name: str) -> None:
             whole[f"{model}_weight"] = Head(whole[f"{model}_weight"], **parts)
     ours, theirs = (vars(fused_linear_tvkd_loss(**given)) for given in (whole, inputs))
     assert all(map(torch.equal, ours.values(), theirs.values()))
+
+
+@every_form
+@every_case
+def test_a_gradient_made_in_the_forward_is_the_one_recomputed(
+    monkeypatch: pytest.MonkeyPatch, form: str, name: str
+) -> None:
+    inputs = case_of(form, name, torch.float64)
+    in_forward = with_gradients(fused_linear_tvkd_loss, inputs)
+    monkeypatch.setattr(fused_loss, "serves", lambda *_: False)
+    agree(in_forward, with_gradients(fused_linear_tvkd_loss, inputs), tolerance=1e-11)
+
+
+@every_form
+@pytest.mark.parametrize("rows", [1, 3, 8, 12])
+def test_blocks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, form: str, rows: int) -> None:
+    """Pairs by themselves, some together, and pairs whose logits do not fit, which are computed twice."""
+    inputs = case_of(form, "some ended, last_content", torch.float64)
+    whole = with_gradients(fused_linear_tvkd_loss, inputs)
+    monkeypatch.setattr(known, "WORKSPACE_BYTES", rows * V * 8)
+    agree(with_gradients(fused_linear_tvkd_loss, inputs), whole, tolerance=1e-11)
+
+
+def test_blocks_are_whole_pairs_that_fit() -> None:
+    bounds = packed()["cu_seqlens"]
+    tokens = bounds.diff().view(2, 3).sum(0).tolist()
+    for most in range(1, sum(tokens) + 1):
+        blocks = list(known._blocks(bounds.tolist(), most))
+        assert [pair for block in blocks for pair in block] == [0, 1, 2]
+        assert all(len(block) == 1 or sum(tokens[pair] for pair in block) <= most for block in blocks)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 BENCH = Path(__file__).parents[2] / "bench"
 MAY_IMPORT = {
+    "architecture": set(),
     "harness": set(),
     "tables": {"harness"},
     "census": {"harness"},

@@ -106,7 +106,7 @@ fused_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd", _fused, mutat
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    tokens, pairs = (hidden.shape[0],), (_pairs(labels, cu_seqlens),)
+    tokens, pairs = (hidden.shape[0],), (pairs_of(labels, cu_seqlens),)
     dtype = accumulation_dtype(hidden.dtype)
     shapes: list[tuple[int, ...]] = [(), pairs, pairs, pairs, pairs, (), pairs, tokens, tokens, tokens]
     numbers = (hidden.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -127,7 +127,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     check_differentiated_once("fused_linear_tvkd_loss")
     labels, cu_seqlens, coefficients, *passed = ctx.saved_tensors
-    by_token = coefficients * _upstream(grad_loss, grad_losses, labels, cu_seqlens)
+    by_token = coefficients * upstream_by_token(grad_loss, grad_losses, labels, cu_seqlens)
     wants, constants = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
     labels = labels.flatten()
     if ctx.streamed:
@@ -141,11 +141,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_
 fused_op.register_autograd(_backward, setup_context=_keep)
 
 
-def _upstream(
+def upstream_by_token(
     grad_loss: Tensor | None, grad_losses: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
     """What a token's dL_p/dlogp is multiplied by: one number where `losses` was not used, else its pair's, (N,)."""
-    pairs = _pairs(labels, cu_seqlens)
+    pairs = pairs_of(labels, cu_seqlens)
     if grad_losses is None:
         assert grad_loss is not None
         return grad_loss / pairs
@@ -156,5 +156,5 @@ def _upstream(
     return by_response.repeat_interleave(cu_seqlens.diff(), output_size=labels.shape[0])
 
 
-def _pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+def pairs_of(labels: Tensor, cu_seqlens: Tensor | None) -> int:
     return (labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2

@@ -146,10 +146,11 @@ def head_gradients(
     logits: Tensor | None = None,
     weight_start: Callable[[slice, Tensor], None] | None = None,
     bias_start: Tensor | None = None,
+    into: HeadGradients | None = None,
 ) -> HeadGradients:
     """Exact gradients of Σ_t c_t·logp_t by recomputed tiles, with c = `grad_logps`; labels, sums and c are (K,).
 
-    Rows whose `logits` the forward kept are read instead.
+    Rows whose `logits` the forward kept are read instead. `into`, in the accumulator's dtype, is added to and returned.
 
     `weight_start(columns, total)` fills a slice of dW's float32 sum, and `bias_start` (V,) the bias's, with what other
     rows than the kept ones add to it.
@@ -161,6 +162,11 @@ def head_gradients(
     """
     tiles, upstream = Tiles(hidden, head, kept, logits), -grad_logps
     want_columns = want_weight or want_bias
+    if into is not None:
+        assert into.hidden is None or into.hidden.dtype == tiles.acc
+        assert into.weight is None or into.weight.dtype == tiles.acc
+        _column_gradients(tiles, labels, sums, upstream, into.hidden, into.weight, into.bias, None, None, add=True)
+        return into
     hidden_in_place = hidden.dtype == tiles.acc or hidden.numel() <= WORKSPACE_FLOATS
     grad_hidden = accumulated = None
     if want_hidden and want_columns and hidden_in_place:
@@ -200,16 +206,19 @@ def _column_gradients(
     grad_bias: Tensor | None,
     weight_start: Callable[[slice, Tensor], None] | None,
     bias_start: Tensor | None,
+    *,
+    add: bool = False,
 ) -> None:
     for columns in tiles.column_blocks():
         w = tiles.upcast(tiles.head.weight[columns])
         in_place = grad_weight is not None and grad_weight.dtype == tiles.acc
         total = grad_weight[columns] if grad_weight is not None and in_place else torch.empty_like(w)
-        if weight_start is None:
-            total.zero_()
-        else:
+        if weight_start is not None:
             weight_start(columns, total)
-        total_bias = w.new_zeros(w.shape[0]) if bias_start is None else bias_start[columns].clone()
+        elif not add:
+            total.zero_()
+        start = grad_bias if add else bias_start
+        total_bias = w.new_zeros(w.shape[0]) if start is None else start[columns].clone()
         for rows in tiles.row_blocks():
             h, c = tiles.states(rows), upstream[rows]
             g = tiles.dlosses(h, w, labels[rows], sums, rows, columns)
