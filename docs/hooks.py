@@ -2,15 +2,24 @@
 
 import posixpath
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "out/api"
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 LINK = re.compile(r"```.*?```|(!?)\[((?:`[^`\n]*`|[^\]`])*)\]\(([^)\s]+)\)|`[^`\n]+`", re.DOTALL)
 """Or code, a block or a span of it, which shows what it says; within a link's text it is the link's."""
+
+
+def on_startup(command: str, dirty: bool) -> None:
+    """Copy the package to where mkdocstrings looks, with the `__init__.py` that `kernels` lacks (setup.py says why)."""
+    shutil.rmtree(SOURCES, ignore_errors=True)
+    shutil.copytree(ROOT / "tvkd_fast", SOURCES / "tvkd_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    (SOURCES / "tvkd_fast/kernels/__init__.py").touch()
 
 
 def on_files(files: Files, config: Any) -> Files:
