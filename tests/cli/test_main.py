@@ -4,6 +4,7 @@ import pytest
 
 from tvkd_fast.cli.main import main
 from tvkd_fast.cli.parser import COMMANDS, load_recipe, recipes
+from tvkd_fast.objectives.registry import objective_named
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_every_option_is_described(capsys):
 @pytest.mark.parametrize("recipe", recipes())
 def test_recipes_parse_and_resolve(recipe):
     config = load_recipe(recipe)
-    assert config.objective == "tvkd"
+    assert isinstance(config.loss, objective_named(config.objective))
     assert config.policy
     assert config.max_steps
 
