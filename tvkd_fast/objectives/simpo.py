@@ -1,0 +1,40 @@
+"""SimPO: Simple Preference Optimization with a reference-free reward (arXiv 2405.14734).
+
+Letters: P pairs, 2P responses, chosen first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.nn import functional as F
+
+from tvkd_fast.data import PairBatch
+from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.objectives.registry import objective
+from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, check_numbers, number
+from tvkd_fast.scoring.layout import Scores
+
+
+@objective("simpo")
+@dataclass(kw_only=True)
+class SimPO(Objective):
+    """−log σ(β(r_w − r_l − γ/β)), r = log π_θ(y)/|y|: the mean log-probability per token. No reference."""
+
+    beta: float = number(2.0, POSITIVE)
+    """β > 0: scale of the reward; its authors use 2 to 2.5."""
+    gamma_beta_ratio: float = number(0.5, NOT_NEGATIVE)
+    """γ/β ≥ 0: the margin that mean log-probabilities should reach; its authors use 0.5 to 0.55."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "loss")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.REJECTED})
+
+    def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
+        chosen, rejected = (self.beta * policy.logps / policy.lengths).chunk(2)
+        margins = chosen - rejected
+        losses = -F.logsigmoid(margins - self.beta * self.gamma_beta_ratio)
+        return ObjectiveOutput(losses, margins.detach(), chosen.detach(), rejected.detach())
