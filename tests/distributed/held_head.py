@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from tvkd_fast.distributed import joined
+from tvkd_fast.distributed import init_distributed
 from tvkd_fast.distributed.vocabulary import Rows, SharedHead, states_held
 from tvkd_fast.models.head import FusedLMHead, HeadTransforms
 
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype = {"off": None, "bfloat16": torch.bfloat16}[sys.argv[1]]
-    with joined(torch.device("cpu"), timeout_s=120) as world:
+    with init_distributed(torch.device("cpu"), timeout_s=120) as world:
         assert world.mesh is not None
         whole = FusedLMHead.from_linear(nn.Linear(HIDDEN, VOCAB, bias=False), HeadTransforms())
         rows = Rows(whole.weight, world.mesh)

@@ -28,14 +28,14 @@ if what == "die" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "meet":
     import torch
-    from tvkd_fast.distributed import joined
-    with joined(torch.device("cpu")) as world:
-        told = f"{world.everyone(world.rank)} {world.most(world.rank)} {world.told(world.rank)}"
+    from tvkd_fast.distributed import init_distributed
+    with init_distributed(torch.device("cpu")) as world:
+        found = f"{world.all_gather(world.rank)} {world.all_reduce_max(world.rank)} {world.broadcast(world.rank)}"
         listening = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}")]
         port = format(int(os.environ["MASTER_PORT"]), "04X")
         at = sorted({f[1] for f in listening if f[1].endswith(":" + port) and f[3] == "0A"})
         # In one piece: others write too.
-        os.write(1, f"{told}\\nat {at}\\n".encode())
+        os.write(1, f"{found}\\nat {at}\\n".encode())
 elif what == "listen":
     while not heard:
         time.sleep(0.01)

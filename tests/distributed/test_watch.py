@@ -12,17 +12,17 @@ from tvkd_fast.distributed.watch import BEATS, who_is_waited_for
 PROGRAM = """
 import os, signal, sys, time
 import torch
-from tvkd_fast.distributed import joined
+from tvkd_fast.distributed import init_distributed
 
 def sleeping():
     time.sleep(60)
 
-with joined(torch.device("cpu"), timeout_s=4.0) as world:
+with init_distributed(torch.device("cpu"), timeout_s=4.0) as world:
     for _ in range(3):
-        world.sum(torch.ones(2))
+        world.all_reduce(torch.ones(2))
     if world.rank == int(sys.argv[2]):
         sleeping() if sys.argv[1] == "sleep" else os.kill(os.getpid(), signal.SIGSTOP)
-    world.sum(torch.ones(2))
+    world.all_reduce(torch.ones(2))
 """
 
 

@@ -79,15 +79,15 @@ def test_fact_2_with_terminal_zero(make: SimpleNamespace, data: st.DataObject, g
 
 @draws(40)
 @given(data=st.data(), gamma=gammas, terminal=terminals)
-def test_everything_has_ended_unless_told(
+def test_everything_has_ended_by_default(
     make: SimpleNamespace, data: st.DataObject, gamma: float, terminal: Any
 ) -> None:
     responses = data.draw(make.responses())
     arguments = {"gamma": gamma, "terminal": terminal}
-    told = shaping_returns(
+    expected = shaping_returns(
         responses.values, responses.cu_states, ended=torch.ones(len(responses), dtype=torch.bool), **arguments
     )
-    assert torch.equal(shaping_returns(responses.values, responses.cu_states, **arguments), told)
+    assert torch.equal(shaping_returns(responses.values, responses.cu_states, **arguments), expected)
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)

@@ -242,19 +242,19 @@ def test_a_whole_step_in_one_graph(backend: str, terminal: str, ended: bool) -> 
 
 
 @compilers
-@pytest.mark.parametrize("told", [False, True], ids=["found-out", "mark_dynamic"])
-def test_other_lengths_take_the_same_graph(backend: str, told: bool) -> None:
+@pytest.mark.parametrize("declared", [False, True], ids=["found-out", "mark_dynamic"])
+def test_other_lengths_take_the_same_graph(backend: str, declared: bool) -> None:
     """One graph where the sizes are said to change, two where torch finds it out by the second batch."""
     model, counter = Step(), CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for more in (0, 1, 3, 9):
         batch = batch_of([3 + more, 4, 2 + more, 5])
-        if told:
+        if declared:
             for name in ("features", "labels", "states"):
                 torch._dynamo.mark_dynamic(batch[name], 0)
         got, expected = (loss_and_gradients(step, model, batch) for step in (compiled, model))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    assert counter.frame_count == (1 if told else 2)
+    assert counter.frame_count == (1 if declared else 2)
 
 
 def test_dynamic_sizes_and_numbers_of_the_ops() -> None:

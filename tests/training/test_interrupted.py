@@ -96,13 +96,13 @@ def test_a_step_that_is_not_finite_says_which_rows_and_what_to_try(ended):
     config, error = ended
     assert error.startswith("the loss or the gradient of step 4 is NaN or inf, and the weights were left as they were")
     assert len(re.findall(r"train\.jsonl row \d+", error)) == 4
-    for told in (
+    for text in (
         f"`tvkd replay {config.output_dir}/nonfinite-step-000003.json`",
         "--optim.lr",
         "--nonfinite skip",
         "the newest checkpoint is step-000002",
     ):
-        assert told in error
+        assert text in error
 
 
 def test_a_step_that_is_not_finite_leaves_its_pairs(broken):

@@ -22,10 +22,10 @@ def scores(arguments: list[str]) -> None:
 def replay(arguments: list[str]) -> None:
     """`tvkd replay FILE`: the pairs of a step that was not finite, one by one."""
     from tvkd_fast.commands.replay import replay as replay_record
-    from tvkd_fast.commands.replay import told
+    from tvkd_fast.commands.replay import report
 
     _usage(arguments, "tvkd replay OUTPUT_DIR/nonfinite-step-NNNNNN.json: the step's pairs, one by one", most=1)
-    print(told(replay_record(arguments[0])))
+    print(report(replay_record(arguments[0])))
 
 
 def plot(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tvkd_fast.commands.final import save_final
 from tvkd_fast.commands.models import load_policy
-from tvkd_fast.distributed import World, whole_weights
+from tvkd_fast.distributed import World, full_weights
 from tvkd_fast.files import ready_folder
 from tvkd_fast.models import fingerprint_model, is_adapter, load_tokenizer, merged
 from tvkd_fast.models.settings import ModelConfig
@@ -65,7 +65,7 @@ def export(
     checkpoints.load_weights(path, start)
     card = model_card(replace(config, max_steps=step), None)
     if any(is_adapter(name) for name, _ in start.named_parameters()):
-        save_final(*merged(start.model, whole_weights(start)), tokenizer, target, card)
+        save_final(*merged(start.model, full_weights(start)), tokenizer, target, card)
     else:
         save_final(start.model, None, tokenizer, target, card)
     return target

@@ -15,7 +15,14 @@ import torch
 from tvkd_fast.commands.refusals import check_device, check_lora, lora_of
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, packed_length, retokenize
 from tvkd_fast.data.data_config import DataConfig
-from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, joined, shard_policy
+from tvkd_fast.distributed import (
+    World,
+    can_share_vocabulary,
+    checkpoint_activations,
+    fill,
+    init_distributed,
+    shard_policy,
+)
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import (
     EmptyModel,
@@ -344,7 +351,7 @@ def _autocast(config: ModelConfig) -> torch.dtype | None:
 
 def world_of(config: RunConfig) -> AbstractContextManager[World]:
     parallel = config.parallel
-    return joined(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
+    return init_distributed(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
 
 
 def sharing_of(config: RunConfig, world: World) -> Sharing:

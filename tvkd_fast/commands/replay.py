@@ -117,8 +117,8 @@ def replay_pairs(
     return found
 
 
-def told(found: list[Replayed]) -> str:
-    """A line a pair, those that are not finite first."""
+def report(found: list[Replayed]) -> str:
+    """Return one line per pair, those that are not finite first."""
     head = f"{'pair':>8} {'tokens':>7} {'loss':>12} {'grad norm':>12}  row"
     rows = sorted(found, key=lambda x: (x.finite, -x.grad_norm if x.finite else 0.0))
     lines = [f"{x.pair:>8} {x.tokens:>7} {x.loss:>12.5g} {x.grad_norm:>12.5g}  {x.row}" for x in rows]

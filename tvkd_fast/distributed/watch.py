@@ -68,29 +68,29 @@ def _watch(
 ) -> None:
     mine, since, beat = calls(), time.monotonic(), 0
     seen: dict[int, tuple[str, float]] = {}
-    spoken = False
+    reported = False
     while not done.wait(timeout_s / BEATS):
         now = time.monotonic()
         if (count := calls()) != mine:
-            mine, since, spoken = count, now, False
+            mine, since, reported = count, now, False
         beat += 1
         store.set(KEY.format(rank), f"{mine} {beat}")
-        everyone = {r: store.get(KEY.format(r)).decode() for r in range(size) if store.check([KEY.format(r)])}
-        for other, said in everyone.items():
-            if other not in seen or seen[other][0] != said:
-                seen[other] = (said, now)
-        if spoken or now - since < NAMED_AFTER * timeout_s:
+        beats = {r: store.get(KEY.format(r)).decode() for r in range(size) if store.check([KEY.format(r)])}
+        for other, latest in beats.items():
+            if other not in seen or seen[other][0] != latest:
+                seen[other] = (latest, now)
+        if reported or now - since < NAMED_AFTER * timeout_s:
             continue
-        spoken = True
+        reported = True
         behind, silent = who_is_waited_for(seen, size, now, timeout_s)
         if rank in behind:
             frame = sys._current_frames().get(main) if main is not None else None
             where = "" if frame is None else "".join(traceback.format_stack(frame)[-6:])
             still = f"which has called nothing for {now - since:.0f} s"
-            _say(f"the others wait for process {rank}, {still}. It is at\n{where}")
+            _report(f"the others wait for process {rank}, {still}. It is at\n{where}")
         elif (behind or silent) and rank == min(set(range(size)) - behind - silent):
             named = [f"process {r}, {'silent' if r in silent else 'behind'}" for r in sorted(behind | silent)]
-            _say(f"waiting for {now - since:.0f} s in collective {mine:,} for {'; '.join(named)}")
+            _report(f"waiting for {now - since:.0f} s in collective {mine:,} for {'; '.join(named)}")
 
 
 def who_is_waited_for(
@@ -98,18 +98,18 @@ def who_is_waited_for(
 ) -> tuple[set[int], set[int]]:
     """Processes that have called fewer collectives than another, and those that say nothing any longer.
 
-    `seen` is what each has said last, "collectives beats", and when that was first seen.
+    `seen` is what each has latest last, "collectives beats", and when that was first seen.
     """
     silent = {r for r in range(size) if r not in seen or now - seen[r][1] > 4 * timeout_s / BEATS}
-    counts = {r: int(said.split()[0]) for r, (said, _) in seen.items() if r not in silent}
-    most = max(counts.values(), default=0)
-    return {r for r, count in counts.items() if count < most}, silent
+    counts = {r: int(latest.split()[0]) for r, (latest, _) in seen.items() if r not in silent}
+    furthest = max(counts.values(), default=0)
+    return {r for r, count in counts.items() if count < furthest}, silent
 
 
 def _calls(group: Any) -> int:
     return int(group._get_sequence_number_for_group())
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     # In one piece: others write too.
     os.write(2, f"tvkd_fast: {line}\n".encode())

@@ -240,9 +240,9 @@ class TVKDTrainer(DPOTrainer):
             rows = dataset.select_columns([name for name in (*IDS, ROW) if name in dataset.column_names])
             returns = self._cached.of(as_pairs(rows, self._ends, self.args.max_length))
             return concatenate_datasets([dataset, Dataset.from_dict(maker.columns(dataset, returns))], axis=1)
-        told = [Hasher.hash((dataset._fingerprint, maker.key))]
-        broadcast_object_list(told, from_process=0)
-        file = dataset._get_cache_file_path(told[0])
+        fingerprint = [Hasher.hash((dataset._fingerprint, maker.key))]
+        broadcast_object_list(fingerprint, from_process=0)
+        file = dataset._get_cache_file_path(fingerprint[0])
         if not os.path.exists(file):
             returns = self._returns_of(dataset, name, batch_size)
             if self.accelerator.is_main_process:
@@ -252,7 +252,7 @@ class TVKDTrainer(DPOTrainer):
                     with_indices=True,
                     batched=True,
                     remove_columns=dataset.column_names,
-                    new_fingerprint=told[0],
+                    new_fingerprint=fingerprint[0],
                     cache_file_name=file,
                 )
             self.accelerator.wait_for_everyone()
@@ -366,10 +366,10 @@ class TVKDTrainer(DPOTrainer):
             self.precompute_ref_logps = before
         rewards = self.beta * (torch.stack(model.logps.detach().chunk(2)) - ref)
         margins, shifts = rewards[0] - rewards[1], shaping[0] - shaping[1]
-        told = torch.stack(
+        rewards_and_shifts = torch.stack(
             [*rewards, (margins > 0).float(), margins, shifts, (margins * (margins - shifts) < 0).float()]
         )
-        means = self.accelerator.gather(told.T.contiguous()).mean(0).tolist()
+        means = self.accelerator.gather(rewards_and_shifts.T.contiguous()).mean(0).tolist()
         for name, mean in zip(("chosen", "rejected", "accuracies", "margins"), means[:4], strict=True):
             metrics[f"rewards/{name}"][-1] = mean
         for name, mean in zip(("shaping_margins", "flipped"), means[4:], strict=True):

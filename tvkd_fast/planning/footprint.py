@@ -89,15 +89,15 @@ class Footprint:
         if self.shares_vocabulary:
             # The few numbers a token by which its parts are merged are left out. The head's gradients are float32.
             pairs = config.pairs_per_step / self.processes
-            everyone = ring * self._group * self.policy.hidden
+            per_token = ring * self._group * self.policy.hidden
             answers = pairs * self.tokens.responses(compares(config))
-            parts["states of tokens"] = everyone * answers * (self._compute + 4)
+            parts["states of tokens"] = per_token * answers * (self._compute + 4)
             if self.policy.tied:
                 padded = config.model.packing == "padded"
                 looked_up = self.micro_batches * self.row if padded else pairs * self._a_pair
                 # A frozen table has no way back.
-                ways = 2 if config.lora.rank == 0 else 1
-                parts["embeddings of tokens"] = everyone * looked_up * ways * _BYTES[config.model.dtype]
+                directions = 2 if config.lora.rank == 0 else 1
+                parts["embeddings of tokens"] = per_token * looked_up * directions * _BYTES[config.model.dtype]
         replicas = config.parallel.replicas
         if replicas > 1:
             own = reductions * 4 * self._reduced

@@ -46,13 +46,13 @@ class Interval:
             for output, lengths in zip(out.outputs, out.length_differences, strict=True)
         ]
         mine = torch.cat(columns, 1) if columns else torch.zeros(5, 0, dtype=torch.float64)
-        everyone = world.everyone((mine, self._counts))
-        tokens, response_tokens, room = torch.stack([counts for _, counts in everyone]).sum(0).tolist()
+        gathered = world.all_gather((mine, self._counts))
+        tokens, response_tokens, room = torch.stack([counts for _, counts in gathered]).sum(0).tolist()
         found = IntervalNumbers(
             losses=[float(out.loss) for out in taken],
             grad_norms=[float(out.grad_norm) for out in taken],
             skipped=len(self._steps) - len(taken),
-            pairs=torch.cat([numbers for numbers, _ in everyone], 1),
+            pairs=torch.cat([numbers for numbers, _ in gathered], 1),
             tokens=tokens,
             response_tokens=response_tokens,
             room=room,

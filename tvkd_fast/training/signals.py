@@ -49,7 +49,7 @@ class StopSignal:
 
     def agreed(self, world: World) -> int:
         """The signal that any of the processes was sent, or 0: all of them hear of it after the same step."""
-        return world.most(self.number)
+        return world.all_reduce_max(self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number == 0:

@@ -179,7 +179,7 @@ class Trainer:
             "tokens_per_s": tokens / busy,
             "pairs_per_s": pairs / busy,
             "data_wait": waited / busy,
-            "peak_memory_gb": self.world.most(peak_bytes(self.world.device)) / 1e9,
+            "peak_memory_gb": self.world.all_reduce_max(peak_bytes(self.world.device)) / 1e9,
         }
         if self.config.peak_tflops is not None:
             could = self.config.peak_tflops * 1e12 * self.world.size * busy
@@ -255,12 +255,12 @@ class Trainer:
         """
         stats = self.policy.head.stats
         assert stats is not None
-        everyone = HeadStats()
-        for sums in self.world.everyone(None if stats.sums is None else stats.sums.cpu()):
+        all_sums = HeadStats()
+        for sums in self.world.all_gather(None if stats.sums is None else stats.sums.cpu()):
             if sums is not None:
-                everyone.add(sums)
+                all_sums.add(sums)
         stats.reset()
-        return everyone.read()
+        return all_sums.read()
 
     def _evaluate(self) -> Evaluation:
         assert self.held_out is not None

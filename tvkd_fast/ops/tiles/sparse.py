@@ -155,7 +155,7 @@ class Parts:
         """
         tiles, marks, weight = self.tiles, self.marks, self.head.weight
         grad = self.hidden.new_zeros(self.hidden.shape) if grad is None else grad
-        everyone = self._sum_of_weight()
+        weight_sum = self._sum_of_weight()
         bounds = iter(marks.bounds.tolist())
         start = next(bounds)
         for rows in tiles.row_blocks():
@@ -171,7 +171,7 @@ class Parts:
                     self.entries(segment),
                 )
             total.addcmul_(self.own[rows, None], tiles.upcast(weight[self.labels[rows]]))
-            grad[place] += total.addr_(self.even[rows], everyone, alpha=-1.0).to(grad.dtype)
+            grad[place] += total.addr_(self.even[rows], weight_sum, alpha=-1.0).to(grad.dtype)
         return grad
 
     def sum_of_states(self) -> Tensor:
@@ -196,7 +196,7 @@ class ByColumn:
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.tiles = parts, parts.tiles
-        self.everyone = parts.sum_of_states()
+        self.even_states = parts.sum_of_states()
         self.columns = list(parts.tiles.column_blocks())
         self.bounds = parts.marks.bounds.tolist()
         self.labels, self.order = parts.labels.int().sort(stable=True)
@@ -215,16 +215,16 @@ class ByColumn:
             rows, entries, edges = self._found(which, there)
             out = total[there.start - columns.start : there.stop - columns.start]
             if self.in_place is not None:
-                self.in_place.gather(rows, entries, edges, parts.hidden, self.everyone, out)
+                self.in_place.gather(rows, entries, edges, parts.hidden, self.even_states, out)
                 continue
             for features in blocks(total.shape[1], self.width):
                 h = parts.hidden[:, features].to(acc).contiguous()
                 gathered = bag(rows, h, edges, entries)
-                everyone = self.everyone[features]
+                even = self.even_states[features]
                 if parts.live is None:
-                    torch.add(gathered, everyone, out=out[:, features])
+                    torch.add(gathered, even, out=out[:, features])
                 else:
-                    torch.addcmul(gathered, parts.live[there, None], everyone, out=out[:, features])
+                    torch.addcmul(gathered, parts.live[there, None], even, out=out[:, features])
 
     def bias(self) -> Tensor:
         """Σ_t g_tj (V,)."""
@@ -232,8 +232,8 @@ class ByColumn:
         for which, tile in enumerate(self.columns):
             _, entries, edges = self._found(which, tile)
             sums.append(torch.segment_reduce(entries, "sum", lengths=edges.diff().long(), unsafe=True))
-        everyone = self.parts.even.sum()
-        return torch.cat(sums) - (everyone if self.parts.live is None else everyone * self.parts.live)
+        total = self.parts.even.sum()
+        return torch.cat(sums) - (total if self.parts.live is None else total * self.parts.live)
 
     def _found(self, which: int, there: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and gradients of the columns `there`, inside tile `which`, by column; where each column begins."""
