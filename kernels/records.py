@@ -114,7 +114,7 @@ class SelectedEntries:
     """(N,) bool: rows without entries, whose gradient is to be the exact one."""
     below: Tensor | None = None
     """(N,) Σ p·J over the entries under ε, kept or not: the tail, where it is even. Not needed by a backward."""
-    marked: int = 0
+    candidates: int = 0
     """Entries that were selected before the finished softmax pruned them, dense rows' among them."""
 
     @property

@@ -246,7 +246,7 @@ def data_file() -> Callable[[str], Path]:
 BODIES: dict[str, Callable[..., Any]] = {
     "linear_logps": logps._logps,
     "linear_logps_gradients": logps._logps_gradients,
-    "scaled_slopes": logps._scaled_slopes,
+    "scaled_slopes": logps._scaled_derivatives,
     "sparse_logps": sparse_logps._sparse_logps,
     "sparse_logps_gradients": sparse_logps._sparse_gradients,
     "linear_lse": values._lse,

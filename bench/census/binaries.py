@@ -253,7 +253,7 @@ def _products(target: str, dtype: str) -> Iterator[Build]:
 def _frozen_head(target: str, dtype: str) -> Iterator[Build]:
     cases = [(*head, rows) for rows in ("", "odd D") for head in _flags(2)]
     cases += [(False, False, "unaligned"), (True, True, "unaligned")]
-    steps = {"STEP": 8, "ROOM": 2.0**11} if dtype == "fp16" else {"STEP": 16, "ROOM": 1.0}
+    steps = {"STEP": 8, "SCALE": 2.0**11} if dtype == "fp16" else {"STEP": 16, "SCALE": 1.0}
     widths = set()
     for bias, softcap, rows in cases:
         config = _config("exponentials", target, dtype, rows, heavy=softcap, bias=bias)
@@ -266,7 +266,12 @@ def _frozen_head(target: str, dtype: str) -> Iterator[Build]:
         variant = _named("sum" if held else "first", f"{width} columns", "unaligned" * (not aligned))
         yield Build("rescale", target, dtype, variant, switches, aligned=aligned)
     for aligned, softcap in _flags(2):
-        switches = {"HAS_SOFTCAP": softcap, "ROOM": steps["ROOM"], "BLOCK_M": DHIDDEN_ROWS, "BLOCK_N": DHIDDEN_COLUMNS}
+        switches = {
+            "HAS_SOFTCAP": softcap,
+            "SCALE": steps["SCALE"],
+            "BLOCK_M": DHIDDEN_ROWS,
+            "BLOCK_N": DHIDDEN_COLUMNS,
+        }
         variant = _named("softcap" * softcap, "unaligned" * (not aligned)) or "plain"
         yield Build("dlogp_dhidden", target, dtype, variant, switches, aligned=aligned)
 

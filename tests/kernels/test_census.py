@@ -361,7 +361,7 @@ SIZES = (
     "SPLIT_TILES",
     "TILE",
     "STEP",
-    "ROOM",
+    "SCALE",
     "PRECISION",
 )
 """Compile-time arguments that follow from the target, the dtype and the row of the table."""

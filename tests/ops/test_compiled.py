@@ -1,4 +1,4 @@
-"""The compiled pass over a tile against torch's passes: the same marks, the same sums to rounding."""
+"""The compiled pass over a tile against torch's passes: the same entries, the same sums to rounding."""
 
 import math
 import multiprocessing
@@ -52,7 +52,7 @@ def sparse(stats: HeadStats, **options: Any) -> Any:
     cap=st.sampled_from([3, 10**6]),
     seed=st.integers(0, 2**16),
 )
-def test_the_marks_are_torchs(
+def test_the_entries_are_torchs(
     kit: SimpleNamespace,
     shape: tuple[int, int, int],
     log_eps: int,

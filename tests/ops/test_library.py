@@ -78,7 +78,7 @@ def test_opcheck_of_logps(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple
 
 
 @every_dtype
-def test_opcheck_of_scaled_slopes(kit: SimpleNamespace, dtype: torch.dtype) -> None:
+def test_opcheck_of_scaled_derivatives(kit: SimpleNamespace, dtype: torch.dtype) -> None:
     case = kit.case(11, D, V, dtype, ignored=0.3)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     arguments = (case.hidden.to(wide), case.upstream.to(wide), case.labels, -100, dtype)

@@ -99,23 +99,23 @@ class HeadStats:
         self.sums: Tensor | None = None
 
     def add(self, sums: Tensor) -> None:
-        """(5,): tokens, entries beside the labels', entries marked for them, Σ tail, dense rows, of one call.
+        """Add one call's (5,): tokens, entries beside the labels', candidates for them, Σ tail, dense rows.
 
-        Triton's kernels prune in the backward: in theirs, what is marked counts as kept.
+        Triton's kernels prune in the backward: in theirs, every selected entry counts as kept.
         """
         self.sums = sums if self.sums is None else self.sums + sums
 
     def read(self) -> dict[str, float]:
-        """Over rows that were not dense, entries a token and mean tail; entries marked over entries kept, a dense row's
-        among the marked; the share of rows that were dense.
+        """Return the entries per token and the mean tail of rows that were not dense, the share of dense rows, and
+        `head_marked`: selected entries, of dense rows too, over those that were kept.
         """
         if self.sums is None:
             return {}
-        tokens, entries, marked, tail, dense = self.sums.tolist()
+        tokens, entries, candidates, tail, dense = self.sums.tolist()
         sparse = max(tokens - dense, 1.0)
         return {
             "head_entries": entries / sparse,
-            "head_marked": marked / max(entries, 1.0),
+            "head_marked": candidates / max(entries, 1.0),
             "head_tail": tail / sparse,
             "head_dense_rows": dense / max(tokens, 1.0),
         }

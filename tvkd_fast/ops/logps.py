@@ -207,7 +207,7 @@ def _logps_gradients(
     return as_tensors(grads, hidden)
 
 
-def _scaled_slopes(
+def _scaled_derivatives(
     dlogp_dhidden: Tensor, grad_logps: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     """grad_logps_t·dlogp_t/dh_t [N, D], rounded once to `dtype`, a block of rows at a time."""
@@ -222,7 +222,7 @@ def _scaled_slopes(
 
 _logps_op = torch.library.custom_op("tvkd_fast::linear_logps", _logps, mutates_args=())
 gradients_op = torch.library.custom_op("tvkd_fast::linear_logps_gradients", _logps_gradients, mutates_args=())
-scaled_op = torch.library.custom_op("tvkd_fast::scaled_slopes", _scaled_slopes, mutates_args=())
+scaled_op = torch.library.custom_op("tvkd_fast::scaled_slopes", _scaled_derivatives, mutates_args=())
 gradients_op.register_fake(fake_gradients)
 
 
