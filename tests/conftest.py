@@ -338,13 +338,13 @@ def no_worse(ours: Tensor, twin: Tensor, plain: Tensor, unit: float | None = Non
     assert ours.shape == twin.shape
     if twin.numel() == 0:
         return
-    slack, floor = (1e-13, 1e-12) if ours.dtype == torch.float64 else (1e-5, 0.0)
+    slack, smallest = (1e-13, 1e-12) if ours.dtype == torch.float64 else (1e-5, 0.0)
     # Values that are infinite by right (a token that a bias takes out) must agree, and have no error to measure.
     finite = twin.isfinite()
     assert torch.equal(ours.double()[~finite], twin[~finite])
     ours, twin, plain = ours[finite].double(), twin[finite], plain[finite].double()
-    # In float64 plain torch and the twin are one computation, equally rounded: hence the floor.
-    error, allowed = (ours - twin).abs().max(), 2 * (plain - twin).abs().max() + floor
+    # In float64 plain torch and the twin are one computation, equally rounded: hence the least error that is allowed.
+    error, allowed = (ours - twin).abs().max(), 2 * (plain - twin).abs().max() + smallest
     allowed += slack * (twin.abs().max() if unit is None else unit)
     assert error <= allowed, f"error {error:.3g}, plain torch {(plain - twin).abs().max():.3g}, allowed {allowed:.3g}"
 

@@ -1,4 +1,4 @@
-"""The way of a call through the package, recorded while it runs: which functions of which files, in order."""
+"""The path of a call through the package, recorded while it runs: which functions of which files, in order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BACKWARD = "dlogits_kernel"
 
 @dataclass(frozen=True)
 class Frame:
-    """A function on the way."""
+    """A function on the path."""
 
     file: str
     """From the package's folder, such as `training/step.py`."""
@@ -82,12 +82,12 @@ def _inside(file: str) -> str | None:
     return "/".join(parts if parts[0] == "kernels" else parts[1:])
 
 
-def files(way: list[Frame]) -> list[str]:
-    """The files of a way, each once, in the order in which it comes to them."""
-    return list(dict.fromkeys(frame.file for frame in way))
+def files(path: list[Frame]) -> list[str]:
+    """Return the files of a path of calls, each once, in the order in which it reaches them."""
+    return list(dict.fromkeys(frame.file for frame in path))
 
 
-def linear_logps_way() -> list[Frame]:
+def linear_logps_path() -> list[Frame]:
     """From a call of `linear_logps` to its kernel."""
     import tvkd_fast.ops.triton_backend  # noqa: F401
 
@@ -95,7 +95,7 @@ def linear_logps_way() -> list[Frame]:
     return way_to_a_kernel(lambda: linear_logps(hidden, weight, torch.zeros(2, dtype=torch.int64)))
 
 
-def batch_way(kernel: str | None = None) -> list[Frame]:
+def batch_path(kernel: str | None = None) -> list[Frame]:
     """From the trainer of a tiny run to the kernel that its first batch comes to."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -87,14 +87,14 @@ def scoring(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, An
 
     taken = interleaved({"ours": score}, arguments.rounds + 1, before=partial(seconds, backbones))
     # The first round wakes threads and fills caches.
-    floor, ours = zip(*taken["ours"][1:], strict=True)
+    lower_bound, ours = zip(*taken["ours"][1:], strict=True)
     return {
         "model": arguments.model,
         "pairs": len(dataset),
         "states": states,
-        "speed_over_floor": median(b / a for a, b in zip(ours, floor, strict=True)),
+        "speed_over_floor": median(b / a for a, b in zip(ours, lower_bound, strict=True)),
         "seconds": list(ours),
-        "floor_seconds": list(floor),
+        "floor_seconds": list(lower_bound),
     }
 
 

@@ -18,7 +18,7 @@ HEADLINES = {
 
 
 def head_table(report: dict[str, Any]) -> str:
-    """The few rows that a first page has room for."""
+    """Return the few rows that the first page shows."""
     by_name = {row["name"]: row for row in report["results"]}
     rows = [[label, *_head_cells(by_name[name])] for name, label in HEADLINES.items() if name in by_name]
     return _head_markdown(rows, report)

@@ -93,10 +93,10 @@ def test_sound_rows_are_written_as_transformers_writes_them(everything: tuple[An
         assert answers[0] == answers[1] or [] in answers or "the same tokens" in pair, pair
         return
     for turns, ids in zip(answers, (pair.chosen_ids, pair.rejected_ids), strict=True):
-        said = tokenizer.apply_chat_template(prompt + turns, tokenize=False, tools=row.get("tools"))
+        rendered = tokenizer.apply_chat_template(prompt + turns, tokenize=False, tools=row.get("tools"))
         found = tokenizer.decode(pair.prompt_ids + ids)
-        assert said.startswith(found)
-        assert not said[len(found) :].strip()
+        assert rendered.startswith(found)
+        assert not rendered[len(found) :].strip()
 
 
 @draws(2000, fresh=True, suppress_health_check=[HealthCheck.too_slow])

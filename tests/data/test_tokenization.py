@@ -216,8 +216,8 @@ def test_keep_start_keeps_the_prompt_and_the_start_of_both_responses(
     whole = pair_of(prompt, chosen, rejected)
     result = truncated(whole, max_length, "keep_start")
     if isinstance(result, BadPair):
-        room = max_length - len(prompt)
-        assert room < 1 or whole.chosen_ids[:room] == whole.rejected_ids[:room]
+        left = max_length - len(prompt)
+        assert left < 1 or whole.chosen_ids[:left] == whole.rejected_ids[:left]
         return
     cut, was_cut = result
     assert was_cut == (cut != whole)

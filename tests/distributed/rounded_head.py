@@ -63,18 +63,18 @@ def errors(
     exact = [x.detach().double().requires_grad_() for x in (all_states, plain.weight)]
     options = {"softcap": transforms.softcap, "logit_scale": transforms.logit_scale}
     options["bias"] = None if plain.bias is None else plain.bias.detach().double()  # type: ignore[assignment]
-    truth = twin(*exact, labels, **options)
-    (truth * upstream).sum().backward()
-    found = {"logps": float((ours[0] - truth[mine]).abs().max())}
+    reference = twin(*exact, labels, **options)
+    (reference * upstream).sum().backward()
+    found = {"logps": float((ours[0] - reference[mine]).abs().max())}
     found |= _error("dH", ours[1], states.grad[mine], exact[0].grad[mine])
     if not frozen:
         found |= _error("dW", shared.weight.grad.full_tensor(), plain.weight.grad, exact[1].grad)
     return found
 
 
-def _error(name: str, ours: Tensor, plain: Tensor, truth: Tensor) -> dict[str, float]:
+def _error(name: str, ours: Tensor, plain: Tensor, reference: Tensor) -> dict[str, float]:
     """Of the worst row, relative to it."""
-    wrong = [((x.double() - truth).norm(dim=1) / truth.norm(dim=1)).max() for x in (ours, plain)]
+    wrong = [((x.double() - reference).norm(dim=1) / reference.norm(dim=1)).max() for x in (ours, plain)]
     return {name: float(wrong[0]), f"{name} whole": float(wrong[1])}
 
 

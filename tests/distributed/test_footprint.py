@@ -25,7 +25,7 @@ SHARED = {
 def test_a_step_sends_what_is_counted(
     processes: int, tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]
 ) -> None:
-    """Processes start once for both ways to have a vocabulary."""
+    """Processes start once for both layouts of the vocabulary."""
     uneven = CHANGES | {"data": {"train": str(tmp_path / "pairs.jsonl")}}
     shared = even(tmp_path) | {"parallel": {"vocabulary": "shared"}}
     recipes = [write_recipe(tmp_path, f"gathered-{name}", **case, **uneven) for name, case in GATHERED.items()]

@@ -57,10 +57,10 @@ def program(tmp_path: Path) -> list[str]:
 @pytest.mark.distributed
 def test_processes_meet_on_the_loopback_interface_alone(program: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert launch([*program, "meet"], 3) == 0
-    said = capfd.readouterr().out.splitlines()
-    assert said.count("[0, 1, 2] 2 0") == 3
+    output = capfd.readouterr().out.splitlines()
+    assert output.count("[0, 1, 2] 2 0") == 3
     # 127.0.0.1 as the kernel writes it, and neither 0.0.0.0 nor ::.
-    places = [line for line in said if line.startswith("at")]
+    places = [line for line in output if line.startswith("at")]
     assert all("'0100007F:" in line and line.count(":") == 1 for line in places), places
 
 

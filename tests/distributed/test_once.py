@@ -31,15 +31,15 @@ def test_the_first_that_has_something_to_print_prints_it(
         (["scores", str(tmp_path / "none")], "no score cache at"),
         (["train", "--config", "no_recipe"], "no recipe or file"),
     ):
-        said = []
+        output = []
         for rank in ("1", "0"):
             monkeypatch.setenv("RANK", rank)
             with pytest.raises(SystemExit) as stopped:
                 main(arguments)
             assert stopped.value.code == 2
-            said.append(capsys.readouterr().err)
-        assert wanted in said[0]
-        assert said[1] == ""
+            output.append(capsys.readouterr().err)
+        assert wanted in output[0]
+        assert output[1] == ""
 
 
 @pytest.mark.usefixtures("_two_processes")

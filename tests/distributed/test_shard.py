@@ -17,9 +17,9 @@ Launch = Callable[..., str]
 )
 def test_a_step_over_processes_is_the_step_of_one(processes: int, replicas: int, launch: Launch) -> None:
     """Tied and untied Llamas and Gemma 2 with its softcaps, packed rows, one process without a pair of its own."""
-    said = launch(processes, "sharded_step.py", str(replicas)).splitlines()
+    output = launch(processes, "sharded_step.py", str(replicas)).splitlines()
     families = ("llama, tied", "llama, untied", "gemma2")
-    assert said == [f"done: {family} {head}" for family in families for head in ("gathered", "shared")]
+    assert output == [f"done: {family} {head}" for family in families for head in ("gathered", "shared")]
 
 
 def test_a_shared_head_in_bfloat16_rounds_as_a_whole_one_does(launch: Launch) -> None:

@@ -85,8 +85,8 @@ def all_runs(more_runs: Path, launch: Launch) -> Path:
 
 def make(folder: Path, launch: Launch, processes: int, cases: Iterable[str]) -> None:
     recipes = [str(folder / f"{case}.yaml") for case in cases]
-    said = launch(processes, "train_cases.py", *recipes).splitlines()
-    assert [line.removeprefix("done: ") for line in said if line.startswith("done: ")] == list(cases)
+    output = launch(processes, "train_cases.py", *recipes).splitlines()
+    assert [line.removeprefix("done: ") for line in output if line.startswith("done: ")] == list(cases)
 
 
 @pytest.mark.parametrize("case", OF_EACH_KIND)

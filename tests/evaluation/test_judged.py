@@ -218,21 +218,21 @@ def test_a_model_that_cannot_be_asked_is_named_before_it_is_evaluated(
     arguments = several if table else ["eval", "--policy", folder, "--data.eval", str(files / "eval.jsonl")]
     with pytest.raises(SystemExit):
         main([*arguments, f"--generate={tmp_path}"])
-    said = capsys.readouterr()
-    assert f"{folder} has no chat template" in said.err
-    assert not said.out
+    replies = capsys.readouterr()
+    assert f"{folder} has no chat template" in replies.err
+    assert not replies.out
 
 
 def test_what_models_write_cannot_break_the_pages():
     prompts = [[{"role": "user", "content": "<b>\n# a"}]]
-    said = {"m": ["</p><script>x</script>\n# heading\r# another\u2028# third"]}
-    html = html_page(prompts, said)
+    replies = {"m": ["</p><script>x</script>\n# heading\r# another\u2028# third"]}
+    html = html_page(prompts, replies)
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
-    markdown = markdown_page(prompts, said)
+    markdown = markdown_page(prompts, replies)
     assert [line for line in markdown.splitlines() if line.startswith("# ")] == ["# Answers side by side"]
-    said = {"m": ["```c\nx = a < b && c;\n````"]}
-    assert "> `````\n> ```c\n> x = a < b && c;\n> ````\n> `````\n" in markdown_page(prompts, said)
+    replies = {"m": ["```c\nx = a < b && c;\n````"]}
+    assert "> `````\n> ```c\n> x = a < b && c;\n> ````\n> `````\n" in markdown_page(prompts, replies)
 
 
 def test_a_policy_that_was_named_stays_the_first(files, model_folder, capsys):

@@ -67,13 +67,13 @@ def run(folders: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> O
                 found.norms.append(float(norm))
                 return norm
 
-            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as output:
                 patch.setattr(sys, "argv", [name, *(str(x) for option in given.items() for x in option)])
                 patch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
                 patch.syspath_prepend(str(EXAMPLES))
                 patch.setenv("ACCELERATE_USE_CPU", "true")
                 runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-            found.losses = [float(x) for x in re.findall(r"^loss ([\d.]+)", said.getvalue(), re.M)]
+            found.losses = [float(x) for x in re.findall(r"^loss ([\d.]+)", output.getvalue(), re.M)]
         return done[asked]
 
     return once

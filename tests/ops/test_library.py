@@ -244,7 +244,7 @@ def test_a_whole_step_in_one_graph(backend: str, terminal: str, ended: bool) -> 
 @compilers
 @pytest.mark.parametrize("declared", [False, True], ids=["found-out", "mark_dynamic"])
 def test_other_lengths_take_the_same_graph(backend: str, declared: bool) -> None:
-    """One graph where the sizes are said to change, two where torch finds it out by the second batch."""
+    """One graph where the sizes are declared to change, two where torch finds it out by the second batch."""
     model, counter = Step(), CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for more in (0, 1, 3, 9):
@@ -413,8 +413,8 @@ def test_auto_warns_of_a_gpu_that_goes_unused(
     assert taken == [refusal is None] * 2
     (record,) = caplog.records
     assert record.levelname == ("INFO" if refusal is None else "WARNING")
-    said = f"in torch tiles: {refusal}" if refusal else "in Triton kernels: cuda tensors of torch.float16"
-    assert said in record.getMessage()
+    expected = f"in torch tiles: {refusal}" if refusal else "in Triton kernels: cuda tensors of torch.float16"
+    assert expected in record.getMessage()
 
 
 @pytest.mark.parametrize(

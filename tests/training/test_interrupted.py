@@ -115,12 +115,12 @@ def test_a_step_that_is_not_finite_leaves_its_pairs(broken):
 def test_it_is_replayed_pair_by_pair(broken, capsys):
     file = str(Path(broken.output_dir) / "nonfinite-step-000003.json")
     cli.main(["replay", file])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     record = json.loads(Path(file).read_text())
-    rows = said.splitlines()[1:5]
+    rows = output.splitlines()[1:5]
     assert sorted(int(row.split()[0]) for row in rows) == record["pairs"]
     # The weights were poisoned in memory alone.
-    assert "every pair is finite alone, under the weights of the newest checkpoint" in said
+    assert "every pair is finite alone, under the weights of the newest checkpoint" in output
     assert all(math.isfinite(float(row.split()[2])) for row in rows)
 
 

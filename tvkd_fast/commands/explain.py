@@ -153,9 +153,9 @@ def _html(prompt: str, heats: tuple[Heat, Heat], loss: TVKD) -> str:
         spans = []
         for i, (token, step) in enumerate(zip(heat.tokens, heat.steps, strict=True)):
             strength, (red, green, blue) = _colour(step, scale)
-            said = f"step {step:+.4f}, V {heat.values[i]:.3f} to {heat.values[i + 1]:.3f}"
+            title = f"step {step:+.4f}, V {heat.values[i]:.3f} to {heat.values[i + 1]:.3f}"
             style = f"background: rgba({red}, {green}, {blue}, {strength:.2f})"
-            spans.append(f'<span style="{style}" title="{said}">{escape(token)}</span>')
+            spans.append(f'<span style="{style}" title="{title}">{escape(token)}</span>')
         parts.append(f"<h2>{heat.name}: Ψ = {heat.total:+.3f}</h2>")
         parts.append(f'<p class="response">{"".join(spans)}</p>')
     return page("What the teacher's value does", STYLE, "\n".join(parts))

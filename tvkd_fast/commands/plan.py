@@ -83,10 +83,10 @@ def _memory_lines(found: Footprint) -> Iterator[str]:
     yield f"memory      of {whose} at its peak, {moment}"
     peak = sum(held.values())
     yield from _sizes(held | {"in all": peak})
-    room = _room(found.config)
-    if room is not None:
-        (line,) = _sizes({"there is": room})
-        yield f"{line}: {_verdict(found, peak, room)}"
+    memory = _device_memory(found.config)
+    if memory is not None:
+        (line,) = _sizes({"available": memory})
+        yield f"{line}: {_verdict(found, peak, memory)}"
     else:
         yield "            --device_memory_gib N says whether that fits, and what would"
     if found.config.model.device == "auto" and not _on_gpu(found.config):
@@ -117,10 +117,10 @@ def on_a_cpu(config: TrainConfig, held: dict[str, float]) -> dict[str, float]:
     return held | more
 
 
-def _verdict(found: Footprint, peak: float, room: float) -> str:
-    if peak <= room:
-        return f"it fits, {1 - peak / room:.0%} to spare"
-    fitting = [name for name, one in _smaller(found) if sum(_held(one)[1].values()) <= room]
+def _verdict(found: Footprint, peak: float, memory: float) -> str:
+    if peak <= memory:
+        return f"it fits, {1 - peak / memory:.0%} to spare"
+    fitting = [name for name, one in _smaller(found) if sum(_held(one)[1].values()) <= memory]
     remedy = f"what would: {', or '.join(fitting)}" if fitting else "nor would what is cheap to try"
     return f"it does not fit; {remedy}"
 
@@ -153,7 +153,7 @@ def _on_gpu(config: TrainConfig) -> bool:
     return torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda"
 
 
-def _room(config: TrainConfig) -> float | None:
+def _device_memory(config: TrainConfig) -> float | None:
     """Return the memory of a process's device in bytes: as configured, or that of the GPU found here."""
     if config.device_memory_gib is not None:
         return config.device_memory_gib * GIB

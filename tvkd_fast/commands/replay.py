@@ -123,10 +123,10 @@ def report(found: list[Replayed]) -> str:
     rows = sorted(found, key=lambda x: (x.finite, -x.grad_norm if x.finite else 0.0))
     lines = [f"{x.pair:>8} {x.tokens:>7} {x.loss:>12.5g} {x.grad_norm:>12.5g}  {x.row}" for x in rows]
     bad = sum(not x.finite for x in found)
-    said = (
+    verdict = (
         f"{bad} of {len(found)} pairs are not finite alone"
         if bad
         else "every pair is finite alone, under the weights of the newest checkpoint: what went wrong came later or "
         "from their sum; look at the largest gradients, lower --optim.lr, or add --optim.warmup_steps"
     )
-    return "\n".join([head, *lines, said])
+    return "\n".join([head, *lines, verdict])

@@ -130,22 +130,22 @@ def _as_far_as_the_policy(pair: TokenizedPair, text: Preference, ours: PairToken
     cut: dict[str, Any] = {}
     for name in _ANSWERS:
         if not getattr(pair, f"{name}_ended"):
-            said = _decoded(getattr(whole, f"{name}_ids"), ours.tokenizer)
+            decoded = _decoded(getattr(whole, f"{name}_ids"), ours.tokenizer)
             # A cut inside a character's bytes leaves a mark of its own at the end.
             left = len(_decoded(getattr(pair, f"{name}_ids"), ours.tokenizer).rstrip("\ufffd"))
-            cut[name] = _shortened(getattr(text, name), said, left, text.row)
+            cut[name] = _shortened(getattr(text, name), decoded, left, text.row)
     return replace(text, **cut)
 
 
-def _shortened(answer: str | list[Message], said: str, left: int, row: str) -> str | list[Message]:
+def _shortened(answer: str | list[Message], decoded: str, left: int, row: str) -> str | list[Message]:
     """What of the answer lies in the first `left` characters of what its tokens say."""
     kept: list[str] = []
     place = 0
     for content in _contents(answer):
-        written = next((x for x in _ways_to_write(content) if said.find(x, place) >= 0), None)
+        written = next((x for x in _spellings(content) if decoded.find(x, place) >= 0), None)
         if written is None:
             raise BadPair(row, "it is not known what a cut left of an answer", "its tokens say something else")
-        start = said.find(written, place)
+        start = decoded.find(written, place)
         if start >= left:
             break
         kept.append(written[: left - start])
@@ -157,7 +157,7 @@ def _shortened(answer: str | list[Message], said: str, left: int, row: str) -> s
     return [{**message, "content": content} for message, content in zip(answer, kept, strict=False)]
 
 
-def _ways_to_write(content: str) -> list[str]:
+def _spellings(content: str) -> list[str]:
     """As it is, composed as some tokenizers do, and as templates trim it."""
     composed = unicodedata.normalize("NFC", content)
     return [content, composed, content.strip(), composed.strip()]
@@ -174,12 +174,12 @@ def _check_text(own: TokenizedPair, text: Preference, tokenizer: PreTrainedToken
     """Every message must stand in what its tokens say, one after the other."""
     for answer in _ANSWERS:
         # Of both together: a token may hold the prompt's end and the answer's beginning.
-        said = _letters(_decoded(own.prompt_ids + getattr(own, f"{answer}_ids"), tokenizer))
+        decoded = _letters(_decoded(own.prompt_ids + getattr(own, f"{answer}_ids"), tokenizer))
         place = 0
         for name in ("prompt", answer):
             for content in _contents(getattr(text, name)):
                 letters = _letters(content)
-                start = said.find(letters, place)
+                start = decoded.find(letters, place)
                 if start < 0:
                     raise BadPair(own.row, "its text is not what the teacher's tokens say", f"in the {name}")
                 place = start + len(letters)

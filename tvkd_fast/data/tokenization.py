@@ -282,29 +282,29 @@ def truncate_pair(
     lengths = f"{prompt} prompt, {len(pair.chosen_ids)} chosen and {len(pair.rejected_ids)} rejected tokens"
     detail = f"{lengths}, max_length {max_length}, {truncation}"
     if truncation == "keep_end":
-        room = max_length - longer
-        if room < 1:
+        left = max_length - longer
+        if left < 1:
             raise BadPair(
                 pair.row,
                 "the longer response leaves no room for a prompt token",
                 detail,
                 "Raise --data.max_length, or leave such pairs out with --data.overlong drop",
             )
-        return replace(pair, prompt_ids=pair.prompt_ids[-room:]), True
-    room = max_length - prompt
+        return replace(pair, prompt_ids=pair.prompt_ids[-left:]), True
+    left = max_length - prompt
     remedy = "Raise --data.max_length, cut prompts with --data.truncation keep_end, or leave such pairs out with "
     remedy += "--data.overlong drop"
-    if room < 1:
+    if left < 1:
         raise BadPair(pair.row, "the prompt leaves no room for a response token", detail, remedy)
-    chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+    chosen, rejected = pair.chosen_ids[:left], pair.rejected_ids[:left]
     if chosen == rejected:
         raise BadPair(pair.row, "the responses are the same where both are cut", detail, remedy)
     cut = replace(
         pair,
         chosen_ids=chosen,
         rejected_ids=rejected,
-        chosen_ended=pair.chosen_ended and len(pair.chosen_ids) <= room,
-        rejected_ended=pair.rejected_ended and len(pair.rejected_ids) <= room,
+        chosen_ended=pair.chosen_ended and len(pair.chosen_ids) <= left,
+        rejected_ended=pair.rejected_ended and len(pair.rejected_ids) <= left,
     )
     return cut, True
 

@@ -57,8 +57,8 @@ def answers(
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
     with in_eval(model), _generating_by(model, greedy):
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
-    said = [_up_to(row[length:], stops) for row in out.tolist()]
-    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in said]
+    replies = [_up_to(row[length:], stops) for row in out.tolist()]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in replies]
 
 
 @contextmanager

@@ -302,7 +302,7 @@ class TVKDTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._heads.take(self)
         held = self.ref_model
-        # TRL asks whether there is one by its truth, and torch.compile's wrapper has none: it is a container's length.
+        # TRL takes its truth value: that of torch.compile's wrapper would be a container's length, which it lacks.
         self.ref_model = getattr(held, "_orig_mod", held)
         try:
             self._name_reference()

@@ -55,8 +55,8 @@ def fingerprint_model(model: PreTrainedModel) -> str:
 
 def fingerprint_settings(model: PreTrainedModel) -> str:
     """sha256 (hex) of how a model uses its weights: what `fingerprint_model` holds beside `fingerprint_weights`."""
-    said = {"config": _of_config(model.config.to_diff_dict()), "adapters": _of_adapters(model)}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    used = {"config": _of_config(model.config.to_diff_dict()), "adapters": _of_adapters(model)}
+    return hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint_weights(model: nn.Module) -> str:

@@ -136,7 +136,7 @@ def compare_logps(
 
 
 def tolerance(precision: torch.dtype) -> float:
-    """How much two ways to one number may differ, relative to the largest."""
+    """How much two computations of one number may differ, relative to the largest."""
     return _TOLERANCES[precision]
 
 

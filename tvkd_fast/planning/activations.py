@@ -103,8 +103,8 @@ def _saved(
     shared; on shapes alone, or with weights as drawn where shapes hang on numbers (how many tokens an expert gets).
     """
     attentions = (False,) if layout is not None else (False, True)
-    *ways, last = [(own, mode) for mode in (FakeTensorMode, nullcontext) for own in attentions]
-    for own, mode in ways:
+    *attempts, last = [(own, mode) for mode in (FakeTensorMode, nullcontext) for own in attentions]
+    for own, mode in attempts:
         # Of torch's refusals to reckon with shapes all are such errors; the last way's is the user's to see.
         with suppress(RuntimeError, ValueError), mode():
             return _forward(make(), tokens, layout, sequences, autocast, own=own)

@@ -31,11 +31,11 @@ class Interval:
         self._steps: list[StepOutput] = []
         self._counts = torch.zeros(3, dtype=torch.int64)
 
-    def add(self, out: StepOutput, batches: Sequence[PairBatch], *, room: int) -> None:
-        """One step, with this process's part of it and the tokens that there was room for."""
+    def add(self, out: StepOutput, batches: Sequence[PairBatch], *, capacity: int) -> None:
+        """One step, with this process's part of it and the tokens that its micro-batches can hold."""
         self._steps.append(out)
         tokens, responses = sum(b.num_tokens for b in batches), sum(b.labels.numel() for b in batches)
-        self._counts += torch.tensor([tokens, responses, room])
+        self._counts += torch.tensor([tokens, responses, capacity])
 
     def read(self, world: World) -> IntervalNumbers:
         """Waits for the device, and for the other processes; then begins anew."""
@@ -47,7 +47,7 @@ class Interval:
         ]
         mine = torch.cat(columns, 1) if columns else torch.zeros(5, 0, dtype=torch.float64)
         gathered = world.all_gather((mine, self._counts))
-        tokens, response_tokens, room = torch.stack([counts for _, counts in gathered]).sum(0).tolist()
+        tokens, response_tokens, capacity = torch.stack([counts for _, counts in gathered]).sum(0).tolist()
         found = IntervalNumbers(
             losses=[float(out.loss) for out in taken],
             grad_norms=[float(out.grad_norm) for out in taken],
@@ -55,7 +55,7 @@ class Interval:
             pairs=torch.cat([numbers for numbers, _ in gathered], 1),
             tokens=tokens,
             response_tokens=response_tokens,
-            room=room,
+            capacity=capacity,
         )
         self._steps, self._counts = [], torch.zeros_like(self._counts)
         return found
@@ -87,15 +87,15 @@ class IntervalNumbers:
     """That went through the policy."""
     response_tokens: int
     """That its head saw."""
-    room: int
-    """Tokens that the micro-batches had room for."""
+    capacity: int
+    """Tokens that the micro-batches could hold."""
 
     def metrics(self) -> dict[str, float]:
         """As a metrics line shows them: means. Rewards and margins are unshaped, in β-scaled nats."""
         metrics = {
             "loss": _mean(self.losses),
             "grad_norm": _mean(self.grad_norms),
-            "fill": self.tokens / self.room,
+            "fill": self.tokens / self.capacity,
         }
         if self.skipped:
             metrics["skipped"] = self.skipped

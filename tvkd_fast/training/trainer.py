@@ -110,7 +110,7 @@ class Trainer:
                 self.trained = True
                 number = step + 1
                 busy += time.perf_counter() - start
-                interval.add(out, batches, room=sum(map(self.batching.room, batches)))
+                interval.add(out, batches, capacity=sum(map(self.batching.capacity, batches)))
                 last = number == self.max_steps
                 if number % self.config.log_every == 0 or last:
                     numbers = interval.read(self.world)

@@ -182,9 +182,9 @@ def _answers(record: Record, row: str) -> tuple[tuple[str, ...], Any, Any]:
         )
         raise BadPair(row, "missing column", f"found: {found}; wanted: {wanted}", remedy)
     if len(fitting) > 1:
-        ways = "; ".join(", ".join(columns) for columns, _ in fitting)
+        fits = "; ".join(", ".join(columns) for columns, _ in fitting)
         remedy = "Remove the columns of all but one, or make columns chosen and rejected"
-        raise BadPair(row, "more than one rule says which answer is preferred", ways, remedy)
+        raise BadPair(row, "more than one rule says which answer is preferred", fits, remedy)
     columns, rule = fitting[0]
     return columns, *rule(record, columns, row)
 

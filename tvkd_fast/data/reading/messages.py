@@ -44,7 +44,7 @@ def read_messages(values: Sequence[Any], column: str, row: str) -> list[Message]
     return [_message(value, column, row) for value in values]
 
 
-def says(message: Message) -> bool:
+def has_text(message: Message) -> bool:
     """Whether there is anything in the turn to learn from, or to answer."""
     return bool(message.get("content", "").strip()) or any(message.get(name) for name in SPOKEN)
 
@@ -89,6 +89,6 @@ def _message(value: object, column: str, row: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not isinstance(content, str | None):
         raise BadPair(row, "wrong type", f"{column} holds a message whose role or content is no string")
-    if content is None and not says(message):
+    if content is None and not has_text(message):
         raise BadPair(row, "message without role and content", f"in {column}")
     return message

@@ -89,8 +89,8 @@ def files_of_split(folder: Path, split: str, config: str | None = None) -> list[
 def _refuse_formats(folder: Path, split: str, files: list[Path]) -> None:
     unread = [file.name for file in files if not file.name.endswith(FILE_SUFFIXES)]
     if unread:
-        ways = ", ".join(FILE_SUFFIXES)
-        raise ValueError(f"{folder}: the split {split!r} has {', '.join(unread)}: save it as one of {ways}")
+        suffixes = ", ".join(FILE_SUFFIXES)
+        raise ValueError(f"{folder}: the split {split!r} has {', '.join(unread)}: save it as one of {suffixes}")
     twice = {file.parent / _stem(file) for file in files}
     if len(twice) < len(files):
         names = ", ".join(file.name for file in files)
@@ -207,10 +207,10 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
 
     readme, alone = folder / "README.md", folder / ".huggingface.yaml"
     try:
-        said = (metadata_load(readme) if readme.is_file() else None) or {}
+        configs = (metadata_load(readme) if readme.is_file() else None) or {}
         if alone.is_file():
-            said |= yaml.safe_load(alone.read_text(encoding="utf-8")) or {}
-        return dict(MetadataConfigs.from_dataset_card_data(said))
+            configs |= yaml.safe_load(alone.read_text(encoding="utf-8")) or {}
+        return dict(MetadataConfigs.from_dataset_card_data(configs))
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{folder}: the YAML of its README.md cannot be read ({message}): mend it") from error
