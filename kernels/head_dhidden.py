@@ -276,7 +276,7 @@ class _Pass:
         self.held_exponents, self.held_total = floats(2, held), floats(held)
 
     def through(self, rows: slice) -> None:
-        """One block of rows through the vocabulary."""
+        """Take one block of rows through the vocabulary."""
         held_sums = self.dlogp_dhidden[rows]
         before, after = self.held_exponents
         before.fill_(-torch.inf)

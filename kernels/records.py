@@ -88,7 +88,7 @@ class SelectionRule:
     seed: int = 0
     max_tail: float = 1.0
     max_entries: float = math.inf
-    """Where the mean of the tails, or of the entries per row, is more, every row is dense."""
+    """A call whose mean tail, or mean entries per row, exceeds its limit has dense rows only."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ print(json.dumps({"loaded": loaded, "rows": rows, "order": list(order)}))
 
 @pytest.fixture(scope="session")
 def another_process() -> dict[str, Any]:
-    """What a process of its own, with a hash seed of its own, makes of the package; started once for all who ask."""
+    """Return the package's facts in another process with another hash seed, which is started once per session."""
     environment = {**os.environ, "PYTHONHASHSEED": "4321"}
     command = [sys.executable, "-c", ELSEWHERE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -252,7 +252,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "linear_lse": values._lse,
     "linear_entropy": values._entropy,
 }
-"""What the registered ops run."""
+"""The functions that the registered ops run."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def torch_logps(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """What a careful user writes: whole logits and log_softmax, in the dtype that came in."""
+    """Compute what a careful user writes: whole logits and log_softmax, in the dtype that came in."""
     z = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     kept = labels != ignore_index
@@ -350,7 +350,7 @@ def no_worse(ours: Tensor, twin: Tensor, plain: Tensor, unit: float | None = Non
 
 
 def logps_no_worse(case: Case, op: Callable[..., Tensor] = linear_logps) -> Results:
-    """`linear_logps` held to its float64 twin: values and gradients, a frozen head's too. Returns what it gave."""
+    """Test `linear_logps` against its float64 twin: values and gradients, a frozen head's too. Return its results."""
     ours, frozen = run(op, case), run(op, case, frozen=True)
     twin = run(reference.linear_logps, case, upcast_to=torch.float64)
     wide = torch.float64 if case.hidden.dtype == torch.float64 else torch.float32
@@ -402,7 +402,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
-    """What the ops' tests share; a conftest cannot be imported from."""
+    """Return the helpers that the ops' tests share; a conftest cannot be imported."""
     return SimpleNamespace(
         case=random_case,
         Case=Case,

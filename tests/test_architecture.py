@@ -1,4 +1,4 @@
-"""How the package is laid out: files and folders of one idea, few frames to a kernel, objectives known in one place."""
+"""The layout of the package: files and folders of one idea, few frames to a kernel, objectives known in one place."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ from tvkd_fast.objectives import objectives
 PACKAGE = ROOT / "tvkd_fast"
 FILES = sorted(python_files(PACKAGE))
 TRLS_OWN = {"integrations/trl.py", "integrations/trl_config.py"}
-"""Where TRL's names of losses, tags and choices stand, among which are some of the same letters."""
+"""The files with TRL's names of losses, tags and choices, some of which are spelt like objectives."""
 
 
 def relative(file: Path) -> str:

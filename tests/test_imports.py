@@ -1,4 +1,4 @@
-"""Which layer of the package may import which: every import statement is checked against the table below."""
+"""The imports that each layer of the package may make: every import statement is checked against the table below."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ NEVER_IMPORTED = {"kernels", "bench", "tests"}
 
 
 def violations(root: Path) -> list[str]:
-    """What the package's imports and files do against the rules, one line each."""
+    """Return the package's imports and files that break the rules, one line each."""
     package = root / PACKAGE
     found = [
         f"{file.relative_to(root)}:{line}: {problem}"

@@ -1,4 +1,4 @@
-"""What torch offers under a private name alone, or at a price that every start would pay."""
+"""Functions that torch offers only under a private name, or at a cost that every start would pay."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Frame:
     """A function on the path."""
 
     file: str
-    """From the package's folder, such as `training/step.py`."""
+    """The path within the package's folder, such as `training/step.py`."""
     function: str
 
 
@@ -88,7 +88,7 @@ def files(path: list[Frame]) -> list[str]:
 
 
 def linear_logps_path() -> list[Frame]:
-    """From a call of `linear_logps` to its kernel."""
+    """Return the calls from `linear_logps` to its kernel."""
     import tvkd_fast.ops.triton_backend  # noqa: F401
 
     hidden, weight = torch.zeros(2, 16), torch.zeros(32, 16, requires_grad=True)
@@ -96,7 +96,7 @@ def linear_logps_path() -> list[Frame]:
 
 
 def batch_path(kernel: str | None = None) -> list[Frame]:
-    """From the trainer of a tiny run to the kernel that its first batch comes to."""
+    """Return the calls from the trainer of a tiny run to the kernel that its first batch reaches."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import tvkd_fast.ops.triton_backend  # noqa: F401

@@ -142,7 +142,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was read from a build's binary."""
+    """The figures read from a build's binary."""
 
     registers: int
     stack: int
@@ -288,7 +288,7 @@ def _selection_bits(target: str, dtype: str) -> Iterator[Build]:
 
 
 def _gathers(target: str, dtype: str) -> Iterator[Build]:
-    """One per D, since a program holds whole rows; at one D for every head and side."""
+    """Yield one build per D, since a program holds whole rows; at one D for every head and side."""
     everything = [dict(zip(("HAS_BIAS", "HAS_SOFTCAP", "UNBIASED"), on, strict=True)) for on in _flags(3)]
     for size in HEAD_SIZES:
         config = GatherConfig.of(size)
@@ -331,7 +331,7 @@ def _tiled(
     rows: str,
     out: str = "fp32",
 ) -> Iterator[Build]:
-    """One build, or none where no launch would come to it: bulk copies mask nothing, and 16 divides an aligned D."""
+    """Yield one build, or none where no launch would use it: bulk copies mask nothing, and 16 divides an aligned D."""
     aligned, even = _ROWS[rows]
     name, step = ("EVEN_N", config.block_n) if kernel == "product" else ("EVEN_K", config.block_k)
     if even or not (config.bulk or (aligned and 16 % step == 0)):

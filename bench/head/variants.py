@@ -42,7 +42,7 @@ def csr(selected: SelectedEntries, entries: Tensor, shape: tuple[int, int], *, t
 
 
 def variants(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
-    """What is timed, by name, and what was counted."""
+    """Return the timed variants by name, and the counts."""
     hidden, weight, labels = states.hidden, states.weight, states.labels
     (n, _), v = hidden.shape, weight.shape[0]
     head, rule = Head(weight), SelectionRule(eps, v // 16)

@@ -96,7 +96,7 @@ class Study:
             done.result()
 
     def run_cells(self, pool: ProcessPoolExecutor, cell: Cell, arms: Iterable[str], seeds: Iterable[int]) -> None:
-        """Those of the runs that are not there yet."""
+        """Run those of the runs that have no result yet."""
         known = {(one["cell"], one["arm"], one["seed"]) for one in self.runs}
         left = [(arm, seed) for seed in seeds for arm in arms if (cell.name, arm, seed) not in known]
         if left:
@@ -128,7 +128,7 @@ class Study:
         self.run_cells(pool, self.small, (DPO, TVKD), self.seeds)
 
     def finalists(self) -> list[str]:
-        """By what was screened, which no table of finalists reports on."""
+        """Return the finalists by the screening, which no table of finalists reports on."""
         return finalists(self.rows[self.screened.name])
 
     def tell(self) -> None:

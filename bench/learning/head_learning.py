@@ -1,4 +1,4 @@
-"""What leaving small softmax entries out costs in learning: the head alone under AdamW, on real states.
+"""The cost in learning of leaving small softmax entries out: the head alone under AdamW, on real states.
 
     python -m bench.learning.head_learning --data PAIRS.jsonl.gz --json FILE
 

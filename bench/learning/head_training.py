@@ -72,7 +72,7 @@ ARMS: dict[str, Callable[[PolicyWithHead], None]] = {
     "sparse, 2^-18": sparse(-18),
     "bf16 logits": dense(RoundedHead),
 }
-"""By name, what is done to a policy's head; the eager one shows what float32's own rounding grows to."""
+"""The change of a policy's head, by name; the eager one shows what float32's own rounding grows to."""
 
 
 class Study:
@@ -171,7 +171,7 @@ class Study:
 
 
 def weights(policy: PolicyWithHead) -> dict[str, Tensor]:
-    """What learns, as two vectors: of the head, unless it is frozen, and of the backbone."""
+    """Return the trained weights as two vectors: the head's, unless it is frozen, and the backbone's."""
     head = policy.head.weight
     rest = [x.detach().flatten() for x in policy.parameters() if x.requires_grad and x is not head]
     found = {"backbone": torch.cat(rest)}

@@ -26,7 +26,7 @@ WIDE = MicroBatching(tokens=2048)
 
 
 def settings() -> str:
-    """What every run is made by, beside a cell's budget."""
+    """Return the settings of every run beside its cell's budget."""
     return repr((OPTIM, BATCHING, WIDE, ARMS, SELECTED_FROM, MODEL_CONFIG))
 
 
@@ -62,7 +62,7 @@ def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
 
 
 def teachers(cell: Cell, most: int = 600) -> dict[str, Any]:
-    """What the teacher itself makes of the pairs that are held out, of so many of them."""
+    """Return the teacher's own figures on the first held-out pairs."""
     teacher = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
     columns = margins_of(teacher, cell.dataset("held_out"), cell.reference("held_out"), most)
     return {"data": cell.data, "pairs": _named(columns)}
@@ -94,7 +94,7 @@ def margins_of(
 
 
 def _step_of(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -> Any:
-    """What one step does: pairs and optimizer to a loss."""
+    """Return the function of one step, from pairs and optimizer to a loss."""
     if arm.source == "kl":
         distilled = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
 

@@ -1,4 +1,4 @@
-"""What each process of a large run would hold and send, by the planner: counted, nothing is run or timed.
+"""The memory and traffic of each process of a large run, by the planner: counted, nothing is run or timed.
 
     python -m bench.runs.scaling --json bench/results/scaling.json
 

@@ -59,7 +59,7 @@ def profile_table(report: dict[str, Any]) -> str:
 
 
 def teacher_table(report: dict[str, Any]) -> str:
-    """What was measured of a teacher's price, beside what it may be."""
+    """Return the table of the teacher's measured cost, beside its limit."""
     trained, scored = report["training"], report["scoring"]
     low, high = trained["interval_ms"]
     difference = f"{trained['difference_ms']:+.2f} ms ({low:+.2f} to {high:+.2f})"

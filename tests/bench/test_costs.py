@@ -1,4 +1,4 @@
-"""What the teacher costs, where a step's time goes, steps by length: what these benchmarks write."""
+"""The reports of the benchmarks of the teacher's cost, a step's parts, and steps by length."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the command line says of options that there are not, and of values that do not fit."""
+"""The command line's messages for options that do not exist, and for values that do not fit."""
 
 import re
 

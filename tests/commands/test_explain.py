@@ -1,4 +1,4 @@
-"""What `tvkd explain` says of a pair is what the loss is made of."""
+"""The numbers of `tvkd explain` are those of the loss."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where results go is made, and tried, before the work; what cannot be written is one line with its path."""
+"""Output folders are made, and tried, before the work; one that cannot be written is one line with its path."""
 
 import json
 import math

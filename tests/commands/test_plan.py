@@ -1,4 +1,4 @@
-"""What the planner counts, held to models that are there."""
+"""The planner's counts against real models."""
 
 import math
 import platform

@@ -45,7 +45,7 @@ def text_of(tokenizer, ids):
 
 
 def own_of(text, tokenizer, other, cut_to=1024, truncation="keep_start", **options):
-    """One preference in the tokens of both."""
+    """Return one preference in the tokens of both."""
     pair, _ = truncate_pair(tokenize_pair(text, tokenizer), max_length=cut_to, truncation=truncation)
     report = report_of([pair], source="test", max_length=cut_to, truncation=truncation)
     settings = {"max_length": 10_000} | options

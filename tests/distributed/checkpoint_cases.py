@@ -1,4 +1,4 @@
-"""What a process of `test_checkpoint` runs: saves of two processes that go well, are damaged, and are refused."""
+"""The script of a process of `test_checkpoint`: saves of two processes that go well, are damaged, and are refused."""
 
 import resource
 import signal

@@ -1,4 +1,4 @@
-"""Where a process of `launch` begins."""
+"""The entry point of a process of `launch`."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""What the backward of a shared head holds of many tokens, and what is counted of it, in bytes. Argument: autocast."""
+"""The measured and counted bytes of a shared head's backward over many tokens. Argument: autocast."""
 
 import sys
 import weakref

@@ -1,4 +1,4 @@
-"""A head shared by processes beside the whole one, both in bfloat16 and held to float64: rows of dW, and dH."""
+"""A head shared by processes beside the whole one, both in bfloat16, against float64: rows of dW, and dH."""
 
 import json
 from typing import Any
@@ -73,7 +73,7 @@ def errors(
 
 
 def _error(name: str, ours: Tensor, plain: Tensor, reference: Tensor) -> dict[str, float]:
-    """Of the worst row, relative to it."""
+    """Return the error of the worst row, relative to it."""
     wrong = [((x.double() - reference).norm(dim=1) / reference.norm(dim=1)).max() for x in (ours, plain)]
     return {name: float(wrong[0]), f"{name} whole": float(wrong[1])}
 

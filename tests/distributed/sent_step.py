@@ -1,4 +1,4 @@
-"""What a step sends over gloo, by torch's flight recorder, beside what the planner counts of it. Arguments: recipes."""
+"""The bytes that a step sends over gloo, by torch's flight recorder and by the planner. Arguments: recipes."""
 
 import json
 import math

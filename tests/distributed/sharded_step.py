@@ -1,4 +1,4 @@
-"""What a process of `test_shard` runs: one step of a tiny policy, whole and sharded, held to each other."""
+"""The script of a process of `test_shard`: one step of a tiny policy, whole and sharded, compared."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What `tvkd train --nproc` starts: where it meets, what it says when one dies, and what a signal does."""
+"""The processes of `tvkd train --nproc`: their meeting, the message when one dies, and signals."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ def test_processes_meet_on_the_loopback_interface_alone(program: list[str], capf
 
 @pytest.fixture
 def _little_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are left over sleep through their time to end."""
+    """Shorten the grace period: the remaining processes sleep through it."""
     monkeypatch.setattr("tvkd_fast.distributed.launcher.GRACE_S", 0.5)
 
 

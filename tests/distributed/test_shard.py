@@ -23,7 +23,7 @@ def test_a_step_over_processes_is_the_step_of_one(processes: int, replicas: int,
 
 
 def test_a_shared_head_in_bfloat16_rounds_as_a_whole_one_does(launch: Launch) -> None:
-    """Where nearly all targets are another process's: what they are measured by must leave nothing behind."""
+    """Test targets that nearly all belong to another process: their reference logit must cancel."""
     found = [json.loads(line) for line in launch(2, "rounded_head.py").splitlines()]
     assert len(found) == 5
     for one in found:

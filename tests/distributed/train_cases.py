@@ -1,4 +1,4 @@
-"""What a process of `test_train` runs: recipes, one after the other, in one world. Arguments: their files."""
+"""The script of a process of `test_train`: recipes, one after the other, in one world. Arguments: their files."""
 
 import sys
 from pathlib import Path

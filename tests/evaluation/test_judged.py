@@ -135,7 +135,7 @@ def test_models_are_compared_pair_by_pair():
 
 
 def test_a_difference_and_its_p_weigh_pairs_alike():
-    """Of many pairs of a light subset and few of a heavy one, the few decide, and they disagree with the many."""
+    """Test many pairs of a light subset against few of a heavy one: the few decide, and disagree with the many."""
     subsets = ["mt-bench-hard"] * 60 + ["llmbar-adver-neighbor"] * 12
     zeros = [0.0] * 72
     first = judged("a", [-1] * 60 + [1] * 12, zeros)
@@ -243,7 +243,7 @@ def test_a_policy_that_was_named_stays_the_first(files, model_folder, capsys):
 
 
 def test_prompts_with_several_answers_count_once(model_folder, tmp_path, capsys):
-    """As of RewardBench 2: every answer scored by itself, and chosen ones against the best of the others."""
+    """Test rows as in RewardBench 2: every answer scored by itself, and chosen ones against the best of the others."""
     rows = [
         {"id": "1", "subset": "Math", "prompt": "1: say ab.", "chosen": ["ab"], "rejected": ["no", "ba", "b"]},
         {"id": "2", "subset": "Math", "prompt": "2: say ab.", "chosen": ["b"], "rejected": ["ab", "no no", "aa"]},

@@ -111,7 +111,7 @@ def test_the_pairs_of_a_row_are_those_of_rows_of_their_own(write_jsonl, chatml):
 
 
 def test_the_answers_of_a_row_share_one_prompt(write_jsonl, templateless):
-    """Of the rejected answers one alone is merged with the prompt's end, and another is longer than all."""
+    """Test rejected answers of which one is merged with the prompt's end, and another is longer than all."""
 
     def plain(record, row):
         return [replace(to_preference(record, row), rejected=text) for text in record["others"]]

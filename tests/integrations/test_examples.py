@@ -21,12 +21,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem != "pairs")
 NEEDS = {"accelerate_loop": "accelerate", "lightning_module": "lightning", "trl_trainer": "trl"}
 SAME = ("plain_loop", "accelerate_loop", "transformers_trainer", "lightning_module")
-"""Those that go through the pairs in order, with one optimizer."""
+"""The examples that go through the pairs in order, with one optimizer."""
 
 
 @dataclass
 class Run:
-    """What an example did: a loss a micro-batch or update, a gradient norm an update, and the model that it left."""
+    """The results of an example: a loss per micro-batch or update, a gradient norm per update, and the saved model."""
 
     folder: Path
     losses: list[float]

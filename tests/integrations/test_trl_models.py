@@ -107,7 +107,7 @@ def test_a_policy_that_is_patched_otherwise_is_trained_all_the_same(
 
 @pytest.fixture
 def prepare() -> Iterator[Callable[[Any], Any]]:
-    """As accelerate leaves a model that was trained in bfloat16."""
+    """Yield a function that changes a model as accelerate does after training in bfloat16."""
     reset = accelerate.state.AcceleratorState._reset_state
     reset(reset_partial_state=True)
     yield lambda model: accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)

@@ -139,7 +139,7 @@ def test_rows_are_dated_as_scores_are(make, scored, model_folder, make_tokenizer
 
 
 def test_rows_padded_on_the_left_and_rows_with_holes(tiny_model, in_float64):
-    """As another collator may lay them. GPT-2's positions are learnt: a shift of them would show."""
+    """Test rows as another collator may lay them. GPT-2's positions are learnt: a shift of them would show."""
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
     model = in_float64(tiny_model(config=config)).eval()
     rows = [([5, 6, 7], [8, 9, 2]), ([5], [9, 2]), ([5, 6, 7, 9, 3], [4, 4, 4])]

@@ -148,7 +148,7 @@ def same_bits(a: EpilogueResult, b: EpilogueResult) -> None:
 
 
 def margins_of(m: Tensor, **settings: Any) -> Pairs:
-    """One token a response, of which the chosen carries the whole shaped margin, at β=1."""
+    """Return pairs of one token per response, whose chosen one carries the whole shaped margin, at β=1."""
     zeros = torch.zeros_like(m)
     return Pairs(
         torch.cat([m, zeros]), torch.arange(2 * len(m) + 1), ref_logps=torch.cat([zeros, zeros]), beta=1.0, **settings

@@ -1,4 +1,4 @@
-"""What follows from the formulas of docs/method.md for shaping returns, a loop as their twin, and the diagnostics."""
+"""Consequences of docs/method.md's formulas for shaping returns, a loop as their twin, and the diagnostics."""
 
 import math
 from itertools import pairwise
@@ -20,7 +20,7 @@ terminals = st.sampled_from(TERMINALS)
 
 
 def psi_by_hand(v: list[float], gamma: float, terminal: str, ended: bool) -> float:
-    """One response, one state after another, as the formula is written."""
+    """Compute Ψ of one response, state after state, as the formula is written."""
     v = list(v)
     if terminal == "zero":
         v[-1] = 0.0
@@ -189,7 +189,7 @@ def test_the_warnings_figures() -> None:
 
 
 def test_a_report_of_what_does_not_vary() -> None:
-    """One pair, constant lengths, a policy that has not moved, no shaping: figures, never NaN."""
+    """Test one pair, constant lengths, an unmoved policy and no shaping: figures, never NaN."""
     still, moved, one = torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.ones(1)
     assert shaping_report(moved, still, moved) == ShapingReport(0.0, 0.0, 0.0)
     assert shaping_report(still, moved, torch.ones(3)).std_ratio == math.inf

@@ -1,4 +1,4 @@
-"""What the ops refuse, and that they say why and what to do."""
+"""The refusals of the ops, whose messages give the reason and the remedy."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

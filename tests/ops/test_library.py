@@ -244,7 +244,7 @@ def test_a_whole_step_in_one_graph(backend: str, terminal: str, ended: bool) -> 
 @compilers
 @pytest.mark.parametrize("declared", [False, True], ids=["found-out", "mark_dynamic"])
 def test_other_lengths_take_the_same_graph(backend: str, declared: bool) -> None:
-    """One graph where the sizes are declared to change, two where torch finds it out by the second batch."""
+    """Test for one graph where the sizes are declared to change, two where torch learns it from the second batch."""
     model, counter = Step(), CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for more in (0, 1, 3, 9):

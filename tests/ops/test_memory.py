@@ -1,4 +1,4 @@
-"""What the ops promise of memory: no tensor of logits, and at most 64 MB beside inputs, results and gradients."""
+"""The memory that the ops promise: no tensor of logits, and at most 64 MB beside inputs, results and gradients."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What sparse gradients promise of a trained model, on the packaged one's states over the bundled pairs."""
+"""The promises of sparse gradients, on the packaged model's states over the bundled pairs."""
 
 from types import SimpleNamespace
 

@@ -47,7 +47,7 @@ def make_manifest(dataset):
 
 
 def numbers(dataset, kappa=0.7, first=0, last=None):
-    """Of the pairs first..last−1: counts, so that every state's place can be read off its number."""
+    """Return the numbers of the pairs first..last−1: counts, so that a number shows its state's place."""
     layout, last = ScoreLayout.of(dataset), len(dataset) if last is None else last
     lse = torch.arange(float(layout.num_states))[layout.bounds[2 * first] : layout.bounds[2 * last]]
     ref_logps = torch.arange(2.0 * len(dataset)).view(-1, 2)[first:last]
@@ -56,7 +56,7 @@ def numbers(dataset, kappa=0.7, first=0, last=None):
 
 @pytest.fixture
 def write(dataset, make_manifest):
-    """A finished cache with so many pairs a shard."""
+    """Write a finished cache with so many pairs per shard."""
 
     def write(folder, shard=2, **changes):
         manifest = make_manifest(**changes)

@@ -34,7 +34,7 @@ def same(a, b):
 
 
 def training_lines(config):
-    """Without what depends on the clock."""
+    """Return the lines of the run's metrics without the fields that depend on the clock."""
     measured = {"tokens_per_s", "pairs_per_s", "data_wait", "peak_memory_gb"}
     return [{k: v for k, v in line.items() if k not in measured} for line in lines(config)]
 

@@ -77,7 +77,7 @@ ELSEWHERE = {
     "max_new_tokens": "max_completion_length max_tokens",
     "compare": "models",
 }
-"""By an option, with a value where only that means the same, what other trainers call it. The first option that a
+"""Other trainers' names of an option, by option, with a value where only that means the same. The first option that a
 command has is named, so that `model` is the policy of one that has a policy, and the teacher of `tvkd explain`."""
 
 SAID = {
@@ -111,7 +111,7 @@ SAID = {
         "chat_template chat_template_path template"
     ),
 }
-"""By what there is instead, options of other trainers that are none here."""
+"""Options of other trainers that do not exist here, by what exists instead."""
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 

@@ -77,7 +77,7 @@ WITHOUT_OPTIONS: dict[str, Callable[[list[str]], None]] = {
 """Commands that are given a folder or a file."""
 
 BENCHMARKS = {"head": "bench.head", "values": "bench.head.values", "step": "bench.step"}
-"""What `tvkd bench` runs of the checkout's bench/, by name."""
+"""The modules of the checkout's bench/ that `tvkd bench` runs, by name."""
 
 
 def bench(arguments: list[str]) -> None:

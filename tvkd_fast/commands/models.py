@@ -56,7 +56,7 @@ P = TypeVar("P", bound=PolicyWithHead)
 
 
 class RunConfig(Protocol):
-    """What the configs of train, score and eval have in common."""
+    """The fields that the configs of train, score and eval have in common."""
 
     policy: str
     reference: str | None
@@ -71,7 +71,7 @@ class RunConfig(Protocol):
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the processes of a run share its models."""
+    """The layout of a run's models over its processes."""
 
     world: World
     parallel: ParallelConfig
@@ -98,10 +98,10 @@ class FrozenModels:
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """None where the teacher reads the policy's tokens."""
     world: World | None = None
-    """Over which they are sharded."""
+    """The processes that they are sharded over."""
 
     def known(self) -> frozenset[Need]:
-        """What of an objective's needs these models can score."""
+        """Return the needs of an objective that these models can score."""
         found = {Need.REJECTED}
         if self.reference is not None:
             found.add(Need.REFERENCE)
@@ -223,7 +223,7 @@ def frozen_copy(policy: PolicyWithHead) -> PolicyWithHead:
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
-    """Where the run's models live; ValueError where the device asked for is not there."""
+    """Return the device of the run's models. Raises ValueError where that device does not exist."""
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     if config.return_memory:

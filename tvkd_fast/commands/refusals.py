@@ -1,4 +1,4 @@
-"""What a run refuses before it loads a weight, shared by `tvkd train` and its dry run."""
+"""The refusals of a run before it loads a weight, shared by `tvkd train` and its dry run."""
 
 from __future__ import annotations
 

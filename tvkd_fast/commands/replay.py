@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What one pair did."""
+    """The loss and gradient norm of one pair."""
 
     pair: int
     """Its place in the data."""
     row: str
-    """Where it was read from."""
+    """The name of the row that the pair was read from."""
     tokens: int
     loss: float
     grad_norm: float
@@ -52,7 +52,7 @@ class Replayed:
 
 
 def read_record(path: str | Path) -> tuple[int, list[int], TrainConfig]:
-    """What a run wrote of a step: its number, its pairs, and the run. ValueError where the file is no such record."""
+    """Return the step, pairs and config that a run recorded. Raises ValueError where the file is no such record."""
     try:
         record: dict[str, Any] = json.loads(Path(expanduser(path)).read_text())
         config = from_record(TrainConfig, record["config"])

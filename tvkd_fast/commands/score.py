@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    """One scoring pass: `tvkd score`."""
+    """The settings of one scoring pass: `tvkd score`."""
 
     output_dir: str
     """Folder to write the scores to."""

@@ -37,7 +37,7 @@ _ANOTHER = "another pair of the row was dropped"
 
 @dataclass(frozen=True)
 class TokenReport:
-    """What tokenization did: counts of pairs kept, cut and dropped, and of the tokens that remain.
+    """Counts of pairs that tokenization kept, cut and dropped, and of the tokens that remain.
 
     `str()` of it is one paragraph to read.
     """
@@ -202,7 +202,7 @@ def build_dataset(
 
 
 def report_of(pairs: Sequence[TokenizedPair], **counts: Any) -> TokenReport:
-    """What was done, with the tokens that the pairs have."""
+    """Return a report of the pairs, with their token counts."""
     return TokenReport(
         pairs=len(pairs),
         prompt_tokens=sum(len(p.prompt_ids) for p in pairs),

@@ -20,7 +20,7 @@ Packing = Literal["shared", "unshared", "padded"]
 
 @dataclass(frozen=True)
 class MicroBatching:
-    """How a step's pairs become micro-batches; no pair is ever split.
+    """The rule that divides a step's pairs into micro-batches; no pair is ever split.
 
     - "shared": rows of at most `tokens` tokens, in which a pair's prompt stands once;
     - "unshared": the same with each response behind a prompt of its own, for models that cannot share one;

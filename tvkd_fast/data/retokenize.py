@@ -114,7 +114,7 @@ def _check_carried(text: Preference) -> None:
 
 
 def _check_special(text: Preference, apart: frozenset[str]) -> None:
-    """What ends a turn for the one and is plain text for the other would be other text."""
+    """Refuse text that one tokenizer reads as special tokens and the other as plain text."""
     for part in (text.prompt, text.chosen, text.rejected):
         for content in _contents(part):
             found = next((token for token in apart if token in content), None)
@@ -138,7 +138,7 @@ def _as_far_as_the_policy(pair: TokenizedPair, text: Preference, ours: PairToken
 
 
 def _shortened(answer: str | list[Message], decoded: str, left: int, row: str) -> str | list[Message]:
-    """What of the answer lies in the first `left` characters of what its tokens say."""
+    """Return the part of the answer in the first `left` characters of its decoded tokens."""
     kept: list[str] = []
     place = 0
     for content in _contents(answer):
@@ -158,7 +158,7 @@ def _shortened(answer: str | list[Message], decoded: str, left: int, row: str) -
 
 
 def _spellings(content: str) -> list[str]:
-    """As it is, composed as some tokenizers do, and as templates trim it."""
+    """Return the content unchanged, composed as some tokenizers do, and trimmed as templates do."""
     composed = unicodedata.normalize("NFC", content)
     return [content, composed, content.strip(), composed.strip()]
 
@@ -194,5 +194,5 @@ def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _letters(text: str) -> str:
-    """Without white space, and with one way to write what Unicode calls compatible (ﬁ and fi, ² and 2)."""
+    """Return the text without white space, with Unicode's compatible characters unified (ﬁ and fi, ² and 2)."""
     return "".join(unicodedata.normalize("NFKC", text).split())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAT_TEMPLATE = "--data.chat_template never"
-"""What helps where the tokenizer's template cannot write the data."""
+"""The remedy where the tokenizer's template cannot write the data."""
 _HH_NAMES = {"user": "Human", "assistant": "Assistant"}
 
 
@@ -159,7 +159,7 @@ class PairTokenizer:
 
     @cached_property
     def opening(self) -> list[int]:
-        """What the tokenizer puts before a text."""
+        """Return the ids that the tokenizer puts before a text."""
         for text in ("a", self.tokenizer.eos_token):
             own, around = self._ids(text), list(self.tokenizer(text, verbose=False)["input_ids"])
             places = range(len(around) - len(own) + 1) if own else ()
@@ -333,6 +333,6 @@ def _answer(messages: list[Message]) -> str:
 
 
 def _alike(ids: list[int], others: list[int]) -> int:
-    """How many ids both begin with."""
+    """Return the length of the common prefix."""
     shorter = min(len(ids), len(others))
     return next((i for i in range(shorter) if ids[i] != others[i]), shorter)

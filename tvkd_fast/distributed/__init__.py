@@ -1,4 +1,4 @@
-"""More than one process: who is there, and a policy's weights over them. Applied from outside the model."""
+"""Several processes: their group, and a policy's weights over them. Applied from outside the model."""
 
 from tvkd_fast.distributed.fill import fill, local
 from tvkd_fast.distributed.launcher import launch

@@ -39,12 +39,12 @@ def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device:
 
 
 def local(x: Tensor) -> Tensor:
-    """The part that this process holds; itself where it is no shard."""
+    """Return the part that this process holds, or `x` itself where it is no shard."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _own(x: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this process holds."""
+    """Return the slices of the full tensor that this process holds."""
     if not isinstance(x, DTensor):
         return tuple(slice(0, size) for size in x.shape) or (slice(None),)
     shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)

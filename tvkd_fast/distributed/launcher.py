@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 LOOPBACK = "127.0.0.1"
 GRACE_S = 10.0
-"""How long processes may take to end that have lost one of theirs."""
+"""Seconds that the other processes have to end after one has failed."""
 
 
 def launch(command: Sequence[str], processes: int) -> int:

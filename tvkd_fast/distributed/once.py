@@ -1,4 +1,4 @@
-"""What every process would print alike, printed once."""
+"""Messages that every process would print, printed once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 
 KEY = "tvkd_fast/printed/{}"
 PATIENCE = timedelta(seconds=5)
-"""How long to look for the store in which the processes meet."""
+"""The time limit for reaching the store in which the processes meet."""
 
 
 def print_once(text: str) -> None:

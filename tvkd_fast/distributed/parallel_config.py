@@ -1,4 +1,4 @@
-"""How processes share a model."""
+"""The settings of a model over several processes."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def states_held(processes: int, tokens: float, hidden: int, itemsize: int) -> fl
 
 
 class Rows:
-    """Which rows of the vocabulary this process has, and the talk with those that have the others."""
+    """The rows of the vocabulary that this process has, and the collectives with those that have the others."""
 
     def __init__(self, weight: Tensor, mesh: DeviceMesh) -> None:
         self.mesh = mesh
@@ -81,7 +81,7 @@ class Rows:
         shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, self.placements)
         self.count, self.first = shape[0], offset[0]
         self.scale = 1.0 / mesh.size()
-        """Of gradients: what a process's loss is multiplied by, since FSDP2 averages; here nothing does."""
+        """The factor of gradients: losses are multiplied by the number of processes, since FSDP2 averages."""
 
     def shard(self, weight: Tensor) -> DTensor:
         own = weight.detach()[self.first : self.first + self.count].clone()
@@ -90,12 +90,12 @@ class Rows:
         )
 
     def own(self, weight: Tensor) -> Tensor:
-        """[count, D] this process's rows, with a gradient that is of every process's tokens."""
+        """Return [count, D], this process's rows, with a gradient over every process's tokens."""
         assert isinstance(weight, DTensor)
         return _OwnRows.apply(weight.to_local(grad_placements=self.placements), self)
 
     def among(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of ids among the own rows, and which of them are there; 0 for those that are not."""
+        """Return the places of ids among the own rows, 0 for ids that are not among them, and which ids are."""
         places = ids - self.first
         here = (places >= 0) & (places < self.count)
         return places.where(here, 0), here
@@ -106,13 +106,13 @@ class Rows:
         return int(found)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[n, …] of each to [S·n, …] of all; n is everywhere the same."""
+        """Return [S·n, …], the [n, …] of each process in order; n is equal in all of them."""
         gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         distributed.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
         return gathered
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """[S·n, …] parts, which are used up, to [n, …] own sums."""
+        """Return the [n, …] own sums of [S·n, …] parts, which are overwritten."""
         if x.device.type == "cpu":
             # gloo has no reduce_scatter of one tensor. A view of the sums would keep all of them.
             distributed.all_reduce(x, group=self.group)
@@ -126,7 +126,7 @@ class Rows:
         return x
 
     def merged(self, lse: Tensor) -> Tensor:
-        """(M,) of the own rows to (M,) of all."""
+        """Return the (M,) logsumexps of all rows from those of the own rows."""
         largest = lse.clone()
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.group)
         return largest + self.all_reduce((lse - largest).exp()).log()
@@ -239,7 +239,7 @@ class SharedEmbedding(nn.Embedding):
 
 
 def share_table(table: nn.Embedding, shard: nn.Parameter, rows: Rows) -> None:
-    """In place, so that what a family does around its looking up (Gemma scales) stays as it is."""
+    """Share the embedding in place, so that a family's own code around the lookup (Gemma scales) stays."""
     kind = type(table)
     if kind is nn.Embedding:
         table.__class__ = SharedEmbedding

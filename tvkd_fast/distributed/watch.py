@@ -21,15 +21,15 @@ from typing import Any
 from torch import distributed
 
 BEATS = 20
-"""Times that a process says something of itself within the others' patience."""
+"""Heartbeats of a process within `timeout_s`."""
 NAMED_AFTER = 0.7
-"""Of that patience: there is time left to look and to speak before it ends."""
+"""The share of the timeout after which a process is named; the rest is time to look and to report."""
 KEY = "tvkd_fast/watch/{}"
 
 
 @contextmanager
 def watched(groups: Sequence[Any], rank: int, size: int, timeout_s: float) -> Iterator[None]:
-    """While it lasts, a process that keeps the others waiting for most of `timeout_s` is named on stderr.
+    """Name on stderr, while entered, a process that keeps the others waiting for most of `timeout_s`.
 
     `groups` are those in which the main thread of every process calls the same collectives; torchrun's variables say
     where the store is.

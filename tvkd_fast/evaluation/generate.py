@@ -83,5 +83,5 @@ def _check_positions(rows: Sequence[Sequence[int]], names: Sequence[str], max_ne
 
 
 def _up_to(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Without the first stop and what pads the row behind it."""
+    """Return the ids before the first stop."""
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]

@@ -23,7 +23,7 @@ h2 { font-size: .85rem; margin: 0 0 .3rem; color: #c1440e; overflow-wrap: anywhe
 
 
 def markdown_page(prompts: Sequence[str | list[Message]], replies: Mapping[str, Sequence[str]]) -> str:
-    """One section per prompt; what models wrote is quoted as it is, in fences that none of it can close."""
+    """Return one section per prompt; answers are quoted verbatim, in fences that none of them can close."""
     parts = ["# Answers side by side\n"]
     for i, (prompt, answers) in enumerate(_side_by_side(prompts, replies), start=1):
         parts.append(f"## {i}\n\n{_quoted(_conversation(prompt))}\n")

@@ -53,7 +53,7 @@ class Patch:
     outside: bool = False
     """Whether it was unpatched through a wrapper of the model, so that unpatching the model itself is no error."""
     within: bool = False
-    """While `own` is called, which may have this forward beneath it."""
+    """Whether `own` is running, which may call this forward again."""
 
     def named(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""

@@ -283,7 +283,7 @@ class TVKDTrainer(DPOTrainer):
 
     @property
     def _ends(self) -> ResponseEnds:
-        """Where responses end in the policy's tokens."""
+        """Return the ends of responses in the policy's tokens."""
         if self._found_ends is None:
             self._found_ends = ResponseEnds(self._tokenizer, self._stop_ids)
         return self._found_ends

@@ -1,4 +1,4 @@
-"""Which head answers in TVKDTrainer's policy and reference, this library's or TRL's, and how TRL's code asks them."""
+"""The heads of TVKDTrainer's policy and reference, this library's or TRL's, and their calls by TRL's code."""
 
 from __future__ import annotations
 

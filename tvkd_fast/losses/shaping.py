@@ -96,7 +96,7 @@ def potential(values: Tensor, cu_states: Tensor, terminal: Terminal) -> Tensor:
 
 @dataclass(frozen=True)
 class ShapingReport:
-    """What shaping does to a set of pairs (at γ<1 from logits it is nearly a length penalty: docs/method.md)."""
+    """The effect of shaping on a set of pairs (at γ<1 from logits it is nearly a length penalty: docs/method.md)."""
 
     std_ratio: float
     """std(αΔΨ)/std(βΔρ): above 1 the teacher's offset outweighs the policy's own margin."""
@@ -145,7 +145,7 @@ def check_discount(gamma: float) -> None:
 
 
 def check_shaping(values: Tensor, cu_states: Tensor, gamma: float, terminal: str, ended: Tensor | None) -> None:
-    """What `shaping_returns` refuses."""
+    """Raise ValueError for inputs that `shaping_returns` refuses."""
     check_discount(gamma)
     if terminal not in TERMINALS:
         raise ValueError(f"terminal must be one of {', '.join(TERMINALS)}, got {terminal!r}")

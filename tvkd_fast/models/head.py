@@ -99,7 +99,7 @@ class FusedLMHead(nn.Linear):
         return linear_logps(hidden, self.weight, labels, **options, **self.gradient_options())
 
     def gradient_options(self) -> dict[str, Any]:
-        """How `linear_logps` is to be differentiated."""
+        """Return the arguments of `linear_logps` that select its gradient."""
         return {**asdict(self.gradient), "stats": self.stats}
 
 

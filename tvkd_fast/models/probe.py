@@ -36,7 +36,7 @@ class OwnAnswer:
     logits: Tensor
     """[T, V]"""
     loss: Tensor | None
-    """For its own tokens as labels, where it was asked for one."""
+    """The loss with its own tokens as labels, where requested."""
     precision: torch.dtype
     """The dtype of its head's output."""
     autocast: torch.dtype | None
@@ -136,7 +136,7 @@ def compare_logps(
 
 
 def tolerance(precision: torch.dtype) -> float:
-    """How much two computations of one number may differ, relative to the largest."""
+    """Return the difference that two computations of one number may have, relative to the largest."""
     return _TOLERANCES[precision]
 
 
@@ -206,6 +206,6 @@ def _spread(count: int, model: PreTrainedModel) -> Tensor:
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    """Where tokens are put; offloaded weights are on the meta device until their hooks bring them in."""
+    """Return the device for tokens; offloaded weights are on the meta device until their hooks bring them in."""
     device: torch.device = model.get_output_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device

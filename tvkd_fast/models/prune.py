@@ -45,7 +45,7 @@ def prune_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
 
 
 def pruned_from(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, str]:
-    """By the name of each parameter and buffer of `prune_layers(model, …)`, the name that it had in `model`."""
+    """Return the name in `model` of each parameter and buffer of `prune_layers(model, …)`, by its new name."""
     prefix, blocks = _block_list(model)
     layers = kept_layers(len(blocks), len(_block_list(student)[1]))
     return {name: _in_teacher(name, prefix, layers) for name in saved_tensors(student)}

@@ -19,7 +19,7 @@ BITS_A_WEIGHT = 4 + 32 / 64
 
 
 def nf4_options(device: torch.device, compute: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` wants for it. Raises ValueError where bitsandbytes is not installed."""
+    """Return the options of `from_pretrained` for NF4. Raises ValueError where bitsandbytes is not installed."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

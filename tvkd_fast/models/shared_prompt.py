@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Layout = Sequence[tuple[int, int, int, int]]
-"""Of each pair of a packed row where its prompt, its chosen and its rejected response begin, and where it ends."""
+"""For each pair of a packed row, the starts of its prompt, chosen and rejected response, and its end."""
 PREFIX = "tvkd_packed_"
-"""Before the name of the implementation that computes what is not packed."""
+"""The prefix of the attention's name; the rest names the implementation for rows that are not packed."""
 HANDLED = ("sdpa", "eager", "flex_attention")
 
 

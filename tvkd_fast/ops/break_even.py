@@ -1,4 +1,4 @@
-"""From how many entries a token on the exact gradient is the quicker one, measured once a shape and machine.
+"""The entries per token from which the exact gradient is faster, measured once per shape and machine.
 
 Letters: D hidden, V vocabulary.
 """
@@ -16,7 +16,7 @@ from tvkd_fast.ops.tiles.exact import accumulation_dtype
 from tvkd_fast.ops.tiles.sparse import bag
 
 ROWS, COLUMNS, ENTRIES = 256, 2048, 64
-"""Of the sample: rows, vocabulary columns, and entries a row."""
+"""The size of the sample: rows, vocabulary columns, and entries per row."""
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Which implementation computes a call: `impl` is resolved once, into a backend of a few functions."""
+"""The choice of the implementation that computes a call: `impl` is resolved once, into a backend of a few functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger("tvkd_fast")
 
 
 class Backend(Protocol):
-    """What an implementation of the head can do: `torch_backend` and `triton_backend` are such modules."""
+    """The functions of an implementation of the head: `torch_backend` and `triton_backend` are such modules."""
 
     def head_sums(
         self,

@@ -1,4 +1,4 @@
-"""How the head's gradient is made, and what sparse gradients were made of."""
+"""The settings of the head's gradient, and the statistics of sparse gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST_EPS = 2.0**-4
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGradient:
-    """How the head's gradient is made: exactly, or from the softmax's few entries (docs/numerics.md, what it costs).
+    """The method of the head's gradient: exactly, or from the softmax's few entries (docs/numerics.md, what it costs).
 
     Raises:
         ValueError: a setting that does not exist or is out of its range.
@@ -36,11 +36,11 @@ class HeadGradient:
     row_cap: int | None = None
     """A row with more entries gets the exact gradient. None: V/16."""
     tail: Tail = "even"
-    """What becomes of the rest: spread evenly over all other columns, or an entry kept with probability p/ε as ε."""
+    """The treatment of the rest: spread evenly over all other columns, or an entry kept with probability p/ε as ε."""
     seed: int | None = None
-    """In [0, 2³¹), of the unbiased tail; None draws one a call from torch's generator."""
+    """The seed of the unbiased tail, in [0, 2³¹); None draws one per call from torch's generator."""
     max_tail: float = 0.1
-    """Where the mean of what is left out, as probability, passes this, every row gets the exact gradient."""
+    """The limit of the mean probability that is left out; beyond it every row gets the exact gradient."""
     workspace_mb: int = 0
     """Exact gradients in torch: keep logits of as many rows as fit, 4·V bytes each, for three products and not four."""
 
@@ -84,7 +84,7 @@ class HeadGradient:
 
 
 class HeadStats:
-    """What sparse gradients were made of, summed over calls on their device: reading it waits, adding does not.
+    """Statistics of sparse gradients, summed over calls on their device: reading them waits, adding does not.
 
     Examples:
         >>> import torch

@@ -234,7 +234,7 @@ def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tenso
 
 
 def fake_left(hidden: Tensor, weight: Tensor, workspace_mb: int, streamed: bool) -> Tensor:
-    """What `logps_forward` leaves for the backward, unwritten."""
+    """Return the unwritten tensor that `logps_forward` leaves for the backward."""
     dtype = accumulation_dtype(hidden.dtype)
     if streamed:
         return hidden.new_empty(hidden.shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What each process of a run holds and sends, counted from shapes: nothing is loaded, downloaded or run.
+"""The memory and traffic of each process of a run, counted from shapes: nothing is loaded, downloaded or run.
 
 Letters: P pairs of a step, S processes that share weights, D hidden, F intermediate, V vocabulary.
 """
@@ -21,7 +21,7 @@ from tvkd_fast.training.train_config import TrainConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _HEAD_WORKSPACE = 64 * 2**20
-"""Of the head's tiles; a bound that its tests hold."""
+"""Bytes of the head's tiles; an upper bound that its tests check."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class PairTokens:
     longest: float
 
     def of(self, packing: str, both: bool) -> float:
-        """Those that go through the model, of both responses or the chosen one alone."""
+        """Return the tokens that go through the model, of both responses or of the chosen one alone."""
         return (2 if both and packing != "shared" else 1) * self.prompt + self.responses(both)
 
     def responses(self, both: bool) -> float:
-        """Those that reach the head."""
+        """Return the tokens that reach the head."""
         return self.chosen + self.rejected if both else self.chosen
 
 
@@ -59,7 +59,7 @@ class Footprint:
     processes: int
 
     def memory(self) -> tuple[str, dict[str, float]]:
-        """When a step holds most, and what the device holds then, by part; Python and its libraries apart.
+        """Return the moment of a step's peak, and the device's memory then, by part, without Python and its libraries.
 
         Activations are most as a backward begins, gradients as it ends: a head's dW is then whole, and a tied weight
         has its embedding's beside it. A shared embedding looks up all processes' tokens as a forward begins.
@@ -73,7 +73,7 @@ class Footprint:
         return max(moments.items(), key=lambda moment: sum(moment[1].values()))
 
     def host_memory(self) -> dict[str, float]:
-        """What lies in the host's memory, by part, where shards are offloaded; nothing otherwise."""
+        """Return the host's memory by part where shards are offloaded, else nothing."""
         return self._kept | {"gradients": self._own_gradients} if self._offloads else {}
 
     def communication(self) -> dict[str, float]:
@@ -141,7 +141,7 @@ class Footprint:
 
     @cached_property
     def micro_batches(self) -> int:
-        """Of each process in a step."""
+        """Return the micro-batches of each process per step."""
         config = self.config
         if config.model.packing == "padded":
             return math.ceil(config.pairs_per_step / config.pairs_per_micro_batch / self.processes)
@@ -158,7 +158,7 @@ class Footprint:
 
     @cached_property
     def shares_vocabulary(self) -> bool:
-        """As `run_models.Sharing` decides it, but for families whose embedding cannot be shared."""
+        """Return the decision of `models.Sharing`, except for families whose embedding cannot be shared."""
         config = self.config
         if self._group == 1 or config.parallel.vocabulary != "auto":
             return self._group > 1 and config.parallel.vocabulary == "shared"
@@ -167,7 +167,7 @@ class Footprint:
 
     @cached_property
     def activations(self) -> float:
-        """Of the policy's blocks and of what lies around them, and the states that the head is given."""
+        """Return the bytes of the activations in and around the policy's blocks, and of the head's states."""
         config, policy = self.config, self.policy
         tokens = self._tokens
         autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
@@ -190,7 +190,7 @@ class Footprint:
 
     @property
     def _tokens(self) -> int:
-        """Of a row, in whole ones."""
+        """Return the tokens of a row, rounded up."""
         return max(1, round(self.row))
 
     @property
@@ -199,7 +199,7 @@ class Footprint:
         return self._tokens * self.tokens.responses(compares(self.config)) / self._a_pair
 
     def _layout(self, tokens: int) -> Layout | None:
-        """As many pairs of the data's mean lengths as fill a row."""
+        """Return a row's layout, filled with pairs of the data's mean lengths."""
         implementation = self.config.model.attn_implementation
         handled = implementation is None or implementation in HANDLED
         if self.config.model.packing != "shared" or not compares(self.config) or not handled:
@@ -215,7 +215,7 @@ class Footprint:
 
     @property
     def _kept(self) -> dict[str, float]:
-        """From step to step."""
+        """Return the memory that is held from step to step, by part."""
         config, size = self.config, _BYTES[self.config.model.dtype] / self._group
         adapters = self.learning if config.lora.rank else 0
         packed = self.policy.blocks if config.lora.quantize == "nf4" else 0
@@ -269,7 +269,7 @@ class Footprint:
 
     @property
     def _looked_up(self) -> dict[str, float]:
-        """What a shared table found of all tokens, or what comes back to it, and this process's own."""
+        """Return the embeddings of all tokens from a shared table, or their gradients, and this process's own."""
         if not self.shares_vocabulary or not self.policy.tied:
             return {}
         size = self.row * self.policy.hidden * _BYTES[self.config.model.dtype]
@@ -277,17 +277,17 @@ class Footprint:
 
     @property
     def _own_gradients(self) -> float:
-        """Of the weights that this process keeps."""
+        """Return the gradients of the weights that this process keeps."""
         return 4.0 * self.learning / self._group
 
     @property
     def _offloads(self) -> bool:
-        """As it is only done to shards."""
+        """Return whether shards are offloaded to the host."""
         return self.config.parallel.cpu_offload and self.processes > 1
 
     @property
     def _gradients_so_far(self) -> float:
-        """Of the micro-batches before."""
+        """Return the gradients of earlier micro-batches."""
         if self._group == 1 or self.config.parallel.reduce == "micro_batch":
             return 0.0 if self._offloads else self._own_gradients
         return 4.0 * self._reduced

@@ -28,7 +28,7 @@ from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLa
 from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
 
 DIGESTS = "pair_digests"
-"""Of the pairs whose scores a shard holds, `PairDataset.pair_digests`; shards of older versions have none."""
+"""The name of `PairDataset.pair_digests` of the pairs in a shard; shards of older versions have none."""
 
 OF_MODELS = ("teacher", "teacher_reference", "reference")
 """Fields of a manifest that are fingerprints of models."""
@@ -181,7 +181,7 @@ class ScoreWriter:
 
 
 def describe(folder: str | Path) -> str:
-    """What is in a cache, to read: what it was made of, how much there is, and the numbers' ranges. All is checked."""
+    """Return a description of a cache: its sources, size and the numbers' ranges. Checks every shard."""
     folder = Path(expanduser(folder))
     manifest = read_manifest(folder)
     pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
@@ -252,13 +252,13 @@ def _only_scores(folder: Path) -> bool:
 
 
 def _to_disk(path: Path) -> None:
-    """Not only to the system's memory: a plug that is pulled takes what is there."""
+    """Flush a file to disk, so that it survives a power failure."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _kind(fingerprint: object) -> str:
-    """What stands before a fingerprint's digest: what it is made of. Nothing, where it is of weights alone."""
+    """Return the prefix of a fingerprint's digest, which names what it covers; empty for weights alone."""
     return str(fingerprint).rpartition(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""Which pairs a score cache was made of: where a dataset stops being the same."""
+"""The pairs that a score cache was made of, and the first at which a dataset differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reference and teacher say of a batch: from the models themselves, or from a cache of them.
+"""The scores of reference and teacher for a batch: from the models themselves, or from a cache.
 
 Letters: P pairs, M response states.
 """
@@ -78,7 +78,7 @@ class OnlineScorer:
         self.world = world
 
     def layout(self, dataset: PairDataset) -> ScoreLayout:
-        """Of the numbers that it gives of a dataset."""
+        """Return the layout of the numbers that it computes for a dataset."""
         return ScoreLayout.of(self._read(dataset))
 
     def teacher_reads(self, dataset: PairDataset) -> str | None:
@@ -130,7 +130,7 @@ class OnlineScorer:
 
 
 class CachedScorer:
-    """Looks the batch up."""
+    """Looks the batch's scores up in a cache."""
 
     def __init__(self, cache: ScoreCache) -> None:
         self.cache = cache
@@ -197,7 +197,7 @@ def _score_pairs(
     world: World,
     bar: tqdm,
 ) -> Scores:
-    """What the scorer says of consecutive pairs, in their order."""
+    """Return the scores of consecutive pairs, in their order."""
     kept: dict[str, Tensor] = {}
     states = layout.between(pairs.start, pairs.stop)
     batches = batching.share(dataset, pairs, rank=world.rank, size=world.size)

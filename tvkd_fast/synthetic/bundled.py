@@ -84,7 +84,7 @@ def preference_rows(split: Split, n: int | None = None) -> list[dict[str, Any]]:
 
 
 def max_rows(split: Split) -> int:
-    """How many rows a split has before a family, in its turn, would repeat a prompt."""
+    """Return the number of rows that a split has before a family would repeat a prompt."""
     sizes = [len(_split_questions(family, split)) * len(family.phrasings) for family in FAMILIES]
     return min(size * len(FAMILIES) + turn for turn, size in enumerate(sizes))
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard where it is installed, and the progress bar."""
+"""The reports of a run: metrics.jsonl, TensorBoard where it is installed, and the progress bar."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tvkd_fast.training.step import StepOutput
 
 
 class Interval:
-    """What steps since the last line of metrics have said: left on the device until it is read, over all processes."""
+    """The outputs of the steps since the last line of metrics, kept on the device until they are read."""
 
     def __init__(self) -> None:
         self._steps: list[StepOutput] = []
         self._counts = torch.zeros(3, dtype=torch.int64)
 
     def add(self, out: StepOutput, batches: Sequence[PairBatch], *, capacity: int) -> None:
-        """One step, with this process's part of it and the tokens that its micro-batches can hold."""
+        """Add one step: its output, this process's batches, and the tokens that these can hold."""
         self._steps.append(out)
         tokens, responses = sum(b.num_tokens for b in batches), sum(b.labels.numel() for b in batches)
         self._counts += torch.tensor([tokens, responses, capacity])
@@ -77,21 +77,21 @@ class IntervalNumbers:
 
     losses: list[float]
     grad_norms: list[float]
-    """One a step that was taken."""
+    """One per step that was taken."""
     skipped: int
     """Steps that were not, their loss or gradient being NaN or inf."""
     pairs: torch.Tensor
     """[5, P] of every pair: margin, shaping margin, chosen and rejected reward, length difference; P = 0 where the
     objective compares nothing."""
     tokens: int
-    """That went through the policy."""
+    """Tokens that went through the policy."""
     response_tokens: int
-    """That its head saw."""
+    """Tokens that reached its head."""
     capacity: int
     """Tokens that the micro-batches could hold."""
 
     def metrics(self) -> dict[str, float]:
-        """As a metrics line shows them: means. Rewards and margins are unshaped, in β-scaled nats."""
+        """Return the numbers of a metrics line: means. Rewards and margins are unshaped, in β-scaled nats."""
         metrics = {
             "loss": _mean(self.losses),
             "grad_norm": _mean(self.grad_norms),

@@ -21,7 +21,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 
 
 class StopSignal:
-    """While it is entered, SIGTERM and SIGINT are noted and nothing more; one that comes later again acts as ever.
+    """Record SIGTERM and SIGINT while entered, without acting on them; a later second one acts as usual.
 
     Those that come at once are one: a terminal, a launcher and a scheduler may each send theirs. Only a program's main
     thread may listen to signals; elsewhere nothing is noted.

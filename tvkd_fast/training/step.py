@@ -45,7 +45,7 @@ class StepOutput:
     """One step's numbers, still on the device: reading one waits for it."""
 
     loss: Tensor
-    """Of the whole step, the same in every process."""
+    """The loss of the whole step, the same in every process."""
     grad_norm: Tensor
     """Likewise, before it was clipped."""
     outputs: list[ObjectiveOutput]

@@ -1,4 +1,4 @@
-"""What a run leaves to read: the table at its end, and the model card beside the model."""
+"""The texts that a run leaves: the table at its end, and the model card beside the model."""
 
 from __future__ import annotations
 

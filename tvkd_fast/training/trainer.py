@@ -36,7 +36,7 @@ CHECKPOINTS = "checkpoints"
 NONFINITE = "nonfinite-step-{:06d}.json"
 """The step, its pairs and the run's config, for `tvkd replay`."""
 NAMED_ROWS = 8
-"""How many rows of a step that is not finite its error names; the record lists all of them."""
+"""The number of rows that the error of a step that is not finite names; the record lists all of them."""
 
 
 class Trainer:
@@ -76,7 +76,7 @@ class Trainer:
         policy.head.gradient, policy.head.stats = config.head, HeadStats()
         self.folder = Path(config.output_dir)
         self.total_pairs = None if config.max_steps else pairs_of_epochs(config.epochs, len(dataset))
-        """Where the run is of whole passes and not of steps: its last step may be short."""
+        """The pairs of a run that is measured in passes; its last step may be short."""
         self.max_steps = config.max_steps or math.ceil((self.total_pairs or 0) / config.pairs_per_step)
         self.optimizer = make_optimizer(policy, config.optim)
         self.flops = StepFlops(policy)

@@ -1,4 +1,4 @@
-"""What a run takes of its machine: memory by part, and arithmetic.
+"""The resources that a run uses: memory by part, and arithmetic.
 
 Letters: D hidden, V vocabulary.
 """
@@ -20,7 +20,7 @@ from tvkd_fast.distributed import local
 from tvkd_fast.models import PolicyWithHead
 
 _M_MMAP_THRESHOLD = -3
-"""Of glibc's <malloc.h>."""
+"""A constant of glibc's <malloc.h>."""
 _MAPPED = 2**20
 
 

@@ -1,4 +1,4 @@
-"""What reaches a chat template: everything that a row carries, or a refusal that names it."""
+"""The variables of a chat template: everything that a row carries, or a refusal that names it."""
 
 import json
 from collections.abc import Callable

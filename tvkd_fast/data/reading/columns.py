@@ -1,4 +1,4 @@
-"""What the columns of preference sets in the wild mean, in the library's own names.
+"""The meaning of preference sets' columns, in the library's own names.
 
 The library's names are `prompt`, `chosen` and `rejected`, and where a row has them they stand. Other names are read by
 the rules of this file, or refused by name; none is read as something that it is not.
@@ -20,7 +20,7 @@ Record = Mapping[str, Any]
 PROMPTS = ("question", "instruction", "query", "input", "history", "context")
 """Names of a prompt where no `prompt` is given; two of them in one row are refused."""
 BESIDE = ("input", "history", "context")
-"""Those of them that may hold more than a `prompt` beside them does, which is refused."""
+"""Columns that may hold more than a `prompt` beside them does, which is refused."""
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 """Names of a system turn's text."""
 FOR_TEMPLATES = ("tools", "functions", "documents", "chat_template_kwargs")
@@ -36,7 +36,7 @@ _LABELS = re.compile(
 _TOPICS = re.compile(
     r"(^|[^a-z])(source|origin|categor(y|ies)|type|kind|domain|tags?|topic|labels?|difficulty)([^a-z]|$)"
 )
-"""Those of them in which some sets have the question itself."""
+"""Columns in which some sets have the question itself."""
 
 
 @dataclass(frozen=True)

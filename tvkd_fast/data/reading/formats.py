@@ -43,7 +43,7 @@ _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 @dataclass(frozen=True)
 class LoadedPreferences:
-    """What `load_preferences` read: the pairs, and how many rows it dropped for which reason."""
+    """The result of `load_preferences`: the pairs, and how many rows it dropped for which reason."""
 
     pairs: list[Preference]
     dropped: dict[str, int]

@@ -1,4 +1,4 @@
-"""Which files of a folder are which split.
+"""The splits of a folder's files.
 
 `datasets` says so, as it does for a repository of the hub: by the `configs` of README.md's YAML, by
 `data/SPLIT-00000-of-00001.*`, by folders' names, by files' names. Where it goes by a word in a name, files are put
@@ -180,7 +180,7 @@ def _matching(patterns: dict[str, Any], base: Path) -> Splits:
 
 
 def _name(file: Path, split: str, base: Path) -> str:
-    """What tells a file's split: the folder that is named after it, else its own name without ending and shard."""
+    """Return the name that shows a file's split: its folder's, if named so, else its own without ending and shard."""
     from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 
     words = "|".join({str(key): value for key, value in SPLIT_KEYWORDS.items()}.get(split, [re.escape(split)]))

@@ -23,7 +23,7 @@ _OWN = {
 }
 """Variables of every template, which no other column of a row can mean."""
 _NO_VARIABLES = frozenset({"messages", "conversations", "tokenizer"})
-"""What the template is given by its caller, beside the arguments of `apply_chat_template`."""
+"""Variables that the template's caller passes, beside the arguments of `apply_chat_template`."""
 
 
 def write_messages(

@@ -299,7 +299,7 @@ class Tiles:
         return z
 
     def kept_tile(self, rows: slice, columns: slice) -> Tensor | None:
-        """Where a tile's logits stay, None where they do not: tiles lie one after the other, as they are walked."""
+        """Return the place where a tile's logits are kept, or None. Tiles are stored in the order of the walk."""
         if self.kept_logits is None or rows.stop > self.kept_logits.shape[0]:
             return None
         shape = (rows.stop - rows.start, columns.stop - columns.start)

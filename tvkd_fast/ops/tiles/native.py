@@ -25,7 +25,7 @@ Found = tuple[Tensor, Tensor, Tensor]
 
 
 class Passes:
-    """What is compiled, on tensors; `maximum` and `total` (R,) run along the vocabulary: Σ e^(z − maximum) so far."""
+    """The compiled passes, on tensors; `maximum` and `total` = Σ e^(z − maximum), (R,), run along the vocabulary."""
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
@@ -73,7 +73,7 @@ class Passes:
         first: int,
         tail: Tensor,
     ) -> Found:
-        """Of what `select` found in a tile, rows, columns and p = e·scale where p ≥ ε and the row is not dense.
+        """Return rows, columns and p = e·scale of the entries from `select` with p ≥ ε in rows that are not dense.
 
         `place` (R,) says which row of all each is, `first` is the tile's first column; `tail` (R,) loses what is kept.
         """
@@ -108,7 +108,7 @@ class Passes:
 
 
 def passes(z: Tensor) -> Passes | None:
-    """For tiles like z; None where torch has to do."""
+    """Return the compiled passes for tiles like z, or None where only torch's are available."""
     return _compiled() if z.device.type == "cpu" and z.dtype == torch.float32 and not _orphaned else None
 
 

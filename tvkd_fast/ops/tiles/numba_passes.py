@@ -250,7 +250,7 @@ def gather(index: Any, factors: Any, edges: Any, rows: Any, base: Any, out: Any)
 
 
 def compile_all() -> None:
-    """So that what fails fails before it is needed."""
+    """Compile every pass now, so that an error does not come in the middle of a call."""
     z, one, small = np.zeros((1, BLOCK), np.float32), np.zeros(1, np.float32), np.zeros(1, np.int32)
     integers = np.zeros(1, np.int64)
     add(z, one, one.copy())

@@ -97,7 +97,7 @@ class Block:
         self.found.append((entries, shift))
 
     def finish(self, target: Tensor) -> tuple[list[Entries], Tensor, Tensor, Tensor]:
-        """What is kept, its rows hidden's and p final; the tails less what was sampled; the tails; dense rows."""
+        """Return the entries with hidden's rows and final p, the tails less sampled ones, the tails, and dense rows."""
         softcap, dense = self.tiles.head.softcap, self.counts > self.rule.row_cap
         top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
         logp = target - top - self.total.log()
@@ -159,7 +159,7 @@ class CompiledBlock:
         self.found.append((found, column, e, self.maximum.clone(), columns.start))
 
     def finish(self, target: Tensor) -> tuple[list[Entries], Tensor, Tensor, Tensor]:
-        """As `Block.finish`."""
+        """Return the same as `Block.finish`."""
         dense = self.counts > self.rule.row_cap
         top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
         tail = torch.expm1(target - top - self.total.log()).neg_()
@@ -203,7 +203,7 @@ class Collected:
         return torch.tensor(self._bounds)
 
     def add(self, tiles: list[Entries]) -> None:
-        """Those of a block of rows, a tile of columns after the other."""
+        """Add the entries of a block of rows, tile of columns by tile of columns."""
         start, self._done = self.count, self._done + 1
         for tile in tiles:
             self._bounds.append(self.count + tile.rows.shape[0])
@@ -213,7 +213,7 @@ class Collected:
             torch.cat(theirs, out=part[start : self.count])
 
     def forget(self) -> None:
-        """There are as many tiles as before, and nothing in them."""
+        """Empty all tiles, and keep their number."""
         self._parts = [x[:0].clone() for x in self._parts]
         self._bounds = [0] * len(self._bounds)
 

@@ -185,7 +185,7 @@ class Parts:
         return total
 
     def _sum_of_weight(self) -> Tensor:
-        """Σ_j w_j (D,) over the columns that are there."""
+        """Return Σ_j w_j (D,) over the columns that no bias of −inf takes out."""
         total = self.hidden.new_zeros(self.hidden.shape[1], dtype=self.tiles.acc)
         ones = total.new_ones(self.tiles.columns)
         for columns in self.tiles.column_blocks():
