@@ -74,7 +74,7 @@ def collate(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def score(pairs: list[dict[str, Any]], policy: str, teacher: str) -> None:
-    """Adds, two of each a pair, log π_ref(y) and Ψ(y): all that training needs of reference and teacher."""
+    """Add, two of each per pair, log π_ref(y) and Ψ(y): all that training needs of reference and teacher."""
     reference, taught = patch_lm_head(load(policy)), load(teacher)
     for pair in pairs:
         rows = collate([pair])

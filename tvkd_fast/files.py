@@ -62,7 +62,7 @@ def ready_file(path: str | Path) -> Path:
 
 @contextmanager
 def written(path: Path, then: str = "run the same command again") -> Iterator[None]:
-    """Turn an OSError of the block into a ValueError that says what to do next."""
+    """Turn an OSError of the block into a ValueError that names the next step."""
     try:
         yield
     except OSError as error:

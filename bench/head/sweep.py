@@ -1,4 +1,4 @@
-"""The head's benchmark along an axis: tokens, vocabulary, or entries a token. A point is a run of `bench.head`.
+"""The head's benchmark along an axis: tokens, vocabulary, or entries per token. A point is a run of `bench.head`.
 
     python -m bench.head.sweep tokens 512 1024 2048 4096 8192 16384 --json FILE [--data PAIRS.jsonl.gz …]
     python -m bench.head.sweep vocabulary 32768 65536 131072 262144 --shape 2048x576x49152 --json FILE

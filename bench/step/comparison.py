@@ -1,4 +1,4 @@
-"""A whole optimizer step of DPO on a CPU, ours beside TRL's: pairs a second, peak memory, and the same losses.
+"""A whole optimizer step of DPO on a CPU, ours beside TRL's: pairs per second, peak memory, and the same losses.
 
     tvkd bench step --pairs 32 --max_length 512 --peers trl --data PAIRS.jsonl.gz --json FILE  (or python -m bench.step)
 

@@ -164,7 +164,7 @@ def ours(gradient: HeadGradient, tokens: int | None, task: StepTask, turns: Turn
 
 
 def trl(batch_size: int, task: StepTask, turns: Turns) -> None:
-    """TRL's own trainer over our token ids, `batch_size` pairs a micro-batch."""
+    """TRL's own trainer over our token ids, `batch_size` pairs per micro-batch."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer

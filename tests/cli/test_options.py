@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tvkd_fast.cli.main import main
-from tvkd_fast.cli.options import ELSEWHERE, SAID, hint
+from tvkd_fast.cli.options import ELSEWHERE, REMEDIES, hint
 from tvkd_fast.cli.parser import COMMANDS, parser_of
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_made_up(known):
 def test_what_is_named_is_an_option():
     options = {option for command in COMMANDS for option in parser_of(command).known}
     assert {name.split()[0] for name in ELSEWHERE} <= options
-    assert all(set(re.findall(r"--([\w.]*\w)", sentence)) <= options for sentence in SAID)
+    assert all(set(re.findall(r"--([\w.]*\w)", sentence)) <= options for sentence in REMEDIES)
 
 
 @pytest.mark.parametrize(

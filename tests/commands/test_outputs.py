@@ -169,7 +169,7 @@ def test_the_best_checkpoint_is_named_and_becomes_a_model(make_config, run):
     final = Path(config.output_dir) / "final"
     assert fingerprint_weights(load_model(folder)) == fingerprint_weights(load_model(final))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(final).get_vocab()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export(last)
 
 

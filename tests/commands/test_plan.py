@@ -155,7 +155,7 @@ before = process_bytes("VmRSS")
 del blocks[:-1]
 print(before - process_bytes("VmRSS"))
 """
-"""Frees 39 blocks of 8 MiB, not the last, after a larger one has told glibc that such sizes belong on its heap."""
+"""Frees 39 blocks of 8 MiB, not the last, after a larger one has made glibc keep such sizes on its heap."""
 
 
 @pytest.mark.e2e

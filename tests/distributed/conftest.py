@@ -42,7 +42,7 @@ ROLES = ("policy", "teacher", "teacher_reference")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Runs a script of this folder in so many processes; what the first one prints.
 
-    They are forked from one that has imported what all of them need, which takes seconds a process.
+    They are forked from one that has imported what all of them need, which takes seconds per process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)

@@ -91,7 +91,7 @@ def make(folder: Path, launch: Launch, processes: int, cases: Iterable[str]) -> 
 
 @pytest.mark.parametrize("case", OF_EACH_KIND)
 def test_a_run_over_two_processes_is_the_run_of_one(case: str, runs: Path) -> None:
-    """Five pairs a step: one of them has an empty micro-batch more."""
+    """Five pairs per step: one of them has an empty micro-batch more."""
     hold_to_one(case, 2, runs)
 
 

@@ -51,7 +51,7 @@ MUTANTS = {
         'switches={"PRECISION": "ieee"})',
         ["a product without tensor cores"],
     ),
-    "operands whose alignment the compiler is not told": (
+    "operands whose alignment the compiler does not know": (
         'build("product", "dH, sum", "bf16", "sm_80", config=TileConfig(64, 64, 32, warps=8, stages=2), '
         "hide_alignment=True)",
         ["narrow and 0 16-byte loads in the main loop"],

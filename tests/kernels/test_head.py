@@ -260,7 +260,7 @@ def test_only_what_is_asked_for(kit: SimpleNamespace, dtype: torch.dtype, wants:
         x.clone().requires_grad_(want) for x, want in zip((case.hidden, case.weight, case.bias), wants, strict=True)
     ]
     out = logps(inputs[0], inputs[1], case.labels, bias=inputs[2], softcap=9.0)
-    # A frozen head sums in another order, and rounds other numbers than dlogits: `right` holds it to the twin.
+    # A frozen head sums in another order, and rounds other numbers than dlogits: `right` tests it against the twin.
     streamed, tolerance = wants == (True, False, False), 4 * torch.finfo(dtype).eps
     assert torch.equal(out, everything.logps) or (streamed and torch.allclose(out, everything.logps, atol=1e-5))
     assert out.requires_grad == any(wants)

@@ -154,7 +154,7 @@ def test_a_response_with_too_few_states(cu_states: list[int], message: str) -> N
 
 @pytest.mark.parametrize("ended", [torch.ones(2), torch.ones(3, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)])
 def test_ends_that_do_not_fit(ended: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"ended must be \(2,\) bool, one a response, got"):
+    with pytest.raises(ValueError, match=r"ended must be \(2,\) bool, one per response, got"):
         shaping_returns(torch.zeros(5), torch.tensor([0, 2, 5]), ended=ended)
 
 

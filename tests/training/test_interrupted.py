@@ -1,4 +1,4 @@
-"""Runs that are told to stop, that meet a step which is not finite, and what is left to look at afterwards."""
+"""Runs that are stopped, that meet a step which is not finite, and what is left to look at afterwards."""
 
 import json
 import math

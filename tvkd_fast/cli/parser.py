@@ -25,7 +25,7 @@ from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.version import __version__
 
 COMMANDS: dict[str, tuple[type, str]] = {
-    "score": (ScoreConfig, "run teacher and reference once over the data and keep one float a state"),
+    "score": (ScoreConfig, "run teacher and reference once over the data and keep one float per state"),
     "train": (TrainConfig, "train a policy by an objective"),
     "eval": (EvalConfig, "evaluate a policy, or several (--model A --model B), on preference pairs (--data PAIRS)"),
     "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),

@@ -237,5 +237,5 @@ class ExplainConfig:
 
 
 def run(config: ExplainConfig) -> None:
-    """Draw the pair, and say where."""
+    """Draw the pair, and print the file's path."""
     print("\n".join(map(str, explain(config))))

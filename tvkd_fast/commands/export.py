@@ -44,7 +44,7 @@ def export(
         config = replace(config, policy=str(policy))
     target = path.resolve().parents[1] / EXPORTED / path.name if folder is None else Path(expanduser(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already: give another folder, or remove it")
+        raise ValueError(f"{target} exists already: give another folder, or remove it")
     ready_folder(target.parent)
     world = World(torch.device("cpu"))
     checkpoints = Checkpoints(path.parent, world, keep=1)

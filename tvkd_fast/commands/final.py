@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FINAL, ADAPTER = "final", "adapter"
 
 EXPORTED = "exported.json"
-"""The file beside final/ that says which run its model is from."""
+"""The file beside final/ that identifies the run of its model."""
 
 
 def save_final(

@@ -1,4 +1,4 @@
-"""A run's models: the policy as its config wants it, and the frozen ones that it is taught by and held to."""
+"""A run's models: the policy as its config wants it, and the frozen teacher and reference."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def plan(config: TrainConfig) -> str:
     passes = pairs_of_epochs(config.epochs, pairs) / config.pairs_per_step if pairs else None
     steps = config.max_steps or (math.ceil(passes) if passes else None)
     found = Footprint(config, policy, teacher, tokens, int(os.environ.get("WORLD_SIZE", config.nproc)))
-    a_step, operations = config.pairs_per_step * tokens.of(config.model.packing, compares(config)), found.arithmetic()
+    per_step, operations = config.pairs_per_step * tokens.of(config.model.packing, compares(config)), found.arithmetic()
     lines = [
         f"objective   {config.objective}: {config.loss.describe()}",
         f"policy      {_shape_line(policy)}",
@@ -69,11 +69,11 @@ def plan(config: TrainConfig) -> str:
         f"data        {source}",
         f"steps       {steps if steps else 'set --max_steps, or give data that can be counted'}: "
         f"{config.pairs_per_step} pairs each, {_batching_line(config)}",
-        f"a step      {a_step:,.0f} tokens{'' if pairs else ' at most'}, {operations:.2e} floating-point operations",
+        f"a step      {per_step:,.0f} tokens{'' if pairs else ' at most'}, {operations:.2e} floating-point operations",
     ]
     if steps:
         taken = config.max_steps or passes or 0
-        lines[-1] += f"; in all {taken * a_step:,.0f} and {taken * operations:.2e}"
+        lines[-1] += f"; in all {taken * per_step:,.0f} and {taken * operations:.2e}"
     return "\n".join([*lines, *_memory_lines(found)])
 
 
@@ -226,7 +226,7 @@ def tokens_of(dataset: PairDataset) -> PairTokens:
 def _batching_line(config: TrainConfig) -> str:
     if config.model.packing == "padded":
         return f"padded, in micro-batches of {config.pairs_per_micro_batch} pairs"
-    prompts = "once a pair" if config.model.packing == "shared" else "once a response"
+    prompts = "once per pair" if config.model.packing == "shared" else "once per response"
     return f"packed in rows of {config.tokens_per_micro_batch:,} tokens, each prompt {prompts}"
 
 

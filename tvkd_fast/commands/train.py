@@ -110,7 +110,7 @@ def check(config: TrainConfig) -> None:
 
 
 def run(config: TrainConfig) -> None:
-    """Train, or print the plan, and say where the model is."""
+    """Train, or print the plan, and print the model's path."""
     if config.dry_run:
         if is_main_process():
             print(plan(config))

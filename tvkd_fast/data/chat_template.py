@@ -78,7 +78,7 @@ def _tail_of_the_first_that_is_written(tokenizer: PreTrainedTokenizerBase, optio
         try:
             return tail_behind(tokenizer, messages, **options)
         except _refusals():
-            # Some want a system's turn first. What is wrong with a template is said of the row that it refuses.
+            # Some want a system's turn first. A template's error is reported with the row that it refuses.
             continue
     return ""
 

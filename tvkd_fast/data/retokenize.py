@@ -1,6 +1,6 @@
 """The same text in another model's tokens: what a teacher reads that has a tokenizer of its own.
 
-Ψ is a number a response, made of the teacher's states between the prompt's end and the response's. It needs the same
+Ψ is a number per response, made of the teacher's states between the prompt's end and the response's. It needs the same
 text, not the same tokens (docs/method.md). So pairs are written anew in the teacher's tokens and chat template, and a
 pair whose text does not survive that is refused rather than scored for something else.
 """
@@ -171,7 +171,7 @@ def _own(read: Preference, pair: TokenizedPair, theirs: PairTokenizer) -> Tokeni
 
 
 def _check_text(own: TokenizedPair, text: Preference, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every message must stand in what its tokens say, one after the other."""
+    """Check that the decoded tokens contain every message, one after the other."""
     for answer in _ANSWERS:
         # Of both together: a token may hold the prompt's end and the answer's beginning.
         decoded = _letters(_decoded(own.prompt_ids + getattr(own, f"{answer}_ids"), tokenizer))

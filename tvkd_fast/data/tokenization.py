@@ -32,7 +32,7 @@ class TokenizedPair:
     """Token ids of a prompt and of two responses to it.
 
     `chosen_ended` and `rejected_ended` say whether the response's last id is the end of a sequence or of a turn; it is
-    not where truncation cut the response. `row` says where the pair came from.
+    not where truncation cut the response. `row` names the pair's source.
     """
 
     prompt_ids: list[int]
@@ -90,7 +90,8 @@ class PairTokenizer:
     def __call__(self, pair: Preference, *, chosen_ended: bool = True, rejected_ended: bool = True) -> TokenizedPair:
         """Ids of one pair; see `tokenize_pair`.
 
-        A response that is said not to have ended has no end, and nothing of what the template writes behind an answer.
+        A response that is declared not to have ended has no end, and nothing of what the template writes behind an
+        answer.
         """
         templated = self.uses_template and not isinstance(pair.prompt, str)
         if templated and pair.from_text:

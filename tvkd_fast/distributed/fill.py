@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device: torch.device) -> None:
     """Give a sharded model on the meta device its memory on `device`, and read its own rows of every weight.
 
-    `places` says by the name of a parameter or saved buffer in which file and under which name it lies; adapters are in
+    `places` gives the file of each parameter or saved buffer, and its name there, by name; adapters are in
     none, and begin as `add_lora` has them begin.
     """
     model.to_empty(device=device)

@@ -56,7 +56,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
-        # The store is there already: a process joins it and opens none.
+        # The store exists already: a process joins it and opens none.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     if rank > 0:

@@ -17,8 +17,8 @@ PATIENCE = timedelta(seconds=5)
 def print_once(text: str) -> None:
     """Print to stderr what no other process has printed: a refusal is each one's, and one of them is enough.
 
-    Which process comes first is left to the store in which they meet, since only some of them may have anything to say.
-    Where it cannot be reached, each of them prints.
+    Which process comes first is left to the store in which they meet, since only some of them may have anything to
+    print. Where it cannot be reached, each of them prints.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _is_first(text):
         print(text, file=sys.stderr)

@@ -1,9 +1,8 @@
-"""Who is waited for: a thread in each process that names the one that the others have stood still for.
+"""A watchdog: a thread in each process that names the process that the others wait for.
 
-A process that does not come to a collective is seen by nobody: the others wait in it and say nothing until their
-patience ends, and then say where *they* were. All call the same collectives in the same order, so that the one with the
-fewest is the one that they wait for. Each process tells the others, through the store in which they met, how many it
-has called, and that it is there at all.
+A stalled rank goes unnoticed until the others time out in a collective, and their errors name *their* place, not its
+own. All call the same collectives in the same order, so that the rank with the fewest calls is the one that is waited
+for. Each process publishes, through the store in which they met, its number of calls and a heartbeat.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ KEY = "tvkd_fast/watch/{}"
 def watched(groups: Sequence[Any], rank: int, size: int, timeout_s: float) -> Iterator[None]:
     """Name on stderr, while entered, a process that keeps the others waiting for most of `timeout_s`.
 
-    `groups` are those in which the main thread of every process calls the same collectives; torchrun's variables say
+    `groups` are those in which the main thread of every process calls the same collectives; torchrun's variables give
     where the store is.
     """
     done = threading.Event()
@@ -96,7 +95,7 @@ def _watch(
 def who_is_waited_for(
     seen: dict[int, tuple[str, float]], size: int, now: float, timeout_s: float
 ) -> tuple[set[int], set[int]]:
-    """Processes that have called fewer collectives than another, and those that say nothing any longer.
+    """Processes that have called fewer collectives than another, and those without a recent heartbeat.
 
     `seen` is what each has latest last, "collectives beats", and when that was first seen.
     """

@@ -129,7 +129,7 @@ def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 @contextmanager
 def naming(model: str) -> Iterator[None]:
-    """Three heads pass the same checks: a refusal says whose it was."""
+    """Three heads pass the same checks: a refusal names the head."""
     try:
         yield
     except ValueError as error:

@@ -63,8 +63,8 @@ class TVKDTrainer(DPOTrainer):
     Args:
         model, ref_model, args, …: as DPOTrainer takes them; `args` is a TVKDConfig.
         teacher_model: a model that was trained by DPO, in the policy's tokens: its name or folder, or a module. Or what
-            it said of the data before, whatever its tokens: a folder that `tvkd score` wrote, or a list of them, one
-            for each dataset. Without it the run is DPO's own.
+            it computed for the data before, whatever its tokens: a folder that `tvkd score` wrote, or a list of them,
+            one for each dataset. Without it the run is DPO's own.
         teacher_reference: for `value_from="implicit_reward"`, what the teacher was before DPO; likewise.
 
     `rewards/*` stay unshaped, so that they compare with DPO's; `tvkd/shaping_margins` is the mean of α(Ψ_w − Ψ_l), and
@@ -171,7 +171,7 @@ class TVKDTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         self._heads.take(self)
-        # What is there for a teacher is none of the model's inputs.
+        # Columns for a teacher are no inputs of the model.
         with self._heads.asked(self.ref_model, self.model):
             return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in RESPONSES})
 

@@ -1,4 +1,4 @@
-"""The teacher's part: shaping returns, and the figures that say when they drown the preference.
+"""The teacher's part: shaping returns, and the figures that show when they drown the preference.
 
 Letters: M states, S responses, P pairs; response i's states are `cu_states[i]:cu_states[i+1]`, s_0 first.
 """
@@ -154,7 +154,7 @@ def check_shaping(values: Tensor, cu_states: Tensor, gamma: float, terminal: str
     check_boundaries("cu_states", cu_states, values.shape[0])
     if ended is not None and (ended.dtype != torch.bool or ended.shape != cu_states[1:].shape):
         raise ValueError(
-            f"ended must be ({cu_states.numel() - 1},) bool, one a response, got {tuple(ended.shape)} {ended.dtype}"
+            f"ended must be ({cu_states.numel() - 1},) bool, one per response, got {tuple(ended.shape)} {ended.dtype}"
         )
     if cu_states.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -47,7 +47,7 @@ def adapter_folder(name: str) -> AdapterFolder | None:
     try:
         found = find_adapter_config_file(name)
     except OSError:
-        # Who loads it says what is wrong with the name.
+        # Loading it raises an error that explains the name.
         found = None
     if found is None:
         return None

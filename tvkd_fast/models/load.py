@@ -222,7 +222,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     except (OSError, ImportError) as error:
         raise ValueError(unreadable("tokenizer", name, error)) from error
     except ValueError as error:
-        # What else is wrong with a tokenizer, code that is not trusted among it, says so itself.
+        # What else is wrong with a tokenizer, untrusted code among it, raises its own error.
         if "instantiate the backend tokenizer" not in str(error):
             raise
         raise ValueError(

@@ -77,7 +77,7 @@ def probe_head(model: PreTrainedModel) -> None:
 
     Both are computed in the precision that the model's own forward brings, such as that of accelerate's mixed
     precision. The logits are asked for in full, [T, V] of 8 tokens, once. Raises ValueError on a mismatch: the family
-    transforms its logits in a way that the config's known names do not tell. Nothing of the model stays changed.
+    transforms its logits in a way that the config's known names do not show. Nothing of the model stays changed.
     """
     head = answering_layer(model.get_output_embeddings())
     assert isinstance(head, FusedLMHead)
@@ -101,7 +101,7 @@ def as_probed(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no autocast from outside, and answers by name, while the block lasts."""
     by_name = model.config.return_dict
     with in_eval(model), torch.autocast(_device(model).type, enabled=False):
-        # A family's head reads its backbone's answer by name, and fails over a config that says otherwise.
+        # A family's head reads its backbone's answer by name, and fails over a config that differs.
         model.config.return_dict = True
         try:
             yield

@@ -70,7 +70,7 @@ def few_layers(model: PreTrainedModel) -> PreTrainedModel:
 def config_of_layers(config: Any, layers: list[int]) -> Any:
     """The config of a model that has only these of the layers."""
     config = copy.deepcopy(config)
-    # Lists as long as the model is deep say something of each layer: layer_types, SmolLM3's no_rope_layers.
+    # Lists as long as the model is deep have one value per layer: layer_types, SmolLM3's no_rope_layers.
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers and not name.endswith("token_id"):
             setattr(config, name, [value[i] for i in layers])

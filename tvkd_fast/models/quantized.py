@@ -14,7 +14,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BITS_A_WEIGHT = 4 + 32 / 64
+BITS_PER_WEIGHT = 4 + 32 / 64
 """Four, and a float32 scale for every 64 weights."""
 
 

@@ -1,8 +1,8 @@
 """Attention over packed pairs that share their prompts: each response sees its prompt and itself.
 
 A row is [prompt | chosen | rejected], pair after pair. Prompt and chosen response are a causal sequence as they lie;
-the rejected one attends to its prompt and to itself. Two calls a pair, and no mask over the row: what a mask would take
-away is not computed. FlexAttention, on a GPU, is given the same as a mask by blocks. The function stands where
+the rejected one attends to its prompt and to itself. Two calls per pair, and no mask over the row: what a mask would
+take away is not computed. FlexAttention, on a GPU, is given the same as a mask by blocks. The function stands where
 transformers looks its attention up, by name; a call without a layout goes to the implementation that was there before.
 
 Letters: P pairs, L tokens of a row, H heads, G key heads, E their size, T queries and S keys of one sequence.

@@ -1,4 +1,4 @@
-"""The objectives by name: every file of this folder that says `@objective(name)`."""
+"""The objectives by name: every file of this folder with `@objective(name)`."""
 
 from __future__ import annotations
 

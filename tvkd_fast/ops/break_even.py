@@ -21,7 +21,7 @@ ROWS, COLUMNS, ENTRIES = 256, 2048, 64
 
 @lru_cache
 def break_even(device: torch.device, dtype: torch.dtype, vocab_size: int, hidden_size: int) -> float:
-    """Entries a token at which gathering both gradients takes as long as recomputing them.
+    """Return the entries per token at which gathering both gradients takes as long as recomputing them.
 
     A sample of tiles is timed, a few milliseconds in all, and the least of five is taken. Timings differ from run to
     run, so a batch close by may be computed either way: who must resume bit for bit chooses a mode. On a GPU torch's

@@ -90,7 +90,7 @@ def check_labels(labels: Tensor, hidden: Tensor) -> None:
     """labels (N,) integers on hidden's device."""
     if labels.shape != hidden.shape[:1]:
         raise ValueError(
-            f"labels must be ({hidden.shape[0]},), one a row of hidden, got {tuple(labels.shape)}: hidden[t] is the "
+            f"labels must be ({hidden.shape[0]},), one per row of hidden, got {tuple(labels.shape)}: hidden[t] is the "
             "state that predicts labels[t], shifted already"
         )
     if labels.dtype not in (torch.int64, torch.int32):

@@ -46,7 +46,7 @@ def differentiate(
     """Register the derivative of an op whose first arguments are hidden, weight and bias and whose first result alone
     is differentiated.
 
-    `keep(inputs, output)` says what the backward needs; `gradients(grad, tensors, settings, wants)` gets it.
+    `keep(inputs, output)` returns what the backward needs; `gradients(grad, tensors, settings, wants)` gets it.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

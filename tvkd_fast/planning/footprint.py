@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from tvkd_fast.distributed.vocabulary import states_held
-from tvkd_fast.models import BITS_A_WEIGHT, ModelShape
+from tvkd_fast.models import BITS_PER_WEIGHT, ModelShape
 from tvkd_fast.models.shared_prompt import HANDLED, Layout
 from tvkd_fast.objectives import SCORED, Need
 from tvkd_fast.planning.activations import count_activations
@@ -87,14 +87,14 @@ class Footprint:
             "gradients, reduced": ring * reductions * 4 * self._reduced,
         }
         if self.shares_vocabulary:
-            # The few numbers a token by which its parts are merged are left out. The head's gradients are float32.
+            # The few numbers per token by which its parts are merged are left out. The head's gradients are float32.
             pairs = config.pairs_per_step / self.processes
             per_token = ring * self._group * self.policy.hidden
             answers = pairs * self.tokens.responses(compares(config))
             parts["states of tokens"] = per_token * answers * (self._compute + 4)
             if self.policy.tied:
                 padded = config.model.packing == "padded"
-                looked_up = self.micro_batches * self.row if padded else pairs * self._a_pair
+                looked_up = self.micro_batches * self.row if padded else pairs * self._tokens_per_pair
                 # A frozen table has no way back.
                 directions = 2 if config.lora.rank == 0 else 1
                 parts["embeddings of tokens"] = per_token * looked_up * directions * _BYTES[config.model.dtype]
@@ -111,11 +111,11 @@ class Footprint:
     def arithmetic(self) -> float:
         """Floating-point operations of a step by its products with weights, of all processes together.
 
-        A weight takes 2 a token forward, 2 for its input's gradient and 2 for its own; the head sees response tokens
+        A weight takes 2 per token forward, 2 for its input's gradient and 2 for its own; the head sees response tokens
         alone. What is computed again counts once, and attention's own products are left out.
         """
         config, policy, teacher = self.config, self.policy, self.teacher
-        tokens = config.pairs_per_step * self._a_pair
+        tokens = config.pairs_per_step * self._tokens_per_pair
         answers = config.pairs_per_step * self.tokens.responses(compares(config))
         trained = 6 if config.lora.rank == 0 else 4
         total = trained * (policy.blocks * tokens + policy.head * answers)
@@ -145,7 +145,7 @@ class Footprint:
         config = self.config
         if config.model.packing == "padded":
             return math.ceil(config.pairs_per_step / config.pairs_per_micro_batch / self.processes)
-        return math.ceil(config.pairs_per_step * self._a_pair / config.tokens_per_micro_batch / self.processes)
+        return math.ceil(config.pairs_per_step * self._tokens_per_pair / config.tokens_per_micro_batch / self.processes)
 
     @property
     def row(self) -> float:
@@ -154,7 +154,7 @@ class Footprint:
         if config.model.packing == "padded":
             sequences = 2 if compares(config) else 1
             return config.pairs_per_micro_batch * sequences * self.tokens.longest
-        return min(config.tokens_per_micro_batch, config.pairs_per_step * self._a_pair / self.processes)
+        return min(config.tokens_per_micro_batch, config.pairs_per_step * self._tokens_per_pair / self.processes)
 
     @cached_property
     def shares_vocabulary(self) -> bool:
@@ -196,7 +196,7 @@ class Footprint:
     @property
     def _answers(self) -> float:
         """Response tokens among those of a row."""
-        return self._tokens * self.tokens.responses(compares(self.config)) / self._a_pair
+        return self._tokens * self.tokens.responses(compares(self.config)) / self._tokens_per_pair
 
     def _layout(self, tokens: int) -> Layout | None:
         """Return a row's layout, filled with pairs of the data's mean lengths."""
@@ -204,12 +204,12 @@ class Footprint:
         handled = implementation is None or implementation in HANDLED
         if self.config.model.packing != "shared" or not compares(self.config) or not handled:
             return None
-        pairs = max(1, round(tokens / self._a_pair))
+        pairs = max(1, round(tokens / self._tokens_per_pair))
         ends = [round(tokens * i / pairs) for i in range(pairs + 1)]
         rows = []
         for start, end in pairwise(ends):
-            chosen = start + round((end - start) * self.tokens.prompt / self._a_pair)
-            rejected = chosen + round((end - start) * self.tokens.chosen / self._a_pair)
+            chosen = start + round((end - start) * self.tokens.prompt / self._tokens_per_pair)
+            rejected = chosen + round((end - start) * self.tokens.chosen / self._tokens_per_pair)
             rows.append((start, chosen, rejected, end))
         return tuple(rows)
 
@@ -220,7 +220,7 @@ class Footprint:
         adapters = self.learning if config.lora.rank else 0
         packed = self.policy.blocks if config.lora.quantize == "nf4" else 0
         parts = {
-            "policy weights": (self.policy.parameters - packed + adapters) * size + packed * BITS_A_WEIGHT / 8,
+            "policy weights": (self.policy.parameters - packed + adapters) * size + packed * BITS_PER_WEIGHT / 8,
             "AdamW's two moments": 2 * self.learning * size,
         }
         if Need.REFERENCE in config.loss.needs and config.scores is None and not config.lora.rank:
@@ -262,7 +262,7 @@ class Footprint:
         if self._group > 1:
             parts |= self._so_far
         if self.config.lora.rank == 0:
-            # Of a tied weight the embedding's and the head's are summed; both are there before, and the sum so far.
+            # Of a tied weight the embedding's and the head's are summed; both exist before, and the sum so far.
             beside = (1 if self.policy.tied else 0) + (1 if self.micro_batches > 1 else 0)
             parts["embedding's gradient"] = beside * self._head_gradient
         return parts
@@ -297,7 +297,7 @@ class Footprint:
         return 4.0 * self.policy.head / (self._group if self.shares_vocabulary else 1)
 
     @property
-    def _a_pair(self) -> float:
+    def _tokens_per_pair(self) -> float:
         return self.tokens.of(self.config.model.packing, compares(self.config))
 
     @property

@@ -1,4 +1,4 @@
-"""The score cache: what teacher and reference say of a dataset, made once, as a folder of shards and a manifest.
+"""The score cache: the numbers of teacher and reference for a dataset, as a folder of shards and a manifest.
 
 A shard holds the numbers of consecutive pairs; the manifest names the shards that are whole, with their checksums, and
 what the numbers were made of. It is written anew after each shard, so that a killed run goes on from there.
@@ -65,7 +65,7 @@ class ScoreCache:
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
         """Map a folder that a `ScoreWriter` finished, for the dataset it was made of.
 
-        Raises ValueError, with the file's name, where it is not whole: every byte is held to a checksum.
+        Raises ValueError, with the file's name, where it is not whole: every byte is tested against a checksum.
         """
         folder = Path(expanduser(folder))
         manifest = read_manifest(folder)
@@ -108,7 +108,7 @@ class ScoreCache:
 class ScoreWriter:
     """Writes a cache shard by shard beside `folder`, whose place it takes once the last shard is whole.
 
-    What a killed run left there is gone on with, if it tells of the same numbers: whole shards are kept, a torn one and
+    A killed run's files are resumed from, if they are of the same numbers: whole shards are kept, a torn one and
     what follows it are made again. An older cache in `folder` stands until then.
     """
 
@@ -224,7 +224,7 @@ def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
     fits = all(x is None or x.shape == shapes[name] for name, x in vars(scores).items())
     own = {scores.teacher_states is not None, scores.teacher_ended is not None}
     if not fits or scores.ref_logps is None or own != {manifest.own_tokens}:
-        raise ValueError(f"{path} does not hold what {MANIFEST} says of it; run `tvkd score` again")
+        raise ValueError(f"{path} does not match {MANIFEST}; run `tvkd score` again")
     return scores
 
 

@@ -63,7 +63,7 @@ class ScoreManifest:
         return sum(shard.pairs for shard in self.shards) == self.pairs
 
     def same_numbers(self, other: ScoreManifest) -> bool:
-        """Whether both tell of the same numbers, however many of them are there and whoever wrote them."""
+        """Return whether both describe the same numbers, whatever their count and writer."""
         return replace(self, shards=(), versions={}) == replace(other, shards=(), versions={})
 
     def text(self) -> str:

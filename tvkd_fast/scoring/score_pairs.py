@@ -27,7 +27,7 @@ def pairs_alike(folder: str | Path, dataset: PairDataset) -> int | None:
 
 
 def first_difference(folders: list[str], dataset: PairDataset) -> str:
-    """Names the first row that is not the cache's, of the folder that goes along longest; "" where none can tell."""
+    """Names the first row that is not the cache's, of the folder that goes along longest; "" where none has digests."""
     known = {folder: alike for folder in folders if (alike := pairs_alike(folder, dataset)) is not None}
     if not known:
         return ""

@@ -150,9 +150,9 @@ def score_dataset(
     world: World,
     progress: bool = False,
 ) -> ScoreCache:
-    """Run the scorer once over the dataset and keep what it says in memory, in the dataset's order.
+    """Run the scorer once over the dataset and keep its scores in memory, in the dataset's order.
 
-    Each process of `world` scores its part, and all have the whole.
+    Each process of `world` scores its part, and each gets the scores of all.
     """
     layout = scorer.layout(dataset)
     with _bar(len(dataset), 0, progress) as bar:

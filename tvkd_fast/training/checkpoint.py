@@ -1,6 +1,6 @@
 """Checkpoints that are complete or invisible: safetensors and JSON, written beside their place and moved there.
 
-A checkpoint is a folder `step-000100` of one file a process, `shard-00001-….safetensors`, each with its own rows of
+A checkpoint is a folder `step-000100` of one file per process, `shard-00001-….safetensors`, each with its own rows of
 weights and optimizer (torch.distributed.checkpoint's sharded layout, which any number of processes reads), and
 `state.json`, whose checksums of them make it whole. What is not whole is passed over, and the one before it is used.
 """

@@ -122,7 +122,8 @@ RESUMES = "run the same command again: it goes on from the newest whole checkpoi
 
 
 class ShapingWatch:
-    """Warns, once a run, of shaping that outweighs the policy's margins, over enough pairs for that to mean something.
+    """Warns, once per run, of shaping that outweighs the policy's margins, over enough pairs for that to mean
+    something.
 
     Margins begin at 0 and any shaping outweighs them there, so the first `skip` steps are not looked at.
     """

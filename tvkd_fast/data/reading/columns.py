@@ -162,7 +162,7 @@ _PREFERRED: tuple[tuple[tuple[str, ...], _Rule], ...] = (
     (("response_1", "response_2", "preference_strength"), _by_strength),  # HelpSteer2
     (("response1", "response2", "overall_preference"), _by_strength),  # HelpSteer3
 )
-"""Two answers, and where a third column says which is preferred that column, of sets that document what it means."""
+"""Two answers, and where a third column gives the preferred one that column, of sets that document its meaning."""
 
 
 def _answers(record: Record, row: str) -> tuple[tuple[str, ...], Any, Any]:

@@ -21,7 +21,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5}).*")
 _NUMBER = re.compile(r"[-_. ]*\d+")
 
 _ANY = "*"
-"""The split of files whose names say none: one set is any of them, as a single file is."""
+"""The split of files whose names give none: one set is any of them, as a single file is."""
 
 Splits = dict[str, list[Path]]
 
@@ -94,7 +94,7 @@ def _refuse_formats(folder: Path, split: str, files: list[Path]) -> None:
     twice = {file.parent / _stem(file) for file in files}
     if len(twice) < len(files):
         names = ", ".join(file.name for file in files)
-        raise ValueError(f"{folder}: the split {split!r} is there in several formats ({names}): keep one of them")
+        raise ValueError(f"{folder}: the split {split!r} exists in several formats ({names}): keep one of them")
 
 
 def _refuse_missing_shards(folder: Path, split: str, files: list[Path]) -> None:

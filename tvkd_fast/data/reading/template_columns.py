@@ -127,6 +127,6 @@ def check_without_template(pair: Preference) -> None:
 
 @cache
 def _arguments(apply: Callable[..., Any]) -> frozenset[str]:
-    """Arguments of `apply_chat_template` that say how it is applied."""
+    """Arguments of `apply_chat_template` that set how it is applied."""
     named = inspect.signature(apply).parameters.values()
     return frozenset(x.name for x in named if x.kind is not x.VAR_KEYWORD) - {"tools", "documents"}

@@ -56,7 +56,7 @@ class Passes:
         """`add`, and of entries above ε of the running total how many a row has, columns and e^(z − maximum).
 
         z is overwritten. `counts` (R,) grows by what was found; rows that have more than `cap` are not looked at any
-        longer, nor is the label's column. `spare` has z's shape and 4 bytes an element.
+        longer, nor is the label's column. `spare` has z's shape and 4 bytes per element.
         """
         columns = spare.view(torch.int32)
         return self._tensors("select", z, labels, maximum, total, counts, columns, eps, cap)
@@ -75,7 +75,7 @@ class Passes:
     ) -> Found:
         """Return rows, columns and p = e·scale of the entries from `select` with p ≥ ε in rows that are not dense.
 
-        `place` (R,) says which row of all each is, `first` is the tile's first column; `tail` (R,) loses what is kept.
+        `place` (R,) is each row's place among all, `first` is the tile's first column; `tail` (R,) loses what is kept.
         """
         return self._tensors("rescale", found, columns, e, scale, dense, eps, place, first, tail)
 

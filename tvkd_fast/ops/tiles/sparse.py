@@ -139,7 +139,7 @@ class Parts:
         self.even_everywhere, self.c_everywhere = (_placed(x, kept, c.new_zeros(n)) for x in (self.even, c))
 
     def _counts(self, n: int) -> Tensor:
-        """(n,) entries a row, tile by tile: bincount takes eight bytes more an entry."""
+        """(n,) entries per row, tile by tile: bincount takes eight bytes more per entry."""
         counts = torch.zeros(n, dtype=torch.int64, device=self.place.device)
         for start, stop in pairwise(self.selected.bounds.tolist()):
             counts += torch.bincount(self.selected.rows[start:stop], minlength=n)
