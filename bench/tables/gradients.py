@@ -20,7 +20,7 @@ def learning_table(report: dict[str, Any]) -> str:
         for step in steps:
             cells += [f"{row[step][name]:.1%}" for name in ("label", "vocabulary", "weight")]
         rows.append(cells)
-    what = f"{report['tokens']} tokens a step, AdamW, rate {report['lr']:g}; {report['states']}"
+    what = f"{report['tokens']} tokens per step, AdamW, rate {report['lr']:g}; {report['states']}"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
