@@ -41,7 +41,7 @@ def named(folder: Path, name: str) -> list[Path]:
 
 
 def forbidden(layer: str, target: str) -> str | None:
-    """Why a file of a layer must not import a module, or None where it may."""
+    """Return why a file of a layer must not import a module, or None where it may."""
     top = target.split(".")[0]
     if top in NEVER_IMPORTED:
         return f"imports the top-level {top}"

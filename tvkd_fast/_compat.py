@@ -21,7 +21,7 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 def is_dtensor(x: object) -> TypeGuard[DTensor]:
-    """Whether `x` is a DTensor; its module, over a second's import, is asked for only where `x` may be one."""
+    """Return whether `x` is a DTensor; its module, over a second's import, is asked for only where `x` may be one."""
     if type(x) in (Tensor, Parameter) or not isinstance(x, Tensor):
         return False
     from torch.distributed.tensor import DTensor

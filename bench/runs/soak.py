@@ -199,7 +199,7 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 def same_tensors(path: Path, other: Path) -> bool:
-    """Whether two checkpoints hold the same weights, moments and generators, bit for bit, in whatever order."""
+    """Return whether two checkpoints hold the same weights, moments and generators, bit for bit, in whatever order."""
     for name in read_state(path)["sha256"]:
         mine, theirs = (load_file(folder / name) for folder in (path, other))
         if mine.keys() != theirs.keys() or not all(torch.equal(x, theirs[key]) for key, x in mine.items()):

@@ -390,7 +390,8 @@ def live(kernel: str, switches: dict[str, Any], config: TileConfig | None, align
 
 
 def stands_for(build: Any, launch: Launch, family: str) -> bool:
-    """Whether a build is the launch's binary, or a heavier one where loads of the main loop are masked or narrow.
+    """Return whether a build is the launch's binary, or a heavier one where loads of the main loop are masked or
+    narrow.
 
     Such loads change the main loop, and nothing passes from it to the epilogue but the accumulators. What a binary
     holds at most is what its loop or its epilogue holds, so a light epilogue behind a masked loop needs none of its

@@ -83,7 +83,7 @@ def open_outputs(config: EvalConfig) -> None:
 
 
 def check_can_answer(config: EvalConfig) -> None:
-    """ValueError where `config.generate` is set and a model has no chat template to be asked by."""
+    """Raise ValueError where `config.generate` is set and a model has no chat template to be asked by."""
     for name in _asked(config) if config.generate is not None else ():
         if not load_tokenizer(name, trust_remote_code=config.model.trust_remote_code).chat_template:
             raise ValueError(f"{name} has no chat template, so it cannot be asked: leave out --generate")

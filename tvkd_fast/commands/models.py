@@ -79,7 +79,7 @@ class Sharing:
     """Most that a process sends through a model at once."""
 
     def of_vocabulary(self, policy: PolicyWithHead) -> bool:
-        """Whether the head stays in shards, and the tokens of every process are sent to it."""
+        """Return whether the head stays in shards, and the tokens of every process are sent to it."""
         if self.parallel.vocabulary != "auto":
             return self.parallel.vocabulary == "shared"
         group = self.world.size // self.parallel.replicas
@@ -332,7 +332,8 @@ def _load_reference(
 
 
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig, *, whose: str) -> None:
-    """ValueError where the reference `name` has another tokenizer than the model whose tokens it is asked about."""
+    """Raise ValueError where the reference `name` has another tokenizer than the model whose tokens it is asked
+    about."""
     other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours == theirs:

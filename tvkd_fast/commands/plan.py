@@ -183,7 +183,8 @@ def _tokens(config: TrainConfig, policy: ModelShape) -> tuple[PairTokens, int, s
 
 
 def _counted(source: str) -> bool:
-    """Whether the data can be counted on this machine. A name with a file's suffix is never looked up on the hub."""
+    """Return whether the data can be counted on this machine. A name with a file's suffix is never looked up on the
+    hub."""
     return source.startswith("bundled:") or Path(source).exists() or source.endswith(FILE_SUFFIXES)
 
 

@@ -37,7 +37,7 @@ def _epoch_order(seed: int, epoch: int, num_pairs: int) -> list[int]:
 
 
 def check_step(pairs_per_step: int, dataset: Sized) -> None:
-    """ValueError where a step takes more pairs than there are."""
+    """Raise ValueError where a step takes more pairs than there are."""
     if pairs_per_step > len(dataset):
         raise ValueError(
             f"a step takes {pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "

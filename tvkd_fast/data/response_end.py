@@ -78,7 +78,7 @@ class ResponseEnds:
         return next((i for i, token in enumerate(ids) if not self._is_blank(token)), len(ids))
 
     def more_than_the_template_writes(self, behind: Sequence[int]) -> bool:
-        """Whether the ids behind a response's end hold another one that no template writes by itself: the answer
+        """Return whether the ids behind a response's end hold another one that no template writes by itself: the answer
         brought its own along."""
         written = [sum(i in self.stop_ids for i in end.behind) for end in self._turn_ends]
         return sum(i in self.stop_ids for i in behind) > max(written, default=0)

@@ -137,8 +137,8 @@ class PairTokenizer:
         return self._opening(own) + own
 
     def written_before(self, text: str) -> bool:
-        """Whether the text has special tokens where a chat template writes them, at the beginning of a line. One in
-        the middle of a sentence is only mentioned."""
+        """Return whether the text has special tokens where a chat template writes them, at the beginning of a line. One
+        in the middle of a sentence is only mentioned."""
         return self._written.search(text) is not None
 
     def _refuse_written(self, pair: Preference) -> None:
@@ -170,7 +170,7 @@ class PairTokenizer:
         return []
 
     def brings_opening(self, ids: list[int]) -> bool:
-        """Whether a text of these ids begins with the same itself, white space aside."""
+        """Return whether a text of these ids begins with the same itself, white space aside."""
         start = self.ends.blank(ids)
         return ids[start : start + len(self.opening)] == self.opening
 

@@ -34,5 +34,5 @@ def _is_first(text: str) -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the first of those that were started, the one that prints results."""
+    """Return whether this process is the first of those that were started, the one that prints results."""
     return os.environ.get("RANK", "0") == "0"

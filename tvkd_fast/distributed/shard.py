@@ -80,7 +80,7 @@ def blocks_of(policy: PolicyWithHead) -> list[nn.Module]:
 
 
 def sync_gradients(policy: nn.Module, *, now: bool) -> None:
-    """Whether the next backward reduces gradients over processes: `now`, or always where the policy was sharded so."""
+    """Set whether the next backward reduces gradients over processes: `now`, or always if the policy was sharded so."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(now or bool(policy.reduce_always))
 

@@ -55,7 +55,7 @@ def share_vocabulary(policy: PolicyWithHead, mesh: DeviceMesh) -> set[nn.Paramet
 
 
 def can_share_vocabulary(policy: PolicyWithHead) -> bool:
-    """Whether nothing but a table of rows is tied to the head."""
+    """Return whether nothing but a table of rows is tied to the head."""
     looked_up = policy.model.get_input_embeddings()
     return looked_up.weight is not policy.head.weight or isinstance(looked_up, nn.Embedding)
 

@@ -222,7 +222,7 @@ def take_out(model: PreTrainedModel, *, outside: bool) -> None:
 
 
 def taken_out_outside(model: PreTrainedModel) -> bool:
-    """Whether the model was unpatched through a wrapper; the answer is True once."""
+    """Return whether the model was unpatched through a wrapper; the answer is True once."""
     patch: Patch | None = vars(model).get(PATCH)
     if patch is None or not patch.outside:
         return False
@@ -302,7 +302,7 @@ def _is_ours(forward: Any) -> bool:
 
 
 def _reached(forward: Any) -> bool:
-    """Whether a forward is ours, or wraps ours by `functools.wraps`."""
+    """Return whether a forward is ours, or wraps ours by `functools.wraps`."""
     while forward is not None and not _is_ours(forward):
         forward = getattr(forward, "__wrapped__", None)
     return forward is not None

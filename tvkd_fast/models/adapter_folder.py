@@ -68,7 +68,7 @@ def adapter_folder(name: str) -> AdapterFolder | None:
 
 
 def _check_ends(folder: Path, base: str) -> None:
-    """ValueError where the chain from an adapter to its base, itself an adapter, leads back to where it began."""
+    """Raise ValueError where the chain from an adapter to its base, itself an adapter, leads back to where it began."""
     seen = {folder.resolve()}
     while (config := Path(base) / "adapter_config.json").is_file() and not (Path(base) / "config.json").is_file():
         if Path(base).resolve() in seen:
@@ -81,7 +81,7 @@ def _check_ends(folder: Path, base: str) -> None:
 
 
 def has_tokenizer(name: str) -> bool:
-    """Whether a folder or hub repository has a tokenizer of its own."""
+    """Return whether a folder or hub repository has a tokenizer of its own."""
     if Path(name).is_dir():
         return any((Path(name) / file).is_file() for file in _TOKENIZERS)
     return any(_cached(name, file) is not None for file in _TOKENIZERS[:2])
@@ -162,7 +162,8 @@ def _weights_of(adapter: AdapterFolder) -> str:
 
 
 def _check_taken(model: nn.Module, weights: str) -> None:
-    """ValueError where the file holds low-rank weights of layers that the model does not have: peft leaves them out."""
+    """Raise ValueError where the file holds low-rank weights of layers that the model does not have: peft leaves them
+    out."""
     with safe_open(weights, framework="pt") as file:
         saved = {name for name in file.keys() if re.search(r"\.lora_[AB]\.", name)}  # noqa: SIM118
     places = {re.sub(r"(\.lora_[AB])\.default\.", r"\1.", name) for name, _ in model.named_parameters()}

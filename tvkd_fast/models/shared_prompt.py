@@ -95,7 +95,7 @@ def block_mask(layout: Layout, window: int | None, device: torch.device) -> Bloc
 
 
 def sees(layout: Layout, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-    """Whether a token of the row sees another, as FlexAttention asks it: (batch, head, query, key) to bool."""
+    """Return whether a token of the row sees another, as FlexAttention asks it: (batch, head, query, key) to bool."""
     lengths = torch.tensor([[b - a, c - b, d - c] for a, b, c, d in layout])
     part = torch.arange(3).repeat(len(layout)).repeat_interleave(lengths.flatten()).to(device)
     pair = torch.arange(len(layout)).repeat_interleave(lengths.sum(1)).to(device)

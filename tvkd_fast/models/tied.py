@@ -39,7 +39,7 @@ def tied_names(model: nn.Module) -> tuple[str, str] | None:
 
 
 def are_equal(files: Mapping[str, Path], names: tuple[str, str], opened: Callable[[Path], Any]) -> bool:
-    """Whether two tensors of safetensors files hold the same numbers."""
+    """Return whether two tensors of safetensors files hold the same numbers."""
     one, other = (opened(files[name]).get_slice(name) for name in names)
     if one.get_shape() != other.get_shape():
         return False

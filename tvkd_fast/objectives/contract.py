@@ -109,7 +109,7 @@ def known(scores: Scores) -> frozenset[Need]:
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:
-    """ValueError where a teacher's own reference is wanted and missing, or given and not wanted."""
+    """Raise ValueError where a teacher's own reference is wanted and missing, or given and not wanted."""
     wanted = Need.TEACHER_REWARDS in objective.needs
     if teacher is not None and wanted and teacher_reference is None:
         raise ValueError(

@@ -117,7 +117,7 @@ def _auto(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take such tensors, and the remedy; None where they can."""
+    """Return why the kernels cannot take such tensors, and the remedy; None where they can."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton, on Linux); take impl='torch'"
     from tvkd_fast.kernels import launch

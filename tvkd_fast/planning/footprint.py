@@ -43,7 +43,7 @@ class PairTokens:
 
 
 def compares(config: TrainConfig) -> bool:
-    """Whether rejected responses go through the models as well."""
+    """Return whether rejected responses go through the models as well."""
     return Need.REJECTED in config.loss.needs
 
 

@@ -235,7 +235,7 @@ def _teacher_states(pieces: Sequence[Scores], otherwise: Tensor) -> Tensor:
 
 
 def check_score_folder(folder: Path) -> None:
-    """ValueError where scores cannot be written there, or something else would have to give way to them."""
+    """Raise ValueError where scores cannot be written there, or something else would have to give way to them."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give --output_dir a folder of its own")
     if folder.exists() and not _only_scores(folder):

@@ -316,7 +316,7 @@ def _best(paths: list[Path]) -> Path | None:
 
 
 def _comparable(score: Any) -> bool:
-    """Whether a score can be larger or smaller than another: NaN, which compares with nothing, is neither."""
+    """Return whether a score can be larger or smaller than another: NaN, which compares with nothing, is neither."""
     return isinstance(score, int | float) and math.isfinite(score)
 
 

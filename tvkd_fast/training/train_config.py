@@ -100,7 +100,7 @@ class TrainConfig:
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
 
     def check_keep_best(self) -> None:
-        """ValueError where no step is both evaluated and saved, or no evaluation has the figure."""
+        """Raise ValueError where no step is both evaluated and saved, or no evaluation has the figure."""
         if self.keep_best == "none":
             return
         if self.save_every < 1:

@@ -211,7 +211,7 @@ def _prompt_name(record: Record, answers: tuple[str, ...], chosen: Any, rejected
 
 
 def _holds_its_prompt(answer: Any) -> bool:
-    """Whether it is a conversation that begins before the answer: messages, or HH-RLHF's turns."""
+    """Return whether it is a conversation that begins before the answer: messages, or HH-RLHF's turns."""
     if isinstance(answer, str):
         return is_dialogue(answer)
     return bool(is_list(answer) and answer and isinstance(answer[0], Mapping) and answer[0].get("role") != "assistant")
@@ -238,7 +238,7 @@ def _could_be_prompt(name: str, value: object) -> bool:
 
 
 def _asks(text: str) -> bool:
-    """Whether a text is more than the name of something."""
+    """Return whether a text is more than the name of something."""
     return len(text.split()) > 4 or "\n" in text.strip() or text.rstrip().endswith(("?", ":"))
 
 

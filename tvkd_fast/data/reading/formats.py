@@ -240,7 +240,7 @@ def _with_system(pair: Preference, given: Named) -> Preference:
 
 
 def _stands_in(prompt: str, system: str) -> bool:
-    """Whether the text is a paragraph of the prompt, or a turn that a template has written."""
+    """Return whether the text is a paragraph of the prompt, or a turn that a template has written."""
     return re.search(rf"(^|\n)[ \t]*{re.escape(system.strip())}[ \t]*($|\n|<)", prompt) is not None
 
 

@@ -17,7 +17,7 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_dialogue(text: object) -> TypeGuard[str]:
-    """Whether it is text in HH-RLHF's turns, from the first user's on to an assistant's."""
+    """Return whether it is text in HH-RLHF's turns, from the first user's on to an assistant's."""
     return isinstance(text, str) and text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
 
 
@@ -29,7 +29,7 @@ def read_dialogue(text: str) -> list[Message]:
 
 
 def carries_nothing(value: object) -> bool:
-    """Whether a value that a row gives its template is null or empty."""
+    """Return whether a value that a row gives its template is null or empty."""
     return value is None or (isinstance(value, list | tuple | Mapping | str) and not value)
 
 
@@ -45,7 +45,7 @@ def read_messages(values: Sequence[Any], column: str, row: str) -> list[Message]
 
 
 def has_text(message: Message) -> bool:
-    """Whether there is anything in the turn to learn from, or to answer."""
+    """Return whether there is anything in the turn to learn from, or to answer."""
     return bool(message.get("content", "").strip()) or any(message.get(name) for name in SPOKEN)
 
 
@@ -75,7 +75,7 @@ def strings(value: object) -> Iterator[str]:
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    """Whether a column holds a list, of messages it is to be hoped."""
+    """Return whether a column holds a list, of messages it is to be hoped."""
     return isinstance(value, list | tuple)
 
 

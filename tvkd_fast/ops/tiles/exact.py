@@ -246,7 +246,7 @@ def pick_targets(z: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None
 
 
 def locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether each row's target lies in these columns, and where in them: [R, 1] each, the place clamped."""
+    """Return whether each row's target lies in these columns, and where in them: [R, 1] each, the place clamped."""
     here = (labels >= columns.start) & (labels < columns.stop)
     return here[:, None], (labels - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
 

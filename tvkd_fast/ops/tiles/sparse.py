@@ -265,7 +265,7 @@ def bag(index: Tensor, rows: Tensor, edges: Tensor, factors: Tensor) -> Tensor:
 
 
 def _too_flat(entries: int, below: Tensor, dense: Tensor, rule: SelectionRule) -> bool:
-    """Whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
+    """Return whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
     sparse = int(dense.logical_not().sum())
     return sparse > 0 and (float(below.sum()) > rule.max_tail * sparse or entries > rule.max_entries * sparse)
 
