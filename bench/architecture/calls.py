@@ -33,7 +33,7 @@ class _ArrivedError(Exception):
     pass
 
 
-def way_to_a_kernel(run: Callable[[], Any], kernel: str | None = None) -> list[Frame]:
+def path_to_a_kernel(run: Callable[[], Any], kernel: str | None = None) -> list[Frame]:
     """The frames of this package between `run` and the launch of a Triton kernel, the first one where none is named."""
     from tvkd_fast.kernels import launch
     from tvkd_fast.ops import dispatch
@@ -92,7 +92,7 @@ def linear_logps_path() -> list[Frame]:
     import tvkd_fast.ops.triton_backend  # noqa: F401
 
     hidden, weight = torch.zeros(2, 16), torch.zeros(32, 16, requires_grad=True)
-    return way_to_a_kernel(lambda: linear_logps(hidden, weight, torch.zeros(2, dtype=torch.int64)))
+    return path_to_a_kernel(lambda: linear_logps(hidden, weight, torch.zeros(2, dtype=torch.int64)))
 
 
 def batch_path(kernel: str | None = None) -> list[Frame]:
@@ -115,4 +115,4 @@ def batch_path(kernel: str | None = None) -> list[Frame]:
         config = TrainConfig(policy="tiny", output_dir=folder, objective="sft", pairs_per_step=1, max_steps=1)
         policy = PolicyWithHead(model, packing="shared")
         trainer = Trainer(config, policy, OnlineScorer(None, None), pairs, show_progress=False)
-        return way_to_a_kernel(trainer.run, kernel)
+        return path_to_a_kernel(trainer.run, kernel)

@@ -135,11 +135,17 @@ def draw_training(figure: Any, report: Any) -> None:
         (margins, "margins_off", "held-out margins, relative error"),
     ):
         for row in rows[1:]:
-            marks = list(row["marks"])
-            found = [mean(row["marks"][mark][key]) for mark in marks]
-            axes.plot([int(mark) for mark in marks], found, "o-", color=colours[row["arm"]], label=pretty(row["arm"]))
+            milestones = list(row["marks"])
+            found = [mean(row["marks"][milestone][key]) for milestone in milestones]
+            axes.plot(
+                [int(milestone) for milestone in milestones],
+                found,
+                "o-",
+                color=colours[row["arm"]],
+                label=pretty(row["arm"]),
+            )
         axes.set(xscale="log", yscale="log", xlabel="step", title=title)
-        axes.set_xticks([int(mark) for mark in marks], marks)
+        axes.set_xticks([int(milestone) for milestone in milestones], milestones)
         axes.xaxis.set_minor_formatter(NullFormatter())
     margins.legend(fontsize=7)
     seeds = len(rows[0]["seeds"])

@@ -65,7 +65,7 @@ def test_keep_end_reaches_the_truncation(write_jsonl: WriteJsonl, chatml: PreTra
 
 
 def test_overlong_and_bad_rows_stop_by_default(write_jsonl: WriteJsonl, chatml: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(BadPair, match=r"train.jsonl row 1: the prompt leaves no room .*--data.overlong drop"):
+    with pytest.raises(BadPair, match=r"train.jsonl row 1: the prompt leaves no space .*--data.overlong drop"):
         build_dataset(write_jsonl([ROW, LONG_PROMPT]), chatml, max_length=12, bad_pairs="drop")
     with pytest.raises(BadPair, match=r"train.jsonl row 1: empty response .*--data.bad_pairs drop"):
         build_dataset(write_jsonl([ROW, EMPTY]), chatml, overlong="drop")

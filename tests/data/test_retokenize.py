@@ -233,7 +233,9 @@ def test_a_teacher_that_reads_less_is_counted(chatml, bundled):
 
 
 def test_a_pair_that_the_teacher_cannot_read_is_refused_by_row(chatml, bundled):
-    with pytest.raises(BadPair, match=r"row 7: the teacher's tokens cannot be made: .*leaves no room.*another teacher"):
+    with pytest.raises(
+        BadPair, match=r"row 7: the teacher's tokens cannot be made: .*leaves no space.*another teacher"
+    ):
         own_of(conversation("yes"), chatml, bundled, max_length=2)
 
 

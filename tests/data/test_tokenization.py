@@ -275,14 +275,14 @@ def test_a_response_that_had_not_ended_has_not_ended_after_a_cut() -> None:
             "keep_start",
             [1] * 4,
             [2],
-            r"row 9: the prompt leaves no room for a response token \(4 prompt, 2 chosen and 3 rejected tokens, "
+            r"row 9: the prompt leaves no space for a response token \(4 prompt, 2 chosen and 3 rejected tokens, "
             r"max_length 4, keep_start\)\. Raise --data.max_length, .*--data.truncation keep_end.*--data.overlong drop",
         ),
         (
             "keep_end",
             [1],
             [2, 2, 2],
-            r"row 9: the longer response leaves no room for a prompt token \(1 prompt, 4 chosen and 3 rejected .*"
+            r"row 9: the longer response leaves no space for a prompt token \(1 prompt, 4 chosen and 3 rejected .*"
             r"max_length 4, keep_end\)\. Raise --data.max_length, .*--data.overlong drop",
         ),
         (

@@ -22,7 +22,7 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
-        self.most = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -33,7 +33,7 @@ class Live(TorchDispatchMode):
             if storage._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
-        self.most = max(self.most, sum(self.sizes.values()))
+        self.peak = max(self.peak, sum(self.sizes.values()))
         return out
 
 
@@ -52,7 +52,7 @@ def main() -> None:
             head(hidden, labels).sum().backward()
         if world.first:
             counted = states_held(world.size, TOKENS, HIDDEN, 4 if dtype is None else dtype.itemsize)
-            print(live.most, counted, flush=True)
+            print(live.peak, counted, flush=True)
 
 
 if __name__ == "__main__":

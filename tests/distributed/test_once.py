@@ -59,7 +59,7 @@ def test_without_a_place_to_meet_each_prints(
         port = taken.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(once, "PATIENCE", once.PATIENCE / 10)
+    monkeypatch.setattr(once, "STORE_TIMEOUT", once.STORE_TIMEOUT / 10)
     start = time.monotonic()
     print_once("nobody there")
     assert time.monotonic() - start < 30

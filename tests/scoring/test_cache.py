@@ -236,7 +236,7 @@ def test_an_older_fingerprint_is_read_and_compared_with_no_model(write, dataset,
     cache = ScoreCache.load(write(tmp_path / "scores"), dataset)
     cache.check(kappa=0.7, precision="float32", tokenizer="t" * 64)
     for name in ("teacher", "reference"):
-        with pytest.raises(ValueError, match=rf"this run's {name} cannot be told: .* run `tvkd score` again"):
+        with pytest.raises(ValueError, match=rf"this run's {name} cannot be determined: .* run `tvkd score` again"):
             cache.check(**{name: f"model:{'e' * 64}"})
 
 

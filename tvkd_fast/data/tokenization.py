@@ -210,7 +210,7 @@ class PairTokenizer:
                 raise BadPair(
                     pair.row,
                     "the chat template writes the prompt otherwise once an answer follows it",
-                    "so prompt and response cannot be told apart",
+                    "so prompt and response cannot be separated",
                     f"Pass {CHAT_TEMPLATE}, or give the tokenizer a template that leaves earlier turns as they are",
                 )
             response = whole[len(prompt) :]
@@ -287,7 +287,7 @@ def truncate_pair(
         if left < 1:
             raise BadPair(
                 pair.row,
-                "the longer response leaves no room for a prompt token",
+                "the longer response leaves no space for a prompt token",
                 detail,
                 "Raise --data.max_length, or leave such pairs out with --data.overlong drop",
             )
@@ -296,7 +296,7 @@ def truncate_pair(
     remedy = "Raise --data.max_length, cut prompts with --data.truncation keep_end, or leave such pairs out with "
     remedy += "--data.overlong drop"
     if left < 1:
-        raise BadPair(pair.row, "the prompt leaves no room for a response token", detail, remedy)
+        raise BadPair(pair.row, "the prompt leaves no space for a response token", detail, remedy)
     chosen, rejected = pair.chosen_ids[:left], pair.rejected_ids[:left]
     if chosen == rejected:
         raise BadPair(pair.row, "the responses are the same where both are cut", detail, remedy)

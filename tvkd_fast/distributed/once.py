@@ -10,7 +10,7 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 
 KEY = "tvkd_fast/printed/{}"
-PATIENCE = timedelta(seconds=5)
+STORE_TIMEOUT = timedelta(seconds=5)
 """The time limit for reaching the store in which the processes meet."""
 
 
@@ -27,7 +27,7 @@ def print_once(text: str) -> None:
 def _is_first(text: str) -> bool:
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=PATIENCE)
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
         return bool(store.add(KEY.format(hashlib.sha256(text.encode()).hexdigest()), 1) == 1)
     except (KeyError, ValueError, OSError, RuntimeError):
         return True

@@ -114,18 +114,18 @@ def init_distributed(device: torch.device, *, replicas: int = 1, timeout_s: floa
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patience = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s)
     # Torch's flight recorder: what was called, and where, of each process's last collectives.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    distributed.init_process_group(backend, timeout=patience)
+    distributed.init_process_group(backend, timeout=timeout)
     shape, names = ((size,), (SHARD,)) if replicas == 1 else ((replicas, size // replicas), (REPLICATE, SHARD))
     world = World(
         device,
         rank,
         size,
         init_device_mesh(device.type, shape, mesh_dim_names=names),
-        distributed.new_group(backend="gloo", timeout=patience),
-        distributed.new_group(backend="gloo", timeout=patience),
+        distributed.new_group(backend="gloo", timeout=timeout),
+        distributed.new_group(backend="gloo", timeout=timeout),
     )
     assert world.mesh is not None
     groups = [distributed.group.WORLD, world.host, *world.mesh.get_all_groups()]

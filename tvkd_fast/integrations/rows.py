@@ -71,7 +71,7 @@ def read_rows(dataset: Any, reader: RowReader, **options: Any) -> Any:
 
 
 def long_prompts_dropped(dataset: Any, max_length: int, **options: Any) -> Any:
-    """The dataset without rows whose prompt leaves no room for a response, which TRL leaves out too."""
+    """The dataset without rows whose prompt leaves no space for a response, which TRL leaves out too."""
     options = options if isinstance(dataset, Dataset) else {}
     return dataset.filter(lambda row: len(row["prompt_ids"]) < max_length, **options)
 

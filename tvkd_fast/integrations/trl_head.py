@@ -130,7 +130,7 @@ def check_reference(reference: nn.Module, policy: nn.Module) -> None:
         )
     if on_base_of(reference, policy) and hasattr(unwrapped(reference), "get_base_model"):
         raise ValueError(
-            "ref_model is a PEFT model around the policy's own base, and its adapters cannot be told from the "
+            "ref_model is a PEFT model around the policy's own base, and its adapters cannot be distinguished from the "
             "policy's: leave ref_model out for the policy as it starts, or give the base for it without adapters"
         )
 

@@ -99,13 +99,14 @@ def _saved(
     sequences: int,
     autocast: torch.dtype | None,
 ) -> _Count:
-    """Counted by the first way that the family takes: with the attention of packed rows, or its own where no prompt is
-    shared; on shapes alone, or with weights as drawn where shapes hang on numbers (how many tokens an expert gets).
+    """Return the count of the first attempt that the family accepts: with the attention of packed rows, or its own
+    where no prompt is shared; on shapes alone, or with weights as drawn where shapes depend on numbers (how many tokens
+    an expert gets).
     """
     attentions = (False,) if layout is not None else (False, True)
     *attempts, last = [(own, mode) for mode in (FakeTensorMode, nullcontext) for own in attentions]
     for own, mode in attempts:
-        # Of torch's refusals to reckon with shapes all are such errors; the last way's is the user's to see.
+        # Of torch's refusals to reckon with shapes all are such errors; the last attempt's is the user's to see.
         with suppress(RuntimeError, ValueError), mode():
             return _forward(make(), tokens, layout, sequences, autocast, own=own)
     own, mode = last

@@ -94,7 +94,7 @@ class ScoreCache:
                 continue
             if name in OF_MODELS and found is not None and _kind(found) != _kind(value):
                 raise ValueError(
-                    f"whether the score cache is of this run's {name} cannot be told: it was written by an older "
+                    f"whether the score cache is of this run's {name} cannot be determined: it was written by an older "
                     "version, whose fingerprints hold neither a model's config nor the adapter that it came with; run "
                     "`tvkd score` again"
                 )

@@ -63,9 +63,9 @@ def pairs(split: Split, n: int | None = None) -> list[Pair]:
         raise TypeError(f"n is {n!r}; pass a whole number of rows, or leave it out for {DEFAULT_ROWS[split]}")
     if n < 1:
         raise ValueError(f"n is {n}; ask for at least 1 row, or leave it out for {DEFAULT_ROWS[split]}")
-    if n > (most := max_rows(split)):
+    if n > (limit := max_rows(split)):
         raise ValueError(
-            f"n is {n}, but the bundled set has {most} different rows in {split!r}; ask for at most {most}"
+            f"n is {n}, but the bundled set has {limit} different rows in {split!r}; ask for at most {limit}"
         )
     return [_pair(FAMILIES[i % len(FAMILIES)], split, i // len(FAMILIES)) for i in range(n)]
 
