@@ -183,7 +183,7 @@ def test_a_full_disk_keeps_the_old_scores_and_the_whole_shards(write, dataset, m
 
     with monkeypatch.context() as patch:
         patch.setattr("tvkd_fast.scoring.cache.save_file", full)
-        with pytest.raises(ValueError, match=r"could not save scores to .*No space left.* goes on from pair 1 of 3"):
+        with pytest.raises(ValueError, match=r"could not save scores to .*No space left.* to resume at pair 1 of 3"):
             writer.write(numbers(dataset, 1.0, 1, 3))
     assert ScoreCache.load(tmp_path / "scores", dataset).manifest.kappa == 0.7
     assert ScoreWriter(tmp_path / "scores", make_manifest(kappa=1.0), layout).pairs == 1

@@ -51,7 +51,7 @@ class TrainerHeads:
         self._lent: LentHead | None = None
 
     def take(self, trainer: Any) -> None:
-        """Check the reference, and put this library's head into the policy where it is not there as it should be.
+        """Check the reference, and put this library's head into the policy where it is missing or changed.
 
         Called before any model is, so that a policy that was unpatched or patched anew in between is patched again.
         """

@@ -52,7 +52,7 @@ def running_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
 def check_boundaries(name: str, cu: Tensor, total: int) -> None:
     """`cu` (S+1,) must rise from 0 to `total`; looked at on a CPU only, where looking waits for nothing.
 
-    Under `torch.compile` only shape and dtype are checked: the numbers are not there yet when a graph is traced.
+    Under `torch.compile` only shape and dtype are checked: the numbers do not exist yet when a graph is traced.
     """
     if cu.dim() != 1 or cu.numel() < 1 or cu.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be (S+1,) int32 or int64 boundaries, got {tuple(cu.shape)} {cu.dtype}")

@@ -101,7 +101,7 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
         with warnings.catch_warnings():
             # peft asks for a property by the name that transformers deprecates.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            # peft goes on without what a file lacks, and says so in passing.
+            # peft only warns of weights that a file lacks.
             warnings.filterwarnings("error", "Found missing adapter keys")
             both = PeftModel.from_pretrained(base, adapter.name, torch_device=str(base.device))
         _check_taken(both, weights)
@@ -170,7 +170,7 @@ def _check_taken(model: nn.Module, weights: str) -> None:
     # peft puts adapters of single experts together.
     odd = sorted(name for name in saved - places if ".experts." not in name)
     if odd:
-        raise ValueError(f"it has weights of layers that are not there, such as {odd[0]}")
+        raise ValueError(f"it has weights of layers that do not exist, such as {odd[0]}")
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -183,7 +183,7 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _cached(name: str, file: str) -> str | None:
-    """The path of a file in a folder or hub repository; None where it is not there."""
+    """The path of a file in a folder or hub repository; None where it does not exist."""
     from transformers.utils import cached_file
 
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}

@@ -45,7 +45,7 @@ class Lora:
 def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
     """Freeze the policy, in place, and put adapters beside its products: A drawn by its name alone, B zero.
 
-    Needs peft. Raises ValueError where it is not there, where no layer has such a name, and for the head.
+    Needs peft. Raises ValueError where it is not installed, where no layer has such a name, and for the head.
     """
     try:
         from peft import LoraConfig

@@ -36,7 +36,7 @@ def keep_packed(model: nn.Module) -> None:
     """Have bitsandbytes leave the weights as they are packed.
 
     On CPUs with bfloat16 products it packs them anew for inference, in place and for good, as soon as a model in eval
-    mode runs: a policy that is evaluated between its steps would go on with other weights' rounding.
+    mode runs: a policy that is evaluated between its steps would continue with other weights' rounding.
     """
     module: Any
     for module in model.modules():

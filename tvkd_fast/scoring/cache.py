@@ -1,7 +1,7 @@
 """The score cache: the numbers of teacher and reference for a dataset, as a folder of shards and a manifest.
 
 A shard holds the numbers of consecutive pairs; the manifest names the shards that are whole, with their checksums, and
-what the numbers were made of. It is written anew after each shard, so that a killed run goes on from there.
+what the numbers were made of. It is written anew after each shard, so that a killed run resumes there.
 
 Letters: P pairs, M response states; responses are stored pair by pair, chosen then rejected.
 """
@@ -108,8 +108,8 @@ class ScoreCache:
 class ScoreWriter:
     """Writes a cache shard by shard beside `folder`, whose place it takes once the last shard is whole.
 
-    A killed run's files are resumed from, if they are of the same numbers: whole shards are kept, a torn one and
-    what follows it are made again. An older cache in `folder` stands until then.
+    It resumes from a killed run's files for the same numbers: whole shards are kept, a torn one and those after it
+    are computed again. An older cache in `folder` stands until then.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class ScoreWriter:
             self._write_manifest()
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"could not save scores to {self.partial}: {error}. Free some space and run it again: it goes on from "
+                f"could not save scores to {self.partial}: {error}. Free some space and run it again to resume at "
                 f"pair {self.pairs:,} of {self.manifest.pairs:,}"
             ) from error
 

@@ -171,8 +171,10 @@ def score_to_disk(
     world: World,
     progress: bool = False,
 ) -> ScoreCache:
-    """The same shard by shard into a folder, which the first process writes. Killed, it goes on after the last whole
-    shard when it is run again."""
+    """Score the dataset shard by shard into a folder, which the first process writes.
+
+    A rerun after a kill resumes after the last whole shard.
+    """
     layout = scorer.layout(dataset)
     writer = ScoreWriter(folder, manifest, layout, dataset.pair_digests) if world.first else None
     start = world.broadcast(0 if writer is None else writer.pairs)

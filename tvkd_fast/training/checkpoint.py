@@ -162,7 +162,7 @@ class Checkpoints:
         self._prune(state["step"])
 
     def _prune(self, step: int) -> None:
-        # A later folder is damaged, or this run would have gone on from it: it neither counts nor is it ours to drop.
+        # A later folder is damaged, or this run would have resumed from it: it neither counts nor is it ours to drop.
         mine = [path for path in _checkpoints(self.folder) if _step(path) <= step]
         best = _best(mine)
         for old in mine[self.keep :]:

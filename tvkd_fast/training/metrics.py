@@ -118,7 +118,7 @@ def _mean(numbers: list[float]) -> float:
 
 
 METRICS = "metrics.jsonl"
-RESUMES = "run the same command again: it goes on from the newest whole checkpoint"
+RESUMES = "rerun the command to resume from the newest whole checkpoint"
 
 
 class ShapingWatch:

@@ -14,7 +14,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
     """The run was asked to stop, and has saved what it had done, unless it never does."""
 
     def __init__(self, number: int, step: int, *, saved: bool) -> None:
-        then = "run the same command to go on" if saved else "nothing is saved, as save_every has it"
+        then = "run the same command to resume" if saved else "nothing is saved, as save_every has it"
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}: {then}")
         self.status = 128 + number
         """The exit status by which a shell says that a signal ended a command."""

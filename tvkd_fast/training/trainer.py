@@ -163,7 +163,7 @@ class Trainer:
         rows = list(dict.fromkeys(self.dataset[i].row for i in pairs))
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
         newest = self.checkpoints.newest()
-        kept = "there is no checkpoint to go on from" if newest is None else f"the newest checkpoint is {newest.name}"
+        kept = "there is no checkpoint to resume from" if newest is None else f"the newest checkpoint is {newest.name}"
         replay = (
             "" if Need.REJECTED not in self.config.loss.needs else f"`tvkd replay {record}` says which of them it is. "
         )

@@ -88,7 +88,7 @@ def named(record: Record, row: str) -> Named:
 def template_arguments(record: Record, row: str) -> dict[str, Any]:
     """Returns what the row gives its chat template: `tools`, `documents`, and `chat_template_kwargs` over them.
 
-    Each may be written as JSON text, as tabular files have it. A null is a column that is not there. `functions` are
+    Each may be written as JSON text, as tabular files have it. A null is a missing column. `functions` are
     tools, as they were called before.
     """
     given: dict[str, Any] = {}

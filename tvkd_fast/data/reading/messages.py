@@ -34,7 +34,7 @@ def carries_nothing(value: object) -> bool:
 
 
 def read_messages(values: Sequence[Any], column: str, row: str) -> list[Message]:
-    """A row's messages with every field that they carry; a field that is null is one that was not there.
+    """A row's messages with every field that they carry; a null field is a missing one.
 
     transformers drops such fields before a template sees them, and parquet writes them where another row has the field.
 

@@ -98,7 +98,7 @@ def _refuse_formats(folder: Path, split: str, files: list[Path]) -> None:
 
 
 def _refuse_missing_shards(folder: Path, split: str, files: list[Path]) -> None:
-    """Raises ValueError where files number the shards that there are, and some of them are not there."""
+    """Raises ValueError where files number their shards, and some are missing."""
     shards: dict[tuple[Path, int], set[int]] = {}
     for file in files:
         numbered = _SHARD.search(file.name)
