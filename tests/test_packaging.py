@@ -31,7 +31,7 @@ def requirements() -> list[Requirement]:
     return [r for r in parsed if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in PINNED_EXTRAS)]
 
 
-def test_version_is_told_once() -> None:
+def test_version_is_stated_once() -> None:
     assert metadata.version("tvkd_fast") == tvkd_fast.__version__
 
 

@@ -83,7 +83,7 @@ def test_contenders_that_are_right_are_timed_in_turns(gpu, dtype):
 
 
 @pytest.mark.parametrize("broken", ["scaled", "coefficients", "forward"])
-def test_a_wrong_contender_is_told_and_not_timed(gpu, broken):
+def test_a_wrong_contender_is_reported_and_not_timed(gpu, broken):
     from bench.harness import inputs as task
     from bench.head import contenders, peers
 

@@ -112,7 +112,7 @@ def test_a_value_that_does_not_fit_comes_with_what_to_type(arguments, wanted, ca
     assert len(error.splitlines()) == 2
 
 
-def test_yaml_is_told_the_same(tmp_path, capsys):
+def test_yaml_gets_the_same_messages(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     for text, wanted in (
         ("gradient_accumulation_steps: 4", "Accumulation follows from --pairs_per_step"),

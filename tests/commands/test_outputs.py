@@ -202,7 +202,7 @@ def test_adapters_are_merged_into_an_export_as_into_final(make_config, run, tmp_
     assert fingerprint_weights(found[0]) == fingerprint_weights(found[1])
 
 
-def test_a_checkpoint_is_told_from_a_model(make_config, run, model_folder, tmp_path):
+def test_a_checkpoint_is_distinguished_from_a_model(make_config, run, model_folder, tmp_path):
     config = make_config(objective="dpo", max_steps=1)
     run(config)
     out = Path(config.output_dir)

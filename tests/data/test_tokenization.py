@@ -317,7 +317,7 @@ def test_tokenizers_that_list_special_tokens_only_as_added_ones_end_turns(make_t
     assert PairTokenizer(slow).special_ids == {7, 8}
 
 
-def test_a_template_that_asks_for_the_date_is_told_a_fixed_one(make_tokenizer, chatml) -> None:
+def test_a_template_that_asks_for_the_date_gets_a_fixed_one(make_tokenizer, chatml) -> None:
     dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     tokenizer = make_tokenizer(chat_template=dated + "{{ date_string }}" + chatml.chat_template)
     pair = Preference(

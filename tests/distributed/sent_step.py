@@ -33,7 +33,7 @@ def main() -> None:
             # A first step learns what goes where.
             for step in range(2):
                 batches = trainer._batches(step)
-                # What the reference says is had before: it is gathered too, and what is counted is the policy's.
+                # The reference's numbers come first; it is gathered too, and only the policy's traffic is counted.
                 trainer.scorer = _Known([made.scorer.of(batch) for batch in batches])
                 before = len(_entries())
                 trainer._step(step, batches)

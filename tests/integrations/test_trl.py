@@ -306,7 +306,7 @@ def test_a_teacher_and_its_scores_may_be_paths(
     assert make(TVKDTrainer, teacher_model=Path(folders[1]), **rewards).train_dataset["psi_chosen"]
 
 
-def test_scores_of_two_teachers_are_told_apart(
+def test_scores_of_two_teachers_are_distinguished(
     make: Callable[..., Any], folders: tuple[str, str], scored: Callable[..., str]
 ) -> None:
     ours, held_out = scored(pairs(16)), pairs(5, 100)
