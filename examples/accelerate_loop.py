@@ -1,4 +1,4 @@
-"""TVKD in an accelerate loop: a fused head in the policy, and two numbers a response of what the teacher said.
+"""TVKD in an accelerate loop: a fused head in the policy, and two of the teacher's numbers per response.
 
 accelerate launch examples/accelerate_loop.py --policy POLICY --teacher TEACHER --data PAIRS.jsonl
 """

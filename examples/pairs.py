@@ -1,4 +1,4 @@
-"""What the examples share: preference pairs as padded rows, and what reference and teacher say of them, once.
+"""The code that the examples share: preference pairs as padded rows, scored once by reference and teacher.
 
 Letters: P pairs of a batch (2P rows, chosen first), L row length.
 """
@@ -38,13 +38,13 @@ def load(name: str) -> PreTrainedModel:
 
 
 def save(model: PreTrainedModel, given: argparse.Namespace) -> None:
-    """With the tokenizer, so that the folder is all that a model's user needs."""
+    """Save the model with its tokenizer, so that the folder is all that its user needs."""
     model.save_pretrained(given.out)
     AutoTokenizer.from_pretrained(given.policy).save_pretrained(given.out)
 
 
 def read_pairs(file: str, policy: str) -> list[dict[str, Any]]:
-    """By pair and response: input_ids, and labels that are IGNORED in the prompt."""
+    """Return each pair's responses: input_ids, and labels that are IGNORED in the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
     found = []
     for number, line in enumerate(Path(file).read_text().splitlines()):
@@ -74,7 +74,7 @@ def collate(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def score(pairs: list[dict[str, Any]], policy: str, teacher: str) -> None:
-    """Adds, two of each a pair, log π_ref(y) and Ψ(y): all that training needs of reference and teacher."""
+    """Add, two of each per pair, log π_ref(y) and Ψ(y): all that training needs of reference and teacher."""
     reference, taught = patch_lm_head(load(policy)), load(teacher)
     for pair in pairs:
         rows = collate([pair])

@@ -44,13 +44,13 @@ def tiles(
 
 
 def cache_file() -> Path:
-    """Where tuned tiles are kept: $TVKD_FAST_TUNING, or tvkd_fast/tuning.json in the user's cache folder."""
+    """Return the file of tuned tiles: $TVKD_FAST_TUNING, or tvkd_fast/tuning.json in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TVKD_FAST_TUNING") or Path(home) / "tvkd_fast" / "tuning.json")
 
 
 def key(kernel: Kernel, on: Tensor, demand: Demand, shape: tuple[int, int, int]) -> str:
-    """One entry per kernel, device, Triton version, demand and *bucket* of shapes: sizes rounded up to powers of 2."""
+    """Return an entry's key: kernel, device, Triton version, demand, and sizes rounded up to powers of 2."""
     device = torch.cuda.get_device_name(on.device) if on.is_cuda else "none"
     bucket = "x".join(str(triton.next_power_of_2(size)) for size in shape)
     wants = " ".join(name for name, wanted in asdict(demand).items() if wanted)

@@ -1,4 +1,4 @@
-"""How much of [N, V] is written to memory at a time, where a block of it has to be.
+"""The size of the blocks of [N, V] that are written to memory.
 
 Letters: N tokens, D hidden, V vocabulary, R rows and C vocabulary columns of a block.
 """

@@ -58,7 +58,7 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a launch asks for, as far as its tiles depend on it."""
+    """The properties of a launch that its tiles depend on."""
 
     wide: bool = False
     """float32 operands: twice the bytes, three products each."""
@@ -66,11 +66,11 @@ class Demand:
     """The epilogue holds a second number for each of the tile's: softcap's derivative, or entropy's product."""
     bias: bool = False
     aligned: bool = True
-    """As `launch.aligned` defines it: copies of 16 bytes, and bulk ones, can be compiled."""
+    """Alignment by `launch.aligned`: copies of 16 bytes, and bulk ones, can be compiled."""
 
     @property
     def names(self) -> set[str]:
-        """What a shape of the table may name of this demand."""
+        """Return the properties that a shape of the table may name."""
         asked = {"unaligned": not self.aligned, "wide": self.wide, "heavy": self.heavy, "bias": self.bias}
         return {name for name, wanted in asked.items() if wanted}
 
@@ -284,7 +284,7 @@ CANDIDATES = tuple(
     for warps, stages in ((4, 3), (8, 3), (8, 4))
     for bulk in (True, False)
 )
-"""What `kernels/autotune.py` times, among them tiles that some devices cannot hold."""
+"""The tiles that `kernels/autotune.py` times, among them tiles that some devices cannot hold."""
 
 
 GATHERED_FLOATS = 16

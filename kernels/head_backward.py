@@ -22,7 +22,7 @@ from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 HIDDEN_SUM_BYTES = 256 * 2**20
 """Limit of float32 sums of a whole 16-bit dH. A larger dH takes its own pass, which recomputes the logits again."""
 
-_FLOAT16_ROOM = 2.0**-14
+_FLOAT16_SCALE = 2.0**-14
 
 
 def head_gradients(
@@ -95,10 +95,10 @@ class _Walk:
             coefficients = coefficients.masked_fill(nowhere, torch.nan)
         self.coefficients = coefficients.masked_fill(labels == ignore_index, 0.0).contiguous()
         # c/scale uses float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
-        room = _FLOAT16_ROOM if hidden.dtype == torch.float16 else 1.0
+        factor = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         finite = torch.where(self.coefficients.isfinite(), self.coefficients.abs(), 0.0)
         largest = finite.max() if self.count else finite.sum()
-        self.scale = (largest * room).clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
+        self.scale = (largest * factor).clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
         # The products read whole steps of block_k from the zeros that dlogits wrote past the end.
         assert self.tiles.block_m % self.product_tiles.block_k == 0 == self.tiles.block_n % self.product_tiles.block_k
 

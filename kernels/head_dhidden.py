@@ -62,7 +62,7 @@ def exponentials_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STEP: tl.constexpr,
-    ROOM: tl.constexpr,
+    SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # 1. The tile; one of ignored rows costs nothing.
@@ -100,7 +100,7 @@ def exponentials_kernel(
     if HAS_SOFTCAP:
         capped = tl.maximum(z, -softcap) / softcap
         e *= 1.0 - capped * capped
-    tl.store(exponentials_ptr + rows.to(tl.int64)[:, None] * exponentials_stride + columns[None, :], e * ROOM)
+    tl.store(exponentials_ptr + rows.to(tl.int64)[:, None] * exponentials_stride + columns[None, :], e * SCALE)
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def dlogp_dhidden_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    ROOM: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     # 1. The softmax's sum with the label's term, which no block holds.
     column_tiles = tl.cdiv(D, BLOCK_N)
@@ -216,7 +216,7 @@ def dlogp_dhidden_kernel(
     own = tl.where((label >= 0) & (label < V), label, 0).to(tl.int64)[:, None]
     w = tl.load(weight_ptr + own * weight_stride + columns[None, :], mask=wanted, other=0.0).to(tl.float32)
     pointers = dlogp_dhidden_ptr + place * dlogp_dhidden_stride + columns[None, :]
-    mean = tl.load(pointers, mask=wanted, other=0.0) / (total * ROOM)[:, None]
+    mean = tl.load(pointers, mask=wanted, other=0.0) / (total * SCALE)[:, None]
     derivative = logit_scale * (missing[:, None] * w - mean)
     tl.store(pointers, derivative, mask=(rows < R)[:, None] & (columns < D)[None, :])
 
@@ -262,7 +262,7 @@ class _Pass:
         self.blocks = plan((n, d, v), hidden.element_size(), (self.tiles, self.product_tiles))
         # The product reads whole steps of block_k from the zeros that were written past the end.
         assert self.tiles.block_n % self.product_tiles.block_k == 0
-        self.step, self.room = (8, 2.0**11) if hidden.dtype == torch.float16 else (16, 1.0)
+        self.step, self.scale = (8, 2.0**11) if hidden.dtype == torch.float16 else (16, 1.0)
 
         def floats(*shape: int) -> Tensor:
             return hidden.new_empty(shape, dtype=torch.float32)
@@ -276,7 +276,7 @@ class _Pass:
         self.held_exponents, self.held_total = floats(2, held), floats(held)
 
     def through(self, rows: slice) -> None:
-        """One block of rows through the vocabulary."""
+        """Take one block of rows through the vocabulary."""
         held_sums = self.dlogp_dhidden[rows]
         before, after = self.held_exponents
         before.fill_(-torch.inf)
@@ -327,7 +327,7 @@ class _Pass:
             HAS_BIAS=head.bias is not None,
             HAS_SOFTCAP=head.softcap is not None,
             STEP=self.step,
-            ROOM=self.room,
+            SCALE=self.scale,
             PRECISION=precision(hidden.dtype, target_of(hidden)),
         )
 
@@ -382,7 +382,7 @@ class _Pass:
             BLOCK_M=DHIDDEN_ROWS,
             BLOCK_N=DHIDDEN_COLUMNS,
             HAS_SOFTCAP=self.head.softcap is not None,
-            ROOM=self.room,
+            SCALE=self.scale,
         )
 
     def _target(self, rows: slice) -> Tensor:

@@ -22,7 +22,7 @@ _KNOWN_MULTIPLE = 16
 
 
 def refusal(device: torch.device) -> str | None:
-    """Why tensors of a device cannot go through compiled kernels, and the remedy; None where they can."""
+    """Return why tensors of a device cannot go through compiled kernels, and the remedy; None where they can."""
     if device.type != "cuda":
         return (
             f"compiled kernels want CUDA or ROCm tensors, not {device.type}: move them, take impl='torch', or set "
@@ -59,7 +59,7 @@ def _device_target(device: int) -> str:
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether the compiler can assume that each row of each matrix begins and ends at a multiple of 16 bytes.
+    """Return whether the compiler can assume that each row of each matrix begins and ends at a multiple of 16 bytes.
 
     Triton passes on which pointers, strides and sizes are multiples of 16, and no smaller multiple: with 40 columns of
     bfloat16, 80 bytes per row, the compiler would copy each number by itself and spill.

@@ -88,7 +88,7 @@ class SelectionRule:
     seed: int = 0
     max_tail: float = 1.0
     max_entries: float = math.inf
-    """Where the mean of the tails, or of the entries per row, is more, every row is dense."""
+    """A call whose mean tail, or mean entries per row, exceeds its limit has dense rows only."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class SelectedEntries:
     """(N,) bool: rows without entries, whose gradient is to be the exact one."""
     below: Tensor | None = None
     """(N,) Σ p·J over the entries under ε, kept or not: the tail, where it is even. Not needed by a backward."""
-    marked: int = 0
+    candidates: int = 0
     """Entries that were selected before the finished softmax pruned them, dense rows' among them."""
 
     @property

@@ -1,4 +1,4 @@
-"""From bits to lists: which columns each row has selected, in order. Popcounts, prefix sums, no atomics.
+"""Lists from bits: the columns that each row has selected, in order. Popcounts, prefix sums, no atomics.
 
 Letters: N tokens, V vocabulary, W words of 32 bits per row, E selected entries, K dense columns.
 """

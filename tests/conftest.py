@@ -85,7 +85,7 @@ print(json.dumps({"loaded": loaded, "rows": rows, "order": list(order)}))
 
 @pytest.fixture(scope="session")
 def another_process() -> dict[str, Any]:
-    """What a process of its own, with a hash seed of its own, makes of the package; started once for all who ask."""
+    """Return the package's facts in another process with another hash seed, which is started once per session."""
     environment = {**os.environ, "PYTHONHASHSEED": "4321"}
     command = [sys.executable, "-c", ELSEWHERE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -246,13 +246,13 @@ def data_file() -> Callable[[str], Path]:
 BODIES: dict[str, Callable[..., Any]] = {
     "linear_logps": logps._logps,
     "linear_logps_gradients": logps._logps_gradients,
-    "scaled_slopes": logps._scaled_slopes,
+    "scaled_slopes": logps._scaled_derivatives,
     "sparse_logps": sparse_logps._sparse_logps,
     "sparse_logps_gradients": sparse_logps._sparse_gradients,
     "linear_lse": values._lse,
     "linear_entropy": values._entropy,
 }
-"""What the registered ops run."""
+"""The functions that the registered ops run."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ def torch_logps(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """What a careful user writes: whole logits and log_softmax, in the dtype that came in."""
+    """Compute what a careful user writes: whole logits and log_softmax, in the dtype that came in."""
     z = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     kept = labels != ignore_index
@@ -338,19 +338,19 @@ def no_worse(ours: Tensor, twin: Tensor, plain: Tensor, unit: float | None = Non
     assert ours.shape == twin.shape
     if twin.numel() == 0:
         return
-    slack, floor = (1e-13, 1e-12) if ours.dtype == torch.float64 else (1e-5, 0.0)
+    slack, smallest = (1e-13, 1e-12) if ours.dtype == torch.float64 else (1e-5, 0.0)
     # Values that are infinite by right (a token that a bias takes out) must agree, and have no error to measure.
     finite = twin.isfinite()
     assert torch.equal(ours.double()[~finite], twin[~finite])
     ours, twin, plain = ours[finite].double(), twin[finite], plain[finite].double()
-    # In float64 plain torch and the twin are one computation, equally rounded: hence the floor.
-    error, allowed = (ours - twin).abs().max(), 2 * (plain - twin).abs().max() + floor
+    # In float64 plain torch and the twin are one computation, equally rounded: hence the least error that is allowed.
+    error, allowed = (ours - twin).abs().max(), 2 * (plain - twin).abs().max() + smallest
     allowed += slack * (twin.abs().max() if unit is None else unit)
     assert error <= allowed, f"error {error:.3g}, plain torch {(plain - twin).abs().max():.3g}, allowed {allowed:.3g}"
 
 
 def logps_no_worse(case: Case, op: Callable[..., Tensor] = linear_logps) -> Results:
-    """`linear_logps` held to its float64 twin: values and gradients, a frozen head's too. Returns what it gave."""
+    """Test `linear_logps` against its float64 twin: values and gradients, a frozen head's too. Return its results."""
     ours, frozen = run(op, case), run(op, case, frozen=True)
     twin = run(reference.linear_logps, case, upcast_to=torch.float64)
     wide = torch.float64 if case.hidden.dtype == torch.float64 else torch.float32
@@ -402,7 +402,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
-    """What the ops' tests share; a conftest cannot be imported from."""
+    """Return the helpers that the ops' tests share; a conftest cannot be imported."""
     return SimpleNamespace(
         case=random_case,
         Case=Case,

@@ -1,4 +1,4 @@
-"""What an installed tvkd_fast can do without its checkout: `make dist` runs this in an environment of its own."""
+"""Checks of an installed tvkd_fast without its checkout: `make dist` runs this in an environment of its own."""
 
 import json
 import subprocess

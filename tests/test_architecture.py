@@ -1,4 +1,4 @@
-"""How the package is laid out: files and folders of one idea, few frames to a kernel, objectives known in one place."""
+"""The layout of the package: files and folders of one idea, few frames to a kernel, objectives known in one place."""
 
 import re
 from collections import Counter
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.architecture.calls import BACKWARD, batch_way, files, linear_logps_way
+from bench.architecture.calls import BACKWARD, batch_path, files, linear_logps_path
 from bench.architecture.imports import ROOT, python_files
 from tvkd_fast.objectives import objectives
 
 PACKAGE = ROOT / "tvkd_fast"
 FILES = sorted(python_files(PACKAGE))
 TRLS_OWN = {"integrations/trl.py", "integrations/trl_config.py"}
-"""Where TRL's names of losses, tags and choices stand, among which are some of the same letters."""
+"""The files with TRL's names of losses, tags and choices, some of which are spelt like objectives."""
 
 
 def relative(file: Path) -> str:
@@ -38,12 +38,12 @@ def test_objectives_are_named_in_their_folder_alone() -> None:
 
 
 def test_a_call_comes_to_its_kernel_in_five_frames() -> None:
-    assert len(linear_logps_way()) <= 5
+    assert len(linear_logps_path()) <= 5
 
 
 @pytest.mark.parametrize("kernel", [None, BACKWARD], ids=["forward", "backward"])
 def test_a_batch_comes_to_a_kernel_through_ten_files(kernel: str | None) -> None:
-    way = files(batch_way(kernel))
-    assert way[0] == "training/trainer.py"
-    assert way[-1] == "kernels/launch.py"
-    assert len(way) <= 10
+    path = files(batch_path(kernel))
+    assert path[0] == "training/trainer.py"
+    assert path[-1] == "kernels/launch.py"
+    assert len(path) <= 10

@@ -141,7 +141,7 @@ def unpadded(inputs: Inputs) -> Inputs:
 
 
 def composed(*, linear_logps: Any = our_logps, linear_soft_values: Any = our_values, **inputs: Any) -> TVKDOutput:
-    """What a user writes with the separate ops."""
+    """Compute what a user writes with the separate ops."""
     if inputs.get("cu_seqlens") is None:
         inputs = unpadded(inputs)
     labels, cu_seqlens, psi = inputs["labels"], inputs["cu_seqlens"], inputs.get("psi")

@@ -1,4 +1,4 @@
-"""Which layer of the package may import which: every import statement is checked against the table below."""
+"""The imports that each layer of the package may make: every import statement is checked against the table below."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ NEVER_IMPORTED = {"kernels", "bench", "tests"}
 
 
 def violations(root: Path) -> list[str]:
-    """What the package's imports and files do against the rules, one line each."""
+    """Return the package's imports and files that break the rules, one line each."""
     package = root / PACKAGE
     found = [
         f"{file.relative_to(root)}:{line}: {problem}"
@@ -41,7 +41,7 @@ def named(folder: Path, name: str) -> list[Path]:
 
 
 def forbidden(layer: str, target: str) -> str | None:
-    """Why a file of a layer must not import a module, or None where it may."""
+    """Return why a file of a layer must not import a module, or None where it may."""
     top = target.split(".")[0]
     if top in NEVER_IMPORTED:
         return f"imports the top-level {top}"

@@ -26,12 +26,12 @@ def pins() -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    """What the installed package and the extras that the Makefile serves ask for."""
+    """Return the requirements of the installed package and of the extras that the Makefile installs."""
     parsed = [Requirement(line) for line in metadata.requires("tvkd_fast") or []]
     return [r for r in parsed if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in PINNED_EXTRAS)]
 
 
-def test_version_is_told_once() -> None:
+def test_version_is_stated_once() -> None:
     assert metadata.version("tvkd_fast") == tvkd_fast.__version__
 
 
@@ -82,7 +82,7 @@ def test_the_wheel_holds_kernels_recipes_and_types(tmp_path: Path, source: str) 
 
 
 def copy_of_the_tree(target: Path) -> Path:
-    """What packaging reads, without what earlier builds left beside it."""
+    """Copy the files that packaging reads, without the output of earlier builds."""
     target.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, target / name)

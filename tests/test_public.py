@@ -66,10 +66,10 @@ def test_an_example_stands_in_the_docstring_and_is_so(module: Any, name: str) ->
     thing = getattr(module, name)
     home = vars(sys.modules[thing.__module__])
     (test,) = [x for x in doctest.DocTestFinder(recurse=False).find(thing, name, globs=dict(home)) if x.examples]
-    said: list[str] = []
-    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    output: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=output.append)
     assert result.attempted > 1
-    assert result.failed == 0, "".join(said)
+    assert result.failed == 0, "".join(output)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-SelectedEntries = dict[str, frozenset[str]]
+Marks = dict[str, frozenset[str]]
 """The marks of each test, by its id."""
 
 
@@ -36,12 +36,12 @@ class Names(Mapping[str, bool]):
         return len(self.marks)
 
 
-def chosen(expression: str, collected: SelectedEntries) -> set[str]:
-    """What `pytest -m EXPRESSION` takes of the tests."""
+def chosen(expression: str, collected: Marks) -> set[str]:
+    """Return the tests that `pytest -m EXPRESSION` runs."""
     return {test for test, marks in collected.items() if eval(expression, {}, Names(marks))}
 
 
-def test_the_tiers_hold_every_test_once(collected: SelectedEntries) -> None:
+def test_the_tiers_hold_every_test_once(collected: Marks) -> None:
     first, rest, network = (chosen(variable(name), collected) for name in ("FIRST", "REST", "NETWORK"))
     assert first | rest | network == set(collected)
     assert not network & (first | rest)
@@ -69,8 +69,8 @@ def test_a_mark_says_why_in_the_settings_and_to_contributors(mark: str) -> None:
 @pytest.mark.each_once("slow")
 @pytest.mark.parametrize("a", [1, 2])
 @pytest.mark.parametrize("b", ["x", "y", "z"])
-def test_each_value_of_a_parameter_stays_in_the_first_tier(a: int, b: str, collected: SelectedEntries) -> None:
-    """Of six combinations three show all values."""
+def test_each_value_of_a_parameter_stays_in_the_first_tier(a: int, b: str, collected: Marks) -> None:
+    """Test that three of six combinations show all values."""
     of_this = {test: marks for test, marks in collected.items() if "each_value_of_a_parameter" in test}
     assert {test for test, marks in of_this.items() if "slow" not in marks} == {
         test for test in of_this if any(f"[{case}]" in test for case in ("x-1", "y-2", "z-1"))

@@ -1,4 +1,4 @@
-"""What torch offers under a private name alone, or at a price that every start would pay; and names that have moved."""
+"""Functions that torch offers only under a private name, or at a cost that every start would pay; and moved names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 def is_dtensor(x: object) -> TypeGuard[DTensor]:
-    """Whether `x` is a DTensor; its module, over a second's import, is asked for only where `x` may be one."""
+    """Return whether `x` is a DTensor; its module, over a second's import, is asked for only where `x` may be one."""
     if type(x) in (Tensor, Parameter) or not isinstance(x, Tensor):
         return False
     from torch.distributed.tensor import DTensor

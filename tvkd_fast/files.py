@@ -62,7 +62,7 @@ def ready_file(path: str | Path) -> Path:
 
 @contextmanager
 def written(path: Path, then: str = "run the same command again") -> Iterator[None]:
-    """Turn an OSError of the block into a ValueError that says what to do next."""
+    """Turn an OSError of the block into a ValueError that names the next step."""
     try:
         yield
     except OSError as error:
@@ -80,7 +80,7 @@ def in_a_line(error: OSError) -> str:
 
 
 def unfinished(target: Path) -> Path:
-    """Where a folder lies until it is whole."""
+    """Return the place of a folder that is still being written."""
     return target.with_name(f".{target.name}.partial")
 
 
@@ -119,7 +119,7 @@ def whole_folder(target: Path, what: str) -> Iterator[Path]:
 
 
 def _put_back(target: Path) -> Path:
-    """Where the old folder stands aside, once it is back in its place if that is empty."""
+    """Return the place that the old folder is moved to, after moving it back where `target` is missing."""
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         old.rename(target)

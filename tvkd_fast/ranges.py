@@ -42,7 +42,7 @@ FINITE = Range()
 POSITIVE = Range(0, without_low=True)
 NOT_NEGATIVE = Range(0)
 SHARE = Range(0, 1)
-"""From nothing to all of something, such as a ratio or a discount."""
+"""A share of a whole, such as a ratio or a discount."""
 
 
 def at_least(low: int) -> Range:

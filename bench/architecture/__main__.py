@@ -1,4 +1,4 @@
-"""The pictures of docs/architecture.md, drawn from the code: who imports whom, and the way of one batch.
+"""The pictures of docs/architecture.md, drawn from the code: who imports whom, and the calls of one batch.
 
     python -m bench.architecture      writes docs/pictures/layers.png and docs/pictures/batch.png
 
@@ -20,7 +20,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-from bench.architecture.calls import BACKWARD, Frame, batch_way
+from bench.architecture.calls import BACKWARD, Frame, batch_path
 from bench.architecture.imports import LAYERS, PACKAGE, ROOT, imports_between_layers
 
 FOLDER = ROOT / "docs" / "pictures"
@@ -64,11 +64,11 @@ def draw_layers(path: Path) -> None:
 
 def draw_batch(path: Path) -> None:
     """The files that a batch comes through, forward and back, with the functions that it is in."""
-    ways = {"forward": batch_way(), "backward": batch_way(BACKWARD)}
+    directions = {"forward": batch_path(), "backward": batch_path(BACKWARD)}
     figure, axes = plt.subplots(figsize=(11, 4.6))
-    for column, (name, way) in enumerate(ways.items()):
+    for column, (name, calls) in enumerate(directions.items()):
         steps: list[tuple[str, list[str]]] = []
-        for frame in way:
+        for frame in calls:
             if not steps or steps[-1][0] != frame.file:
                 steps.append((frame.file, []))
             steps[-1][1].append(_short(frame))

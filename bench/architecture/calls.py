@@ -1,4 +1,4 @@
-"""The way of a call through the package, recorded while it runs: which functions of which files, in order."""
+"""The path of a call through the package, recorded while it runs: which functions of which files, in order."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ BACKWARD = "dlogits_kernel"
 
 @dataclass(frozen=True)
 class Frame:
-    """A function on the way."""
+    """A function on the path."""
 
     file: str
-    """From the package's folder, such as `training/step.py`."""
+    """The path within the package's folder, such as `training/step.py`."""
     function: str
 
 
@@ -33,7 +33,7 @@ class _ArrivedError(Exception):
     pass
 
 
-def way_to_a_kernel(run: Callable[[], Any], kernel: str | None = None) -> list[Frame]:
+def path_to_a_kernel(run: Callable[[], Any], kernel: str | None = None) -> list[Frame]:
     """The frames of this package between `run` and the launch of a Triton kernel, the first one where none is named."""
     from tvkd_fast.kernels import launch
     from tvkd_fast.ops import dispatch
@@ -82,21 +82,21 @@ def _inside(file: str) -> str | None:
     return "/".join(parts if parts[0] == "kernels" else parts[1:])
 
 
-def files(way: list[Frame]) -> list[str]:
-    """The files of a way, each once, in the order in which it comes to them."""
-    return list(dict.fromkeys(frame.file for frame in way))
+def files(path: list[Frame]) -> list[str]:
+    """Return the files of a path of calls, each once, in the order in which it reaches them."""
+    return list(dict.fromkeys(frame.file for frame in path))
 
 
-def linear_logps_way() -> list[Frame]:
-    """From a call of `linear_logps` to its kernel."""
+def linear_logps_path() -> list[Frame]:
+    """Return the calls from `linear_logps` to its kernel."""
     import tvkd_fast.ops.triton_backend  # noqa: F401
 
     hidden, weight = torch.zeros(2, 16), torch.zeros(32, 16, requires_grad=True)
-    return way_to_a_kernel(lambda: linear_logps(hidden, weight, torch.zeros(2, dtype=torch.int64)))
+    return path_to_a_kernel(lambda: linear_logps(hidden, weight, torch.zeros(2, dtype=torch.int64)))
 
 
-def batch_way(kernel: str | None = None) -> list[Frame]:
-    """From the trainer of a tiny run to the kernel that its first batch comes to."""
+def batch_path(kernel: str | None = None) -> list[Frame]:
+    """Return the calls from the trainer of a tiny run to the kernel that its first batch reaches."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import tvkd_fast.ops.triton_backend  # noqa: F401
@@ -115,4 +115,4 @@ def batch_way(kernel: str | None = None) -> list[Frame]:
         config = TrainConfig(policy="tiny", output_dir=folder, objective="sft", pairs_per_step=1, max_steps=1)
         policy = PolicyWithHead(model, packing="shared")
         trainer = Trainer(config, policy, OnlineScorer(None, None), pairs, show_progress=False)
-        return way_to_a_kernel(trainer.run, kernel)
+        return path_to_a_kernel(trainer.run, kernel)

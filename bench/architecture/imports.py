@@ -28,7 +28,7 @@ LAYERS = (
     "losses",
     "kernels",
 )
-"""From the top: a layer may import those below it, but for `APART`."""
+"""The layers from the top: each may import those below it, but for `APART`."""
 APART: dict[str, set[str]] = {
     "kernels": set(),
     "losses": set(),
@@ -42,7 +42,7 @@ APART: dict[str, set[str]] = {
     "__init__": {"fused", "ops", "losses"},
     "__main__": {"cli"},
 }
-"""What a layer may import, where that is less than all below it; and files that are no layer."""
+"""The imports of a layer that may not import all below it, and of files that are no layer."""
 MAY_IMPORT: dict[str, set[str]] = {layer: set(LAYERS[i + 1 :]) for i, layer in enumerate(LAYERS)} | APART
 FOR_EVERYBODY = {"version", "_compat", "files", "ranges"}
 """Single files at the top of the package, which import none of its layers."""
@@ -81,7 +81,7 @@ def layer_of(module: str) -> str:
 
 
 def imports_between_layers(root: Path = ROOT) -> Counter[tuple[str, str]]:
-    """How many names each layer imports from each other one."""
+    """Return the number of names that each layer imports from each other one."""
     package, found = root / PACKAGE, Counter[tuple[str, str]]()
     for file in python_files(package):
         layer = layer_of(module_of(file, package))

@@ -1,4 +1,4 @@
-"""`python -m bench.census`: every kernel that ships, compiled and held to its gates."""
+"""`python -m bench.census`: every kernel that ships, compiled and tested against its gates."""
 
 from bench.census.binaries import main
 

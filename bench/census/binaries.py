@@ -142,7 +142,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was read from a build's binary."""
+    """The figures read from a build's binary."""
 
     registers: int
     stack: int
@@ -253,7 +253,7 @@ def _products(target: str, dtype: str) -> Iterator[Build]:
 def _frozen_head(target: str, dtype: str) -> Iterator[Build]:
     cases = [(*head, rows) for rows in ("", "odd D") for head in _flags(2)]
     cases += [(False, False, "unaligned"), (True, True, "unaligned")]
-    steps = {"STEP": 8, "ROOM": 2.0**11} if dtype == "fp16" else {"STEP": 16, "ROOM": 1.0}
+    steps = {"STEP": 8, "SCALE": 2.0**11} if dtype == "fp16" else {"STEP": 16, "SCALE": 1.0}
     widths = set()
     for bias, softcap, rows in cases:
         config = _config("exponentials", target, dtype, rows, heavy=softcap, bias=bias)
@@ -266,7 +266,12 @@ def _frozen_head(target: str, dtype: str) -> Iterator[Build]:
         variant = _named("sum" if held else "first", f"{width} columns", "unaligned" * (not aligned))
         yield Build("rescale", target, dtype, variant, switches, aligned=aligned)
     for aligned, softcap in _flags(2):
-        switches = {"HAS_SOFTCAP": softcap, "ROOM": steps["ROOM"], "BLOCK_M": DHIDDEN_ROWS, "BLOCK_N": DHIDDEN_COLUMNS}
+        switches = {
+            "HAS_SOFTCAP": softcap,
+            "SCALE": steps["SCALE"],
+            "BLOCK_M": DHIDDEN_ROWS,
+            "BLOCK_N": DHIDDEN_COLUMNS,
+        }
         variant = _named("softcap" * softcap, "unaligned" * (not aligned)) or "plain"
         yield Build("dlogp_dhidden", target, dtype, variant, switches, aligned=aligned)
 
@@ -283,7 +288,7 @@ def _selection_bits(target: str, dtype: str) -> Iterator[Build]:
 
 
 def _gathers(target: str, dtype: str) -> Iterator[Build]:
-    """One per D, since a program holds whole rows; at one D for every head and side."""
+    """Yield one build per D, since a program holds whole rows; at one D for every head and side."""
     everything = [dict(zip(("HAS_BIAS", "HAS_SOFTCAP", "UNBIASED"), on, strict=True)) for on in _flags(3)]
     for size in HEAD_SIZES:
         config = GatherConfig.of(size)
@@ -326,7 +331,7 @@ def _tiled(
     rows: str,
     out: str = "fp32",
 ) -> Iterator[Build]:
-    """One build, or none where no launch would come to it: bulk copies mask nothing, and 16 divides an aligned D."""
+    """Yield one build, or none where no launch would use it: bulk copies mask nothing, and 16 divides an aligned D."""
     aligned, even = _ROWS[rows]
     name, step = ("EVEN_N", config.block_n) if kernel == "product" else ("EVEN_K", config.block_k)
     if even or not (config.bulk or (aligned and 16 % step == 0)):

@@ -14,7 +14,7 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("TVKD_CENSUS_KEPT", ROOT / "out" / "census"))
-"""Where facts are kept: out/census, which git ignores, or another folder that the environment names."""
+"""The folder that keeps the facts: out/census, which git ignores, or another folder that the environment names."""
 
 
 def kept(build: Any, kernel: triton.JITFunction[Any], compiled: Callable[[Any], Any], made: type) -> Any:

@@ -81,7 +81,7 @@ def arrow(axes: Axes, start: tuple[float, float], stop: tuple[float, float], tex
 
 
 def backward_picture() -> None:
-    """One block of dlogits: what it is made from and what is made of it."""
+    """Draw one block of dlogits: its inputs and its uses."""
     figure, axes = plt.subplots(figsize=(9, 4))
     box(axes, 0, 1.2, 1.0, 2.4, "hidden\n[R, D]")
     box(axes, 1.9, 4.0, 2.6, 0.9, "weight slice [C, D]")

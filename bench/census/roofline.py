@@ -1,7 +1,7 @@
 """A model of the head's time from counted products, bytes and exponentials: no measurement, and never shown as one.
 
 Each phase takes what the slowest of three published limits takes (matrix rate, memory bandwidth, exponentials), and
-phases follow each other. Left out: launches, latency, partial waves, caches beyond what is said here. So it bounds from
+phases follow each other. Left out: launches, latency, partial waves, caches beyond those named here. So it bounds from
 below, and its use is to compare algorithms, not to promise seconds.
 
 Letters: N tokens, D hidden, V vocabulary; 16-bit operands.
@@ -146,10 +146,10 @@ ALGORITHMS: dict[str, Count] = {
 
 ASSUMPTIONS = (
     "limits: A100 312 TFLOP/s and 2.04 TB/s, H100 989 and 3.35, H200 989 and 4.8 (dense bf16, SXM, NVIDIA's data "
-    "sheets); 16 exponentials a clock and multiprocessor",
-    "ours: weight comes from memory once a group of row tiles, hidden once a launch, dlogits are written once and read "
-    f"twice in blocks of {WORKSPACE_BYTES // 2**20} MiB; the float32 sums of dH are read and written once a block",
-    "eager and Liger: operands once a product (cuBLAS is assumed perfect), logits as often as their steps read and "
+    "sheets); 16 exponentials per clock and multiprocessor",
+    "ours: weight comes from memory once per group of row tiles, hidden once per launch, dlogits are written once and "
+    f"read twice in blocks of {WORKSPACE_BYTES // 2**20} MiB; dH's float32 sums are read and written once per block",
+    "eager and Liger: operands once per product (cuBLAS is assumed perfect), logits as often as their steps read and "
     "write them; Liger's chunks are assumed to cost nothing",
     "CCE: both gradients are read and written for every tile kept, as memory traffic, though L2 holds much of it",
     "no launches, latency, partial waves or clock limits: a lower bound, for comparing algorithms",

@@ -42,7 +42,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entrop
 
 
 def tried(name: str, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The attempt's row, or one that says why there is none."""
+    """Return the attempt's row, or one that gives the reason why there is none."""
     try:
         return {"name": name} | attempt()
     except Exception as refusal:
@@ -191,7 +191,7 @@ def _version(package: str) -> str | None:
 
 
 def text(measured: dict[str, Any]) -> str:
-    """One shape's rows, a line each."""
+    """Return one shape's rows, one line each."""
     lines = [f"{measured['shape']} {measured['dtype']}"]
     for row in measured.get("rows", []) + measured.get("products", []):
         errors = ", ".join(f"{name} {e:.1e}" for name, e in row.get("errors", {}).items())

@@ -24,7 +24,7 @@ class Reference:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     def errors(self, got: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of the numbers that both have."""
+        """Return the errors of the numbers that both have."""
         return {name: self._error(name, got[name]) for name in got if name in self.numbers}
 
     def _error(self, name: str, got: Tensor) -> float:

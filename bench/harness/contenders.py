@@ -1,4 +1,4 @@
-"""Who is compared: a name, what runs, and what must be installed for it."""
+"""A contender: a name, what runs, and what must be installed for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 PROGRAMS = ("g++",)
-"""What a contender may need that is a program; all else is a module, of which a program alone is no sign."""
+"""The programs that a contender may need; all else is a module, of which a program alone is no sign."""
 Run = TypeVar("Run")
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a head: inputs, tasks, and how one is run forward, or forward and backward.
+"""A head's inputs and tasks, and their runs forward, or forward and backward.
 
 Letters: N tokens, D hidden, V vocabulary, P pairs.
 """
@@ -17,7 +17,7 @@ from tvkd_fast import dpo_loss
 
 PAIRS = 4
 BETA = 0.1
-"""Of the DPO loss that a contender may go backward from."""
+"""β of the DPO loss that a contender may go backward from."""
 Shape = tuple[int, int, int]
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 """hidden [N, D], weight [V, D] and labels (N,) to log-probabilities (N,), or to values (N,)."""
@@ -45,10 +45,10 @@ class Inputs:
 
 
 Values = tuple[Tensor, Tensor]
-"""What is compared, and the scalar to go backward from."""
+"""The values that are compared, and the scalar to go backward from."""
 Run = Callable[[Inputs], Values]
 Task = Literal["logps", "values", "preference"]
-"""What is asked of a head: labels' log-probabilities that are weighted and summed, values alone, or DPO's loss."""
+"""The tasks of a head: labels' log-probabilities that are weighted and summed, values alone, or DPO's loss."""
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:

@@ -1,4 +1,4 @@
-"""What a figure was made with, and where it is left."""
+"""The provenance of a figure, and its report file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def made_by(threads: int | None = None) -> dict[str, Any]:
 
 
 def versions(*names: str) -> dict[str, str | None]:
-    """Of packages that may not be installed."""
+    """Return the versions of packages, None for those that are not installed."""
     return {name: version(name) if importlib.util.find_spec(name.replace("-", "_")) else None for name in names}
 
 
@@ -36,7 +36,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def write_report(report: dict[str, Any], file: Path | None) -> None:
-    """As JSON and without paths of the machine, where a file was asked for."""
+    """Write the report as JSON without the machine's paths, where a file was asked for."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(without_paths(json.dumps(report, indent=1)) + "\n")

@@ -1,4 +1,4 @@
-"""How a run is timed and its memory read: on a CPU in a process of its own, on a GPU by events in this one."""
+"""Meters of time and memory: on a CPU in a process of its own, on a GPU by events in this one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from bench.harness.processes import Worker, as_answer, held_memory, peak_memory, reset_peak_memory
 
 Call = Callable[[], Any]
-"""What is timed; what it returns is dropped outside the timing."""
+"""The call that is timed; its result is dropped outside the timing."""
 Make = Callable[[], Call]
 """Called where the contender runs."""
 Measure = Callable[[Any], Any]
-"""What of a result is kept."""
+"""The part of a result that is kept."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GIB = -1, -3, 2**30
 
@@ -32,10 +32,10 @@ class Job(Protocol):
         """Run until caches, allocators and compilers are settled."""
 
     def seconds(self) -> float:
-        """Of one run."""
+        """Return the seconds of one run."""
 
     def peak_bytes(self) -> int:
-        """At most, beyond what was held before."""
+        """Return the peak memory of one run beyond what was held before."""
 
     def close(self) -> None: ...
 
@@ -113,7 +113,7 @@ def _answer(request: str, call: Call, measure: Measure) -> Any:
 
 
 class GpuMeter:
-    """By CUDA events, memory by the allocator."""
+    """Times by CUDA events, and memory by the allocator."""
 
     def start(self, make: Make, measure: Measure) -> GpuJob:
         return GpuJob(make(), measure)

@@ -61,7 +61,7 @@ def _run(serve: Serve, threads: int, connection: Connection, arguments: tuple[An
 
 
 def as_answer(error: Exception) -> RuntimeError:
-    """With its type in the text: an exception of a peer's own class may not survive the pipe."""
+    """Return the error with its type in the text: an exception of a peer's own class may not survive the pipe."""
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 

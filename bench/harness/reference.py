@@ -20,7 +20,7 @@ from bench.harness.inputs import BETA, PAIRS, Task, sequences
 from bench.harness.states import States, load_states
 
 WHOLE = 32 * 2**20
-"""Of a larger weight an even selection of rows is checked, and of dH too."""
+"""The size from which only an even selection of a weight's rows is checked, and of dH's."""
 CHECKED_COLUMNS, CHECKED_ROWS = 4096, 256
 BLOCK = 512
 
@@ -38,7 +38,7 @@ class HeadReference:
     preference_by_weight: Tensor
 
     def of(self, task: Task, states: States) -> Reference:
-        """What a contender of this task is checked by; one that goes backward from DPO's loss, by its gradients."""
+        """Return this task's reference; contenders that go backward from DPO's loss are checked by gradients."""
         if task == "values":
             own = (states.hidden.double() * states.weight[states.labels].double()).sum(1)
             return Reference({"lse": own - self.logps})

@@ -84,7 +84,7 @@ def made_states(shape: tuple[int, int, int], entries: float) -> States:
         low, high = (low, spread) if float(kept.sum(1).float().mean()) < entries else (spread, high)
     hidden = _spread(hidden, spread)
     labels = torch.cat([torch.multinomial((h @ weight.T).softmax(1), 1)[:, 0] for h in hidden.split(ROWS)])
-    return States(hidden, weight, labels, _coefficients(n), f"made states, {entries:g} entries a token above 2^-14")
+    return States(hidden, weight, labels, _coefficients(n), f"made states, {entries:g} entries per token above 2^-14")
 
 
 def _spread(hidden: Tensor, spread: float) -> Tensor:

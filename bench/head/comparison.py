@@ -146,7 +146,7 @@ def _held(contender: Contender, states: States) -> int:
 
 
 def entries(states: States) -> dict[str, dict[str, float]]:
-    """What sparse gradients keep of these states, by ε."""
+    """Return the entries that sparse gradients keep of these states, by ε."""
     found = {}
     hidden = states.hidden.clone().requires_grad_()
     for log_eps in (12, 14, 16, 18):
@@ -213,7 +213,7 @@ def command(name: str, description: str | None, contenders: dict[str, Contender]
 
 
 def text(row: dict[str, Any]) -> str:
-    """One contender's line."""
+    """Return one contender's line."""
     if "seconds" not in row:
         return f"{row['name']:<42} {row.get('wrong') or row.get('refused')}"
     line = f"{row['name']:<42} {row['over_floor']:6.2f} x the product"

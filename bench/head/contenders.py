@@ -37,15 +37,15 @@ TASKS: dict[Task, Callable[[Head, Inputs], Values]] = {
 class Contender(registry.Contender[Run]):
     task: Task = "logps"
     limit: float = EXACT
-    """On a CPU a contender whose gradients' relative error is more is wrong."""
+    """The largest relative error of gradients on a CPU that is not counted as wrong."""
     skips: bool = False
-    """On a GPU, leaves small gradients out by design."""
+    """Whether it leaves small gradients out by design on a GPU."""
     frozen: bool = False
     """Its weight wants no gradient, and it is asked for none."""
     reuse: bool = False
     """Its gradients' memory was touched before."""
     compiles: bool = False
-    """For a shape: its first call is not its own time nor memory."""
+    """Whether it compiles for a shape, so that its first call is not timed."""
 
     def given(self, inputs: Inputs) -> Inputs:
         if self.task == "values":
@@ -65,7 +65,7 @@ def of(head: Head, task: Task = "logps", **options: Any) -> Contender:
 
 
 def in_torch(head: Head) -> Head:
-    """Without the numba extra, in a process that runs this and nothing else."""
+    """Return the head without the numba extra, for a process that runs nothing else."""
 
     def without(*args: Tensor) -> Tensor:
         native.passes = lambda z: None
@@ -83,7 +83,7 @@ def soft_values(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def lse(hidden: Tensor, weight: Tensor, labels: Tensor, *, kappa: float | None = None) -> Tensor:
-    """Where κ is given, both sums of the same product."""
+    """Return the logsumexp, and with κ both sums of the same product."""
     return linear_lse(hidden, weight, kappa=kappa)[0] if kappa else linear_lse(hidden, weight)[0]
 
 
@@ -125,7 +125,7 @@ def of_values() -> dict[str, Contender]:
 
 
 def on_gpu(impl: Literal["auto", "torch", "triton"] = "triton") -> dict[str, Contender]:
-    """By name, in the order of the table. CCE with a frozen head skips nothing."""
+    """Return the contenders by name, in the table's order. CCE with a frozen head skips nothing."""
     ours = partial(linear_logps, impl=impl)
     liger = partial(peers.liger, accumulate=None)
     of_liger, of_cce = (partial(of, needs=needs) for needs in ("liger_kernel", "cut_cross_entropy"))

@@ -30,12 +30,12 @@ EVERY = 16
 def orders(labels: Tensor, logits: Tensor, log_eps: int) -> dict[str, Tensor]:
     """Columns in the order in which a rule takes them as dense; logits [SAMPLE_ROWS, V]."""
     vocab = logits.shape[1]
-    marked = (logits.log_softmax(1) >= -log_eps * math.log(2)).sum(0)
+    selected = (logits.log_softmax(1) >= -log_eps * math.log(2)).sum(0)
     present = torch.zeros(vocab, dtype=torch.int64).index_fill_(0, labels, 1)
     none = torch.zeros_like(present)
     rules = {
-        "labels, then the sample": (present, marked),
-        "the sample alone": (none, marked),
+        "labels, then the sample": (present, selected),
+        "the sample alone": (none, selected),
         "labels, then the first": (present, none),
     }
     return {rule: rank(*counts).argsort(descending=True) for rule, counts in rules.items()}
@@ -48,10 +48,10 @@ def counted(z: Tensor, dense: Tensor, log_eps: int) -> dict[str, float]:
     padded = torch.nn.functional.pad(z, (0, -z.shape[1] % split), value=-math.inf).view(len(z), -1, SPLIT_TILES, TILE)
     so_far = padded.logsumexp(3).logcumsumexp(2).maximum(z[:, dense].logsumexp(1)[:, None, None])
     limit = so_far.repeat_interleave(TILE, 2).view(len(z), -1)[:, : z.shape[1]] - log_eps * math.log(2)
-    marked = z >= limit
+    selected = z >= limit
     others = torch.ones(z.shape[1], dtype=torch.bool).index_fill_(0, dense, False)
     total, outside = float(true.sum()), float(true[:, others].sum())
-    return {"held": 1 - outside / total, "marked": (total - outside + float(marked[:, others].sum())) / total}
+    return {"held": 1 - outside / total, "marked": (total - outside + float(selected[:, others].sum())) / total}
 
 
 def main() -> None:

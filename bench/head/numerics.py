@@ -1,4 +1,4 @@
-"""How far values and gradients lie from the float64 twins: each implementation, dtype and case. No timing.
+"""Errors of values and gradients against the float64 twins: each implementation, dtype and case. No timing.
 
     python -m bench.head.numerics --json bench/results/numerics.json
 
@@ -109,7 +109,7 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     measure: Callable[[Case], dict[str, Tensor]]
     cases: tuple[str, ...] = ("",)
-    """How the names of the cases begin that it is measured in."""
+    """Prefixes of the names of the cases that it is measured in."""
 
 
 def of_ops(case: Case, impl: str, *, frozen: bool = False) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ def exact(case: Case) -> dict[str, Tensor]:
 
 
 def errors(got: dict[str, Tensor], twin: dict[str, Tensor], case: Case) -> Errors:
-    """Of values the largest absolute error in nats, of gradients the relative error in Frobenius' norm."""
+    """Return the largest absolute error of values in nats, and the relative error of gradients in Frobenius' norm."""
     distances = {x: float((got[x] - twin[x]).abs().max()) for x in ("logps", "lse", "lse_kappa", "entropy")}
     for name in [x for x in ("hidden", "weight", "bias") if x in got]:
         rows = case.hidden_rows if name == "hidden" else slice(None)
@@ -236,7 +236,7 @@ def errors(got: dict[str, Tensor], twin: dict[str, Tensor], case: Case) -> Error
 
 
 def strict_rule(shape: tuple[int, int, int], seeds: int) -> dict[str, Any]:
-    """How often float16's dH leaves the rule: twice the error of torch on upcast inputs, plus 1e-5.
+    """Count how often float16's dH breaks the rule: twice the error of torch on upcast inputs, plus 1e-5.
 
     `strict` compares with torch's own gradient, `rounded_once` with that of dlogits rounded once. Errors and what is
     allowed are the largest over dH's entries, over its largest entry.

@@ -43,7 +43,7 @@ def compiled_values(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor, *, accumulate: torch.dtype | None) -> Tensor:
-    """For a loss per token Liger recomputes the logits in its backward: four products. For a frozen head 0.8.5 makes no
+    """Run Liger's loss per token, which recomputes the logits in its backward: four products. A frozen head has no
     dW, which leaves three."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

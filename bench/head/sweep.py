@@ -1,4 +1,4 @@
-"""The head's benchmark along an axis: tokens, vocabulary, or entries a token. A point is a run of `bench.head`.
+"""The head's benchmark along an axis: tokens, vocabulary, or entries per token. A point is a run of `bench.head`.
 
     python -m bench.head.sweep tokens 512 1024 2048 4096 8192 16384 --json FILE [--data PAIRS.jsonl.gz …]
     python -m bench.head.sweep vocabulary 32768 65536 131072 262144 --shape 2048x576x49152 --json FILE
@@ -24,7 +24,7 @@ from bench.harness.machine import made_by, write_report
 
 OURS = ("sparse 2^-14", "sparse 2^-14, memory touched", "sparse 2^-16", "exact", "values")
 UNGUARDED = "sparse 2^-14, whatever the tail"
-"""Where a softmax is flat, what the guard keeps from happening."""
+"""The contender without the guard against flat softmaxes."""
 PEERS = ("eager log-softmax", "Liger, fused DPO")
 AXES = {"tokens": (*OURS, *PEERS), "vocabulary": (*OURS, *PEERS), "entries": (*OURS[:2], UNGUARDED)}
 """Whom a sweep measures."""
@@ -54,7 +54,7 @@ def fit(x: list[float], seconds: list[float]) -> dict[str, float]:
 
 
 def fits(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By contender, where each point has it."""
+    """Return the fits by contender, for those that every point has."""
     found = {}
     for name in (row["name"] for row in points[0]["results"]):
         rows: list[dict[str, Any]] = [next((row for row in x["results"] if row["name"] == name), {}) for x in points]

@@ -34,22 +34,22 @@ TILING = (2048, 1024)
 DENSE = (2048, 8192)
 
 
-def csr(marks: SelectedEntries, entries: Tensor, shape: tuple[int, int], *, transposed: bool) -> Tensor:
+def csr(selected: SelectedEntries, entries: Tensor, shape: tuple[int, int], *, transposed: bool) -> Tensor:
     """torch's compressed rows of the entries, or of their transpose."""
-    places = torch.stack([marks.rows, marks.columns]).long()
+    places = torch.stack([selected.rows, selected.columns]).long()
     whole = torch.sparse_coo_tensor(places, entries, shape)
     return (whole.t() if transposed else whole).coalesce().to_sparse_csr()
 
 
 def variants(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
-    """What is timed, by name, and what was counted."""
+    """Return the timed variants by name, and the counts."""
     hidden, weight, labels = states.hidden, states.weight, states.labels
     (n, _), v = hidden.shape, weight.shape[0]
     head, rule = Head(weight), SelectionRule(eps, v // 16)
-    sums, marks = sparse_tiles.select_entries(hidden, head, labels, rule)
-    parts = sparse_tiles.Parts(hidden, head, labels, sums, marks, states.coefficients, None)
+    sums, selected = sparse_tiles.select_entries(hidden, head, labels, rule)
+    parts = sparse_tiles.Parts(hidden, head, labels, sums, selected, states.coefficients, None)
     entries = parts.entries(slice(None))
-    by_row, by_column = (csr(marks, entries, (n, v), transposed=t) for t in (False, True))
+    by_row, by_column = (csr(selected, entries, (n, v), transposed=t) for t in (False, True))
     total = torch.empty_like(weight)
 
     def in_torch(passes: Any) -> Callable[[], Any]:
@@ -71,14 +71,14 @@ def variants(states: Any, eps: float) -> tuple[dict[str, Callable[[], Any]], dic
         "dW: gathered tile by tile": lambda: sparse_tiles.ByColumn(parts).weight(slice(0, v), total),
         "dW: torch's CSR product, transposed before": lambda: by_column @ hidden,
     }
-    share = torch.bincount(marks.columns, minlength=v).sort(descending=True).values.cumsum(0) / marks.count
+    share = torch.bincount(selected.columns, minlength=v).sort(descending=True).values.cumsum(0) / selected.count
     saved = {}
     for k in DENSE:
         block = weight[:k].contiguous()
         name = f"a dense block of {k:,} columns"
         found[name] = partial(dense, hidden, block)
         saved[name] = float(share[k - 1])
-    return found, {"entries": marks.count / n, "saved": saved}
+    return found, {"entries": selected.count / n, "saved": saved}
 
 
 def dense(hidden: Tensor, block: Tensor) -> None:

@@ -95,8 +95,8 @@ class Study:
         for done in as_completed([pool.submit(job) for job in jobs]):
             done.result()
 
-    def walk(self, pool: ProcessPoolExecutor, cell: Cell, arms: Iterable[str], seeds: Iterable[int]) -> None:
-        """Those of the runs that are not there yet."""
+    def run_cells(self, pool: ProcessPoolExecutor, cell: Cell, arms: Iterable[str], seeds: Iterable[int]) -> None:
+        """Run those of the runs that have no result yet."""
         known = {(one["cell"], one["arm"], one["seed"]) for one in self.runs}
         left = [(arm, seed) for seed in seeds for arm in arms if (cell.name, arm, seed) not in known]
         if left:
@@ -116,19 +116,19 @@ class Study:
         self.tell()
 
     def screen(self, pool: ProcessPoolExecutor) -> None:
-        self.walk(pool, self.screened, ARMS, [SCREENED])
+        self.run_cells(pool, self.screened, ARMS, [SCREENED])
 
     def finals(self, pool: ProcessPoolExecutor) -> None:
-        self.walk(pool, self.large, (DPO, TVKD, *self.finalists()), self.seeds)
+        self.run_cells(pool, self.large, (DPO, TVKD, *self.finalists()), self.seeds)
 
     def rule(self, pool: ProcessPoolExecutor) -> None:
-        self.walk(pool, self.known, (DPO, TVKD, self.finalists()[0]), self.seeds)
+        self.run_cells(pool, self.known, (DPO, TVKD, self.finalists()[0]), self.seeds)
 
     def smaller(self, pool: ProcessPoolExecutor) -> None:
-        self.walk(pool, self.small, (DPO, TVKD), self.seeds)
+        self.run_cells(pool, self.small, (DPO, TVKD), self.seeds)
 
     def finalists(self) -> list[str]:
-        """By what was screened, which no table of finalists reports on."""
+        """Return the finalists by the screening, which no table of finalists reports on."""
         return finalists(self.rows[self.screened.name])
 
     def tell(self) -> None:

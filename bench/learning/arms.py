@@ -1,4 +1,4 @@
-"""What is compared: DPO, kinds of shaping, a control that knows lengths alone, and the simplest rival.
+"""The arms: DPO, kinds of shaping, a control that knows lengths alone, and the simplest rival.
 
 Letters: P pairs, N response tokens, M response states.
 """
@@ -19,7 +19,7 @@ from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.scoring.scorer import Scorer
 
 KAPPA = 0.7
-"""Of what is kept of the teacher, beside its κ = 1."""
+"""κ of the teacher's values that are kept beside those of κ = 1."""
 Source = Literal["teacher", "reward", "length", "self", "kl"]
 Potential = Literal["rewards", "sums"]
 
@@ -38,7 +38,7 @@ class Arm:
 
     @property
     def potential(self) -> Potential | None:
-        """What must be kept of the teacher."""
+        """Return the potential that must be kept of the teacher."""
         if self.source == "reward":
             return "rewards"
         return "sums" if self.source == "length" or (self.source == "teacher" and self.loss.needs & TEACHER) else None
@@ -68,11 +68,11 @@ FAMILIES = (
     ("γ = 0.95", "terminal eos", "terminal zero, γ = 0.95"),
     ("logprobs, κ = 0.7", "implicit reward"),
 )
-"""How the potential is discounted and ended, and what it is made of: each sends one arm to the finals."""
+"""Families by the potential's discount, end and source: each sends one arm to the finals."""
 
 
 def finalists(screened: list[dict[str, Any]]) -> list[str]:
-    """Of each family the arm that was right most often, then by margin; the best first.
+    """Return each family's arm that was right most often, then by margin; the best first.
 
     By accuracy, since pushing both responses down widens a margin and makes none of them right.
     """

@@ -1,4 +1,4 @@
-"""Where it is compared: data, a teacher and a warmed student, made once and kept."""
+"""The cells of the study: data, a teacher and a warmed student, made once and kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Split = Literal["train", "held_out"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every arm of a cell is given; `quick` shows that the study runs, its figures mean nothing."""
+    """The budget of every arm of a cell; `quick` shows that the study runs, its figures mean nothing."""
 
     train: int
     held_out: int | None
@@ -42,7 +42,7 @@ class Budget:
     steps: int = 75
     pairs: int = 4
     max_length: int = 160
-    """Of training pairs, tokens; a longer prompt is dropped, a longer answer cut."""
+    """Tokens of a training pair; a longer prompt is dropped, a longer answer cut."""
     held_out_length: int = 1024
     curve: int = 32
     """Held-out pairs of the learning curve."""
@@ -99,7 +99,7 @@ class Cell:
         return self._scores(f"reference-{self.layers}-{split}", split)
 
     def potential(self, kind: Potential) -> CachedScorer:
-        """Of the training pairs, from the teacher: whatever student is taught, its tokens are the same."""
+        """Return the teacher's potential of the training pairs, whose tokens are the same for every student."""
         return self._scores(kind, "train")
 
     def _scores(self, name: str, split: Split) -> CachedScorer:

@@ -1,4 +1,4 @@
-"""What leaving small softmax entries out costs in learning: the head alone under AdamW, on real states.
+"""The cost in learning of leaving small softmax entries out: the head alone under AdamW, on real states.
 
     python -m bench.learning.head_learning --data PAIRS.jsonl.gz --json FILE
 
@@ -69,8 +69,10 @@ def kinds() -> dict[str, Gradient]:
     return {"exact": ours(), **even, **unbiased, **bf16}
 
 
-def learn(gradient: Gradient, states: Any, steps: int, tokens: int, lr: float, marks: list[int]) -> dict[int, Tensor]:
-    """The weight's change after the steps in `marks`."""
+def learn(
+    gradient: Gradient, states: Any, steps: int, tokens: int, lr: float, milestones: list[int]
+) -> dict[int, Tensor]:
+    """The weight's change after the steps in `milestones`."""
     weight = torch.nn.Parameter(states.weight.clone())
     optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.0, foreach=False, fused=True)
     found = {}
@@ -81,7 +83,7 @@ def learn(gradient: Gradient, states: Any, steps: int, tokens: int, lr: float, m
         _, dw = gradient(states.hidden[which], weight.detach(), states.labels[which], signs / tokens, step)
         weight.grad = dw.neg_()
         optimizer.step()
-        if step + 1 in marks:
+        if step + 1 in milestones:
             found[step + 1] = weight.detach() - states.weight
     return found
 
@@ -114,7 +116,7 @@ def main() -> None:
     held = SimpleNamespace(hidden=everything.hidden[-held_out:], labels=everything.labels[-held_out:])
     held.logp = (held.hidden @ states.weight.T).log_softmax(1)
     held.root = held.logp.div(2).exp()
-    marks = sorted({1, min(10, arguments.steps), arguments.steps})
+    milestones = sorted({1, min(10, arguments.steps), arguments.steps})
     sample = slice(0, 2048)
     c = torch.where(torch.arange(2048) // RUN % 2 == 0, 1.0, -1.0)
     rows, exact = [], None
@@ -123,7 +125,7 @@ def main() -> None:
         if name != "exact" and not any(word in name for word in words):
             continue
         dh, dw = gradient(states.hidden[sample], states.weight, states.labels[sample], c, 0)
-        found = learn(gradient, states, arguments.steps, arguments.tokens, arguments.lr, marks)
+        found = learn(gradient, states, arguments.steps, arguments.tokens, arguments.lr, milestones)
         if exact is None:
             exact = SimpleNamespace(
                 dh=dh, dw=dw, found=found, held={k: changes(x, states, held) for k, x in found.items()}
@@ -140,7 +142,13 @@ def main() -> None:
             }
         print(json.dumps(row), flush=True)
         rows.append(row)
-    report = {"rows": rows, "steps": marks, "tokens": arguments.tokens, "lr": arguments.lr, "states": everything.source}
+    report = {
+        "rows": rows,
+        "steps": milestones,
+        "tokens": arguments.tokens,
+        "lr": arguments.lr,
+        "states": everything.source,
+    }
     report["made_by"] = made_by()
     write_report(report, arguments.json)
 

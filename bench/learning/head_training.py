@@ -72,7 +72,7 @@ ARMS: dict[str, Callable[[PolicyWithHead], None]] = {
     "sparse, 2^-18": sparse(-18),
     "bf16 logits": dense(RoundedHead),
 }
-"""By name, what is done to a policy's head; the eager one shows what float32's own rounding grows to."""
+"""The change of a policy's head, by name; the eager one shows what float32's own rounding grows to."""
 
 
 class Study:
@@ -93,7 +93,7 @@ class Study:
             bad_pairs="drop",
             overlong="drop",
         )
-        self.marks = sorted({min(10, arguments.steps), min(100, arguments.steps), arguments.steps})
+        self.milestones = sorted({min(10, arguments.steps), min(100, arguments.steps), arguments.steps})
         self.optim = OptimConfig(lr=arguments.lr, warmup_steps=arguments.steps // 10)
         self.start = self._start()
         tokenizer = load_tokenizer(self.start)
@@ -150,7 +150,7 @@ class Study:
                 clip_norm=1.0,
             )
             losses.append(float(out.loss))
-            if step + 1 in self.marks:
+            if step + 1 in self.milestones:
                 change = {name: x - start[name] for name, x in weights(policy).items()}
                 found[str(step + 1)] = {
                     **self._off(arm, seed, step + 1, change),
@@ -171,7 +171,7 @@ class Study:
 
 
 def weights(policy: PolicyWithHead) -> dict[str, Tensor]:
-    """What learns, as two vectors: of the head, unless it is frozen, and of the backbone."""
+    """Return the trained weights as two vectors: the head's, unless it is frozen, and the backbone's."""
     head = policy.head.weight
     rest = [x.detach().flatten() for x in policy.parameters() if x.requires_grad and x is not head]
     found = {"backbone": torch.cat(rest)}
@@ -202,20 +202,20 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["loss"] = [mean(run["losses"][-LAST:]) for run in mine]
         row["loss_off"] = [_rms(run["losses"], exact[run["seed"]]["losses"]) for run in mine]
         row["head"] = {key: mean(run["head"][key] for run in mine) for key in mine[0]["head"]}
-        row["marks"] = {mark: _at(mark, mine, exact) for mark in mine[0]["marks"]}
+        row["marks"] = {milestone: _at(milestone, mine, exact) for milestone in mine[0]["marks"]}
         rows.append(row)
     return rows
 
 
-def _at(mark: str, runs: list[dict[str, Any]], exact: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _at(milestone: str, runs: list[dict[str, Any]], exact: dict[int, dict[str, Any]]) -> dict[str, Any]:
     accuracy, margin, off = [], [], []
     for run in runs:
-        margins = torch.tensor(run["marks"][mark]["margins"])
-        want = torch.tensor(exact[run["seed"]]["marks"][mark]["margins"])
+        margins = torch.tensor(run["marks"][milestone]["margins"])
+        want = torch.tensor(exact[run["seed"]]["marks"][milestone]["margins"])
         accuracy.append(float((margins > 0).float().mean()))
         margin.append(float(margins.mean()))
         off.append(float((margins - want).norm() / want.norm()))
-    weight = {f"{name}_off": [run["marks"][mark].get(name) for run in runs] for name in ("head", "backbone")}
+    weight = {f"{name}_off": [run["marks"][milestone].get(name) for run in runs] for name in ("head", "backbone")}
     return {"accuracy": accuracy, "margin": margin, "margins_off": off, **weight}
 
 

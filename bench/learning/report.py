@@ -52,7 +52,7 @@ def ahead(runs: list[dict[str, Any]], cell: str) -> list[dict[str, Any]]:
 
 
 def _place(arm: str) -> tuple[int, str]:
-    """As arms are listed, whichever was done first."""
+    """Return a sort key in the order in which arms are listed."""
     return (list(ARMS).index(arm) if arm in ARMS else len(ARMS)), arm
 
 

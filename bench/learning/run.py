@@ -26,7 +26,7 @@ WIDE = MicroBatching(tokens=2048)
 
 
 def settings() -> str:
-    """What every run is made by, beside a cell's budget."""
+    """Return the settings of every run beside its cell's budget."""
     return repr((OPTIM, BATCHING, WIDE, ARMS, SELECTED_FROM, MODEL_CONFIG))
 
 
@@ -39,16 +39,16 @@ def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
     start = time.process_time()
     step = _step_of(cell, arm, policy, train)
     optimizer = make_optimizer(policy, OPTIM)
-    marks = {round(budget.steps * part) for part in (1 / 3, 2 / 3, 1)}
+    milestones = {round(budget.steps * part) for part in (1 / 3, 2 / 3, 1)}
     curve, trained = [], 0.0
     for number in range(budget.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, budget.steps, OPTIM)
         pairs = pairs_of_step(seed, number, num_pairs=len(train), pairs_per_step=budget.pairs)
         loss = step(pairs, optimizer)
-        if number + 1 in marks:
+        if number + 1 in milestones:
             trained += time.process_time() - start
-            margins = margins_of(policy, *held_out, most=budget.curve)
+            margins = margins_of(policy, *held_out, limit=budget.curve)
             curve.append({"step": number + 1, "margin": float(margins[0].mean()), "loss": loss})
             start = time.process_time()
     return {
@@ -61,10 +61,10 @@ def run(cell: Cell, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def teachers(cell: Cell, most: int = 600) -> dict[str, Any]:
-    """What the teacher itself makes of the pairs that are held out, of so many of them."""
+def teachers(cell: Cell, limit: int = 600) -> dict[str, Any]:
+    """Return the teacher's own figures on the first held-out pairs."""
     teacher = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
-    columns = margins_of(teacher, cell.dataset("held_out"), cell.reference("held_out"), most)
+    columns = margins_of(teacher, cell.dataset("held_out"), cell.reference("held_out"), limit)
     return {"data": cell.data, "pairs": _named(columns)}
 
 
@@ -74,11 +74,11 @@ def _named(columns: torch.Tensor) -> dict[str, list[float]]:
 
 
 def margins_of(
-    policy: PolicyWithHead, dataset: PairDataset, reference: CachedScorer, most: int | None = None
+    policy: PolicyWithHead, dataset: PairDataset, reference: CachedScorer, limit: int | None = None
 ) -> torch.Tensor:
     """[4, P]: log π(y_w) − log π(y_l); what y_w gained since the start; what the margin did; the difference in length.
 
-    Of the first pairs alone where there is a `most`.
+    With a `limit`, of the first pairs alone.
     """
 
     def columns(batch: PairBatch, token_logps: torch.Tensor) -> torch.Tensor:
@@ -90,11 +90,11 @@ def margins_of(
         gained = margin - (was_chosen - was_rejected)
         return torch.stack([x.double() for x in (margin, chosen - was_chosen, gained, batch.length_differences)])
 
-    return measure(policy, PairDataset(dataset[:most], dataset.report), columns, batching=WIDE)
+    return measure(policy, PairDataset(dataset[:limit], dataset.report), columns, batching=WIDE)
 
 
 def _step_of(cell: Cell, arm: Arm, policy: PolicyWithHead, train: PairDataset) -> Any:
-    """What one step does: pairs and optimizer to a loss."""
+    """Return the function of one step, from pairs and optimizer to a loss."""
     if arm.source == "kl":
         distilled = freeze(load_policy(str(cell.teacher), MODEL_CONFIG))
 

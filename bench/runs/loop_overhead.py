@@ -1,4 +1,4 @@
-"""What the training loop costs beside a step written by hand: the same tiny policy, pairs and optimizer, in turns.
+"""The overhead of the training loop over a step written by hand: the same tiny policy, pairs and optimizer, in turns.
 
     python -m bench.runs.loop_overhead --steps 300 --json bench/results/loop_overhead.json
 

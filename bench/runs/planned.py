@@ -76,7 +76,7 @@ def cases(data: str) -> dict[str, TrainConfig]:
 
 
 def measure(config: TrainConfig, folder: Path) -> None:
-    """In a process of the run: leaves what was planned and what was held."""
+    """Record in a process of the run the planned and the measured memory."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.nproc))
     # As a dry run has it.
     tokenizer = load_tokenizer(config.policy)

@@ -1,8 +1,8 @@
-"""What each process of a large run would hold and send, by the planner: counted, nothing is run or timed.
+"""The memory and traffic of each process of a large run, by the planner: counted, nothing is run or timed.
 
     python -m bench.runs.scaling --json bench/results/scaling.json
 
-Llama-3.1-8B as the policy, its teacher and reference on disk, four pairs of two responses of 1,024 tokens a process
+Llama-3.1-8B as the policy, its teacher and reference on disk, four pairs of two responses of 1,024 tokens per process
 and step, bfloat16 products over float32 weights, blocks recomputed; from 8 to 1,024 processes, sharded over all, in
 replicas of 8 and of 64, head gathered and shared.
 """

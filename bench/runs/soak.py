@@ -189,7 +189,7 @@ def _resumed_from(step: int | None, output: str) -> bool:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """By its own account of its checksums, read here and not by the code that is tested."""
+    """Return the newest checkpoint whose checksums match, read here and not by the code that is tested."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         if (path / STATE).exists():
             recorded = read_state(path)["sha256"]
@@ -199,7 +199,7 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 def same_tensors(path: Path, other: Path) -> bool:
-    """Whether two checkpoints hold the same weights, moments and generators, bit for bit, in whatever order."""
+    """Return whether two checkpoints hold the same weights, moments and generators, bit for bit, in whatever order."""
     for name in read_state(path)["sha256"]:
         mine, theirs = (load_file(folder / name) for folder in (path, other))
         if mine.keys() != theirs.keys() or not all(torch.equal(x, theirs[key]) for key, x in mine.items()):
@@ -213,7 +213,7 @@ def newest_step(metrics: Path) -> int:
 
 
 def losses(metrics: Path) -> dict[int, float]:
-    """By step."""
+    """Return the losses by step."""
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     found = {}
     for text in lines:
@@ -257,7 +257,7 @@ def make_models(folder: Path) -> None:
 
 
 def work(arguments: list[str]) -> None:
-    """What a process of the run does: `tvkd train`, held where it is to be killed."""
+    """Run `tvkd train` in a process of the run, stopped where it is to be killed."""
     from tvkd_fast.cli.parser import load_recipe
     from tvkd_fast.commands.train import train
 

@@ -1,4 +1,4 @@
-"""A whole optimizer step of DPO on a CPU, ours beside TRL's: pairs a second, peak memory, and the same losses.
+"""A whole optimizer step of DPO on a CPU, ours beside TRL's: pairs per second, peak memory, and the same losses.
 
     tvkd bench step --pairs 32 --max_length 512 --peers trl --data PAIRS.jsonl.gz --json FILE  (or python -m bench.step)
 
@@ -42,7 +42,7 @@ from tvkd_fast.data.packing import packed_length
 from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_layers, save_model
 
 LIMITS = {"logps": 1e-4}
-"""How far a contender's log-probabilities of responses may be off, relative to them."""
+"""The largest relative error of a contender's log-probabilities of responses."""
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def text(row: dict[str, Any]) -> str:
-    """One contender's line."""
+    """Return one contender's line."""
     if refusal := row.get("refused") or row.get("wrong"):
         return f"{row['name']:<28} {refusal}"
     return (

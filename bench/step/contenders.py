@@ -36,7 +36,7 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class StepTask:
-    """What all contenders train: one start, the same pairs step by step, and the reference's log-probabilities."""
+    """The task of all contenders: one start, the same pairs step by step, and the reference's log-probabilities."""
 
     start: str
     """Folder of the model."""
@@ -50,7 +50,7 @@ class StepTask:
     """Ours."""
     threads: int
     folder: str
-    """For whatever a trainer leaves behind."""
+    """The folder for files that a trainer leaves."""
 
     @property
     def steps(self) -> int:
@@ -164,7 +164,7 @@ def ours(gradient: HeadGradient, tokens: int | None, task: StepTask, turns: Turn
 
 
 def trl(batch_size: int, task: StepTask, turns: Turns) -> None:
-    """TRL's own trainer over our token ids, `batch_size` pairs a micro-batch."""
+    """TRL's own trainer over our token ids, `batch_size` pairs per micro-batch."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -241,7 +241,7 @@ def trl(batch_size: int, task: StepTask, turns: Turns) -> None:
 
 
 def contenders(max_length: int, trl_batch: int) -> dict[str, Contender[Run]]:
-    """By name: every variant of ours, and TRL's trainer in micro-batches of so many pairs."""
+    """Return the contenders by name: every variant of ours, and TRL's trainer in micro-batches of so many pairs."""
     shortest = 2 * max_length
     exact, kept, sparse = (
         HeadGradient(),

@@ -1,4 +1,4 @@
-"""Where a step's time goes on a CPU: one optimizer step of DPO under torch.profiler, after one that is no part of it.
+"""The parts of a step's time on a CPU: an optimizer step of DPO under torch.profiler, after one that is no part of it.
 
     python -m bench.step.profile --data PAIRS.jsonl.gz --json FILE
 
@@ -43,7 +43,7 @@ REST = "backbone, elementwise and the rest"
 
 
 def part_of(event: Any) -> str:
-    """Of the event and those it happens in the outermost that names a part: the head's products are the head's."""
+    """Return the part named by the outermost of the event and those around it: the head's products are the head's."""
     found = REST
     while event is not None:
         found = next((part for part, belongs in PARTS.items() if belongs(event.name)), found)

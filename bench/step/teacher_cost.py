@@ -1,4 +1,4 @@
-"""What the teacher costs on a CPU: scoring it once, and training on what was kept.
+"""The cost of the teacher on a CPU: scoring once, and training on the kept scores.
 
     python -m bench.step.teacher_cost --data PAIRS.jsonl.gz --json FILE
 
@@ -62,7 +62,7 @@ def manifest(dataset: PairDataset, scorer: OnlineScorer) -> ScoreManifest:
 def backbone_and_product(
     policy: PolicyWithHead, dataset: PairDataset, batching: MicroBatching, tiling: tuple[int, ...]
 ) -> None:
-    """What scoring by two models cannot do without."""
+    """Run the products that scoring by two models cannot do without."""
     for batch in batching.batches(dataset, range(len(dataset))):
         for positions in (batch.predicting, batch.states):
             product(policy.hidden(batch, positions), policy.head.weight, tiling)
@@ -87,14 +87,14 @@ def scoring(dataset: PairDataset, arguments: argparse.Namespace) -> dict[str, An
 
     taken = interleaved({"ours": score}, arguments.rounds + 1, before=partial(seconds, backbones))
     # The first round wakes threads and fills caches.
-    floor, ours = zip(*taken["ours"][1:], strict=True)
+    lower_bound, ours = zip(*taken["ours"][1:], strict=True)
     return {
         "model": arguments.model,
         "pairs": len(dataset),
         "states": states,
-        "speed_over_floor": median(b / a for a, b in zip(ours, floor, strict=True)),
+        "speed_over_floor": median(b / a for a, b in zip(ours, lower_bound, strict=True)),
         "seconds": list(ours),
-        "floor_seconds": list(floor),
+        "floor_seconds": list(lower_bound),
     }
 
 

@@ -135,11 +135,17 @@ def draw_training(figure: Any, report: Any) -> None:
         (margins, "margins_off", "held-out margins, relative error"),
     ):
         for row in rows[1:]:
-            marks = list(row["marks"])
-            found = [mean(row["marks"][mark][key]) for mark in marks]
-            axes.plot([int(mark) for mark in marks], found, "o-", color=colours[row["arm"]], label=pretty(row["arm"]))
+            milestones = list(row["marks"])
+            found = [mean(row["marks"][milestone][key]) for milestone in milestones]
+            axes.plot(
+                [int(milestone) for milestone in milestones],
+                found,
+                "o-",
+                color=colours[row["arm"]],
+                label=pretty(row["arm"]),
+            )
         axes.set(xscale="log", yscale="log", xlabel="step", title=title)
-        axes.set_xticks([int(mark) for mark in marks], marks)
+        axes.set_xticks([int(milestone) for milestone in milestones], milestones)
         axes.xaxis.set_minor_formatter(NullFormatter())
     margins.legend(fontsize=7)
     seeds = len(rows[0]["seeds"])
@@ -148,7 +154,7 @@ def draw_training(figure: Any, report: Any) -> None:
 
 
 def lengths_picture() -> None:
-    """Tokens of pairs a second, prompts counted once, and peak memory, by a sequence's length."""
+    """Tokens of pairs per second, prompts counted once, and peak memory, by a sequence's length."""
     report = load("step_lengths")
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     lengths = [point["length"] for point in report["points"]]
@@ -159,7 +165,7 @@ def lengths_picture() -> None:
         rates = [row["pairs_per_s"] * tokens for row, tokens in zip(rows, each, strict=True)]
         speed.plot(lengths, rates, "o-", color=colour, label=label)
         memory.plot(lengths, [row["peak_mb"] / 1024 for row in rows], "o-", color=colour, label=label)
-    for axes, label in ((speed, "tokens a second"), (memory, "peak memory, GB")):
+    for axes, label in ((speed, "tokens per second"), (memory, "peak memory, GB")):
         axes.set(xscale="log", xlabel="tokens of prompt and response", ylabel=label, ylim=(0, None))
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.xaxis.set_minor_formatter(NullFormatter())

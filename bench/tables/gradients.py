@@ -20,21 +20,21 @@ def learning_table(report: dict[str, Any]) -> str:
         for step in steps:
             cells += [f"{row[step][name]:.1%}" for name in ("label", "vocabulary", "weight")]
         rows.append(cells)
-    what = f"{report['tokens']} tokens a step, AdamW, rate {report['lr']:g}; {report['states']}"
+    what = f"{report['tokens']} tokens per step, AdamW, rate {report['lr']:g}; {report['states']}"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
 def training_table(report: dict[str, Any]) -> str:
     """A kind of gradient a row: where the runs end, then how far they are from the exact run of their seed."""
-    marks, last = list(report["rows"][0]["marks"]), str(report["steps"])
+    milestones, last = list(report["rows"][0]["marks"]), str(report["steps"])
     head = ["gradient", "loss at the end", "held-out reward accuracy", "held-out margin, nats"]
     parts = [
         key
         for key in ("head_off", "backbone_off")
         if any(x is not None for x in report["rows"][-1]["marks"][last][key])
     ]
-    head += [f"ΔW of the {key.removesuffix('_off')} off, step {mark}" for key in parts for mark in marks]
-    head += ["training loss off", *(f"margins off, step {mark}" for mark in marks)]
+    head += [f"ΔW of the {key.removesuffix('_off')} off, step {milestone}" for key in parts for milestone in milestones]
+    head += ["training loss off", *(f"margins off, step {milestone}" for milestone in milestones)]
     rows = []
     for row in report["rows"]:
         end = row["marks"][last]
@@ -43,7 +43,7 @@ def training_table(report: dict[str, Any]) -> str:
         for key in (*parts, "margins_off"):
             if key == "margins_off":
                 cells.append("–" if row["arm"] == "exact" else f"{mean(row['loss_off']):.1e}")
-            found = [row["marks"][mark][key] for mark in marks]
+            found = [row["marks"][milestone][key] for milestone in milestones]
             cells += ["–" if row["arm"] == "exact" else f"{mean(x):.2%}" for x in found]
         rows.append(cells)
     what = (

@@ -18,7 +18,7 @@ HEADLINES = {
 
 
 def head_table(report: dict[str, Any]) -> str:
-    """The few rows that a first page has room for."""
+    """Return the few rows that the first page shows."""
     by_name = {row["name"]: row for row in report["results"]}
     rows = [[label, *_head_cells(by_name[name])] for name, label in HEADLINES.items() if name in by_name]
     return _head_markdown(rows, report)
@@ -37,7 +37,7 @@ def heads_table(report: dict[str, Any]) -> str:
         ]
         for eps, x in report["entries"].items()
     ]
-    entries = markdown(["ε", "entries a token", "marked over kept", "mean tail", "dense rows"], kept)
+    entries = markdown(["ε", "entries per token", "selected over kept", "mean tail", "dense rows"], kept)
     return _head_markdown(rows, report) + "\n\n" + entries
 
 
@@ -102,7 +102,7 @@ def variants_table(report: dict[str, Any]) -> str:
     results = report["results"]
     head = [
         "over the product",
-        *(f"ε = 2^-{round(-math.log2(x['eps']))}, {x['entries']:,.0f} entries a token" for x in results),
+        *(f"ε = 2^-{round(-math.log2(x['eps']))}, {x['entries']:,.0f} entries per token" for x in results),
     ]
     rows = []
     for name in results[0]["over_product"]:
@@ -116,9 +116,9 @@ def dense_columns_table(report: dict[str, Any]) -> str:
     """A row per rule and number of dense columns, two columns per ε."""
     found = {(x["rule"], x["k"], x["log_eps"]): x for x in report["rows"]}
     log_eps = sorted({x["log_eps"] for x in report["rows"]})
-    head = ["hot columns"]
+    head = ["dense columns"]
     for k in log_eps:
-        head += [f"ε = 2^-{k}: entries in them", "marked over true"]
+        head += [f"ε = 2^-{k}: entries in them", "selected over true"]
     rows = []
     for rule, count in dict.fromkeys((x["rule"], x["k"]) for x in report["rows"]):
         cells = [f"{count:,}: {rule}"]

@@ -14,7 +14,7 @@ FROZEN = (
 
 
 def gpu_table(report: dict[str, Any]) -> str:
-    """One table a shape; what was wrong or refused is a row too, with the reason."""
+    """Return one table per shape; a contender that was wrong or refused has a row too, with the reason."""
     head = ["forward and backward over the product", "forward over it", "memory, MB", "errors of logps, dH, dW"]
     parts = []
     for measured in report["shapes"]:
@@ -51,7 +51,7 @@ def _not_timed(row: dict[str, Any]) -> str:
 
 
 def numerics_table(report: dict[str, Any]) -> str:
-    """One table a case, dtype by dtype, and how often the strict rule does not hold."""
+    """Return one table per case, dtype by dtype, and how often the strict rule does not hold."""
     parts = []
     for case in dict.fromkeys(row["case"] for row in report["rows"]):
         rows = [

@@ -53,7 +53,7 @@ def finals_table(report: dict[str, Any]) -> str:
 
 
 def data_table(report: dict[str, Any]) -> str:
-    """What became of the rows of each data set."""
+    """Return the table of each data set's rows that were kept, cut or dropped."""
     head = ["data", "rows", "pairs", "answers cut", "prompt too long", "dropped otherwise", "at most, tokens"]
     rows = []
     for data, splits in report["data"].items():
@@ -101,6 +101,6 @@ def _budget(report: dict[str, Any], data: str) -> str:
 
 
 def _made(report: dict[str, Any], cells: list[str], what: str) -> str:
-    """With the commits that the runs themselves were made by."""
+    """Return the line of provenance, with the commits that made the runs."""
     commits = list(dict.fromkeys(commit for cell in cells for row in report["rows"][cell] for commit in row["commits"]))
     return provenance(report["made_by"], what, commits)

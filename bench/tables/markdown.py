@@ -20,7 +20,7 @@ def provenance(made: dict[str, Any], what: str, commits: Sequence[str] = ()) -> 
 
 
 def _short(commit: str | None) -> str:
-    """With the + of a tree that was changed since."""
+    """Return the short commit, with the + of a tree that was changed since."""
     return "no checkout" if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 

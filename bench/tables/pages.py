@@ -65,7 +65,7 @@ KEPT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "census": kernels.census_kept,
     "learning_value": learning.study_kept,
 }
-"""What is kept of the large reports: all that a table or a picture is made of."""
+"""The parts of large reports that are kept: all that a table or a picture is made of."""
 
 
 def render(text: str) -> str:

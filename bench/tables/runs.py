@@ -52,7 +52,15 @@ def soak_table(report: dict[str, Any]) -> str:
 
 def scaling_table(report: dict[str, Any]) -> str:
     """Counted by the planner: a layout a row."""
-    head = ["processes", "sharded over", "replicas", "head", "held by each", "sent by each a step", "operations a byte"]
+    head = [
+        "processes",
+        "sharded over",
+        "replicas",
+        "head",
+        "held by each",
+        "sent by each per step",
+        "operations per byte",
+    ]
     rows = []
     for row in report["rows"]:
         cells = [
@@ -65,7 +73,7 @@ def scaling_table(report: dict[str, Any]) -> str:
         rows.append(cells)
     what = (
         f"counted, nothing was run: {report['policy']}, scores on disk, {report['pairs']} pairs of "
-        f"{report['tokens']:,} tokens a process and step, bfloat16 products, blocks recomputed"
+        f"{report['tokens']:,} tokens per process and step, bfloat16 products, blocks recomputed"
     )
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
@@ -82,7 +90,7 @@ def planned_table(report: dict[str, Any]) -> str:
             planned = sum(row[how]["planned"].values())
             sizes = [f"{size / 2**30:.2f} GiB" for size in (planned, row[how]["held"])]
             rows[-1] += [*sizes, f"{row[how]['ratio']:.2f}"]
-    what = f"{report['model']} or as many of its layers, DPO in rows of 2,048 tokens where nothing else is said"
+    what = f"{report['model']} or as many of its layers, DPO in rows of 2,048 tokens unless stated"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 

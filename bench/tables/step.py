@@ -40,9 +40,11 @@ def lengths_table(report: dict[str, Any]) -> str:
         rows.append([*cells, f"{ours['peak_mb']:,.0f} MB", f"{peer['peak_mb']:,.0f} MB"])
     first, made = report["points"][0], report["made_by"]
     peer = first["results"][-1]["name"]
-    head = ["tokens a sequence", "pairs a step", f"speed over {peer}'s", "our peak memory", f"{peer}'s"]
+    head = ["tokens per sequence", "pairs per step", f"speed over {peer}'s", "our peak memory", f"{peer}'s"]
     steps = first["pairs"] // first["pairs_per_step"]
-    what = f"{first['model']}, pairs cut from the text of {first['data']}, {first['tokens'] // steps:,} tokens a step; "
+    what = (
+        f"{first['model']}, pairs cut from the text of {first['data']}, {first['tokens'] // steps:,} tokens per step; "
+    )
     what += f"medians over {steps - 1} steps; trl {first['made_by']['peers']['trl']}"
     return markdown(head, rows) + "\n" + provenance(made, what)
 
@@ -59,7 +61,7 @@ def profile_table(report: dict[str, Any]) -> str:
 
 
 def teacher_table(report: dict[str, Any]) -> str:
-    """What was measured of a teacher's price, beside what it may be."""
+    """Return the table of the teacher's measured cost, beside its limit."""
     trained, scored = report["training"], report["scoring"]
     low, high = trained["interval_ms"]
     difference = f"{trained['difference_ms']:+.2f} ms ({low:+.2f} to {high:+.2f})"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def bench(model_folder: Any, write_jsonl: Any, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """What a benchmark of that name reports of a tiny model over forty short pairs, run as its users run it."""
+    """Return the report of a benchmark on a tiny model and forty short pairs, run as users run it."""
 
     def run(module: str, *arguments: str) -> dict[str, Any]:
         rows = [

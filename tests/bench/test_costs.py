@@ -1,4 +1,4 @@
-"""What the teacher costs, where a step's time goes, steps by length: what these benchmarks write."""
+"""The reports of the benchmarks of the teacher's cost, a step's parts, and steps by length."""
 
 import random
 from pathlib import Path
@@ -18,7 +18,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.e2e
-def test_teaching_is_set_against_its_floors(bench: Any) -> None:
+def test_teaching_is_set_against_its_lower_bound(bench: Any) -> None:
     report = bench("step.teacher_cost", "--steps", "6", "--rounds", "1", "--pairs", "8")
     trained, scored = report["training"], report["scoring"]
     assert trained["interval_ms"][0] <= trained["difference_ms"] <= trained["interval_ms"][1]

@@ -83,7 +83,7 @@ def test_contenders_that_are_right_are_timed_in_turns(gpu, dtype):
 
 
 @pytest.mark.parametrize("broken", ["scaled", "coefficients", "forward"])
-def test_a_wrong_contender_is_told_and_not_timed(gpu, broken):
+def test_a_wrong_contender_is_reported_and_not_timed(gpu, broken):
     from bench.harness import inputs as task
     from bench.head import contenders, peers
 
@@ -301,13 +301,13 @@ def test_the_table_of_a_frozen_head(gpu):
 
     found, _ = measured(gpu, some(gpu, "tvkd_fast", "tvkd_fast, frozen head"))
     found["rows"][1]["errors"] = {"logps": 1e-7, "hidden": 2e-7}
-    told = report(gpu) | {"shapes": [found | {"shape": "24x16x97", "dtype": "float32"}]}
-    table, _, note, made = kernels.gpu_table(told).split("\n\n")
+    with_gpu_shapes = report(gpu) | {"shapes": [found | {"shape": "24x16x97", "dtype": "float32"}]}
+    table, _, note, made = kernels.gpu_table(with_gpu_shapes).split("\n\n")
     assert table.splitlines()[-1] == "| tvkd_fast, frozen head | 1.40 | – | 1 | 1.0e-07, 2.0e-07, – |"
     assert note == kernels.FROZEN
     assert made.startswith("H, driver 1.2")
-    told["shapes"][0]["rows"].pop()
-    assert kernels.FROZEN not in kernels.gpu_table(told)
+    with_gpu_shapes["shapes"][0]["rows"].pop()
+    assert kernels.FROZEN not in kernels.gpu_table(with_gpu_shapes)
 
 
 def test_the_command_writes_what_the_table_reads(gpu, monkeypatch, tmp_path, capsys):

@@ -37,7 +37,7 @@ def test_every_row_is_checked_and_timed(tmp_path: Path) -> None:
     assert ", 2 threads, " in report["made_by"]["machine"]
     rows = {row["name"]: row for row in report["results"]}
     assert report["checked"] == "64 rows of dH, 2000 of dW"
-    assert report["states"] == "made states, 40 entries a token above 2^-14"
+    assert report["states"] == "made states, 40 entries per token above 2^-14"
     assert rows.pop("product")["over_floor"] == 1.0
     assert {"tvkd_fast, exact", "tvkd_fast, sparse 2^-14", "eager log-softmax"} <= set(rows)
     for name, row in rows.items():
@@ -84,13 +84,13 @@ def test_a_line_is_fitted_by_relative_errors(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_contenders_are_chosen_by_name_or_part(monkeypatch: pytest.MonkeyPatch) -> None:
     head, registry = modules(monkeypatch, "head.contenders", "harness.contenders")
-    everyone = head.on_cpu()
-    assert list(registry.selected(everyone, ["exact"])) == [name for name in everyone if "exact" in name][:1]
-    assert list(registry.selected(everyone, ["frozen"])) == [name for name in everyone if "frozen" in name]
+    contenders = head.on_cpu()
+    assert list(registry.selected(contenders, ["exact"])) == [name for name in contenders if "exact" in name][:1]
+    assert list(registry.selected(contenders, ["frozen"])) == [name for name in contenders if "frozen" in name]
     asked = "tvkd_fast, sparse 2^-14, whatever the tail"
-    assert set(registry.selected(everyone, None)) == set(everyone) - {asked}
-    assert asked not in registry.selected(everyone, ["sparse"])
-    assert list(registry.selected(everyone, [asked.removeprefix("tvkd_fast, ")])) == [asked]
+    assert set(registry.selected(contenders, None)) == set(contenders) - {asked}
+    assert asked not in registry.selected(contenders, ["sparse"])
+    assert list(registry.selected(contenders, [asked.removeprefix("tvkd_fast, ")])) == [asked]
 
 
 def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Who imports whom among the benchmarks: the harness knows none of them."""
+"""The imports among the benchmarks: the harness imports none of them."""
 
 import ast
 from pathlib import Path

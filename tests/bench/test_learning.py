@@ -40,7 +40,7 @@ def pairs(model_folder, write_jsonl):
 
 
 class Teacher:
-    """A number a state that rises along a response, and jumps about."""
+    """Return a number per state that rises along a response, and fluctuates."""
 
     def of(self, batch):
         torch.manual_seed(int(batch.pairs.sum()))

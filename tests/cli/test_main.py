@@ -140,7 +140,7 @@ def test_a_missing_option_is_named(capsys):
     assert "--policy, or --model\n" in error_of(capsys, "eval", "--data.eval", "o")
 
 
-def test_a_command_that_is_none_is_told_from_those_there_are(capsys):
+def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert "Did you mean train?" in error_of(capsys, "trian")
     assert "There are score, train, eval, explain, demo, scores, replay, plot, bench" in error_of(capsys, "help")
     assert "usage: tvkd" in error_of(capsys)

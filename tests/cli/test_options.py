@@ -1,11 +1,11 @@
-"""What the command line says of options that there are not, and of values that do not fit."""
+"""The command line's messages for options that do not exist, and for values that do not fit."""
 
 import re
 
 import pytest
 
 from tvkd_fast.cli.main import main
-from tvkd_fast.cli.options import ELSEWHERE, SAID, hint
+from tvkd_fast.cli.options import ELSEWHERE, REMEDIES, hint
 from tvkd_fast.cli.parser import COMMANDS, parser_of
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_made_up(known):
 def test_what_is_named_is_an_option():
     options = {option for command in COMMANDS for option in parser_of(command).known}
     assert {name.split()[0] for name in ELSEWHERE} <= options
-    assert all(set(re.findall(r"--([\w.]*\w)", sentence)) <= options for sentence in SAID)
+    assert all(set(re.findall(r"--([\w.]*\w)", sentence)) <= options for sentence in REMEDIES)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_value_that_does_not_fit_comes_with_what_to_type(arguments, wanted, ca
     assert len(error.splitlines()) == 2
 
 
-def test_yaml_is_told_the_same(tmp_path, capsys):
+def test_yaml_gets_the_same_messages(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     for text, wanted in (
         ("gradient_accumulation_steps: 4", "Accumulation follows from --pairs_per_step"),

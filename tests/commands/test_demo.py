@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tvkd_fast.commands.demo import DemoConfig, table, walk
+from tvkd_fast.commands.demo import DemoConfig, run_demo, table
 from tvkd_fast.commands.plot import plot_curves
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.training.optim import OptimConfig
@@ -23,39 +23,39 @@ def recipe(model_folder):
     )
 
 
-def test_the_road_ends_with_a_table_a_picture_and_a_report(recipe, tmp_path):
+def test_the_demo_ends_with_a_table_a_picture_and_a_report(recipe, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: make venv, or pip install 'tvkd_fast[plot]'")
-    said: list[str] = []
+    lines: list[str] = []
     out = tmp_path / "demo"
     config = DemoConfig(out=str(out), teacher_steps=2, warm_steps=2, judged=4)
-    report = walk(config, recipe, say=said.append)
+    report = run_demo(config, recipe, report_line=lines.append)
     assert report == json.loads((out / "report.json").read_text())
     for name in ("start", "dpo", "tvkd", "teacher"):
         assert {"accuracy", "margin", "accuracy_ci", "margin_ci", "judged"} <= report[name].keys()
     assert report["pairs"] == 8
     assert len(report["answers"]) == 3
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert table(report) in "\n".join(said)
+    assert table(report) in "\n".join(lines)
     assert report["made_by"]["torch"]
     steps = {name: (out / name / "metrics.jsonl").read_text().count('"loss"') for name in ("dpo", "tvkd")}
     assert steps["dpo"] >= 3
     assert steps["tvkd"] >= 3
 
-    said.clear()
-    again = walk(config, recipe, say=said.append)
-    assert said[:6] == [f"{name}: done already" for name in ("base", "teacher", "student", "scores", "dpo", "tvkd")]
+    lines.clear()
+    again = run_demo(config, recipe, report_line=lines.append)
+    assert lines[:6] == [f"{name}: done already" for name in ("base", "teacher", "student", "scores", "dpo", "tvkd")]
     assert {k: again[k] for k in ("start", "dpo", "tvkd", "teacher")} == {
         k: report[k] for k in ("start", "dpo", "tvkd", "teacher")
     }
 
-    with pytest.raises(ValueError, match="holds a road with other settings: give --out a folder of its own"):
-        walk(DemoConfig(out=str(out), teacher_steps=3, warm_steps=2, judged=4), recipe)
+    with pytest.raises(ValueError, match="holds a demo with other settings: give --out a folder of its own"):
+        run_demo(DemoConfig(out=str(out), teacher_steps=3, warm_steps=2, judged=4), recipe)
 
 
-def test_a_road_needs_a_depth_to_prune_to(recipe, tmp_path):
+def test_the_demo_needs_a_depth_to_prune_to(recipe, tmp_path):
     recipe.student_layers = None
     with pytest.raises(ValueError, match="set student_layers in the recipe"):
-        walk(DemoConfig(out=str(tmp_path), teacher_steps=1, warm_steps=1), recipe, say=lambda text: None)
+        run_demo(DemoConfig(out=str(tmp_path), teacher_steps=1, warm_steps=1), recipe, report_line=lambda text: None)
 
 
 def test_drawing_without_matplotlib_names_the_extra(tmp_path, monkeypatch):

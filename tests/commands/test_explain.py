@@ -1,4 +1,4 @@
-"""What `tvkd explain` says of a pair is what the loss is made of."""
+"""The numbers of `tvkd explain` are those of the loss."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -41,10 +41,10 @@ def test_the_steps_sum_to_the_return(files, model_folder, loss):
     for heat, text in zip(heats, (dataset.texts[3].chosen, dataset.texts[3].rejected), strict=True):
         assert len(heat.values) == len(heat.steps) + 1 == len(heat.tokens) + 1
         assert "".join(heat.tokens).startswith(text)
-        # What is told of a token fits its step, but where the step to the end is left out.
-        told = [loss.gamma * after - before for before, after in pairwise(heat.values)]
+        # The change that is shown for a token fits its step, but where the step to the end is left out.
+        want = [loss.gamma * after - before for before, after in pairwise(heat.values)]
         kept = slice(-1) if loss.terminal == "last_content" else slice(None)
-        assert heat.steps[kept] == pytest.approx(told[kept], abs=1e-5)
+        assert heat.steps[kept] == pytest.approx(want[kept], abs=1e-5)
 
 
 def test_letters_of_several_tokens_are_whole(files, model_folder, write_jsonl):

@@ -1,4 +1,4 @@
-"""Where results go is made, and tried, before the work; what cannot be written is said in a line with its path."""
+"""Output folders are made, and tried, before the work; one that cannot be written is one line with its path."""
 
 import json
 import math
@@ -73,19 +73,19 @@ def test_a_file_where_a_folder_is_to_be_is_named_before_the_work(arguments, plac
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (PermissionError(13, "Permission denied", "/no/entry"), "/no/entry: Permission denied"),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
     ],
 )
-def test_any_error_of_a_file_is_a_line(error, said, error_of, monkeypatch, tmp_path):
+def test_any_error_of_a_file_is_a_line(error, message, error_of, monkeypatch, tmp_path):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(cli, "run", fail)
     line = error_of("train", "--policy", "m", "--output_dir", tmp_path)
-    assert line == f"tvkd train: error: {said}"
+    assert line == f"tvkd train: error: {message}"
 
 
 def test_an_outputs_folder_is_made(model_folder, files, tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_the_best_checkpoint_is_named_and_becomes_a_model(make_config, run):
     final = Path(config.output_dir) / "final"
     assert fingerprint_weights(load_model(folder)) == fingerprint_weights(load_model(final))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(final).get_vocab()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         export(last)
 
 
@@ -202,7 +202,7 @@ def test_adapters_are_merged_into_an_export_as_into_final(make_config, run, tmp_
     assert fingerprint_weights(found[0]) == fingerprint_weights(found[1])
 
 
-def test_a_checkpoint_is_told_from_a_model(make_config, run, model_folder, tmp_path):
+def test_a_checkpoint_is_distinguished_from_a_model(make_config, run, model_folder, tmp_path):
     config = make_config(objective="dpo", max_steps=1)
     run(config)
     out = Path(config.output_dir)

@@ -1,4 +1,4 @@
-"""What the planner counts, held to models that are there."""
+"""The planner's counts against real models."""
 
 import math
 import platform
@@ -98,19 +98,19 @@ def test_memory_that_is_returned_is_no_part_of_the_plan(make_config):
     assert "freed, kept by malloc" not in returned
 
 
-@pytest.mark.parametrize("room", [0.0, -1.0, math.nan])
-def test_a_device_without_memory_is_refused(room, make_config):
+@pytest.mark.parametrize("memory", [0.0, -1.0, math.nan])
+def test_a_device_without_memory_is_refused(memory, make_config):
     with pytest.raises(ValueError, match="device_memory_gib"):
-        make_config(device_memory_gib=room)
+        make_config(device_memory_gib=memory)
 
 
 def test_a_plan_says_what_it_was_counted_for_and_how_to_ask_whether_it_fits(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    asks, said = "--device_memory_gib N says whether that fits", "--model.device cuda counts for one"
+    asks, hint = "--device_memory_gib N says whether that fits", "--model.device cuda counts for one"
     found = plan(make_config())
     assert asks in found
-    assert said in found
-    assert said not in plan(make_config(model=ModelConfig(device="cuda")))
+    assert hint in found
+    assert hint not in plan(make_config(model=ModelConfig(device="cuda")))
     assert asks not in plan(make_config(device_memory_gib=8.0))
 
 
@@ -128,10 +128,10 @@ def test_what_does_not_fit_comes_with_what_would(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     recipe = load_recipe("llama3.2-1b-dpomix")
 
-    def sizes(room, **changes):
-        settings = {"model": ModelConfig(device="cuda"), "tokens_per_micro_batch": 16_384, "device_memory_gib": room}
+    def sizes(memory, **changes):
+        settings = {"model": ModelConfig(device="cuda"), "tokens_per_micro_batch": 16_384, "device_memory_gib": memory}
         lines = plan(replace(recipe, **(settings | changes))).splitlines()
-        return [next(line for line in lines if line.startswith(name)) for name in ("  in all", "  there is")]
+        return [next(line for line in lines if line.startswith(name)) for name in ("  in all", "  available")]
 
     peak = float(sizes(1000.0)[0].split()[-2])
     assert "it fits, 1" in sizes(1.15 * peak)[1]
@@ -155,7 +155,7 @@ before = process_bytes("VmRSS")
 del blocks[:-1]
 print(before - process_bytes("VmRSS"))
 """
-"""Frees 39 blocks of 8 MiB, not the last, after a larger one has told glibc that such sizes belong on its heap."""
+"""Frees 39 blocks of 8 MiB, not the last, after a larger one has made glibc keep such sizes on its heap."""
 
 
 @pytest.mark.e2e

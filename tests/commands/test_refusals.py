@@ -1,4 +1,4 @@
-"""What a run refuses before it loads a model, its dry run refuses in the same words."""
+"""A dry run refuses what the run refuses before it loads a model, in the same words."""
 
 import json
 import sys

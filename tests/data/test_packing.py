@@ -62,7 +62,7 @@ def test_micro_batches_hold_every_pair_once_within_the_budget(dataset, tokens, p
     batching = MicroBatching(packing, tokens=tokens, pairs=3)
     batches = list(batching.batches(dataset, range(len(dataset))))
     assert sorted(int(i) for b in batches for i in b.pairs) == list(range(len(dataset)))
-    assert all(b.num_tokens <= batching.room(b) for b in batches)
+    assert all(b.num_tokens <= batching.capacity(b) for b in batches)
     if packing != "padded":
         assert all(b.input_ids.shape == (1, b.num_tokens) and b.num_tokens <= tokens for b in batches)
     for batch in batches:
@@ -104,13 +104,13 @@ def test_rows_are_full_on_real_dialogues(pairs_per_step, tokens, goal, data_file
         overlong="drop",
         batching=batching,
     )
-    filled = room = 0
+    filled = capacity = 0
     for step in range(len(dataset) // pairs_per_step):
         indices = pairs_of_step(0, step, num_pairs=len(dataset), pairs_per_step=pairs_per_step)
         for batch in batching.batches(dataset, indices):
             filled += batch.num_tokens
-            room += batching.room(batch)
-    assert filled / room >= goal
+            capacity += batching.capacity(batch)
+    assert filled / capacity >= goal
 
 
 @given(

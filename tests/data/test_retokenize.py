@@ -40,12 +40,12 @@ def bundled(trained):
     return trained(words(preference_rows("train", 200)))
 
 
-def says(tokenizer, ids):
+def text_of(tokenizer, ids):
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def own_of(text, tokenizer, other, cut_to=1024, truncation="keep_start", **options):
-    """One preference in the tokens of both."""
+    """Return one preference in the tokens of both."""
     pair, _ = truncate_pair(tokenize_pair(text, tokenizer), max_length=cut_to, truncation=truncation)
     report = report_of([pair], source="test", max_length=cut_to, truncation=truncation)
     settings = {"max_length": 10_000} | options
@@ -65,9 +65,9 @@ def test_bundled_pairs_keep_order_text_and_ends(chatml, bundled):
     for text, pair in zip(dataset.texts, own, strict=True):
         assert pair.chosen_ended
         answer = text.chosen[0]["content"].rstrip()
-        assert says(bundled, pair.prompt_ids + pair.chosen_ids).endswith(f"</s>[assistant] {answer}</s>")
+        assert text_of(bundled, pair.prompt_ids + pair.chosen_ids).endswith(f"</s>[assistant] {answer}</s>")
         # The space behind it is the prompt's where no token holds both.
-        assert says(bundled, pair.prompt_ids).endswith("</s>[assistant]" if pair.merged else "</s>[assistant] ")
+        assert text_of(bundled, pair.prompt_ids).endswith("</s>[assistant]" if pair.merged else "</s>[assistant] ")
     assert sum(len(p.chosen_ids) for p in own) < 0.7 * sum(len(p.chosen_ids) for p in dataset)
 
 
@@ -97,15 +97,15 @@ def test_the_packaged_tokenizer_reads_what_the_trained_one_wrote(bundled):
     st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40).filter(lambda s: s.strip()),
     st.integers(2, 60),
 )
-def test_a_cut_response_ends_at_the_same_character(chatml, bundled, answer, room):
+def test_a_cut_response_ends_at_the_same_character(chatml, bundled, answer, left):
     text = Preference("Q", answer, f"{answer}x", "row 0")
     try:
-        pair, own = own_of(text, chatml, bundled, cut_to=1 + room)
+        pair, own = own_of(text, chatml, bundled, cut_to=1 + left)
     except BadPair:
         return
     read = own[0]
     assert read.chosen_ended is pair.chosen_ended
-    ours, theirs = says(chatml, pair.chosen_ids), says(bundled, read.chosen_ids)
+    ours, theirs = text_of(chatml, pair.chosen_ids), text_of(bundled, read.chosen_ids)
     if not pair.chosen_ended:
         assert ours.rstrip("\ufffd") == theirs
     else:
@@ -115,23 +115,23 @@ def test_a_cut_response_ends_at_the_same_character(chatml, bundled, answer, room
 def test_a_cut_inside_a_character_leaves_it_out(chatml, bundled):
     text = Preference("Q", "abc漢字", "abcde漢字", "row 0")
     pair, own = own_of(text, chatml, bundled, cut_to=5)
-    assert says(chatml, pair.chosen_ids) == "abc\ufffd"
-    assert says(bundled, own[0].chosen_ids) == "abc"
+    assert text_of(chatml, pair.chosen_ids) == "abc\ufffd"
+    assert text_of(bundled, own[0].chosen_ids) == "abc"
 
 
 def test_only_the_response_that_was_cut_is_cut(chatml, bundled):
     pair, own = own_of(conversation("A rather long answer.", "Short"), chatml, bundled, cut_to=40)
     read = own[0]
     assert (read.chosen_ended, read.rejected_ended) == (pair.chosen_ended, pair.rejected_ended) == (False, True)
-    assert says(bundled, read.chosen_ids) == says(chatml, pair.chosen_ids) != "A rather long answer."
-    assert says(bundled, read.rejected_ids) == "Short</s>"
+    assert text_of(bundled, read.chosen_ids) == text_of(chatml, pair.chosen_ids) != "A rather long answer."
+    assert text_of(bundled, read.rejected_ids) == "Short</s>"
 
 
 def test_a_prompt_that_was_cut_is_read_whole(chatml, bundled):
     text = Preference("A prompt of some length", "yes", "no", "row 0")
     pair, own = own_of(text, chatml, bundled, cut_to=8, truncation="keep_end")
-    assert says(chatml, pair.prompt_ids) != text.prompt
-    assert says(bundled, own[0].prompt_ids) == text.prompt
+    assert text_of(chatml, pair.prompt_ids) != text.prompt
+    assert text_of(bundled, own[0].prompt_ids) == text.prompt
 
 
 def test_text_that_the_teachers_tokens_change_is_refused_by_row(chatml, trained):
@@ -152,7 +152,7 @@ def test_text_that_the_teachers_template_leaves_out_is_refused_by_row(chatml, tr
 def test_white_space_and_composed_letters_are_the_same_text(chatml, trained):
     composing = trained(["say"], normalizers.NFKC(), TURNS.replace("m['content']", "m['content'].strip()"))
     _, own = own_of(conversation("  Cafe\u0301, ﬁne  "), chatml, composing)
-    assert says(composing, own[0].chosen_ids) == "Café, fine</s>"
+    assert text_of(composing, own[0].chosen_ids) == "Café, fine</s>"
 
 
 def test_a_turn_that_repeats_another_must_be_there_twice(chatml, trained):
@@ -169,8 +169,8 @@ def test_a_turn_that_repeats_another_must_be_there_twice(chatml, trained):
 def test_what_a_template_writes_after_an_answer_is_no_part_of_a_cut_one(chatml, trained, tail):
     tailed = trained(["say"], chat_template=TURNS.replace("</s>", tail))
     pair, own = own_of(conversation("A rather long answer."), chatml, tailed, cut_to=40)
-    assert says(tailed, own[0].chosen_ids) == says(chatml, pair.chosen_ids) == "A rather long "
-    assert says(tailed, own[0].rejected_ids) == f"no{tail}"
+    assert text_of(tailed, own[0].chosen_ids) == text_of(chatml, pair.chosen_ids) == "A rather long "
+    assert text_of(tailed, own[0].rejected_ids) == f"no{tail}"
 
 
 def test_what_a_template_writes_before_an_answer_is_none_of_its_text(chatml, make_tokenizer, bundled):
@@ -181,8 +181,8 @@ def test_what_a_template_writes_before_an_answer_is_none_of_its_text(chatml, mak
         )
     )
     pair, own = own_of(conversation("A rather long answer."), thinking, bundled, cut_to=55)
-    assert says(thinking, pair.chosen_ids) == "<think></think>A rather long "
-    assert says(bundled, own[0].prompt_ids + own[0].chosen_ids).endswith("[assistant] A rather long ")
+    assert text_of(thinking, pair.chosen_ids) == "<think></think>A rather long "
+    assert text_of(bundled, own[0].prompt_ids + own[0].chosen_ids).endswith("[assistant] A rather long ")
     with pytest.raises(BadPair, match="a cut left nothing of an answer's text"):
         own_of(conversation("   A rather long answer."), thinking, bundled, cut_to=43)
 
@@ -192,7 +192,7 @@ def test_composed_letters_are_found_again(make_tokenizer, bundled):
     composing.backend_tokenizer.normalizer = normalizers.NFC()
     text = Preference("Q", "Cafe\u0301 and a long rest", "Cafe\u0301 or not", "row 0")
     pair, own = own_of(text, composing, bundled, cut_to=14)
-    assert says(bundled, own[0].chosen_ids) == says(composing, pair.chosen_ids) == "Café and a l"
+    assert text_of(bundled, own[0].chosen_ids) == text_of(composing, pair.chosen_ids) == "Café and a l"
 
 
 def test_special_tokens_of_one_are_no_plain_text_of_the_other(chatml, bundled):
@@ -215,7 +215,7 @@ def test_a_template_that_cannot_be_used_is_the_teachers(chatml, trained):
     with pytest.raises(ValueError, match=r"row 7: the teacher's tokens .*--data.teacher_chat_template never"):
         own_of(conversation("yes"), chatml, odd)
     _, own = own_of(conversation("yes"), chatml, odd, other_chat_template="never")
-    assert says(odd, own[0].prompt_ids).endswith("\n\nAssistant:")
+    assert text_of(odd, own[0].prompt_ids).endswith("\n\nAssistant:")
     odd.eos_token = None
     with pytest.raises(ValueError, match="of the teacher: the tokenizer has no end-of-sequence token"):
         own_of(conversation("yes"), chatml, odd)
@@ -233,7 +233,9 @@ def test_a_teacher_that_reads_less_is_counted(chatml, bundled):
 
 
 def test_a_pair_that_the_teacher_cannot_read_is_refused_by_row(chatml, bundled):
-    with pytest.raises(BadPair, match=r"row 7: the teacher's tokens cannot be made: .*leaves no room.*another teacher"):
+    with pytest.raises(
+        BadPair, match=r"row 7: the teacher's tokens cannot be made: .*leaves no space.*another teacher"
+    ):
         own_of(conversation("yes"), chatml, bundled, max_length=2)
 
 

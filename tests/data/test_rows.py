@@ -17,7 +17,7 @@ TEMPLATE = (
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.just("long " * 300)
-SAID = TEXT.filter(lambda text: bool(text.strip()) and not text.lstrip().startswith("["))
+NON_EMPTY = TEXT.filter(lambda text: bool(text.strip()) and not text.lstrip().startswith("["))
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
@@ -42,7 +42,7 @@ COLUMNS = (
 
 def turn(*roles: str) -> st.SearchStrategy[dict[str, Any]]:
     return st.builds(
-        lambda role, content, more: {"role": role, "content": content, **more}, st.sampled_from(roles), SAID, MORE
+        lambda role, content, more: {"role": role, "content": content, **more}, st.sampled_from(roles), NON_EMPTY, MORE
     )
 
 
@@ -93,10 +93,10 @@ def test_sound_rows_are_written_as_transformers_writes_them(everything: tuple[An
         assert answers[0] == answers[1] or [] in answers or "the same tokens" in pair, pair
         return
     for turns, ids in zip(answers, (pair.chosen_ids, pair.rejected_ids), strict=True):
-        said = tokenizer.apply_chat_template(prompt + turns, tokenize=False, tools=row.get("tools"))
+        rendered = tokenizer.apply_chat_template(prompt + turns, tokenize=False, tools=row.get("tools"))
         found = tokenizer.decode(pair.prompt_ids + ids)
-        assert said.startswith(found)
-        assert not said[len(found) :].strip()
+        assert rendered.startswith(found)
+        assert not rendered[len(found) :].strip()
 
 
 @draws(2000, fresh=True, suppress_health_check=[HealthCheck.too_slow])

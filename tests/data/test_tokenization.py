@@ -216,8 +216,8 @@ def test_keep_start_keeps_the_prompt_and_the_start_of_both_responses(
     whole = pair_of(prompt, chosen, rejected)
     result = truncated(whole, max_length, "keep_start")
     if isinstance(result, BadPair):
-        room = max_length - len(prompt)
-        assert room < 1 or whole.chosen_ids[:room] == whole.rejected_ids[:room]
+        left = max_length - len(prompt)
+        assert left < 1 or whole.chosen_ids[:left] == whole.rejected_ids[:left]
         return
     cut, was_cut = result
     assert was_cut == (cut != whole)
@@ -275,14 +275,14 @@ def test_a_response_that_had_not_ended_has_not_ended_after_a_cut() -> None:
             "keep_start",
             [1] * 4,
             [2],
-            r"row 9: the prompt leaves no room for a response token \(4 prompt, 2 chosen and 3 rejected tokens, "
+            r"row 9: the prompt leaves no space for a response token \(4 prompt, 2 chosen and 3 rejected tokens, "
             r"max_length 4, keep_start\)\. Raise --data.max_length, .*--data.truncation keep_end.*--data.overlong drop",
         ),
         (
             "keep_end",
             [1],
             [2, 2, 2],
-            r"row 9: the longer response leaves no room for a prompt token \(1 prompt, 4 chosen and 3 rejected .*"
+            r"row 9: the longer response leaves no space for a prompt token \(1 prompt, 4 chosen and 3 rejected .*"
             r"max_length 4, keep_end\)\. Raise --data.max_length, .*--data.overlong drop",
         ),
         (
@@ -317,7 +317,7 @@ def test_tokenizers_that_list_special_tokens_only_as_added_ones_end_turns(make_t
     assert PairTokenizer(slow).special_ids == {7, 8}
 
 
-def test_a_template_that_asks_for_the_date_is_told_a_fixed_one(make_tokenizer, chatml) -> None:
+def test_a_template_that_asks_for_the_date_gets_a_fixed_one(make_tokenizer, chatml) -> None:
     dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     tokenizer = make_tokenizer(chat_template=dated + "{{ date_string }}" + chatml.chat_template)
     pair = Preference(

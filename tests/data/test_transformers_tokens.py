@@ -62,7 +62,7 @@ def byte_level(template, eos, *special, bos="<bos>"):
 
 
 def metaspace(template, scheme):
-    """As sentencepiece's are converted: a space is a letter, bytes stand in for what the vocabulary lacks."""
+    """Make a tokenizer like one converted from sentencepiece: a space is a letter, bytes replace unknown characters."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]

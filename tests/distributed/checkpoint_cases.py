@@ -1,4 +1,4 @@
-"""What a process of `test_checkpoint` runs: saves of two processes that go well, are damaged, and are refused."""
+"""The script of a process of `test_checkpoint`: saves of two processes that go well, are damaged, and are refused."""
 
 import resource
 import signal
@@ -10,14 +10,14 @@ import torch
 from sharded_step import PAIRS, pairs, policy_of, step
 
 from tvkd_fast.data import MicroBatching
-from tvkd_fast.distributed import World, joined, shard_policy, whole
+from tvkd_fast.distributed import World, full_tensor, init_distributed, shard_policy
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.training.checkpoint import CheckpointError, Checkpoints
 from tvkd_fast.training.optim import OptimConfig, make_optimizer
 
 
 def weights(policy: PolicyWithHead) -> list[torch.Tensor]:
-    return [whole(parameter).detach().clone() for parameter in policy.parameters()]
+    return [full_tensor(parameter).detach().clone() for parameter in policy.parameters()]
 
 
 def train(policy: PolicyWithHead, optimizer: torch.optim.Optimizer, world: World) -> None:
@@ -28,7 +28,7 @@ def train(policy: PolicyWithHead, optimizer: torch.optim.Optimizer, world: World
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    with joined(torch.device("cpu"), timeout_s=120) as world:
+    with init_distributed(torch.device("cpu"), timeout_s=120) as world:
         policy = shard_policy(policy_of("llama, tied"), world)
         optimizer = make_optimizer(policy, OptimConfig(lr=1e-2))
         checkpoints = Checkpoints(folder, world, keep=3)
@@ -54,7 +54,7 @@ def main() -> None:
             shard = folder / "step-000002" / "shard-00002-model-00001-of-00001.safetensors"
             content = shard.read_bytes()
             shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        world.wait()
+        world.barrier()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert checkpoints.newest() == folder / "step-000001"

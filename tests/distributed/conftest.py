@@ -42,7 +42,7 @@ ROLES = ("policy", "teacher", "teacher_reference")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Runs a script of this folder in so many processes; what the first one prints.
 
-    They are forked from one that has imported what all of them need, which takes seconds a process.
+    They are forked from one that has imported what all of them need, which takes seconds per process.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
@@ -50,7 +50,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     def run(processes: int, script: str, *arguments: str) -> str:
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
-        folder = tmp_path_factory.mktemp("said")
+        folder = tmp_path_factory.mktemp("output")
         started = []
         for rank in range(processes):
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
@@ -63,9 +63,9 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         for process in started:
             process.join(900)
             process.kill()
-        said = [(folder / str(rank)).read_text() for rank in range(processes)]
-        assert all(process.exitcode == 0 for process in started), "\n".join(said)
-        return said[0]
+        output = [(folder / str(rank)).read_text() for rank in range(processes)]
+        assert all(process.exitcode == 0 for process in started), "\n".join(output)
+        return output[0]
 
     return run
 

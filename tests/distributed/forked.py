@@ -1,4 +1,4 @@
-"""Where a process of `launch` begins."""
+"""The entry point of a process of `launch`."""
 
 import os
 import runpy
@@ -6,10 +6,10 @@ import sys
 import warnings
 
 
-def begin(environment: dict[str, str], command: list[str], said: str) -> None:
+def begin(environment: dict[str, str], command: list[str], output: str) -> None:
     """Takes a place in the world and runs a script there, as torchrun would; what it prints goes to a file."""
     os.environ.update(environment)
-    with open(said, "w") as file:
+    with open(output, "w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     warnings.simplefilter("ignore")

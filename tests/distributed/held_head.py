@@ -1,4 +1,4 @@
-"""What the backward of a shared head holds of many tokens, and what is counted of it, in bytes. Argument: autocast."""
+"""The measured and counted bytes of a shared head's backward over many tokens. Argument: autocast."""
 
 import sys
 import weakref
@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from tvkd_fast.distributed import joined
+from tvkd_fast.distributed import init_distributed
 from tvkd_fast.distributed.vocabulary import Rows, SharedHead, states_held
 from tvkd_fast.models.head import FusedLMHead, HeadTransforms
 
@@ -22,7 +22,7 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
-        self.most = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -33,7 +33,7 @@ class Live(TorchDispatchMode):
             if storage._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
-        self.most = max(self.most, sum(self.sizes.values()))
+        self.peak = max(self.peak, sum(self.sizes.values()))
         return out
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype = {"off": None, "bfloat16": torch.bfloat16}[sys.argv[1]]
-    with joined(torch.device("cpu"), timeout_s=120) as world:
+    with init_distributed(torch.device("cpu"), timeout_s=120) as world:
         assert world.mesh is not None
         whole = FusedLMHead.from_linear(nn.Linear(HIDDEN, VOCAB, bias=False), HeadTransforms())
         rows = Rows(whole.weight, world.mesh)
@@ -52,7 +52,7 @@ def main() -> None:
             head(hidden, labels).sum().backward()
         if world.first:
             counted = states_held(world.size, TOKENS, HIDDEN, 4 if dtype is None else dtype.itemsize)
-            print(live.most, counted, flush=True)
+            print(live.peak, counted, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a process of `test_checkpoint` runs: a run that is told to stop after some of its steps."""
+"""The script of a process of `test_checkpoint`: a run that is stopped after some of its steps."""
 
 import os
 import signal

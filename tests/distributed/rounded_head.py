@@ -1,4 +1,4 @@
-"""A head shared by processes beside the whole one, both in bfloat16 and held to float64: rows of dW, and dH."""
+"""A head shared by processes beside the whole one, both in bfloat16, against float64: rows of dW, and dH."""
 
 import json
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tvkd_fast.distributed import World, joined
+from tvkd_fast.distributed import World, init_distributed
 from tvkd_fast.distributed.vocabulary import Rows, SharedHead
 from tvkd_fast.models import FusedLMHead
 from tvkd_fast.models.head import HeadTransforms
@@ -41,7 +41,7 @@ def errors(
 ) -> dict[str, float]:
     assert world.mesh is not None
     draw = torch.Generator().manual_seed(1)
-    everyone = torch.randn(world.size * TOKENS, HIDDEN, generator=draw).bfloat16().float()
+    all_states = torch.randn(world.size * TOKENS, HIDDEN, generator=draw).bfloat16().float()
     # Nearly all of them lie in the last process's rows, so that all others have the states of strangers.
     labels = torch.randint(VOCAB - 8, VOCAB, (world.size * TOKENS,), generator=draw)
     upstream = torch.rand(world.size * TOKENS, generator=draw)
@@ -51,36 +51,36 @@ def errors(
     shared = SharedHead.of(whole, nn.Parameter(rows.shard(whole.weight)), rows, torch.bfloat16)
     shared.gradient = gradient
     shared.weight.requires_grad_(not frozen)
-    hidden = everyone[mine].clone().requires_grad_()
+    hidden = all_states[mine].clone().requires_grad_()
     logps = shared(hidden, labels[mine])
     # Gradients are of the mean of the processes' losses.
     (logps * upstream[mine] * world.size).sum().backward()
     ours = [logps.detach(), hidden.grad / world.size]
     plain = whole.bfloat16()
     plain.weight.requires_grad_(not frozen)
-    states = everyone.bfloat16().requires_grad_()
+    states = all_states.bfloat16().requires_grad_()
     (plain(states, labels) * upstream).sum().backward()
-    exact = [x.detach().double().requires_grad_() for x in (everyone, plain.weight)]
+    exact = [x.detach().double().requires_grad_() for x in (all_states, plain.weight)]
     options = {"softcap": transforms.softcap, "logit_scale": transforms.logit_scale}
     options["bias"] = None if plain.bias is None else plain.bias.detach().double()  # type: ignore[assignment]
-    truth = twin(*exact, labels, **options)
-    (truth * upstream).sum().backward()
-    found = {"logps": float((ours[0] - truth[mine]).abs().max())}
+    reference = twin(*exact, labels, **options)
+    (reference * upstream).sum().backward()
+    found = {"logps": float((ours[0] - reference[mine]).abs().max())}
     found |= _error("dH", ours[1], states.grad[mine], exact[0].grad[mine])
     if not frozen:
         found |= _error("dW", shared.weight.grad.full_tensor(), plain.weight.grad, exact[1].grad)
     return found
 
 
-def _error(name: str, ours: Tensor, plain: Tensor, truth: Tensor) -> dict[str, float]:
-    """Of the worst row, relative to it."""
-    wrong = [((x.double() - truth).norm(dim=1) / truth.norm(dim=1)).max() for x in (ours, plain)]
+def _error(name: str, ours: Tensor, plain: Tensor, reference: Tensor) -> dict[str, float]:
+    """Return the error of the worst row, relative to it."""
+    wrong = [((x.double() - reference).norm(dim=1) / reference.norm(dim=1)).max() for x in (ours, plain)]
     return {name: float(wrong[0]), f"{name} whole": float(wrong[1])}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    with joined(torch.device("cpu"), timeout_s=120) as world:
+    with init_distributed(torch.device("cpu"), timeout_s=120) as world:
         for name, case in CASES.items():
             found = errors(world, **case)
             if world.first:

@@ -1,4 +1,4 @@
-"""What a step sends over gloo, by torch's flight recorder, beside what the planner counts of it. Arguments: recipes."""
+"""The bytes that a step sends over gloo, by torch's flight recorder and by the planner. Arguments: recipes."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from tvkd_fast.cli.parser import load_recipe
 from tvkd_fast.commands.plan import tokens_of
 from tvkd_fast.commands.prepare import prepare
 from tvkd_fast.data import PairBatch
-from tvkd_fast.distributed import World, joined
+from tvkd_fast.distributed import World, init_distributed
 from tvkd_fast.models import model_shape
 from tvkd_fast.planning.footprint import Footprint
 from tvkd_fast.scoring.layout import Scores
@@ -25,7 +25,7 @@ def main() -> None:
     torch.set_num_threads(1)
     configs = [load_recipe(recipe) for recipe in sys.argv[1:]]
     (replicas,) = {config.parallel.replicas for config in configs}
-    with joined(torch.device("cpu"), replicas=replicas, timeout_s=120) as world:
+    with init_distributed(torch.device("cpu"), replicas=replicas, timeout_s=120) as world:
         for config in configs:
             made = prepare(config, world, verbose=False)
             trainer = Trainer(config, made.policy, made.scorer, made.dataset, show_progress=False, world=world)
@@ -33,7 +33,7 @@ def main() -> None:
             # A first step learns what goes where.
             for step in range(2):
                 batches = trainer._batches(step)
-                # What the reference says is had before: it is gathered too, and what is counted is the policy's.
+                # The reference's numbers come first; it is gathered too, and only the policy's traffic is counted.
                 trainer.scorer = _Known([made.scorer.of(batch) for batch in batches])
                 before = len(_entries())
                 trainer._step(step, batches)

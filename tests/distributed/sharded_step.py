@@ -1,4 +1,4 @@
-"""What a process of `test_shard` runs: one step of a tiny policy, whole and sharded, held to each other."""
+"""The script of a process of `test_shard`: one step of a tiny policy, whole and sharded, compared."""
 
 import sys
 
@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from tvkd_fast.data import MicroBatching, TokenizedPair, collate_packed
-from tvkd_fast.distributed import World, joined, shard_policy
+from tvkd_fast.distributed import World, init_distributed, shard_policy
 from tvkd_fast.distributed.shard import sync_gradients
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
@@ -74,7 +74,7 @@ def check(name: str, world: World, replicas: int, *, vocabulary: bool) -> None:
     want = step(whole, batches, 1)
     before = {key: p.grad.clone() for key, p in whole.named_parameters()}
     optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-3, fused=True)
-    got = world.sum(step(sharded, mine, world.size, optimizer))
+    got = world.all_reduce(step(sharded, mine, world.size, optimizer))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     # Weights, gradients and moments: a share of each, and what does not divide.
     own = sum(memory_by_part(sharded, optimizer).values())
@@ -90,7 +90,7 @@ def check(name: str, world: World, replicas: int, *, vocabulary: bool) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with joined(torch.device("cpu"), replicas=int(sys.argv[1]), timeout_s=120) as world:
+    with init_distributed(torch.device("cpu"), replicas=int(sys.argv[1]), timeout_s=120) as world:
         for name in CONFIGS:
             for vocabulary in (False, True):
                 check(name, world, int(sys.argv[1]), vocabulary=vocabulary)

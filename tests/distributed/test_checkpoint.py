@@ -27,8 +27,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
     recipes = {name: str(write_recipe(tmp_path, name, family="untied")) for name in ("alone", "moved")}
     launch(1, "resume_case.py", recipes["alone"], "0")
     for processes, steps, after in ((2, 6, 6), (4, 7, 13)):
-        said = launch(processes, "resume_case.py", recipes["moved"], str(steps))
-        assert f"stopped by SIGTERM after step {after}: run the same command to go on 143" in said
+        output = launch(processes, "resume_case.py", recipes["moved"], str(steps))
+        assert f"stopped by SIGTERM after step {after}: run the same command to resume 143" in output
     launch(1, "resume_case.py", recipes["moved"], "0")
     alone, moved = (
         [(line["step"], line["loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]

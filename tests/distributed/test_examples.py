@@ -43,8 +43,8 @@ def test_two_processes_train_as_one(
         given = {"--policy": policy, "--teacher": teacher, "--data": tmp_path / "pairs.jsonl", "--out": out}
         given |= {"--lr": 1e-3, "--batch_size": batch_size, "--accumulate": accumulate}
         options = [str(x) for option in given.items() for x in option]
-        said = launch(processes, "recorded_example.py", str(EXAMPLES / f"{name}.py"), *options)
-        norms.append([float(x) for x in re.findall(r"^norm (\S+)", said, re.MULTILINE)])
+        output = launch(processes, "recorded_example.py", str(EXAMPLES / f"{name}.py"), *options)
+        norms.append([float(x) for x in re.findall(r"^norm (\S+)", output, re.MULTILINE)])
         weights.append(load_file(out / "model.safetensors"))
     assert len(norms[0]) == 1
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)

@@ -1,4 +1,4 @@
-"""What the planner says that a step sends, held to what two and four processes send over gloo."""
+"""The planner's count of the bytes that a step sends, against two and four processes over gloo."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ SHARED = {
 def test_a_step_sends_what_is_counted(
     processes: int, tmp_path: Path, launch: Callable[..., str], write_recipe: Callable[..., Path]
 ) -> None:
-    """Processes start once for both ways to have a vocabulary."""
+    """Processes start once for both layouts of the vocabulary."""
     uneven = CHANGES | {"data": {"train": str(tmp_path / "pairs.jsonl")}}
     shared = even(tmp_path) | {"parallel": {"vocabulary": "shared"}}
     recipes = [write_recipe(tmp_path, f"gathered-{name}", **case, **uneven) for name, case in GATHERED.items()]
@@ -94,11 +94,11 @@ def even(folder: Path) -> dict:
 
 
 def states(one: dict) -> float:
-    """What is counted of a shared vocabulary's, the head's and the embedding's."""
+    """Return the counted bytes of a shared vocabulary, the head's and the embedding's."""
     return one["counted"]["states of tokens"] + one["counted"].get("embeddings of tokens", 0.0)
 
 
 def sent(launch: Callable[..., str], processes: int, recipes: list[Path]) -> Iterator[dict]:
-    """What each recipe's second step sent, and what was counted of it."""
+    """Yield the bytes that each recipe's second step sent, and their count."""
     lines = launch(processes, "sent_step.py", *map(str, recipes)).splitlines()
     return (json.loads(line) for line in lines if line.startswith("{"))

@@ -1,4 +1,4 @@
-"""What `tvkd train --nproc` starts: where it meets, what it says when one dies, and what a signal does."""
+"""The processes of `tvkd train --nproc`: their meeting, the message when one dies, and signals."""
 
 import os
 import signal
@@ -28,14 +28,14 @@ if what == "die" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "meet":
     import torch
-    from tvkd_fast.distributed import joined
-    with joined(torch.device("cpu")) as world:
-        told = f"{world.everyone(world.rank)} {world.most(world.rank)} {world.told(world.rank)}"
+    from tvkd_fast.distributed import init_distributed
+    with init_distributed(torch.device("cpu")) as world:
+        found = f"{world.all_gather(world.rank)} {world.all_reduce_max(world.rank)} {world.broadcast(world.rank)}"
         listening = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}")]
         port = format(int(os.environ["MASTER_PORT"]), "04X")
         at = sorted({f[1] for f in listening if f[1].endswith(":" + port) and f[3] == "0A"})
         # In one piece: others write too.
-        os.write(1, f"{told}\\nat {at}\\n".encode())
+        os.write(1, f"{found}\\nat {at}\\n".encode())
 elif what == "listen":
     while not heard:
         time.sleep(0.01)
@@ -57,16 +57,16 @@ def program(tmp_path: Path) -> list[str]:
 @pytest.mark.distributed
 def test_processes_meet_on_the_loopback_interface_alone(program: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert launch([*program, "meet"], 3) == 0
-    said = capfd.readouterr().out.splitlines()
-    assert said.count("[0, 1, 2] 2 0") == 3
+    output = capfd.readouterr().out.splitlines()
+    assert output.count("[0, 1, 2] 2 0") == 3
     # 127.0.0.1 as the kernel writes it, and neither 0.0.0.0 nor ::.
-    places = [line for line in said if line.startswith("at")]
+    places = [line for line in output if line.startswith("at")]
     assert all("'0100007F:" in line and line.count(":") == 1 for line in places), places
 
 
 @pytest.fixture
 def _little_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are left over sleep through their time to end."""
+    """Shorten the grace period: the remaining processes sleep through it."""
     monkeypatch.setattr("tvkd_fast.distributed.launcher.GRACE_S", 0.5)
 
 

@@ -31,15 +31,15 @@ def test_the_first_that_has_something_to_print_prints_it(
         (["scores", str(tmp_path / "none")], "no score cache at"),
         (["train", "--config", "no_recipe"], "no recipe or file"),
     ):
-        said = []
+        output = []
         for rank in ("1", "0"):
             monkeypatch.setenv("RANK", rank)
             with pytest.raises(SystemExit) as stopped:
                 main(arguments)
             assert stopped.value.code == 2
-            said.append(capsys.readouterr().err)
-        assert wanted in said[0]
-        assert said[1] == ""
+            output.append(capsys.readouterr().err)
+        assert wanted in output[0]
+        assert output[1] == ""
 
 
 @pytest.mark.usefixtures("_two_processes")
@@ -59,7 +59,7 @@ def test_without_a_place_to_meet_each_prints(
         port = taken.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(once, "PATIENCE", once.PATIENCE / 10)
+    monkeypatch.setattr(once, "STORE_TIMEOUT", once.STORE_TIMEOUT / 10)
     start = time.monotonic()
     print_once("nobody there")
     assert time.monotonic() - start < 30

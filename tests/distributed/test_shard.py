@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tvkd_fast.distributed import World, joined, shard_policy
+from tvkd_fast.distributed import World, init_distributed, shard_policy
 
 Launch = Callable[..., str]
 
@@ -17,13 +17,13 @@ Launch = Callable[..., str]
 )
 def test_a_step_over_processes_is_the_step_of_one(processes: int, replicas: int, launch: Launch) -> None:
     """Tied and untied Llamas and Gemma 2 with its softcaps, packed rows, one process without a pair of its own."""
-    said = launch(processes, "sharded_step.py", str(replicas)).splitlines()
+    output = launch(processes, "sharded_step.py", str(replicas)).splitlines()
     families = ("llama, tied", "llama, untied", "gemma2")
-    assert said == [f"done: {family} {head}" for family in families for head in ("gathered", "shared")]
+    assert output == [f"done: {family} {head}" for family in families for head in ("gathered", "shared")]
 
 
 def test_a_shared_head_in_bfloat16_rounds_as_a_whole_one_does(launch: Launch) -> None:
-    """Where nearly all targets are another process's: what they are measured by must leave nothing behind."""
+    """Test targets that nearly all belong to another process: their reference logit must cancel."""
     found = [json.loads(line) for line in launch(2, "rounded_head.py").splitlines()]
     assert len(found) == 5
     for one in found:
@@ -35,10 +35,10 @@ def test_a_shared_head_in_bfloat16_rounds_as_a_whole_one_does(launch: Launch) ->
 
 def test_a_world_of_one_is_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(torch.device("cpu")) as world:
+    with init_distributed(torch.device("cpu")) as world:
         assert world == World(torch.device("cpu"))
         assert world.first
-        assert torch.equal(world.sum(torch.ones(2)), torch.ones(2))
+        assert torch.equal(world.all_reduce(torch.ones(2)), torch.ones(2))
         policy = object()
         assert shard_policy(policy, world) is policy  # type: ignore[type-var]
 
@@ -48,6 +48,6 @@ def test_replicas_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RANK", "0")
     with (
         pytest.raises(ValueError, match="3 replicas do not divide 4 processes"),
-        joined(torch.device("cpu"), replicas=3),
+        init_distributed(torch.device("cpu"), replicas=3),
     ):
         pass

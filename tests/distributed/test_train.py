@@ -43,12 +43,12 @@ CASES: dict[str, dict[str, Any]] = {
     "rewards": {"family": "tied", "loss": {"value_from": "implicit_reward"}},
 }
 OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
-"""What one and two processes run in the first tier."""
+"""The runs of one and two processes in the first tier."""
 AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
 AS_IN_TWO += ["rewards"]
-"""What four processes do no otherwise than two: their runs take a minute and a half more."""
+"""Runs that are the same in two and in four processes; in four they take a minute and a half more."""
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
-"""In four processes there are two of each; one and two have none, and make the run that is named."""
+"""Runs of two replicas in four processes; one and two processes make the named run."""
 OTHERS = [case for case in CASES if case not in {*OF_EACH_KIND, *REPLICAS}]
 IN_FOUR = [case for case in CASES if case not in AS_IN_TWO]
 
@@ -85,20 +85,20 @@ def all_runs(more_runs: Path, launch: Launch) -> Path:
 
 def make(folder: Path, launch: Launch, processes: int, cases: Iterable[str]) -> None:
     recipes = [str(folder / f"{case}.yaml") for case in cases]
-    said = launch(processes, "train_cases.py", *recipes).splitlines()
-    assert [line.removeprefix("done: ") for line in said if line.startswith("done: ")] == list(cases)
+    output = launch(processes, "train_cases.py", *recipes).splitlines()
+    assert [line.removeprefix("done: ") for line in output if line.startswith("done: ")] == list(cases)
 
 
 @pytest.mark.parametrize("case", OF_EACH_KIND)
 def test_a_run_over_two_processes_is_the_run_of_one(case: str, runs: Path) -> None:
-    """Five pairs a step: one of them has an empty micro-batch more."""
+    """Five pairs per step: one of them has an empty micro-batch more."""
     hold_to_one(case, 2, runs)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("processes", "case"), [(2, case) for case in OTHERS] + [(4, case) for case in IN_FOUR])
 def test_and_so_are_all_others(case: str, processes: int, more_runs: Path) -> None:
-    """Of four processes one has two pairs."""
+    """Test steps of which one of four processes has two pairs."""
     hold_to_one(case, processes, more_runs)
 
 

@@ -12,17 +12,17 @@ from tvkd_fast.distributed.watch import BEATS, who_is_waited_for
 PROGRAM = """
 import os, signal, sys, time
 import torch
-from tvkd_fast.distributed import joined
+from tvkd_fast.distributed import init_distributed
 
 def sleeping():
     time.sleep(60)
 
-with joined(torch.device("cpu"), timeout_s=4.0) as world:
+with init_distributed(torch.device("cpu"), timeout_s=4.0) as world:
     for _ in range(3):
-        world.sum(torch.ones(2))
+        world.all_reduce(torch.ones(2))
     if world.rank == int(sys.argv[2]):
         sleeping() if sys.argv[1] == "sleep" else os.kill(os.getpid(), signal.SIGSTOP)
-    world.sum(torch.ones(2))
+    world.all_reduce(torch.ones(2))
 """
 
 
@@ -36,17 +36,17 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str, who: int) -
 @pytest.mark.distributed
 @pytest.mark.parametrize("who", [0, 1])
 def test_one_that_sleeps_is_named_and_says_where(who: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    said = run(tmp_path, capfd, "sleep", who)
-    assert re.search(rf"waiting for \d+ s in collective \d+ for process {who}, behind\n", said)
-    assert said.count("waiting for") == 1
-    assert f"the others wait for process {who}, which has called nothing for" in said
-    assert "in sleeping" in said
+    output = run(tmp_path, capfd, "sleep", who)
+    assert re.search(rf"waiting for \d+ s in collective \d+ for process {who}, behind\n", output)
+    assert output.count("waiting for") == 1
+    assert f"the others wait for process {who}, which has called nothing for" in output
+    assert "in sleeping" in output
 
 
 @pytest.mark.distributed
 def test_one_that_is_stopped_is_named_by_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    said = run(tmp_path, capfd, "stop", 1)
-    assert re.search(r"waiting for \d+ s in collective \d+ for process 1, silent\n", said)
+    output = run(tmp_path, capfd, "stop", 1)
+    assert re.search(r"waiting for \d+ s in collective \d+ for process 1, silent\n", output)
 
 
 def test_where_all_are_at_work_nobody_is_named() -> None:

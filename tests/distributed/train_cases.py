@@ -1,4 +1,4 @@
-"""What a process of `test_train` runs: recipes, one after the other, in one world. Arguments: their files."""
+"""The script of a process of `test_train`: recipes, one after the other, in one world. Arguments: their files."""
 
 import sys
 from pathlib import Path
@@ -8,12 +8,12 @@ import torch
 from tvkd_fast.cli.parser import load_recipe
 from tvkd_fast.commands.score import ScoreConfig, _score
 from tvkd_fast.commands.train import _train
-from tvkd_fast.distributed import joined
+from tvkd_fast.distributed import init_distributed
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    with joined(torch.device("cpu"), timeout_s=120) as world:
+    with init_distributed(torch.device("cpu"), timeout_s=120) as world:
         for recipe in map(Path, sys.argv[1:]):
             config = load_recipe(str(recipe))
             config.output_dir = str(recipe.with_suffix("") / str(world.size))

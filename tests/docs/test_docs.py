@@ -1,4 +1,4 @@
-"""What the pages say is so: code runs, tables are what their JSON says, links lead somewhere."""
+"""The pages are correct: code runs, tables are what their JSON says, links lead somewhere."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-"""In a checkout, and no part of an sdist."""
+"""The results, which a checkout has and an sdist does not."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

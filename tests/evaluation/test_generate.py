@@ -43,9 +43,9 @@ def endless(model):
 
 def test_rows_of_a_batch_are_answered_as_alone(endless, chatml):
     together = answers(endless, chatml, PROMPTS, max_new_tokens=6)
-    for prompt, said in zip(PROMPTS, together, strict=True):
-        assert said == chatml.decode(greedy(endless, chatml, prompt, 6)).strip()
-        assert answers(endless, chatml, [prompt], max_new_tokens=6) == [said]
+    for prompt, reply in zip(PROMPTS, together, strict=True):
+        assert reply == chatml.decode(greedy(endless, chatml, prompt, 6)).strip()
+        assert answers(endless, chatml, [prompt], max_new_tokens=6) == [reply]
 
 
 def test_an_answer_stops_at_any_stop_of_the_models_own(endless, chatml):
@@ -68,8 +68,8 @@ def test_an_answer_stops_where_the_template_ends_turns(model, make_tokenizer):
 
 def test_a_prompt_that_a_template_wrote_is_asked_as_it_stands(endless, chatml):
     written = chatml.apply_chat_template(PROMPTS[0], tokenize=False, add_generation_prompt=True)
-    said = answers(endless, chatml, [written, PROMPTS[0]], max_new_tokens=6)
-    assert said[0] == said[1]
+    replies = answers(endless, chatml, [written, PROMPTS[0]], max_new_tokens=6)
+    assert replies[0] == replies[1]
 
 
 def test_a_conversation_is_written_by_the_template_whatever_it_says(chatml, echo):
@@ -82,11 +82,11 @@ def test_a_conversation_is_written_by_the_template_whatever_it_says(chatml, echo
 
 
 def test_settings_of_the_models_own_generation_are_left_aside(endless, chatml):
-    said = answers(endless, chatml, PROMPTS, max_new_tokens=6)
+    replies = answers(endless, chatml, PROMPTS, max_new_tokens=6)
     own = endless.generation_config
     own.update(num_beams=2, num_return_sequences=2, return_dict_in_generate=True, min_new_tokens=3, do_sample=True)
     own.update(stop_strings=["a"], repetition_penalty=9.0, max_length=3)
-    assert answers(endless, chatml, PROMPTS, max_new_tokens=6) == said
+    assert answers(endless, chatml, PROMPTS, max_new_tokens=6) == replies
     assert endless.generation_config is own
 
 

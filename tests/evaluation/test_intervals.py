@@ -19,7 +19,7 @@ def test_the_interval_of_many_numbers_is_the_normal_one():
     assert bootstrap_interval(numbers) == (low, high)
 
 
-def test_groups_weigh_as_they_are_told():
+def test_groups_weigh_by_their_weights():
     numbers = torch.tensor([1.0, 1.0, 1.0, 5.0])
     groups = [torch.tensor([0, 1, 2]), torch.tensor([3])]
     # Pairs are drawn within their group, and within these there is nothing to draw.

@@ -135,7 +135,7 @@ def test_models_are_compared_pair_by_pair():
 
 
 def test_a_difference_and_its_p_weigh_pairs_alike():
-    """Of many pairs of a light subset and few of a heavy one, the few decide, and they disagree with the many."""
+    """Test many pairs of a light subset against few of a heavy one: the few decide, and disagree with the many."""
     subsets = ["mt-bench-hard"] * 60 + ["llmbar-adver-neighbor"] * 12
     zeros = [0.0] * 72
     first = judged("a", [-1] * 60 + [1] * 12, zeros)
@@ -218,21 +218,21 @@ def test_a_model_that_cannot_be_asked_is_named_before_it_is_evaluated(
     arguments = several if table else ["eval", "--policy", folder, "--data.eval", str(files / "eval.jsonl")]
     with pytest.raises(SystemExit):
         main([*arguments, f"--generate={tmp_path}"])
-    said = capsys.readouterr()
-    assert f"{folder} has no chat template" in said.err
-    assert not said.out
+    replies = capsys.readouterr()
+    assert f"{folder} has no chat template" in replies.err
+    assert not replies.out
 
 
 def test_what_models_write_cannot_break_the_pages():
     prompts = [[{"role": "user", "content": "<b>\n# a"}]]
-    said = {"m": ["</p><script>x</script>\n# heading\r# another\u2028# third"]}
-    html = html_page(prompts, said)
+    replies = {"m": ["</p><script>x</script>\n# heading\r# another\u2028# third"]}
+    html = html_page(prompts, replies)
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
-    markdown = markdown_page(prompts, said)
+    markdown = markdown_page(prompts, replies)
     assert [line for line in markdown.splitlines() if line.startswith("# ")] == ["# Answers side by side"]
-    said = {"m": ["```c\nx = a < b && c;\n````"]}
-    assert "> `````\n> ```c\n> x = a < b && c;\n> ````\n> `````\n" in markdown_page(prompts, said)
+    replies = {"m": ["```c\nx = a < b && c;\n````"]}
+    assert "> `````\n> ```c\n> x = a < b && c;\n> ````\n> `````\n" in markdown_page(prompts, replies)
 
 
 def test_a_policy_that_was_named_stays_the_first(files, model_folder, capsys):
@@ -243,7 +243,7 @@ def test_a_policy_that_was_named_stays_the_first(files, model_folder, capsys):
 
 
 def test_prompts_with_several_answers_count_once(model_folder, tmp_path, capsys):
-    """As of RewardBench 2: every answer scored by itself, and chosen ones against the best of the others."""
+    """Test rows as in RewardBench 2: every answer scored by itself, and chosen ones against the best of the others."""
     rows = [
         {"id": "1", "subset": "Math", "prompt": "1: say ab.", "chosen": ["ab"], "rejected": ["no", "ba", "b"]},
         {"id": "2", "subset": "Math", "prompt": "2: say ab.", "chosen": ["b"], "rejected": ["ab", "no no", "aa"]},

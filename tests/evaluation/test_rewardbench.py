@@ -111,7 +111,7 @@ def test_the_pairs_of_a_row_are_those_of_rows_of_their_own(write_jsonl, chatml):
 
 
 def test_the_answers_of_a_row_share_one_prompt(write_jsonl, templateless):
-    """Of the rejected answers one alone is merged with the prompt's end, and another is longer than all."""
+    """Test rejected answers of which one is merged with the prompt's end, and another is longer than all."""
 
     def plain(record, row):
         return [replace(to_preference(record, row), rejected=text) for text in record["others"]]
@@ -121,8 +121,8 @@ def test_the_answers_of_a_row_share_one_prompt(write_jsonl, templateless):
     assert {templateless.decode(pair.prompt_ids) for pair in whole} == {"<s>Say "}
     assert [pair.merged for pair in whole] == [True] * 3
     assert [templateless.decode(pair.chosen_ids) for pair in whole] == ["ac<|endoftext|>"] * 3
-    said = [templateless.decode(pair.rejected_ids) for pair in whole]
-    assert said[1:] == ["ab<|endoftext|>", f"a{'d' * 9}<|endoftext|>"]
+    decoded = [templateless.decode(pair.rejected_ids) for pair in whole]
+    assert decoded[1:] == ["ab<|endoftext|>", f"a{'d' * 9}<|endoftext|>"]
     cut = build_dataset(path, templateless, max_length=13, truncation="keep_end", read=plain)
     assert [pair.prompt_ids for pair in cut] == [whole[0].prompt_ids[-2:]] * 3
     assert cut.report.truncated == 3

@@ -21,12 +21,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem != "pairs")
 NEEDS = {"accelerate_loop": "accelerate", "lightning_module": "lightning", "trl_trainer": "trl"}
 SAME = ("plain_loop", "accelerate_loop", "transformers_trainer", "lightning_module")
-"""Those that go through the pairs in order, with one optimizer."""
+"""The examples that go through the pairs in order, with one optimizer."""
 
 
 @dataclass
 class Run:
-    """What an example did: a loss a micro-batch or update, a gradient norm an update, and the model that it left."""
+    """The results of an example: a loss per micro-batch or update, a gradient norm per update, and the saved model."""
 
     folder: Path
     losses: list[float]
@@ -67,13 +67,13 @@ def run(folders: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> O
                 found.norms.append(float(norm))
                 return norm
 
-            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+            with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as output:
                 patch.setattr(sys, "argv", [name, *(str(x) for option in given.items() for x in option)])
                 patch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
                 patch.syspath_prepend(str(EXAMPLES))
                 patch.setenv("ACCELERATE_USE_CPU", "true")
                 runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-            found.losses = [float(x) for x in re.findall(r"^loss ([\d.]+)", said.getvalue(), re.M)]
+            found.losses = [float(x) for x in re.findall(r"^loss ([\d.]+)", output.getvalue(), re.M)]
         return done[asked]
 
     return once

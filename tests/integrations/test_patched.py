@@ -25,7 +25,7 @@ LABELS = IDS.masked_fill(torch.arange(8) < 3, -100)
 
 
 def own_logps(model: Any) -> torch.Tensor:
-    """In float64, from the logits of a plain call."""
+    """Return log-probabilities in float64, from the logits of a plain call."""
     logps = model(input_ids=IDS).logits.double()[:, :-1].log_softmax(-1)
     found = logps.gather(2, LABELS[:, 1:].clamp(min=0)[..., None])[..., 0]
     return found.masked_fill(LABELS[:, 1:] == -100, 0).detach()

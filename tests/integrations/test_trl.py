@@ -49,7 +49,7 @@ def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
 
 
 class Shifted(DPOTrainer):
-    """TRL's own trainer over reference columns that are there."""
+    """Return TRL's own trainer over existing reference columns."""
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset
@@ -306,7 +306,7 @@ def test_a_teacher_and_its_scores_may_be_paths(
     assert make(TVKDTrainer, teacher_model=Path(folders[1]), **rewards).train_dataset["psi_chosen"]
 
 
-def test_scores_of_two_teachers_are_told_apart(
+def test_scores_of_two_teachers_are_distinguished(
     make: Callable[..., Any], folders: tuple[str, str], scored: Callable[..., str]
 ) -> None:
     ours, held_out = scored(pairs(16)), pairs(5, 100)
@@ -343,7 +343,7 @@ def test_adapters_dict_evaluations_and_a_resumed_run(make: Callable[..., Any], f
 
 
 def test_a_sparse_head_says_what_it_kept(make: Callable[..., Any], folders: tuple[str, str]) -> None:
-    """Of a tiny model every row is too flat for it, is computed exactly, and counted."""
+    """Test a tiny model, whose rows are all too flat: they are computed exactly, and counted."""
     sparse = history(make(TVKDTrainer, teacher_model=folders[1], grad_mode="sparse"))
     assert [line["tvkd/head_dense_rows"] for line in sparse] == [1.0] * 5
     same(sparse, history(make(TVKDTrainer, teacher_model=folders[1])), ("loss", "grad_norm"))
@@ -358,7 +358,7 @@ def test_a_checkpoint_says_what_made_it(make: Callable[..., Any], folders: tuple
 
 
 def test_an_implicit_reward_is_the_teachers_own_margin(make: Callable[..., Any], folders: tuple[str, str]) -> None:
-    """At γ=1 Ψ is what the teacher gained over its reference, up to the last content state."""
+    """Test that at γ=1 Ψ is the teacher's gain over its reference, up to the last content state."""
     options = {"value_from": "implicit_reward", "value_scale": 1.0, "terminal": "eos"}
     ours = make(TVKDTrainer, teacher_model=folders[1], teacher_reference=folders[0], **options)
     row = ours.train_dataset[0]

@@ -58,7 +58,9 @@ def test_a_reference_that_would_move_is_refused(make_trainer: Callable[..., Any]
         make_trainer(base, folders[1], ref_model=other)
     base = loaded(folders[0])
     policy = get_peft_model(base, LoraConfig(**LORA))
-    with pytest.raises(ValueError, match="a PEFT model around the policy's own base, and its adapters cannot be told"):
+    with pytest.raises(
+        ValueError, match="a PEFT model around the policy's own base, and its adapters cannot be distinguished"
+    ):
         make_trainer(policy, folders[1], ref_model=get_peft_model(base, LoraConfig(**LORA), adapter_name="other"))
     base = loaded(folders[0])
     with pytest.raises(ValueError, match="the policy's own base, which TRL's head answers for once: leave ref_model"):
@@ -107,7 +109,7 @@ def test_a_policy_that_is_patched_otherwise_is_trained_all_the_same(
 
 @pytest.fixture
 def prepare() -> Iterator[Callable[[Any], Any]]:
-    """As accelerate leaves a model that was trained in bfloat16."""
+    """Yield a function that changes a model as accelerate does after training in bfloat16."""
     reset = accelerate.state.AcceleratorState._reset_state
     reset(reset_partial_state=True)
     yield lambda model: accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)

@@ -29,14 +29,14 @@ SETTINGS = ShapingSettings(gamma=0.9, kappa=1.0, value_scale=1.0, value_from="lo
 
 
 def conversations(count=5):
-    def said(role, text):
+    def turns(role, text):
         return [{"role": role, "content": text}]
 
     return [
         {
-            "prompt": said("user", f"{i}: say {WORDS[i]}."),
-            "chosen": said("assistant", WORDS[i]),
-            "rejected": said("assistant", f"{WORDS[i - 2]} " * (1 + i) + "no"),
+            "prompt": turns("user", f"{i}: say {WORDS[i]}."),
+            "chosen": turns("assistant", WORDS[i]),
+            "rejected": turns("assistant", f"{WORDS[i - 2]} " * (1 + i) + "no"),
         }
         for i in range(count)
     ]
@@ -105,9 +105,9 @@ def test_the_three_ways_are_one_number(make, scored, model_folder, make_tokenize
         for row in module.train_dataset:
             ids = row[f"{name.removeprefix('psi_')}_ids"]
             ids = ids[: ids.index(stop) + 1]
-            room = max_length - len(row["prompt_ids"])
-            cut += len(ids) > room
-            want.append(by_hand(exact, row["prompt_ids"], ids[:room], ended=len(ids) <= room))
+            left = max_length - len(row["prompt_ids"])
+            cut += len(ids) > left
+            want.append(by_hand(exact, row["prompt_ids"], ids[:left], ended=len(ids) <= left))
         assert module.train_dataset[name] == pytest.approx(want, abs=2e-5)
         assert folder.train_dataset[name] == pytest.approx(module.train_dataset[name], abs=2e-6)
         assert found == pytest.approx(module.train_dataset[name][:4], abs=2e-6)
@@ -139,7 +139,7 @@ def test_rows_are_dated_as_scores_are(make, scored, model_folder, make_tokenizer
 
 
 def test_rows_padded_on_the_left_and_rows_with_holes(tiny_model, in_float64):
-    """As another collator may lay them. GPT-2's positions are learnt: a shift of them would show."""
+    """Test rows as another collator may lay them. GPT-2's positions are learnt: a shift of them would show."""
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
     model = in_float64(tiny_model(config=config)).eval()
     rows = [([5, 6, 7], [8, 9, 2]), ([5], [9, 2]), ([5, 6, 7, 9, 3], [4, 4, 4])]

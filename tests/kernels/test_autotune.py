@@ -68,7 +68,7 @@ def rows_of_a_buffer(columns: int, stride: int, start: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("columns", "stride", "start", "told"),
+    ("columns", "stride", "start", "aligned"),
     [
         (48, 48, 0, True),
         (48, 64, 16, True),
@@ -78,12 +78,12 @@ def rows_of_a_buffer(columns: int, stride: int, start: int) -> torch.Tensor:
         (48, 48, 1, False),
     ],
 )
-def test_rows_that_the_compiler_is_told_to_be_aligned(
-    file: Path, hopper: None, columns: int, stride: int, start: int, told: bool
+def test_rows_that_the_compiler_may_take_as_aligned(
+    file: Path, hopper: None, columns: int, stride: int, start: int, aligned: bool
 ) -> None:
     """Multiples of 16 numbers: rows of 80 bytes begin at multiples of 16 bytes too, and no compiler hears of it."""
     hidden, weight = torch.zeros(8, columns, dtype=torch.float16), rows_of_a_buffer(columns, stride, start)
-    assert autotune.tiles("product", hidden, weight, 8) == choose("product", "sm_90", Demand(aligned=told))
+    assert autotune.tiles("product", hidden, weight, 8) == choose("product", "sm_90", Demand(aligned=aligned))
 
 
 def test_a_bucket_is_shared_and_its_neighbour_is_not(file: Path, hopper: None) -> None:

@@ -30,7 +30,7 @@ TensorDescriptor = triton.tools.tensor_descriptor.TensorDescriptor
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = pytest.mark.xdist_group("launches")
-"""In one process: recording all launches takes most of a minute."""
+"""The group of tests that run in one process: recording all launches takes most of a minute."""
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 MUTANTS = {
@@ -51,7 +51,7 @@ MUTANTS = {
         'switches={"PRECISION": "ieee"})',
         ["a product without tensor cores"],
     ),
-    "operands whose alignment the compiler is not told": (
+    "operands whose alignment the compiler does not know": (
         'build("product", "dH, sum", "bf16", "sm_80", config=TileConfig(64, 64, 32, warps=8, stages=2), '
         "hide_alignment=True)",
         ["narrow and 0 16-byte loads in the main loop"],
@@ -77,7 +77,7 @@ print(json.dumps(EXPRESSION))
 
 
 def compiling(*command: str, **variables: str) -> str:
-    """What a Python process prints that compiles kernels and does not interpret them."""
+    """Return the output of a Python process that compiles kernels and does not interpret them."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", **variables}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *command], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -211,7 +211,7 @@ class Launch:
     switches: dict[str, Any]
     options: dict[str, Any]
     asked: tuple[Kernel, Demand] | None
-    """What the table of tiles was asked for; None where the launch has none."""
+    """The request to the table of tiles; None where the launch makes none."""
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ SIZES = (
     "SPLIT_TILES",
     "TILE",
     "STEP",
-    "ROOM",
+    "SCALE",
     "PRECISION",
 )
 """Compile-time arguments that follow from the target, the dtype and the row of the table."""
@@ -390,7 +390,8 @@ def live(kernel: str, switches: dict[str, Any], config: TileConfig | None, align
 
 
 def stands_for(build: Any, launch: Launch, family: str) -> bool:
-    """Whether a build is the launch's binary, or a heavier one where loads of the main loop are masked or narrow.
+    """Return whether a build is the launch's binary, or a heavier one where loads of the main loop are masked or
+    narrow.
 
     Such loads change the main loop, and nothing passes from it to the epilogue but the accumulators. What a binary
     holds at most is what its loop or its epilogue holds, so a light epilogue behind a masked loop needs none of its
@@ -468,7 +469,7 @@ print([code(builds[name, variant]) == code(builds[name, variant], **switches) fo
 
 @pytest.mark.census
 def test_switches_that_a_binary_does_not_depend_on() -> None:
-    """What `live` leaves out; and, so that it can fail, a switch that it does not."""
+    """Test switches that `live` leaves out, and one that it does not, so that the test can fail."""
     cases = [
         ("head_stats", "logps", {"EVEN_K": False}),
         ("dlogits", "plain", {"EVEN_K": False}),

@@ -71,8 +71,8 @@ def logps_of_rounded_dlogits(
     """Eager, in float32, but for the gradient by a = scale·(h·w + bias), which is rounded as the kernels round it."""
     a = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
     kept = labels != ignore_index
-    room = 2.0**-14 if case.hidden.dtype == torch.float16 else 1.0
-    scale = float(case.upstream[kept].abs().max() * room) if kept.any() else 1.0
+    factor = 2.0**-14 if case.hidden.dtype == torch.float16 else 1.0
+    scale = float(case.upstream[kept].abs().max() * factor) if kept.any() else 1.0
     a.register_hook(lambda grad: (grad / scale).to(case.hidden.dtype).float() * scale)
     z = a if softcap is None else softcap * torch.tanh(a / softcap)
     return z.log_softmax(-1).gather(1, labels.where(kept, 0)[:, None])[:, 0].masked_fill(~kept, 0.0)
@@ -260,7 +260,7 @@ def test_only_what_is_asked_for(kit: SimpleNamespace, dtype: torch.dtype, wants:
         x.clone().requires_grad_(want) for x, want in zip((case.hidden, case.weight, case.bias), wants, strict=True)
     ]
     out = logps(inputs[0], inputs[1], case.labels, bias=inputs[2], softcap=9.0)
-    # A frozen head sums in another order, and rounds other numbers than dlogits: `right` holds it to the twin.
+    # A frozen head sums in another order, and rounds other numbers than dlogits: `right` tests it against the twin.
     streamed, tolerance = wants == (True, False, False), 4 * torch.finfo(dtype).eps
     assert torch.equal(out, everything.logps) or (streamed and torch.allclose(out, everything.logps, atol=1e-5))
     assert out.requires_grad == any(wants)

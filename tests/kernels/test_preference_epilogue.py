@@ -148,7 +148,7 @@ def same_bits(a: EpilogueResult, b: EpilogueResult) -> None:
 
 
 def margins_of(m: Tensor, **settings: Any) -> Pairs:
-    """One token a response, of which the chosen carries the whole shaped margin, at β=1."""
+    """Return pairs of one token per response, whose chosen one carries the whole shaped margin, at β=1."""
     zeros = torch.zeros_like(m)
     return Pairs(
         torch.cat([m, zeros]), torch.arange(2 * len(m) + 1), ref_logps=torch.cat([zeros, zeros]), beta=1.0, **settings
@@ -284,7 +284,7 @@ def one_pair(case: Pairs, p: int) -> Pairs:
 
 
 def test_as_many_tokens_as_sequences() -> None:
-    """N = 2P: what the reference is, is said and not guessed."""
+    """Test N = 2P: the kind of the reference is given, not guessed."""
     logps, ref = torch.randn(2, 4)
     case = Pairs(logps, torch.tensor([0, 2, 2, 3, 4]))
     a_token, summed = epilogue(replace(case, ref_token_logps=ref)), epilogue(replace(case, ref_logps=ref))

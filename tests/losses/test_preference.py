@@ -1,4 +1,4 @@
-"""What follows from the formulas of docs/method.md for TVKD's loss, values and gradients."""
+"""Consequences of docs/method.md's formulas for TVKD's loss, values and gradients."""
 
 from dataclasses import fields
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What follows from the formulas of docs/method.md for shaping returns, a loop as their twin, and the diagnostics."""
+"""Consequences of docs/method.md's formulas for shaping returns, a loop as their twin, and the diagnostics."""
 
 import math
 from itertools import pairwise
@@ -20,7 +20,7 @@ terminals = st.sampled_from(TERMINALS)
 
 
 def psi_by_hand(v: list[float], gamma: float, terminal: str, ended: bool) -> float:
-    """One response, one state after another, as the formula is written."""
+    """Compute Ψ of one response, state after state, as the formula is written."""
     v = list(v)
     if terminal == "zero":
         v[-1] = 0.0
@@ -79,15 +79,15 @@ def test_fact_2_with_terminal_zero(make: SimpleNamespace, data: st.DataObject, g
 
 @draws(40)
 @given(data=st.data(), gamma=gammas, terminal=terminals)
-def test_everything_has_ended_unless_told(
+def test_everything_has_ended_by_default(
     make: SimpleNamespace, data: st.DataObject, gamma: float, terminal: Any
 ) -> None:
     responses = data.draw(make.responses())
     arguments = {"gamma": gamma, "terminal": terminal}
-    told = shaping_returns(
+    expected = shaping_returns(
         responses.values, responses.cu_states, ended=torch.ones(len(responses), dtype=torch.bool), **arguments
     )
-    assert torch.equal(shaping_returns(responses.values, responses.cu_states, **arguments), told)
+    assert torch.equal(shaping_returns(responses.values, responses.cu_states, **arguments), expected)
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
@@ -154,7 +154,7 @@ def test_a_response_with_too_few_states(cu_states: list[int], message: str) -> N
 
 @pytest.mark.parametrize("ended", [torch.ones(2), torch.ones(3, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)])
 def test_ends_that_do_not_fit(ended: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"ended must be \(2,\) bool, one a response, got"):
+    with pytest.raises(ValueError, match=r"ended must be \(2,\) bool, one per response, got"):
         shaping_returns(torch.zeros(5), torch.tensor([0, 2, 5]), ended=ended)
 
 
@@ -189,7 +189,7 @@ def test_the_warnings_figures() -> None:
 
 
 def test_a_report_of_what_does_not_vary() -> None:
-    """One pair, constant lengths, a policy that has not moved, no shaping: figures, never NaN."""
+    """Test one pair, constant lengths, an unmoved policy and no shaping: figures, never NaN."""
     still, moved, one = torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.ones(1)
     assert shaping_report(moved, still, moved) == ShapingReport(0.0, 0.0, 0.0)
     assert shaping_report(still, moved, torch.ones(3)).std_ratio == math.inf

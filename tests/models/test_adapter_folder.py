@@ -94,7 +94,7 @@ def test_a_folder_with_both_is_base_and_adapter(make_adapter, model_folder, tmp_
     [
         ({"base_model_name_or_path": None}, "does not say which model it belongs to"),
         ({"base_model_name_or_path": "/nowhere/model"}, "no model at /nowhere/model"),
-        ({"base_model_name_or_path": "shallower"}, r"layers that are not there, such as .*layers\.2"),
+        ({"base_model_name_or_path": "shallower"}, r"layers that do not exist, such as .*layers\.2"),
         ({"target_modules": ["q_proj", "down_proj", "up_proj"]}, "Found missing adapter keys"),
         ({"peft_type": "PREFIX_TUNING"}, "learns tokens and no weights"),
     ],

@@ -1,4 +1,4 @@
-"""What a model's fingerprint holds, and the one thing that it leaves out: what the run itself added."""
+"""The contents of a model's fingerprint, which leaves out only what the run itself added."""
 
 import pytest
 import torch

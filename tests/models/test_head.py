@@ -61,7 +61,7 @@ def batch():
 
 
 def twin_logps(model, batch):
-    """From the model's own logits, a row at a time and without padding."""
+    """Return log-probabilities from the model's own logits, row by row and without padding."""
     logps = []
     for row in range(batch.input_ids.shape[0]):
         lengths = batch.cu_seqlens.diff()

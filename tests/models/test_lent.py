@@ -1,4 +1,4 @@
-"""What is done to a model for a while, and that it comes back."""
+"""Temporary changes of a model, and their reversal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,13 +24,13 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def change(model: Any) -> None:
-    """By this library."""
+    """Change the model as this library does."""
     PolicyWithHead(model, packing="shared", probe=False).eval().requires_grad_(False)
     model.register_forward_hook(lambda *_: None)
 
 
 def change_all(model: Any) -> None:
-    """By a trainer: layers in place of others, attributes, parameters."""
+    """Change the model as a trainer does: other layers, attributes and parameters."""
     change(model)
     model.model.layers[0].self_attn.q_proj = nn.Sequential(model.model.layers[0].self_attn.q_proj)
     model.model.layers[0].own = 1

@@ -1,4 +1,4 @@
-"""What holds for every objective: names, needs, and a loss whose gradient is one number per response."""
+"""Properties of every objective: names, needs, and a loss whose gradient is one number per response."""
 
 from dataclasses import fields
 from pathlib import Path

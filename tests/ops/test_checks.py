@@ -1,4 +1,4 @@
-"""What the ops refuse, and that they say why and what to do."""
+"""The refusals of the ops, whose messages give the reason and the remedy."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -165,7 +165,7 @@ def test_many_labels_outside_the_vocabulary(hidden: Tensor, weight: Tensor, labe
 
 @pytest.mark.parametrize("shape", [(N - 1,), (N + 1,), (N, 1), (3, 4), ()])
 def test_labels_that_do_not_fit(hidden: Tensor, weight: Tensor, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"labels must be \(12,\), one a row of hidden.*shifted already"):
+    with pytest.raises(ValueError, match=r"labels must be \(12,\), one per row of hidden.*shifted already"):
         linear_logps(hidden, weight, torch.zeros(shape, dtype=torch.int64))
 
 

@@ -1,4 +1,4 @@
-"""The compiled pass over a tile against torch's passes: the same marks, the same sums to rounding."""
+"""The compiled pass over a tile against torch's passes: the same entries, the same sums to rounding."""
 
 import math
 import multiprocessing
@@ -52,7 +52,7 @@ def sparse(stats: HeadStats, **options: Any) -> Any:
     cap=st.sampled_from([3, 10**6]),
     seed=st.integers(0, 2**16),
 )
-def test_the_marks_are_torchs(
+def test_the_entries_are_torchs(
     kit: SimpleNamespace,
     shape: tuple[int, int, int],
     log_eps: int,
@@ -71,7 +71,7 @@ def test_the_marks_are_torchs(
         with pytest.MonkeyPatch.context() as patch, kit.tile_sizes(floats, rows):
             patch.setattr(native, "passes", passes)
             found.append((kit.run(sparse(stats, **options), case), stats.read()))
-    (ours, said), (plain, torch_said) = found
+    (ours, read), (plain, torch_read) = found
     for name in ("logps", "hidden", "weight", "bias"):
         got, want = getattr(ours, name), getattr(plain, name)
         if want is not None:
@@ -79,7 +79,7 @@ def test_the_marks_are_torchs(
             # An entry on the edge may be on either side of it: it is worth ε.
             torch.testing.assert_close(got, want, rtol=0, atol=(4 * 2.0**-log_eps + 1e-5) * unit)
     assert (
-        said["head_entries"] == pytest.approx(torch_said["head_entries"], abs=2 / max(1, shape[0]) + 1e-9) or cap == 3
+        read["head_entries"] == pytest.approx(torch_read["head_entries"], abs=2 / max(1, shape[0]) + 1e-9) or cap == 3
     )
 
 

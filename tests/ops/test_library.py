@@ -78,7 +78,7 @@ def test_opcheck_of_logps(kit: SimpleNamespace, dtype: torch.dtype, wants: tuple
 
 
 @every_dtype
-def test_opcheck_of_scaled_slopes(kit: SimpleNamespace, dtype: torch.dtype) -> None:
+def test_opcheck_of_scaled_derivatives(kit: SimpleNamespace, dtype: torch.dtype) -> None:
     case = kit.case(11, D, V, dtype, ignored=0.3)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     arguments = (case.hidden.to(wide), case.upstream.to(wide), case.labels, -100, dtype)
@@ -242,19 +242,19 @@ def test_a_whole_step_in_one_graph(backend: str, terminal: str, ended: bool) -> 
 
 
 @compilers
-@pytest.mark.parametrize("told", [False, True], ids=["found-out", "mark_dynamic"])
-def test_other_lengths_take_the_same_graph(backend: str, told: bool) -> None:
-    """One graph where the sizes are said to change, two where torch finds it out by the second batch."""
+@pytest.mark.parametrize("declared", [False, True], ids=["found-out", "mark_dynamic"])
+def test_other_lengths_take_the_same_graph(backend: str, declared: bool) -> None:
+    """Test for one graph where the sizes are declared to change, two where torch learns it from the second batch."""
     model, counter = Step(), CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for more in (0, 1, 3, 9):
         batch = batch_of([3 + more, 4, 2 + more, 5])
-        if told:
+        if declared:
             for name in ("features", "labels", "states"):
                 torch._dynamo.mark_dynamic(batch[name], 0)
         got, expected = (loss_and_gradients(step, model, batch) for step in (compiled, model))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    assert counter.frame_count == (1 if told else 2)
+    assert counter.frame_count == (1 if declared else 2)
 
 
 def test_dynamic_sizes_and_numbers_of_the_ops() -> None:
@@ -413,8 +413,8 @@ def test_auto_warns_of_a_gpu_that_goes_unused(
     assert taken == [refusal is None] * 2
     (record,) = caplog.records
     assert record.levelname == ("INFO" if refusal is None else "WARNING")
-    said = f"in torch tiles: {refusal}" if refusal else "in Triton kernels: cuda tensors of torch.float16"
-    assert said in record.getMessage()
+    expected = f"in torch tiles: {refusal}" if refusal else "in Triton kernels: cuda tensors of torch.float16"
+    assert expected in record.getMessage()
 
 
 @pytest.mark.parametrize(

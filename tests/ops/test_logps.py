@@ -193,7 +193,7 @@ def test_a_head_tied_to_the_embeddings(kit: SimpleNamespace, dtype: torch.dtype,
     def gradients(op: Any, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         table = case.weight.detach().clone().to(wide).requires_grad_()
         head = table if shared else table.detach().clone().requires_grad_()
-        # Each use is an edge of its own, so that the two gradients can be told apart before they are summed.
+        # Each use is an edge of its own, so that the two gradients can be distinguished before they are summed.
         hidden, weight = table[tokens], head.view_as(head)
         logps = op(hidden, weight, case.labels)
         torch.autograd.backward(logps, case.upstream.to(logps.dtype))

@@ -1,4 +1,4 @@
-"""What the ops promise of memory: no tensor of logits, and at most 64 MB beside inputs, results and gradients."""
+"""The memory that the ops promise: no tensor of logits, and at most 64 MB beside inputs, results and gradients."""
 
 import json
 import subprocess
@@ -139,7 +139,7 @@ def test_a_sparse_head_holds_its_entries_and_64_mb(
 
 @pytest.mark.slow
 def test_entries_are_held_once(record_property: Any) -> None:
-    """360 a token, as a trained model has: four times the tokens add 40 MiB of them."""
+    """Test 360 per token, as a trained model has: four times the tokens add 40 MiB of them."""
     few, many = (beyond("sparse", n, 96, 16_384, eps=2.0**-12, row_cap=16_384) for n in (4096, 16_384))
     record_property("mebibytes", (few, many))
     assert many <= 64

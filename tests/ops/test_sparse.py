@@ -89,7 +89,7 @@ def test_any_shape_in_any_tiles(
     if cap == 10**6:
         same(got, kit.run(twin(**rule), case), 1e-10)
     else:
-        # A row near the cap may be marked over it before it is pruned: it is then the exact gradient's.
+        # A row near the cap may have more selected entries before it is pruned: it is then the exact gradient's.
         exact, kept = kit.run(twin(**rule), case), kit.run(twin(eps=rule["eps"]), case)
         full = kit.run(reference.linear_logps, case)
         for row in range(shape[0]):

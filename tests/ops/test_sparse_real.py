@@ -1,4 +1,4 @@
-"""What sparse gradients promise of a trained model, on the packaged one's states over the bundled pairs."""
+"""The promises of sparse gradients, on the packaged model's states over the bundled pairs."""
 
 from types import SimpleNamespace
 
@@ -38,10 +38,10 @@ def test_few_entries_make_nearly_the_gradient(real: SimpleNamespace, log_eps: in
         leaves = [x.clone().requires_grad_() for x in (real.hidden, real.weight)]
         logps = linear_logps(*leaves, real.labels, grad_mode=mode, eps=2.0**-log_eps, stats=stats)
         grads[mode] = torch.autograd.grad(logps, leaves, upstream)
-    said = stats.read()
-    assert said["head_marked"] <= 1.3
-    assert said["head_entries"] < 49152 / 32
-    assert said["head_tail"] < 0.05
-    assert said["head_dense_rows"] < 0.1
+    found = stats.read()
+    assert found["head_marked"] <= 1.3
+    assert found["head_entries"] < 49152 / 32
+    assert found["head_tail"] < 0.05
+    assert found["head_dense_rows"] < 0.1
     for got, want, limit in zip(grads["sparse"], grads["exact"], (dh, dw), strict=True):
         assert 0 < float((got - want).norm() / want.norm()) < limit

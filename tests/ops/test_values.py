@@ -104,7 +104,7 @@ def test_logprobs_are_worth_nothing_at_kappa_1(kit: SimpleNamespace, dtype: torc
 
 
 def test_logprobs_are_an_entropy(kit: SimpleNamespace) -> None:
-    """At most that of the uniform distribution below κ=1, at least 0; the other sign above it."""
+    """Test the bounds below κ=1, 0 and the uniform distribution's entropy, and the other sign above it."""
     case = kit.case(50, 9, 70)
     flat = linear_soft_values(torch.zeros_like(case.hidden), case.weight, kappa=0.7, value_from="logprobs")
     some = linear_soft_values(case.hidden, case.weight, kappa=0.7, value_from="logprobs")

@@ -51,38 +51,38 @@ def test_no_worse_whatever_is_kept(
 ) -> None:
     case = kit.case(*shape, dtype, seed=seed, bias=bias, softcap=softcap, logit_scale=scale, ignored=ignored)
     with kit.tile_sizes(floats, rows), pytest.MonkeyPatch.context() as patch:
-        room = exact.room_for_logits
+        workspace = exact.logits_workspace
 
         def some(hidden: Tensor, head: Head, kept: Tensor | None, megabytes: int) -> Tensor:
             """As if the workspace were smaller than a MiB, as these shapes are."""
-            whole = room(hidden, head, kept, megabytes)
+            whole = workspace(hidden, head, kept, megabytes)
             block = exact.rows_of_a_tile(whole.shape[0], hidden.shape[1])
             fitting = int(share * whole.shape[0])
             return whole if fitting >= whole.shape[0] else whole[: fitting // block * block]
 
-        patch.setattr(exact, "room_for_logits", some)
+        patch.setattr(exact, "logits_workspace", some)
         kit.logps_no_worse(case, keeping(1))
 
 
 @pytest.mark.parametrize("kept", [0, 8, 24])
 def test_what_is_kept_is_not_computed_again(kit: SimpleNamespace, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = kit.case(24, 10, 70, ignored=0.0)
-    room = exact.room_for_logits
-    monkeypatch.setattr(exact, "room_for_logits", lambda *args: room(*args)[:kept])
+    workspace = exact.logits_workspace
+    monkeypatch.setattr(exact, "logits_workspace", lambda *args: workspace(*args)[:kept])
     with kit.tile_sizes(512, 8), kit.Watch() as watch:
         kit.run(keeping(1), case)
     assert watch.multiply_adds == (4 * 24 - kept) * 10 * 70
 
 
-def test_room_is_whole_blocks_of_rows_or_all(kit: SimpleNamespace) -> None:
+def test_the_workspace_is_whole_blocks_of_rows_or_all(kit: SimpleNamespace) -> None:
     head = Head(torch.zeros(2**18, 8))
     for count, megabytes, rows in ((10, 0, 0), (10, 4, 4), (10, 9, 8), (10, 10, 10), (3, 2, 0), (3, 3, 3), (0, 5, 0)):
         with kit.tile_sizes(2**20, 4):
-            room = exact.room_for_logits(torch.zeros(count, 8), head, None, megabytes)
-            assert room.shape == (rows, 2**18), (count, megabytes)
+            workspace = exact.logits_workspace(torch.zeros(count, 8), head, None, megabytes)
+            assert workspace.shape == (rows, 2**18), (count, megabytes)
     with kit.tile_sizes(2**20, 4):
-        assert exact.room_for_logits(torch.zeros(99, 8), head, torch.arange(4), 99).shape[0] == 4
-        assert exact.room_for_logits(torch.zeros(9, 8).double(), head, None, 9).shape[0] == 4
+        assert exact.logits_workspace(torch.zeros(99, 8), head, torch.arange(4), 99).shape[0] == 4
+        assert exact.logits_workspace(torch.zeros(9, 8).double(), head, None, 9).shape[0] == 4
 
 
 def test_two_backwards_through_the_same_logits(kit: SimpleNamespace) -> None:
@@ -99,8 +99,8 @@ def test_nothing_is_kept_where_nothing_is_learnt_or_the_head_is_frozen(kit: Simp
     case = kit.case(9, 6, 50)
     with pytest.MonkeyPatch.context() as patch:
         asked = []
-        room = exact.room_for_logits
-        patch.setattr(exact, "room_for_logits", lambda *args: asked.append(args[-1]) or room(*args))
+        workspace = exact.logits_workspace
+        patch.setattr(exact, "logits_workspace", lambda *args: asked.append(args[-1]) or workspace(*args))
         linear_logps(case.hidden, case.weight, case.labels, workspace_mb=1)
         linear_logps(case.hidden.clone().requires_grad_(), case.weight, case.labels, workspace_mb=1)
         assert not any(asked)

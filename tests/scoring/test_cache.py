@@ -47,7 +47,7 @@ def make_manifest(dataset):
 
 
 def numbers(dataset, kappa=0.7, first=0, last=None):
-    """Of the pairs first..last−1: counts, so that every state's place can be read off its number."""
+    """Return the numbers of the pairs first..last−1: counts, so that a number shows its state's place."""
     layout, last = ScoreLayout.of(dataset), len(dataset) if last is None else last
     lse = torch.arange(float(layout.num_states))[layout.bounds[2 * first] : layout.bounds[2 * last]]
     ref_logps = torch.arange(2.0 * len(dataset)).view(-1, 2)[first:last]
@@ -56,7 +56,7 @@ def numbers(dataset, kappa=0.7, first=0, last=None):
 
 @pytest.fixture
 def write(dataset, make_manifest):
-    """A finished cache with so many pairs a shard."""
+    """Write a finished cache with so many pairs per shard."""
 
     def write(folder, shard=2, **changes):
         manifest = make_manifest(**changes)
@@ -183,7 +183,7 @@ def test_a_full_disk_keeps_the_old_scores_and_the_whole_shards(write, dataset, m
 
     with monkeypatch.context() as patch:
         patch.setattr("tvkd_fast.scoring.cache.save_file", full)
-        with pytest.raises(ValueError, match=r"could not save scores to .*No space left.* goes on from pair 1 of 3"):
+        with pytest.raises(ValueError, match=r"could not save scores to .*No space left.* to resume at pair 1 of 3"):
             writer.write(numbers(dataset, 1.0, 1, 3))
     assert ScoreCache.load(tmp_path / "scores", dataset).manifest.kappa == 0.7
     assert ScoreWriter(tmp_path / "scores", make_manifest(kappa=1.0), layout).pairs == 1
@@ -236,7 +236,7 @@ def test_an_older_fingerprint_is_read_and_compared_with_no_model(write, dataset,
     cache = ScoreCache.load(write(tmp_path / "scores"), dataset)
     cache.check(kappa=0.7, precision="float32", tokenizer="t" * 64)
     for name in ("teacher", "reference"):
-        with pytest.raises(ValueError, match=rf"this run's {name} cannot be told: .* run `tvkd score` again"):
+        with pytest.raises(ValueError, match=rf"this run's {name} cannot be determined: .* run `tvkd score` again"):
             cache.check(**{name: f"model:{'e' * 64}"})
 
 

@@ -1,4 +1,4 @@
-"""How many examples hypothesis draws: few where every change is tested, all of them in the tiers that CI adds."""
+"""The number of examples that hypothesis draws: few in the first tier, all of them in the tiers that CI adds."""
 
 import os
 from typing import Any
@@ -7,7 +7,7 @@ from hypothesis import settings
 
 THOROUGH = os.environ.get("TVKD_DRAWS", "few") == "all"
 FEW = 6
-"""In the first tier a test draws one in so many of its examples, but no fewer than `LEAST` and no more than `MOST`."""
+"""The divisor of a test's examples in the first tier, which draws at least `LEAST` and at most `MOST`."""
 LEAST, MOST = 5, 25
 
 

@@ -213,11 +213,11 @@ def test_a_row_count_that_is_no_whole_number_is_refused(n: Any) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_more_rows_than_there_are_is_refused_with_the_maximum(split: Split) -> None:
-    most = max_rows(split)
-    assert most >= 2 * DEFAULT_ROWS[split]
-    assert len(preference_rows(split, most)) == most
-    with pytest.raises(ValueError, match=f"ask for at most {most}"):
-        preference_rows(split, most + 1)
+    limit = max_rows(split)
+    assert limit >= 2 * DEFAULT_ROWS[split]
+    assert len(preference_rows(split, limit)) == limit
+    with pytest.raises(ValueError, match=f"ask for at most {limit}"):
+        preference_rows(split, limit + 1)
 
 
 def test_a_foreign_prompt_has_no_judge() -> None:

@@ -66,7 +66,7 @@ def test_what_comes_back_goes_on_bit_for_bit(tmp_path):
 
 
 def test_training_may_go_on_while_it_is_saved(tmp_path):
-    """What is saved is what was there when the save began."""
+    """Test that a save holds the weights of the moment when it began."""
     model, optimizer = made()
     before = [p.detach().clone() for p in model.parameters()]
     checkpoints = Checkpoints(tmp_path, ALONE, keep=1)

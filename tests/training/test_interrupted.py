@@ -1,4 +1,4 @@
-"""Runs that are told to stop, that meet a step which is not finite, and what is left to look at afterwards."""
+"""Runs that are stopped, that meet a step which is not finite, and what is left to look at afterwards."""
 
 import json
 import math
@@ -96,13 +96,13 @@ def test_a_step_that_is_not_finite_says_which_rows_and_what_to_try(ended):
     config, error = ended
     assert error.startswith("the loss or the gradient of step 4 is NaN or inf, and the weights were left as they were")
     assert len(re.findall(r"train\.jsonl row \d+", error)) == 4
-    for told in (
+    for text in (
         f"`tvkd replay {config.output_dir}/nonfinite-step-000003.json`",
         "--optim.lr",
         "--nonfinite skip",
         "the newest checkpoint is step-000002",
     ):
-        assert told in error
+        assert text in error
 
 
 def test_a_step_that_is_not_finite_leaves_its_pairs(broken):
@@ -115,12 +115,12 @@ def test_a_step_that_is_not_finite_leaves_its_pairs(broken):
 def test_it_is_replayed_pair_by_pair(broken, capsys):
     file = str(Path(broken.output_dir) / "nonfinite-step-000003.json")
     cli.main(["replay", file])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     record = json.loads(Path(file).read_text())
-    rows = said.splitlines()[1:5]
+    rows = output.splitlines()[1:5]
     assert sorted(int(row.split()[0]) for row in rows) == record["pairs"]
     # The weights were poisoned in memory alone.
-    assert "every pair is finite alone, under the weights of the newest checkpoint" in said
+    assert "every pair is finite alone, under the weights of the newest checkpoint" in output
     assert all(math.isfinite(float(row.split()[2])) for row in rows)
 
 

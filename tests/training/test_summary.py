@@ -27,12 +27,12 @@ def test_the_card_says_what_the_model_was_made_of_and_no_path(make_config, run, 
 
 def test_the_table_ends_a_run(make_config, capsys):
     train(make_config(max_steps=3))
-    said = capsys.readouterr().out.splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in said if line.split()}
+    output = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in output if line.split()}
     assert rows["step"] == ["1", "3"]
     assert len(rows["loss"]) == 2
     assert "eval/accuracy" in rows
-    assert any(line.startswith("AdamW's two moments, GB") for line in said)
+    assert any(line.startswith("AdamW's two moments, GB") for line in output)
 
 
 def test_memory_and_arithmetic_are_counted_by_part(model_folder):

@@ -34,7 +34,7 @@ def same(a, b):
 
 
 def training_lines(config):
-    """Without what depends on the clock."""
+    """Return the lines of the run's metrics without the fields that depend on the clock."""
     measured = {"tokens_per_s", "pairs_per_s", "data_wait", "peak_memory_gb"}
     return [{k: v for k, v in line.items() if k not in measured} for line in lines(config)]
 
@@ -279,8 +279,10 @@ def test_tensorboard_gets_the_metrics_where_it_is_installed(make_config, run):
 
 
 def test_trackers_get_the_metrics_where_they_are_asked_for(make_config, run, monkeypatch):
-    told, begun, ended = [], [], []
-    tracked = SimpleNamespace(log=lambda metrics, step: told.append((step, metrics)), finish=lambda: ended.append(True))
+    logged, begun, ended = [], [], []
+    tracked = SimpleNamespace(
+        log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: ended.append(True)
+    )
 
     def init(**options):
         begun.append(options)
@@ -289,8 +291,8 @@ def test_trackers_get_the_metrics_where_they_are_asked_for(make_config, run, mon
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init))
     run(make_config(max_steps=2, trackers=["trackio"]))
     assert begun[0]["config"]["max_steps"] == 2
-    assert [step for step, metrics in told if "loss" in metrics] == [1, 2]
-    assert all("step" not in metrics for _, metrics in told)
+    assert [step for step, metrics in logged if "loss" in metrics] == [1, 2]
+    assert all("step" not in metrics for _, metrics in logged)
     assert ended == [True]
 
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(command: str, fields: dict[str, Any]) -> None:
-    """One command with its fields already typed."""
+    """Run one command, whose fields are typed already."""
     module, config = import_module(f"tvkd_fast.commands.{command}"), COMMANDS[command][0](**fields)
     if isinstance(config, DemoConfig):
         module.run(config, load_recipe(config.recipe))

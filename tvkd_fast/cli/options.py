@@ -77,10 +77,10 @@ ELSEWHERE = {
     "max_new_tokens": "max_completion_length max_tokens",
     "compare": "models",
 }
-"""By an option, with a value where only that means the same, what other trainers call it. The first option that a
+"""Other trainers' names of an option, by option, with a value where only that means the same. The first option that a
 command has is named, so that `model` is the policy of one that has a policy, and the teacher of `tvkd explain`."""
 
-SAID = {
+REMEDIES = {
     "accumulation follows from --pairs_per_step, the pairs of a step, and --tokens_per_micro_batch": (
         "accumulate_grad_batches grad_accum gradient_accumulation gradient_accumulation_steps"
     ),
@@ -99,7 +99,7 @@ SAID = {
     "the policy's own tokenizer makes the tokens: save the one that you want in its folder": (
         "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_path processing_class"
     ),
-    "`tvkd score` keeps what reference and teacher say: --scores FOLDER reads it": (
+    "`tvkd score` keeps the numbers of reference and teacher: --scores FOLDER reads it": (
         "precompute_ref_log_probs precompute_reference precompute_teacher"
     ),
     "tokens are made before the first step, and need no workers": (
@@ -111,7 +111,7 @@ SAID = {
         "chat_template chat_template_path template"
     ),
 }
-"""By what there is instead, options of other trainers that are none here."""
+"""Options of other trainers that do not exist here, by what exists instead."""
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
@@ -127,7 +127,7 @@ def hint(word: str, known: Sequence[str]) -> str:
         for option, theirs in ELSEWHERE.items():
             if names in theirs.split() and option.split()[0] in known:
                 return f" Did you mean --{option}?"
-        for sentence, theirs in SAID.items():
+        for sentence, theirs in REMEDIES.items():
             if names in theirs.split() and all(x in known for x in re.findall(r"--([\w.]*\w)", sentence)):
                 return f" {sentence[0].upper()}{sentence[1:]}."
     same = [option for option in known if _letters(option) == _letters(word)] or [
@@ -154,7 +154,7 @@ def _likeness(word: str, option: str) -> float:
 def in_options(message: str, config: type | None, known: Sequence[str]) -> str:
     """Rewrite the parser's message in one line, with options as they are typed and what a value should be.
 
-    `config` is the command's, whose types and defaults say what a value looks like.
+    `config` is the command's, whose types and defaults show what a value looks like.
     """
     missing = re.fullmatch(r"the following arguments are required: (.*)", message)
     if missing:
@@ -177,7 +177,7 @@ def in_options(message: str, config: type | None, known: Sequence[str]) -> str:
 
 
 def _wants(message: str, name: str, given: str, config: type | None) -> str:
-    """Describe what a value of the option should be; empty where the message does not tell."""
+    """Describe what a value of the option should be; empty where the message gives no type."""
     choice = re.search(r"Literal\[([^\]]*)\]", message)
     kinds = [kind for kind in dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", message)) if kind != "NoneType"]
     inside = [part for part in re.split(r"[\s,;]+", given.strip("()[]{} ")) if part]

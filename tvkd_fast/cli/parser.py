@@ -25,7 +25,7 @@ from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.version import __version__
 
 COMMANDS: dict[str, tuple[type, str]] = {
-    "score": (ScoreConfig, "run teacher and reference once over the data and keep one float a state"),
+    "score": (ScoreConfig, "run teacher and reference once over the data and keep one float per state"),
     "train": (TrainConfig, "train a policy by an objective"),
     "eval": (EvalConfig, "evaluate a policy, or several (--model A --model B), on preference pairs (--data PAIRS)"),
     "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
@@ -53,7 +53,7 @@ class Parser(ArgumentParser):
         # An error in a YAML file reaches the outer parser, which names the command in the message.
         command = re.search(rf"\b({'|'.join(COMMANDS)})\b", f"{self.prog} {message}")
         known = self.known or (parser_of(command[1]).known if command else ())
-        said = in_options(message, COMMANDS[command[1]][0] if command else None, known)
+        refusal = in_options(message, COMMANDS[command[1]][0] if command else None, known)
         unknown = re.search(
             r"unrecognized arguments: (\S+)|does not accept option '([^']+)'|Key '([^']+)'|"
             r'Parser key "([^"]+)":\s+Unable to load config',
@@ -64,8 +64,8 @@ class Parser(ArgumentParser):
         if command and command[1] in ONLY_HELD_OUT:
             known = tuple(option for option in known if not option.startswith("data.train"))
         more = (self._of_another_objective(words[0]) or hint(words[0], known)) if words else ""
-        said = f"{said.rstrip('.')}.{more}" if more else said
-        print_once(f"{name}: error: {said}\nAll options: {name} --help")
+        refusal = f"{refusal.rstrip('.')}.{more}" if more else refusal
+        print_once(f"{name}: error: {refusal}\nAll options: {name} --help")
         raise SystemExit(2)
 
     def _of_another_objective(self, option: str) -> str:

@@ -14,7 +14,7 @@ from tvkd_fast.scoring.cache import describe
 
 def scores(arguments: list[str]) -> None:
     """`tvkd scores FOLDER`, or a file in it: what is in a score cache, once every byte matches its checksum."""
-    _usage(arguments, "tvkd scores FOLDER: what is in a folder that `tvkd score` wrote", most=1)
+    _usage(arguments, "tvkd scores FOLDER: what is in a folder that `tvkd score` wrote", maximum=1)
     path = Path(os.path.expanduser(arguments[0]))
     print(describe(path.parent if path.is_file() else path))
 
@@ -22,10 +22,10 @@ def scores(arguments: list[str]) -> None:
 def replay(arguments: list[str]) -> None:
     """`tvkd replay FILE`: the pairs of a step that was not finite, one by one."""
     from tvkd_fast.commands.replay import replay as replay_record
-    from tvkd_fast.commands.replay import told
+    from tvkd_fast.commands.replay import report
 
-    _usage(arguments, "tvkd replay OUTPUT_DIR/nonfinite-step-NNNNNN.json: the step's pairs, one by one", most=1)
-    print(told(replay_record(arguments[0])))
+    _usage(arguments, "tvkd replay OUTPUT_DIR/nonfinite-step-NNNNNN.json: the step's pairs, one by one", maximum=1)
+    print(report(replay_record(arguments[0])))
 
 
 def plot(arguments: list[str]) -> None:
@@ -61,8 +61,8 @@ def export(arguments: list[str]) -> None:
     print(export_checkpoint(given.checkpoint, folder, policy=given.policy, trust_remote_code=trust))
 
 
-def _usage(arguments: list[str], usage: str, *, most: int = 10**6) -> None:
-    if 1 <= len(arguments) <= most and not any(argument.startswith("-") for argument in arguments):
+def _usage(arguments: list[str], usage: str, *, maximum: int = 10**6) -> None:
+    if 1 <= len(arguments) <= maximum and not any(argument.startswith("-") for argument in arguments):
         return
     print(f"usage: {usage}", file=sys.stderr)
     raise SystemExit(0 if arguments == ["--help"] else 2)
@@ -77,7 +77,7 @@ WITHOUT_OPTIONS: dict[str, Callable[[list[str]], None]] = {
 """Commands that are given a folder or a file."""
 
 BENCHMARKS = {"head": "bench.head", "values": "bench.head.values", "step": "bench.step"}
-"""What `tvkd bench` runs of the checkout's bench/, by name."""
+"""The modules of the checkout's bench/ that `tvkd bench` runs, by name."""
 
 
 def bench(arguments: list[str]) -> None:

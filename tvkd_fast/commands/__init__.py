@@ -1,1 +1,1 @@
-"""What each command does, from its config to done: one file per command, and what they share."""
+"""The commands, from config to result: one file per command, and the code that they share."""

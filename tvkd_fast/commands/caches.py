@@ -1,4 +1,4 @@
-"""Which cache of scores serves a run."""
+"""The choice of the score cache that serves a run."""
 
 from __future__ import annotations
 

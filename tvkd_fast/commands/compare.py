@@ -55,20 +55,22 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
     count = min(config.generate_prompts, len(every))
     texts = [every[i * len(every) // count] for i in range(count)]
     prompts = [text.prompt for text in texts]
-    said: dict[str, list[str]] = {}
+    replies: dict[str, list[str]] = {}
     for name in _asked(config):
         tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
         model = load_policy(name, replace(config.model, packing="padded"), frozen=True).model
-        said[name] = []
+        replies[name] = []
         for start in range(0, count, AT_ONCE):
             here = slice(start, start + AT_ONCE)
-            said[name] += answers(model, tokenizer, prompts[here], max_new_tokens=config.max_new_tokens, of=texts[here])
+            replies[name] += answers(
+                model, tokenizer, prompts[here], max_new_tokens=config.max_new_tokens, of=texts[here]
+            )
     folder = Path(config.generate)
     pages = folder / "answers.md", folder / "answers.html"
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        pages[0].write_text(markdown_page(prompts, said), encoding="utf-8")
-        pages[1].write_text(html_page(prompts, said), encoding="utf-8")
+        pages[0].write_text(markdown_page(prompts, replies), encoding="utf-8")
+        pages[1].write_text(html_page(prompts, replies), encoding="utf-8")
     return pages
 
 
@@ -81,7 +83,7 @@ def open_outputs(config: EvalConfig) -> None:
 
 
 def check_can_answer(config: EvalConfig) -> None:
-    """ValueError where `config.generate` is set and a model has no chat template to be asked by."""
+    """Raise ValueError where `config.generate` is set and a model has no chat template to be asked by."""
     for name in _asked(config) if config.generate is not None else ():
         if not load_tokenizer(name, trust_remote_code=config.model.trust_remote_code).chat_template:
             raise ValueError(f"{name} has no chat template, so it cannot be asked: leave out --generate")

@@ -1,6 +1,6 @@
-"""The whole road on one machine: a teacher by DPO, a pruned student, the teacher's scores, TVKD and DPO side by side.
+"""The demo on one machine: a teacher by DPO, a pruned student, the teacher's scores, TVKD and DPO side by side.
 
-Each stage leaves a folder under `out` and is passed over when the road is walked again there.
+Each stage leaves a folder under `out`, and a rerun skips the stages that have finished there.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ STAGE = "stage.json"
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """The whole road: `tvkd demo`."""
+    """The settings of `tvkd demo`: a teacher, a student, the teacher's scores, and TVKD beside DPO."""
 
     out: str = "out/demo"
     """Folder for models, scores, metrics, report.json and curves.png."""
     recipe: str = "demo"
     """Training recipe of the student: a name in tvkd_fast/recipes or a YAML file."""
     quick: bool = False
-    """The same road in under a minute: fewer steps and pairs. Its figures mean little."""
+    """The same stages in under a minute: fewer steps and pairs. Its figures mean little."""
     train: str | None = None
     """Training pairs instead of the recipe's."""
     eval: str | None = None
@@ -84,8 +84,8 @@ class DemoConfig:
             self.steps = self.steps or 3
 
 
-def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Walk the road and return the report, which is also written to `out/report.json` beside `out/curves.png`."""
+def run_demo(config: DemoConfig, recipe: TrainConfig, *, report_line: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run all stages and return the report, which is also written to `out/report.json` beside `out/curves.png`."""
     out = Path(config.out)
     recipe = _adapt(config, recipe)
     _check(config, recipe)
@@ -103,14 +103,14 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
     _claim(out, settings)
     for name, stage in stages.items():
         if _finished(out / name):
-            say(f"{name}: done already")
+            report_line(f"{name}: done already")
             continue
-        say(f"{name} …")
+        report_line(f"{name} …")
         since = time.perf_counter()
         stage()
         made = provenance() | {"seconds": round(time.perf_counter() - since, 1)}
         (out / name / STAGE).write_text(json.dumps(made, indent=2) + "\n")
-    say("evaluation …")
+    report_line("evaluation …")
     report = _report(config, recipe, out)
     report["stages"] = {n: json.loads(p.read_text()) for n in stages if (p := out / n / STAGE).exists()}
     report["seconds"] = round(time.perf_counter() - started, 1)
@@ -119,17 +119,17 @@ def walk(config: DemoConfig, recipe: TrainConfig, *, say: Callable[[str], None] 
     report = json.loads(text)
     with written(out / "report.json"):
         (out / "report.json").write_text(text + "\n")
-    say(table(report))
+    report_line(table(report))
     start = _start_line(report)
     runs = {name.upper(): [start, *read_metrics(out / name / "metrics.jsonl")] for name in (plain.name, shaped.name)}
     data = Path(str(recipe.data.train)).name
     plot_curves(runs, out / "curves.png", title=f"{data}: one start, one seed, the same pairs in the same order")
-    say(f"\nwrote {out / 'report.json'} and {out / 'curves.png'} in {report['seconds']:.0f} s")
+    report_line(f"\nwrote {out / 'report.json'} and {out / 'curves.png'} in {report['seconds']:.0f} s")
     return report
 
 
 def table(report: dict[str, Any]) -> str:
-    """The four models of a report as text."""
+    """Return the table of a report's four models as text."""
     judged = "judged" in report["start"]
     head = f"{'':<10}{'accuracy':>16}{'margin (nats)':>20}{'reward accuracy':>17}" + (
         f"{'good answers':>14}" if judged else ""
@@ -168,19 +168,19 @@ def _adapt(config: DemoConfig, recipe: TrainConfig) -> TrainConfig:
 
 
 def _check(config: DemoConfig, recipe: TrainConfig) -> None:
-    """What would otherwise fail only after the teacher was trained."""
+    """Raise ValueError early where a later stage would fail."""
     if recipe.student_layers is None:
-        raise ValueError("the road prunes its student: set student_layers in the recipe")
+        raise ValueError("the demo prunes its student: set student_layers in the recipe")
     if recipe.data.train is None or recipe.data.eval is None:
         raise ValueError(
-            "the road needs training and held-out pairs: set --train and --eval, or name them in the recipe"
+            "the demo needs training and held-out pairs: set --train and --eval, or name them in the recipe"
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the road draws its curves with matplotlib: pip install 'tvkd_fast[plot]'")
+        raise ValueError("the demo draws its curves with matplotlib: pip install 'tvkd_fast[plot]'")
 
 
 def _base(recipe: TrainConfig, folder: Path) -> None:
-    """The recipe's policy in a folder, so that a GGUF file is dequantised once."""
+    """Save the recipe's policy in a folder, so that a GGUF file is dequantised once."""
     save_final(load_model(recipe.policy), None, load_tokenizer(recipe.policy), folder / FINAL)
 
 
@@ -273,7 +273,7 @@ def _run(recipe: TrainConfig, out: Path, objective: Objective) -> None:
 
 
 def _used(recipe: TrainConfig) -> DataConfig:
-    """No more training rows than the run takes pairs: what is not trained on need not be scored."""
+    """Limit the training rows to the pairs that the run takes, so that no others are scored."""
     if recipe.max_steps is None:
         return recipe.data
     rows = recipe.max_steps * recipe.pairs_per_step
@@ -281,7 +281,7 @@ def _used(recipe: TrainConfig) -> DataConfig:
 
 
 def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any]:
-    """The four models on the held-out pairs, and their answers to bundled prompts; each is loaded once."""
+    """Measure the four models on the held-out pairs, and collect their answers to bundled prompts."""
     tokenizer = load_tokenizer(out / "student" / FINAL)
     stops = load_stop_ids(out / "student" / FINAL)
     held_out = load_dataset("eval", recipe.data, tokenizer, micro_batching(recipe), stop_ids=stops)
@@ -315,7 +315,7 @@ def _report(config: DemoConfig, recipe: TrainConfig, out: Path) -> dict[str, Any
 
 
 def _start_line(report: dict[str, Any]) -> dict[str, Any]:
-    """Where both curves begin."""
+    """Return the first point of both curves."""
     return {"step": 0, "eval/accuracy": report["start"]["accuracy"], "eval/margin": report["start"]["margin"]}
 
 
@@ -324,17 +324,18 @@ def _finished(folder: Path) -> bool:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """One folder holds one road: finished stages of another's would pass for this one's."""
+    """Record the settings in the folder, and refuse one that holds a demo with others: its stages would be reused."""
     ready_folder(out)
     path, text = out / "road.json", json.dumps(settings, indent=2) + "\n"
     if path.exists() and path.read_text() != text:
-        raise ValueError(f"{out} holds a road with other settings: give --out a folder of its own, or remove that one")
+        raise ValueError(f"{out} holds a demo with other settings: give --out a folder of its own, or remove that one")
     path.write_text(text)
 
 
 def provenance(threads: int | None = None) -> dict[str, Any]:
-    """Versions, commit and machine: what stands beside every figure. `threads` where others than this process's took
-    part.
+    """Return the versions, commit and machine that accompany every figure.
+
+    Pass `threads` where other processes took part.
     """
     import transformers
 
@@ -351,7 +352,7 @@ def provenance(threads: int | None = None) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that the package runs from, with + where it was changed; None outside a checkout."""
+    """Return the commit of the checkout that the package runs from, with + where it was changed; None outside one."""
     folder = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
@@ -370,7 +371,7 @@ def _processor() -> str:
 
 
 def run(config: DemoConfig, recipe: TrainConfig) -> None:
-    """The demo, in one process."""
+    """Run the demo in one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("tvkd demo is one process's: start it without torchrun")
-    walk(config, recipe)
+        raise ValueError("tvkd demo runs in one process: start it without torchrun")
+    run_demo(config, recipe)

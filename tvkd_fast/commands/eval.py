@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """One evaluation: `tvkd eval`."""
+    """The settings of one evaluation: `tvkd eval`."""
 
     policy: str
     """Model to evaluate."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 WARM, COLD = (193, 68, 14), (38, 103, 165)
-"""Where the potential rises, and where it falls."""
+"""The colours of a rising and of a falling potential."""
 
 STYLE = """
 body { font: 15px/1.9 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }
@@ -153,9 +153,9 @@ def _html(prompt: str, heats: tuple[Heat, Heat], loss: TVKD) -> str:
         spans = []
         for i, (token, step) in enumerate(zip(heat.tokens, heat.steps, strict=True)):
             strength, (red, green, blue) = _colour(step, scale)
-            said = f"step {step:+.4f}, V {heat.values[i]:.3f} to {heat.values[i + 1]:.3f}"
+            title = f"step {step:+.4f}, V {heat.values[i]:.3f} to {heat.values[i + 1]:.3f}"
             style = f"background: rgba({red}, {green}, {blue}, {strength:.2f})"
-            spans.append(f'<span style="{style}" title="{said}">{escape(token)}</span>')
+            spans.append(f'<span style="{style}" title="{title}">{escape(token)}</span>')
         parts.append(f"<h2>{heat.name}: Ψ = {heat.total:+.3f}</h2>")
         parts.append(f'<p class="response">{"".join(spans)}</p>')
     return page("What the teacher's value does", STYLE, "\n".join(parts))
@@ -170,7 +170,7 @@ def _title(loss: TVKD) -> str:
 
 
 def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the text; one that ends within a letter adds nothing, and the next all of it."""
+    """Return the text that each token adds; one that ends within a letter adds nothing, and the next all of it."""
     texts, before = [], ""
     for i in range(len(ids)):
         text = tokenizer.decode(ids[: i + 1])
@@ -216,7 +216,7 @@ def _rectangle(x: float, y: float, width: float, height: float, **style: Any) ->
 
 @dataclass(kw_only=True)
 class ExplainConfig:
-    """One pair under a teacher: `tvkd explain`."""
+    """The settings of `tvkd explain`: one pair under a teacher."""
 
     teacher: str
     """The teacher; its tokenizer makes the tokens."""
@@ -237,5 +237,5 @@ class ExplainConfig:
 
 
 def run(config: ExplainConfig) -> None:
-    """Draw the pair, and say where."""
+    """Draw the pair, and print the file's path."""
     print("\n".join(map(str, explain(config))))

@@ -11,7 +11,7 @@ import torch
 
 from tvkd_fast.commands.final import save_final
 from tvkd_fast.commands.models import load_policy
-from tvkd_fast.distributed import World, whole_weights
+from tvkd_fast.distributed import World, full_weights
 from tvkd_fast.files import ready_folder
 from tvkd_fast.models import fingerprint_model, is_adapter, load_tokenizer, merged
 from tvkd_fast.models.settings import ModelConfig
@@ -44,7 +44,7 @@ def export(
         config = replace(config, policy=str(policy))
     target = path.resolve().parents[1] / EXPORTED / path.name if folder is None else Path(expanduser(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already: give another folder, or remove it")
+        raise ValueError(f"{target} exists already: give another folder, or remove it")
     ready_folder(target.parent)
     world = World(torch.device("cpu"))
     checkpoints = Checkpoints(path.parent, world, keep=1)
@@ -65,7 +65,7 @@ def export(
     checkpoints.load_weights(path, start)
     card = model_card(replace(config, max_steps=step), None)
     if any(is_adapter(name) for name, _ in start.named_parameters()):
-        save_final(*merged(start.model, whole_weights(start)), tokenizer, target, card)
+        save_final(*merged(start.model, full_weights(start)), tokenizer, target, card)
     else:
         save_final(start.model, None, tokenizer, target, card)
     return target

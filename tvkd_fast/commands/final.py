@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tvkd_fast.distributed import World, whole_weights
+from tvkd_fast.distributed import World, full_weights
 from tvkd_fast.files import whole_folder
 from tvkd_fast.models import (
     PolicyWithHead,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FINAL, ADAPTER = "final", "adapter"
 
 EXPORTED = "exported.json"
-"""The file beside final/ that says which run its model is from."""
+"""The file beside final/ that identifies the run of its model."""
 
 
 def save_final(
@@ -47,7 +47,7 @@ def save_trained(
     """Save a policy that processes share, as `save_final` does; the first process writes. Adapters are merged, and also
     saved by themselves beside the model."""
     adapted = any(is_adapter(name) for name, _ in policy.named_parameters())
-    weights = whole_weights(policy) if world.mesh is not None or adapted else None
+    weights = full_weights(policy) if world.mesh is not None or adapted else None
     problem = None
     if world.first:
         try:
@@ -62,6 +62,6 @@ def save_trained(
             if world.size == 1:
                 raise
             problem = str(error)
-    problem = world.told(problem)
+    problem = world.broadcast(problem)
     if problem is not None:
         raise ValueError(problem)

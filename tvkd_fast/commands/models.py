@@ -1,4 +1,4 @@
-"""A run's models: the policy as its config wants it, and the frozen ones that it is taught by and held to."""
+"""A run's models: the policy as its config wants it, and the frozen teacher and reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ import torch
 from tvkd_fast.commands.refusals import check_device, check_lora, lora_of
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, packed_length, retokenize
 from tvkd_fast.data.data_config import DataConfig
-from tvkd_fast.distributed import World, can_share_vocabulary, checkpoint_activations, fill, joined, shard_policy
+from tvkd_fast.distributed import (
+    World,
+    can_share_vocabulary,
+    checkpoint_activations,
+    fill,
+    init_distributed,
+    shard_policy,
+)
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import (
     EmptyModel,
@@ -49,7 +56,7 @@ P = TypeVar("P", bound=PolicyWithHead)
 
 
 class RunConfig(Protocol):
-    """What the configs of train, score and eval have in common."""
+    """The fields that the configs of train, score and eval have in common."""
 
     policy: str
     reference: str | None
@@ -64,7 +71,7 @@ class RunConfig(Protocol):
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the processes of a run share its models."""
+    """The layout of a run's models over its processes."""
 
     world: World
     parallel: ParallelConfig
@@ -72,7 +79,7 @@ class Sharing:
     """Most that a process sends through a model at once."""
 
     def of_vocabulary(self, policy: PolicyWithHead) -> bool:
-        """Whether the head stays in shards, and the tokens of every process are sent to it."""
+        """Return whether the head stays in shards, and the tokens of every process are sent to it."""
         if self.parallel.vocabulary != "auto":
             return self.parallel.vocabulary == "shared"
         group = self.world.size // self.parallel.replicas
@@ -91,10 +98,10 @@ class FrozenModels:
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """None where the teacher reads the policy's tokens."""
     world: World | None = None
-    """Over which they are sharded."""
+    """The processes that they are sharded over."""
 
     def known(self) -> frozenset[Need]:
-        """What of an objective's needs these models can score."""
+        """Return the needs of an objective that these models can score."""
         found = {Need.REJECTED}
         if self.reference is not None:
             found.add(Need.REFERENCE)
@@ -216,7 +223,7 @@ def frozen_copy(policy: PolicyWithHead) -> PolicyWithHead:
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
-    """Where the run's models live; ValueError where the device asked for is not there."""
+    """Return the device of the run's models. Raises ValueError where that device does not exist."""
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     if config.return_memory:
@@ -325,7 +332,8 @@ def _load_reference(
 
 
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig, *, whose: str) -> None:
-    """ValueError where the reference `name` has another tokenizer than the model whose tokens it is asked about."""
+    """Raise ValueError where the reference `name` has another tokenizer than the model whose tokens it is asked
+    about."""
     other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours == theirs:
@@ -344,7 +352,7 @@ def _autocast(config: ModelConfig) -> torch.dtype | None:
 
 def world_of(config: RunConfig) -> AbstractContextManager[World]:
     parallel = config.parallel
-    return joined(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
+    return init_distributed(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
 
 
 def sharing_of(config: RunConfig, world: World) -> Sharing:

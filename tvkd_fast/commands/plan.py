@@ -60,7 +60,7 @@ def plan(config: TrainConfig) -> str:
     passes = pairs_of_epochs(config.epochs, pairs) / config.pairs_per_step if pairs else None
     steps = config.max_steps or (math.ceil(passes) if passes else None)
     found = Footprint(config, policy, teacher, tokens, int(os.environ.get("WORLD_SIZE", config.nproc)))
-    a_step, operations = config.pairs_per_step * tokens.of(config.model.packing, compares(config)), found.arithmetic()
+    per_step, operations = config.pairs_per_step * tokens.of(config.model.packing, compares(config)), found.arithmetic()
     lines = [
         f"objective   {config.objective}: {config.loss.describe()}",
         f"policy      {_shape_line(policy)}",
@@ -69,11 +69,11 @@ def plan(config: TrainConfig) -> str:
         f"data        {source}",
         f"steps       {steps if steps else 'set --max_steps, or give data that can be counted'}: "
         f"{config.pairs_per_step} pairs each, {_batching_line(config)}",
-        f"a step      {a_step:,.0f} tokens{'' if pairs else ' at most'}, {operations:.2e} floating-point operations",
+        f"a step      {per_step:,.0f} tokens{'' if pairs else ' at most'}, {operations:.2e} floating-point operations",
     ]
     if steps:
         taken = config.max_steps or passes or 0
-        lines[-1] += f"; in all {taken * a_step:,.0f} and {taken * operations:.2e}"
+        lines[-1] += f"; in all {taken * per_step:,.0f} and {taken * operations:.2e}"
     return "\n".join([*lines, *_memory_lines(found)])
 
 
@@ -83,10 +83,10 @@ def _memory_lines(found: Footprint) -> Iterator[str]:
     yield f"memory      of {whose} at its peak, {moment}"
     peak = sum(held.values())
     yield from _sizes(held | {"in all": peak})
-    room = _room(found.config)
-    if room is not None:
-        (line,) = _sizes({"there is": room})
-        yield f"{line}: {_verdict(found, peak, room)}"
+    memory = _device_memory(found.config)
+    if memory is not None:
+        (line,) = _sizes({"available": memory})
+        yield f"{line}: {_verdict(found, peak, memory)}"
     else:
         yield "            --device_memory_gib N says whether that fits, and what would"
     if found.config.model.device == "auto" and not _on_gpu(found.config):
@@ -117,10 +117,10 @@ def on_a_cpu(config: TrainConfig, held: dict[str, float]) -> dict[str, float]:
     return held | more
 
 
-def _verdict(found: Footprint, peak: float, room: float) -> str:
-    if peak <= room:
-        return f"it fits, {1 - peak / room:.0%} to spare"
-    fitting = [name for name, one in _smaller(found) if sum(_held(one)[1].values()) <= room]
+def _verdict(found: Footprint, peak: float, memory: float) -> str:
+    if peak <= memory:
+        return f"it fits, {1 - peak / memory:.0%} to spare"
+    fitting = [name for name, one in _smaller(found) if sum(_held(one)[1].values()) <= memory]
     remedy = f"what would: {', or '.join(fitting)}" if fitting else "nor would what is cheap to try"
     return f"it does not fit; {remedy}"
 
@@ -153,7 +153,7 @@ def _on_gpu(config: TrainConfig) -> bool:
     return torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda"
 
 
-def _room(config: TrainConfig) -> float | None:
+def _device_memory(config: TrainConfig) -> float | None:
     """Return the memory of a process's device in bytes: as configured, or that of the GPU found here."""
     if config.device_memory_gib is not None:
         return config.device_memory_gib * GIB
@@ -183,7 +183,8 @@ def _tokens(config: TrainConfig, policy: ModelShape) -> tuple[PairTokens, int, s
 
 
 def _counted(source: str) -> bool:
-    """Whether the data can be counted on this machine. A name with a file's suffix is never looked up on the hub."""
+    """Return whether the data can be counted on this machine. A name with a file's suffix is never looked up on the
+    hub."""
     return source.startswith("bundled:") or Path(source).exists() or source.endswith(FILE_SUFFIXES)
 
 
@@ -226,7 +227,7 @@ def tokens_of(dataset: PairDataset) -> PairTokens:
 def _batching_line(config: TrainConfig) -> str:
     if config.model.packing == "padded":
         return f"padded, in micro-batches of {config.pairs_per_micro_batch} pairs"
-    prompts = "once a pair" if config.model.packing == "shared" else "once a response"
+    prompts = "once per pair" if config.model.packing == "shared" else "once per response"
     return f"packed in rows of {config.tokens_per_micro_batch:,} tokens, each prompt {prompts}"
 
 

@@ -49,7 +49,7 @@ def new_figure(width: float, height: float, **options: Any) -> Figure:
 def plot_curves(
     runs: dict[str, list[dict[str, Any]]], path: Path, *, title: str, panels: Sequence[tuple[str, str]] = PANELS
 ) -> None:
-    """Held-out accuracy and margin, and the training loss, against the step, a line a run; written as PNG.
+    """Held-out accuracy and margin, and the training loss, against the step, one line per run; written as PNG.
 
     `runs` maps a run's name to the lines of its metrics.jsonl, `panels` a metric to its title. Needs matplotlib.
     """

@@ -1,4 +1,4 @@
-"""From a training config to what a trainer is given: models, data and scores that fit each other."""
+"""A trainer's inputs from a training config: models, data and scores that fit each other."""
 
 from __future__ import annotations
 

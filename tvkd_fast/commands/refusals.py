@@ -1,4 +1,4 @@
-"""What a run refuses before it loads a weight, shared by `tvkd train` and its dry run."""
+"""The refusals of a run before it loads a weight, shared by `tvkd train` and its dry run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tvkd_fast.training.train_config import TrainConfig
 
 
 def check_run(config: TrainConfig) -> None:
-    """ValueError where the settings do not fit together, whatever the models and the data are."""
+    """Raise ValueError where the settings do not fit together, whatever the models and the data are."""
     processes = int(os.environ.get("WORLD_SIZE", config.nproc))
     config.check_keep_best()
     check_device(config.model)
@@ -42,13 +42,13 @@ class _Processes(Protocol):
 
 
 def check_processes(config: _Processes) -> None:
-    """ValueError where the device is none, or the processes cannot be divided into replicas."""
+    """Raise ValueError where the device is none, or the processes cannot be divided into replicas."""
     check_device(config.model)
     check_replicas(config.parallel.replicas, config.nproc)
 
 
 def check_device(config: ModelConfig) -> None:
-    """ValueError where `device` is the name of none; whether it is here is `resolve_device`'s to find."""
+    """Raise ValueError where `device` is the name of none; whether it is here is `resolve_device`'s to find."""
     if config.device == "auto":
         return
     try:
@@ -60,7 +60,7 @@ def check_device(config: ModelConfig) -> None:
 
 
 def check_lora(lora: LoraConfig, *, processes: int, layers: int | None) -> None:
-    """ValueError where adapters cannot be made whatever the model is."""
+    """Raise ValueError where adapters cannot be made whatever the model is."""
     if lora.rank and not _is_installed("peft"):
         raise ValueError("LoRA is peft's: pip install 'tvkd_fast[lora]'")
     if lora.quantize != "no" and (processes > 1 or layers is not None):
@@ -77,7 +77,8 @@ def _is_installed(package: str) -> bool:
 
 
 def check_family(config: TrainConfig) -> None:
-    """ValueError where the policy's family takes no packed rows or adapters; its weights are not needed for that."""
+    """Raise ValueError where the policy's family takes no packed rows or adapters; its weights are not needed for
+    that."""
     trust = config.model.trust_remote_code
     model = empty_of_family(config.policy, layers=config.student_layers, trust_remote_code=trust)
     policy = PolicyWithHead(model, packing=config.model.packing, probe=False)

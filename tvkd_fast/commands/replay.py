@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What one pair did."""
+    """The loss and gradient norm of one pair."""
 
     pair: int
     """Its place in the data."""
     row: str
-    """Where it was read from."""
+    """The name of the row that the pair was read from."""
     tokens: int
     loss: float
     grad_norm: float
@@ -52,7 +52,7 @@ class Replayed:
 
 
 def read_record(path: str | Path) -> tuple[int, list[int], TrainConfig]:
-    """What a run wrote of a step: its number, its pairs, and the run. ValueError where the file is no such record."""
+    """Return the step, pairs and config that a run recorded. Raises ValueError where the file is no such record."""
     try:
         record: dict[str, Any] = json.loads(Path(expanduser(path)).read_text())
         config = from_record(TrainConfig, record["config"])
@@ -117,16 +117,16 @@ def replay_pairs(
     return found
 
 
-def told(found: list[Replayed]) -> str:
-    """A line a pair, those that are not finite first."""
+def report(found: list[Replayed]) -> str:
+    """Return one line per pair, those that are not finite first."""
     head = f"{'pair':>8} {'tokens':>7} {'loss':>12} {'grad norm':>12}  row"
     rows = sorted(found, key=lambda x: (x.finite, -x.grad_norm if x.finite else 0.0))
     lines = [f"{x.pair:>8} {x.tokens:>7} {x.loss:>12.5g} {x.grad_norm:>12.5g}  {x.row}" for x in rows]
     bad = sum(not x.finite for x in found)
-    said = (
+    verdict = (
         f"{bad} of {len(found)} pairs are not finite alone"
         if bad
         else "every pair is finite alone, under the weights of the newest checkpoint: what went wrong came later or "
         "from their sum; look at the largest gradients, lower --optim.lr, or add --optim.warmup_steps"
     )
-    return "\n".join([head, *lines, said])
+    return "\n".join([head, *lines, verdict])

@@ -1,4 +1,4 @@
-"""`tvkd score`: reference and teacher once over the data, and what they say on disk."""
+"""`tvkd score`: reference and teacher once over the data, and their numbers on disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    """One scoring pass: `tvkd score`."""
+    """The settings of one scoring pass: `tvkd score`."""
 
     output_dir: str
     """Folder to write the scores to."""
@@ -58,9 +58,9 @@ class ScoreConfig:
     which: Literal["train", "eval"] = "train"
     """Which of data.train and data.eval to score."""
     value_dtype: Literal["float32", "float16"] = "float32"
-    """Dtype in which the teacher's sums are kept: 4 or 2 bytes a response state, twice that where kappa is not 1."""
+    """Dtype in which the teacher's sums are kept: 4 or 2 bytes per response state, twice that where kappa is not 1."""
     pairs_per_shard: int = number(512, at_least(1))
-    """Pairs a file: a pass that was killed goes on after the last whole one."""
+    """Pairs per file: a pass that was killed resumes after the last complete one."""
     tokens_per_micro_batch: int = number(2048, at_least(1))
     """Most tokens that go through a model at once, of whole pairs."""
     pairs_per_micro_batch: int = number(8, at_least(1))
@@ -127,7 +127,7 @@ def check(config: ScoreConfig) -> None:
 
 
 def run(config: ScoreConfig) -> None:
-    """Score, and say what was scored."""
+    """Score, and print a description of the scores."""
     manifest = score(config).manifest
     if not is_main_process():
         return

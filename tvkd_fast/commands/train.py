@@ -70,16 +70,16 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
         evaluation = trainer.run()
         folder = Path(config.output_dir)
         # A run that was finished before has written it, unless it was killed at that.
-        if trainer.trained or not world.told(_exported(folder, trainer)):
+        if trainer.trained or not world.broadcast(_exported(folder, trainer)):
             save_trained(made.policy, made.tokenizer, folder / FINAL, world, model_card(config, evaluation))
             if world.first:
                 with written(folder / EXPORTED, RESUMES):
                     (folder / EXPORTED).write_text(json.dumps(_of_run(trainer)) + "\n")
         if trainer.trained:
-            memory = world.everyone(memory_by_part(made.policy, trainer.optimizer))
+            memory = world.all_gather(memory_by_part(made.policy, trainer.optimizer))
             if show_progress and world.first:
-                most = {part: max(of_one[part] for of_one in memory) for part in memory[0]}
-                print(summary(read_metrics(folder / METRICS), evaluation, most, world.size))
+                memory_per_part = {part: max(of_one[part] for of_one in memory) for part in memory[0]}
+                print(summary(read_metrics(folder / METRICS), evaluation, memory_per_part, world.size))
     return evaluation
 
 
@@ -110,7 +110,7 @@ def check(config: TrainConfig) -> None:
 
 
 def run(config: TrainConfig) -> None:
-    """Train, or print the plan, and say where the model is."""
+    """Train, or print the plan, and print the model's path."""
     if config.dry_run:
         if is_main_process():
             print(plan(config))

@@ -15,7 +15,7 @@ from torch import Tensor
 from tvkd_fast.data.tokenization import TokenizedPair
 
 Layout = tuple[tuple[int, int, int, int], ...]
-"""Of each pair of a packed row where its prompt, its chosen and its rejected response begin, and where it ends."""
+"""For each pair of a packed row, the starts of its prompt, chosen and rejected response, and its end."""
 
 
 @dataclass(frozen=True)

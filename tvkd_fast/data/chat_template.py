@@ -49,7 +49,7 @@ def _on_the_day(template: str) -> str:
 def template_tails(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns what the tokenizer's templates write behind the last answer: its end and what follows it.
 
-    Each named template is asked, with tools and without, since they may end turns in ways of their own. Left out are
+    Each named template is asked, with tools and without, since they may end turns differently. Left out are
     tails that cannot be seen.
     """
     templates = tokenizer.chat_template
@@ -78,7 +78,7 @@ def _tail_of_the_first_that_is_written(tokenizer: PreTrainedTokenizerBase, optio
         try:
             return tail_behind(tokenizer, messages, **options)
         except _refusals():
-            # Some want a system's turn first. What is wrong with a template is said of the row that it refuses.
+            # Some want a system's turn first. A template's error is reported with the row that it refuses.
             continue
     return ""
 

@@ -1,4 +1,4 @@
-"""Which data a command reads, and its pairs."""
+"""The data that a command reads, and the pairs in it."""
 
 from __future__ import annotations
 

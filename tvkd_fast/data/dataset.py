@@ -37,7 +37,7 @@ _ANOTHER = "another pair of the row was dropped"
 
 @dataclass(frozen=True)
 class TokenReport:
-    """What tokenization did: counts of pairs kept, cut and dropped, and of the tokens that remain.
+    """Counts of pairs that tokenization kept, cut and dropped, and of the tokens that remain.
 
     `str()` of it is one paragraph to read.
     """
@@ -71,7 +71,7 @@ class TokenReport:
         if self.pairs:
             tokens = (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
             prompt, chosen, rejected = (f"{count / self.pairs:,.1f}" for count in tokens)
-            parts.append(f"tokens a pair: {prompt} prompt, {chosen} chosen, {rejected} rejected")
+            parts.append(f"tokens per pair: {prompt} prompt, {chosen} chosen, {rejected} rejected")
         return "; ".join(parts)
 
 
@@ -202,7 +202,7 @@ def build_dataset(
 
 
 def report_of(pairs: Sequence[TokenizedPair], **counts: Any) -> TokenReport:
-    """What was done, with the tokens that the pairs have."""
+    """Return a report of the pairs, with their token counts."""
     return TokenReport(
         pairs=len(pairs),
         prompt_tokens=sum(len(p.prompt_ids) for p in pairs),

@@ -24,7 +24,7 @@ def pairs_of_step(seed: int, step: int, *, num_pairs: int, pairs_per_step: int, 
 
 
 def pairs_of_epochs(epochs: float, num_pairs: int) -> int:
-    """How many pairs so many passes take: whole passes take every pair as often."""
+    """Return the number of pairs in so many passes; whole passes take every pair equally often."""
     # A product such as 0.1 · 30 lies above the whole number that it stands for.
     return max(1, math.ceil(epochs * num_pairs - 1e-9 * num_pairs))
 
@@ -37,7 +37,7 @@ def _epoch_order(seed: int, epoch: int, num_pairs: int) -> list[int]:
 
 
 def check_step(pairs_per_step: int, dataset: Sized) -> None:
-    """ValueError where a step takes more pairs than there are."""
+    """Raise ValueError where a step takes more pairs than there are."""
     if pairs_per_step > len(dataset):
         raise ValueError(
             f"a step takes {pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "

@@ -20,7 +20,7 @@ Packing = Literal["shared", "unshared", "padded"]
 
 @dataclass(frozen=True)
 class MicroBatching:
-    """How a step's pairs become micro-batches; no pair is ever split.
+    """The rule that divides a step's pairs into micro-batches; no pair is ever split.
 
     - "shared": rows of at most `tokens` tokens, in which a pair's prompt stands once;
     - "unshared": the same with each response behind a prompt of its own, for models that cannot share one;
@@ -106,7 +106,7 @@ class MicroBatching:
                 "drop",
             )
 
-    def room(self, batch: PairBatch) -> int:
+    def capacity(self, batch: PairBatch) -> int:
         """Tokens that would have fitted where this micro-batch is: `num_tokens` over it is the fill."""
         return batch.input_ids.numel() if self.packing == "padded" else self.tokens
 
@@ -114,19 +114,19 @@ class MicroBatching:
 def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """First-fit decreasing: places of the lengths, bin by bin, no bin over the budget.
 
-    Each goes into the first bin that has room for it, the longest first and of equal ones the first: no more bins than
+    Each goes into the first bin that it fits into, the longest first and of equal ones the first: no more bins than
     11/9 of the fewest, and one.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    left: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         assert lengths[i] <= budget
-        which = next((b for b, left in enumerate(room) if left >= lengths[i]), len(bins))
+        which = next((b for b, free in enumerate(left) if free >= lengths[i]), len(bins))
         if which == len(bins):
             bins.append([])
-            room.append(budget)
+            left.append(budget)
         bins[which].append(i)
-        room[which] -= lengths[i]
+        left[which] -= lengths[i]
     return bins
 
 

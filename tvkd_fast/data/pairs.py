@@ -21,7 +21,7 @@ class BadPair(ValueError):  # noqa: N818  the row is what is bad
     """
 
     def __init__(self, row: str, reason: str, detail: str = "", remedy: str = "") -> None:
-        # What a template or a file says may be many lines long.
+        # The text of a template's or a file's error may be many lines long.
         detail = " ".join(detail.split())
         super().__init__(row, reason, detail, remedy)
         self.row, self.reason, self.detail, self.remedy = row, reason, detail, remedy
@@ -43,7 +43,7 @@ class Preference:
     """One prompt, the preferred answer and the other one.
 
     Either all three are strings (plain) or all three are lists of messages (conversational), where the answers hold
-    only what follows the prompt. `row` says where the pair came from: "train.jsonl row 17", counted from 0; `subset` to
+    only what follows the prompt. `row` names the pair's source: "train.jsonl row 17", counted from 0; `subset` to
     which part of a benchmark it belongs. Pairs of one row, as RewardBench 2 has them, share its name.
 
     `template` is what the row gives the chat template beside the messages: `tools`, `documents` and its

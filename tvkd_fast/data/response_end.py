@@ -1,4 +1,4 @@
-"""Where a response ends, in token ids: the one rule for reading, cutting, scoring and generating responses."""
+"""The end of a response, in token ids: the one rule for reading, cutting, scoring and generating responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """How a template ends a turn: the tokens that close it, of which the last is the end, and the ids behind that."""
+    """The end of a template's turn: the tokens that close it, of which the last is the end, and the ids behind that."""
 
     closing: tuple[int, ...]
     behind: tuple[int, ...]
@@ -74,11 +74,11 @@ class ResponseEnds:
         return (ids, False) if end is None else (ids[: end + 1], True)
 
     def blank(self, ids: Sequence[int]) -> int:
-        """How many of the ids, from the first on, are white space."""
+        """Return the number of leading ids that are white space."""
         return next((i for i, token in enumerate(ids) if not self._is_blank(token)), len(ids))
 
     def more_than_the_template_writes(self, behind: Sequence[int]) -> bool:
-        """Whether the ids behind a response's end hold another one that no template writes by itself: the answer
+        """Return whether the ids behind a response's end hold another one that no template writes by itself: the answer
         brought its own along."""
         written = [sum(i in self.stop_ids for i in end.behind) for end in self._turn_ends]
         return sum(i in self.stop_ids for i in behind) > max(written, default=0)
@@ -118,7 +118,7 @@ class ResponseEnds:
 
     @cached_property
     def _turn_ends(self) -> list[TurnEnd]:
-        """How the tokenizer's templates end a turn, where they do so with a token of its own."""
+        """Return the turn ends of the tokenizer's templates that end a turn with a token of its own."""
         tails = template_tails(self.tokenizer) if self.tokenizer.chat_template else []
         ends = (self._turn_end(tail) for tail in tails)
         return list(dict.fromkeys(end for end in ends if end is not None))

@@ -1,6 +1,6 @@
 """The same text in another model's tokens: what a teacher reads that has a tokenizer of its own.
 
-Ψ is a number a response, made of the teacher's states between the prompt's end and the response's. It needs the same
+Ψ is a number per response, made of the teacher's states between the prompt's end and the response's. It needs the same
 text, not the same tokens (docs/method.md). So pairs are written anew in the teacher's tokens and chat template, and a
 pair whose text does not survive that is refused rather than scored for something else.
 """
@@ -114,7 +114,7 @@ def _check_carried(text: Preference) -> None:
 
 
 def _check_special(text: Preference, apart: frozenset[str]) -> None:
-    """What ends a turn for the one and is plain text for the other would be other text."""
+    """Refuse text that one tokenizer reads as special tokens and the other as plain text."""
     for part in (text.prompt, text.chosen, text.rejected):
         for content in _contents(part):
             found = next((token for token in apart if token in content), None)
@@ -130,22 +130,22 @@ def _as_far_as_the_policy(pair: TokenizedPair, text: Preference, ours: PairToken
     cut: dict[str, Any] = {}
     for name in _ANSWERS:
         if not getattr(pair, f"{name}_ended"):
-            said = _decoded(getattr(whole, f"{name}_ids"), ours.tokenizer)
+            decoded = _decoded(getattr(whole, f"{name}_ids"), ours.tokenizer)
             # A cut inside a character's bytes leaves a mark of its own at the end.
             left = len(_decoded(getattr(pair, f"{name}_ids"), ours.tokenizer).rstrip("\ufffd"))
-            cut[name] = _shortened(getattr(text, name), said, left, text.row)
+            cut[name] = _shortened(getattr(text, name), decoded, left, text.row)
     return replace(text, **cut)
 
 
-def _shortened(answer: str | list[Message], said: str, left: int, row: str) -> str | list[Message]:
-    """What of the answer lies in the first `left` characters of what its tokens say."""
+def _shortened(answer: str | list[Message], decoded: str, left: int, row: str) -> str | list[Message]:
+    """Return the part of the answer in the first `left` characters of its decoded tokens."""
     kept: list[str] = []
     place = 0
     for content in _contents(answer):
-        written = next((x for x in _ways_to_write(content) if said.find(x, place) >= 0), None)
+        written = next((x for x in _spellings(content) if decoded.find(x, place) >= 0), None)
         if written is None:
             raise BadPair(row, "it is not known what a cut left of an answer", "its tokens say something else")
-        start = said.find(written, place)
+        start = decoded.find(written, place)
         if start >= left:
             break
         kept.append(written[: left - start])
@@ -157,8 +157,8 @@ def _shortened(answer: str | list[Message], said: str, left: int, row: str) -> s
     return [{**message, "content": content} for message, content in zip(answer, kept, strict=False)]
 
 
-def _ways_to_write(content: str) -> list[str]:
-    """As it is, composed as some tokenizers do, and as templates trim it."""
+def _spellings(content: str) -> list[str]:
+    """Return the content unchanged, composed as some tokenizers do, and trimmed as templates do."""
     composed = unicodedata.normalize("NFC", content)
     return [content, composed, content.strip(), composed.strip()]
 
@@ -171,15 +171,15 @@ def _own(read: Preference, pair: TokenizedPair, theirs: PairTokenizer) -> Tokeni
 
 
 def _check_text(own: TokenizedPair, text: Preference, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every message must stand in what its tokens say, one after the other."""
+    """Check that the decoded tokens contain every message, one after the other."""
     for answer in _ANSWERS:
         # Of both together: a token may hold the prompt's end and the answer's beginning.
-        said = _letters(_decoded(own.prompt_ids + getattr(own, f"{answer}_ids"), tokenizer))
+        decoded = _letters(_decoded(own.prompt_ids + getattr(own, f"{answer}_ids"), tokenizer))
         place = 0
         for name in ("prompt", answer):
             for content in _contents(getattr(text, name)):
                 letters = _letters(content)
-                start = said.find(letters, place)
+                start = decoded.find(letters, place)
                 if start < 0:
                     raise BadPair(own.row, "its text is not what the teacher's tokens say", f"in the {name}")
                 place = start + len(letters)
@@ -194,5 +194,5 @@ def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _letters(text: str) -> str:
-    """Without white space, and with one way to write what Unicode calls compatible (ﬁ and fi, ² and 2)."""
+    """Return the text without white space, with Unicode's compatible characters unified (ﬁ and fi, ² and 2)."""
     return "".join(unicodedata.normalize("NFKC", text).split())

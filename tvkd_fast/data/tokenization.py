@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAT_TEMPLATE = "--data.chat_template never"
-"""What helps where the tokenizer's template cannot write the data."""
+"""The remedy where the tokenizer's template cannot write the data."""
 _HH_NAMES = {"user": "Human", "assistant": "Assistant"}
 
 
@@ -32,7 +32,7 @@ class TokenizedPair:
     """Token ids of a prompt and of two responses to it.
 
     `chosen_ended` and `rejected_ended` say whether the response's last id is the end of a sequence or of a turn; it is
-    not where truncation cut the response. `row` says where the pair came from.
+    not where truncation cut the response. `row` names the pair's source.
     """
 
     prompt_ids: list[int]
@@ -90,7 +90,8 @@ class PairTokenizer:
     def __call__(self, pair: Preference, *, chosen_ended: bool = True, rejected_ended: bool = True) -> TokenizedPair:
         """Ids of one pair; see `tokenize_pair`.
 
-        A response that is said not to have ended has no end, and nothing of what the template writes behind an answer.
+        A response that is declared not to have ended has no end, and nothing of what the template writes behind an
+        answer.
         """
         templated = self.uses_template and not isinstance(pair.prompt, str)
         if templated and pair.from_text:
@@ -136,8 +137,8 @@ class PairTokenizer:
         return self._opening(own) + own
 
     def written_before(self, text: str) -> bool:
-        """Whether the text has special tokens where a chat template writes them, at the beginning of a line. One in
-        the middle of a sentence is only mentioned."""
+        """Return whether the text has special tokens where a chat template writes them, at the beginning of a line. One
+        in the middle of a sentence is only mentioned."""
         return self._written.search(text) is not None
 
     def _refuse_written(self, pair: Preference) -> None:
@@ -159,7 +160,7 @@ class PairTokenizer:
 
     @cached_property
     def opening(self) -> list[int]:
-        """What the tokenizer puts before a text."""
+        """Return the ids that the tokenizer puts before a text."""
         for text in ("a", self.tokenizer.eos_token):
             own, around = self._ids(text), list(self.tokenizer(text, verbose=False)["input_ids"])
             places = range(len(around) - len(own) + 1) if own else ()
@@ -169,7 +170,7 @@ class PairTokenizer:
         return []
 
     def brings_opening(self, ids: list[int]) -> bool:
-        """Whether a text of these ids begins with the same itself, white space aside."""
+        """Return whether a text of these ids begins with the same itself, white space aside."""
         start = self.ends.blank(ids)
         return ids[start : start + len(self.opening)] == self.opening
 
@@ -209,7 +210,7 @@ class PairTokenizer:
                 raise BadPair(
                     pair.row,
                     "the chat template writes the prompt otherwise once an answer follows it",
-                    "so prompt and response cannot be told apart",
+                    "so prompt and response cannot be separated",
                     f"Pass {CHAT_TEMPLATE}, or give the tokenizer a template that leaves earlier turns as they are",
                 )
             response = whole[len(prompt) :]
@@ -282,29 +283,29 @@ def truncate_pair(
     lengths = f"{prompt} prompt, {len(pair.chosen_ids)} chosen and {len(pair.rejected_ids)} rejected tokens"
     detail = f"{lengths}, max_length {max_length}, {truncation}"
     if truncation == "keep_end":
-        room = max_length - longer
-        if room < 1:
+        left = max_length - longer
+        if left < 1:
             raise BadPair(
                 pair.row,
-                "the longer response leaves no room for a prompt token",
+                "the longer response leaves no space for a prompt token",
                 detail,
                 "Raise --data.max_length, or leave such pairs out with --data.overlong drop",
             )
-        return replace(pair, prompt_ids=pair.prompt_ids[-room:]), True
-    room = max_length - prompt
+        return replace(pair, prompt_ids=pair.prompt_ids[-left:]), True
+    left = max_length - prompt
     remedy = "Raise --data.max_length, cut prompts with --data.truncation keep_end, or leave such pairs out with "
     remedy += "--data.overlong drop"
-    if room < 1:
-        raise BadPair(pair.row, "the prompt leaves no room for a response token", detail, remedy)
-    chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+    if left < 1:
+        raise BadPair(pair.row, "the prompt leaves no space for a response token", detail, remedy)
+    chosen, rejected = pair.chosen_ids[:left], pair.rejected_ids[:left]
     if chosen == rejected:
         raise BadPair(pair.row, "the responses are the same where both are cut", detail, remedy)
     cut = replace(
         pair,
         chosen_ids=chosen,
         rejected_ids=rejected,
-        chosen_ended=pair.chosen_ended and len(pair.chosen_ids) <= room,
-        rejected_ended=pair.rejected_ended and len(pair.rejected_ids) <= room,
+        chosen_ended=pair.chosen_ended and len(pair.chosen_ids) <= left,
+        rejected_ended=pair.rejected_ended and len(pair.rejected_ids) <= left,
     )
     return cut, True
 
@@ -333,6 +334,6 @@ def _answer(messages: list[Message]) -> str:
 
 
 def _alike(ids: list[int], others: list[int]) -> int:
-    """How many ids both begin with."""
+    """Return the length of the common prefix."""
     shorter = min(len(ids), len(others))
     return next((i for i in range(shorter) if ids[i] != others[i]), shorter)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device: torch.device) -> None:
     """Give a sharded model on the meta device its memory on `device`, and read its own rows of every weight.
 
-    `places` says by the name of a parameter or saved buffer in which file and under which name it lies; adapters are in
+    `places` gives the file of each parameter or saved buffer, and its name there, by name; adapters are in
     none, and begin as `add_lora` has them begin.
     """
     model.to_empty(device=device)
@@ -39,12 +39,12 @@ def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device:
 
 
 def local(x: Tensor) -> Tensor:
-    """The part that this process holds; itself where it is no shard."""
+    """Return the part that this process holds, or `x` itself where it is no shard."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _own(x: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this process holds."""
+    """Return the slices of the full tensor that this process holds."""
     if not isinstance(x, DTensor):
         return tuple(slice(0, size) for size in x.shape) or (slice(None),)
     shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 LOOPBACK = "127.0.0.1"
 GRACE_S = 10.0
-"""How long processes may take to end that have lost one of theirs."""
+"""Seconds that the other processes have to end after one has failed."""
 
 
 def launch(command: Sequence[str], processes: int) -> int:
@@ -56,7 +56,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
-        # The store is there already: a process joins it and opens none.
+        # The store exists already: a process joins it and opens none.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     if rank > 0:

@@ -1,4 +1,4 @@
-"""How processes share a model."""
+"""The settings of a model over several processes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ParallelConfig:
     cpu_offload: bool = False
     """Keep shards, gradients and the optimizer in the host's memory."""
     reduce: Literal["step", "micro_batch"] = "step"
-    """When gradients are summed over processes: once a step, for which each holds whole gradients from one micro-batch
-    to the next, or in each, for which it holds its shards alone."""
+    """When gradients are summed over processes: once per step, for which each holds whole gradients from one
+    micro-batch to the next, or in each, for which it holds its shards alone."""
     timeout_s: float = number(600.0, POSITIVE)
     """Seconds that a process waits for the others before it gives up."""
 

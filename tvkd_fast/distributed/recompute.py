@@ -20,11 +20,11 @@ KEPT = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-"""What costs most to compute again: "selective" keeps its results and computes the rest, element by element, anew."""
+"""The most expensive operations: "selective" keeps their results and recomputes the elementwise rest."""
 
 
 def checkpoint_activations(policy: PolicyWithHead, mode: Recompute) -> None:
-    """Of every block keep its input alone ("full"), that and the results of its products ("selective"), or all that its
+    """Keep every block's input alone ("full"), that and the results of its products ("selective"), or all that its
     backward wants ("none"). Gradients are the same; to be called before the policy is sharded.
     """
     if mode == "none":

@@ -80,7 +80,7 @@ def blocks_of(policy: PolicyWithHead) -> list[nn.Module]:
 
 
 def sync_gradients(policy: nn.Module, *, now: bool) -> None:
-    """Whether the next backward reduces gradients over processes: `now`, or always where the policy was sharded so."""
+    """Set whether the next backward reduces gradients over processes: `now`, or always if the policy was sharded so."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(now or bool(policy.reduce_always))
 
@@ -93,13 +93,13 @@ def _let_go_without_backward(policy: nn.Module, arguments: Any, output: Any) -> 
         policy.reshard()
 
 
-def whole(x: Tensor) -> Tensor:
-    """The tensor that a shard is of, on every process; itself where it is none. Every process asks, or none."""
+def full_tensor(x: Tensor) -> Tensor:
+    """Return the tensor that `x` is a shard of, on every process, or `x` itself where it is none. A collective."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def whole_weights(policy: PolicyWithHead) -> dict[str, Tensor]:
-    """The model's state dict in the first process's host memory, gathered weight by weight; empty in the others.
+def full_weights(policy: PolicyWithHead) -> dict[str, Tensor]:
+    """Return the model's state dict in the first process's host memory, gathered weight by weight; empty in the others.
 
     Tied weights are in it once.
     """

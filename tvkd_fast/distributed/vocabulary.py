@@ -6,7 +6,7 @@ send where all processes' tokens together are fewer than the vocabulary, and nev
 
     lse   = log Σ_r exp lse_r                 merged of each process's own
     logp  = z_y − lse                         z_y is in one of them
-    d/dz  = e_y − exp(lse_r − lse)·softmax_r  what each can do alone, once it has its lse_r and everyone's upstream
+    d/dz  = e_y − exp(lse_r − lse)·softmax_r  what each can do alone, once it has its lse_r and every process's upstream
 
 Letters: S processes of a group, N tokens of one of them and M of all, D hidden, V vocabulary.
 """
@@ -55,7 +55,7 @@ def share_vocabulary(policy: PolicyWithHead, mesh: DeviceMesh) -> set[nn.Paramet
 
 
 def can_share_vocabulary(policy: PolicyWithHead) -> bool:
-    """Whether nothing but a table of rows is tied to the head."""
+    """Return whether nothing but a table of rows is tied to the head."""
     looked_up = policy.model.get_input_embeddings()
     return looked_up.weight is not policy.head.weight or isinstance(looked_up, nn.Embedding)
 
@@ -70,7 +70,7 @@ def states_held(processes: int, tokens: float, hidden: int, itemsize: int) -> fl
 
 
 class Rows:
-    """Which rows of the vocabulary this process has, and the talk with those that have the others."""
+    """The rows of the vocabulary that this process has, and the collectives with those that have the others."""
 
     def __init__(self, weight: Tensor, mesh: DeviceMesh) -> None:
         self.mesh = mesh
@@ -81,7 +81,7 @@ class Rows:
         shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, self.placements)
         self.count, self.first = shape[0], offset[0]
         self.scale = 1.0 / mesh.size()
-        """Of gradients: what a process's loss is multiplied by, since FSDP2 averages; here nothing does."""
+        """The factor of gradients: losses are multiplied by the number of processes, since FSDP2 averages."""
 
     def shard(self, weight: Tensor) -> DTensor:
         own = weight.detach()[self.first : self.first + self.count].clone()
@@ -90,12 +90,12 @@ class Rows:
         )
 
     def own(self, weight: Tensor) -> Tensor:
-        """[count, D] this process's rows, with a gradient that is of every process's tokens."""
+        """Return [count, D], this process's rows, with a gradient over every process's tokens."""
         assert isinstance(weight, DTensor)
         return _OwnRows.apply(weight.to_local(grad_placements=self.placements), self)
 
     def among(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of ids among the own rows, and which of them are there; 0 for those that are not."""
+        """Return the places of ids among the own rows, 0 for ids that are not among them, and which ids are."""
         places = ids - self.first
         here = (places >= 0) & (places < self.count)
         return places.where(here, 0), here
@@ -105,14 +105,14 @@ class Rows:
         distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.group)
         return int(found)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[n, …] of each to [S·n, …] of all; n is everywhere the same."""
-        whole = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        distributed.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
-        return whole
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return [S·n, …], the [n, …] of each process in order; n is equal in all of them."""
+        gathered = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        distributed.all_gather_into_tensor(gathered, x.contiguous(), group=self.group)
+        return gathered
 
-    def scatter(self, x: Tensor) -> Tensor:
-        """[S·n, …] parts, which are used up, to [n, …] own sums."""
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Return the [n, …] own sums of [S·n, …] parts, which are overwritten."""
         if x.device.type == "cpu":
             # gloo has no reduce_scatter of one tensor. A view of the sums would keep all of them.
             distributed.all_reduce(x, group=self.group)
@@ -121,15 +121,15 @@ class Rows:
         distributed.reduce_scatter_tensor(own, x, group=self.group)
         return own
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         distributed.all_reduce(x, group=self.group)
         return x
 
     def merged(self, lse: Tensor) -> Tensor:
-        """(M,) of the own rows to (M,) of all."""
-        most = lse.clone()
-        distributed.all_reduce(most, distributed.ReduceOp.MAX, group=self.group)
-        return most + self.sum((lse - most).exp()).log()
+        """Return the (M,) logsumexps of all rows from those of the own rows."""
+        largest = lse.clone()
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.group)
+        return largest + self.all_reduce((lse - largest).exp()).log()
 
 
 class SharedHead(FusedLMHead):
@@ -153,9 +153,9 @@ class SharedHead(FusedLMHead):
         if labels is None and kappa is None:
             raise ValueError("whole logits are what a shared vocabulary has not: set --parallel.vocabulary gathered")
         rows, count = self.rows, hidden.shape[0]
-        most = rows.longest(count, hidden.device)
+        longest = rows.longest(count, hidden.device)
         dtype = hidden.dtype if self.dtype is None else self.dtype
-        everyone = _Gathered.apply(pad(hidden.to(dtype), (0, 0, 0, most - count)), rows)
+        gathered = _Gathered.apply(pad(hidden.to(dtype), (0, 0, 0, longest - count)), rows)
         weight = rows.own(self.weight).to(dtype)
         bias = None if self.bias is None else self.bias[rows.first : rows.first + rows.count].to(dtype)
         nobodys = labels is not None and dtype.itemsize == 2
@@ -166,20 +166,20 @@ class SharedHead(FusedLMHead):
             "softcap": self.transforms.softcap,
             "logit_scale": self.transforms.logit_scale,
         }
-        mine = slice(rows.rank * most, rows.rank * most + count)
+        mine = slice(rows.rank * longest, rows.rank * longest + count)
         # What is filled up is no token: it would count among a sparse gradient's flat rows.
-        tokens = rows.gather(pad(hidden.new_ones(count, dtype=torch.int64), (0, most - count))) > 0
+        tokens = rows.all_gather(pad(hidden.new_ones(count, dtype=torch.int64), (0, longest - count))) > 0
         if kappa is not None:
-            nothing = hidden.new_full((everyone.shape[0],), -torch.inf, dtype=torch.float32)
+            nothing = hidden.new_full((gathered.shape[0],), -torch.inf, dtype=torch.float32)
             parts = (
-                linear_lse(everyone, weight, kappa=kappa, rows=tokens, **options) if rows.count else (nothing, nothing)
+                linear_lse(gathered, weight, kappa=kappa, rows=tokens, **options) if rows.count else (nothing, nothing)
             )
             lse, lse_kappa = (rows.merged(part)[mine] for part in parts)
             return lse, lse_kappa
         assert labels is not None
-        places, here = rows.among(rows.gather(pad(labels, (0, most - count), value=-1)))
+        places, here = rows.among(rows.all_gather(pad(labels, (0, longest - count), value=-1)))
         if rows.count == 0:
-            logit = everyone.sum(1).float() * 0 + weight.sum() * 0
+            logit = gathered.sum(1).float() * 0 + weight.sum() * 0
             lse = logit - torch.inf
         else:
             if nobodys:
@@ -187,9 +187,9 @@ class SharedHead(FusedLMHead):
             elif bias is not None:
                 # A token that a bias of -inf takes out of the vocabulary has no logit to measure by.
                 places = places.where(here, bias.argmax())
-            logit = self._logits(everyone, weight, bias, places)
+            logit = self._logits(gathered, weight, bias, places)
             known = places.masked_fill(~tokens, IGNORED)
-            logps = linear_logps(everyone, weight, known, ignore_index=IGNORED, **options, **self.gradient_options())
+            logps = linear_logps(gathered, weight, known, ignore_index=IGNORED, **options, **self.gradient_options())
             lse = logit - logps
             if nobodys:
                 assert bias is not None
@@ -229,17 +229,17 @@ class SharedEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """ids […] to […, D]; their number may differ from process to process."""
         flat, rows = ids.flatten(), self.rows
-        most = rows.longest(flat.shape[0], flat.device)
-        everyone = rows.gather(pad(flat, (0, most - flat.shape[0]), value=-1))
-        places, here = rows.among(everyone)
+        longest = rows.longest(flat.shape[0], flat.device)
+        gathered = rows.all_gather(pad(flat, (0, longest - flat.shape[0]), value=-1))
+        places, here = rows.among(gathered)
         # A padding row has no gradient, as in nn.Embedding.
-        learns = here if self.padding_idx is None else here & (everyone != self.padding_idx)
+        learns = here if self.padding_idx is None else here & (gathered != self.padding_idx)
         found = _LookedUp.apply(rows.own(self.weight), places, here, learns, rows)
         return found[: flat.shape[0]].view(*ids.shape, -1)
 
 
 def share_table(table: nn.Embedding, shard: nn.Parameter, rows: Rows) -> None:
-    """In place, so that what a family does around its looking up (Gemma scales) stays as it is."""
+    """Share the embedding in place, so that a family's own code around the lookup (Gemma scales) stays."""
     kind = type(table)
     if kind is nn.Embedding:
         table.__class__ = SharedEmbedding
@@ -271,12 +271,12 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
-        return rows.gather(x)
+        return rows.all_gather(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Parts of a sum over processes: added in float32, whatever they were multiplied in.
-        return ctx.rows.scatter(gradient.to(torch.float32, copy=True)).to(gradient.dtype), None
+        return ctx.rows.reduce_scatter(gradient.to(torch.float32, copy=True)).to(gradient.dtype), None
 
 
 class _LookedUp(torch.autograd.Function):
@@ -290,15 +290,15 @@ class _LookedUp(torch.autograd.Function):
         ctx.save_for_backward(places, learns)
         ctx.rows, ctx.count = rows, len(weight)
         found = weight[places] if ctx.count else weight.new_zeros(len(places), weight.shape[1])
-        return rows.scatter(found.mul_(here[:, None]))
+        return rows.reduce_scatter(found.mul_(here[:, None]))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         places, learns = ctx.saved_tensors
-        everyone = ctx.rows.gather(gradient).mul_(learns[:, None])
+        gathered = ctx.rows.all_gather(gradient).mul_(learns[:, None])
         if ctx.count == 0:
-            return everyone[:0], None, None, None, None
-        return embedding_dense_backward(everyone, places, ctx.count, -1, False), None, None, None, None
+            return gathered[:0], None, None, None, None
+        return embedding_dense_backward(gathered, places, ctx.count, -1, False), None, None, None, None
 
 
 class _RowProducts(torch.autograd.Function):
@@ -345,15 +345,15 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logit: Tensor, lse: Tensor, rows: Rows, mine: slice) -> Tensor:
-        whole = rows.merged(lse)
-        ctx.save_for_backward(lse, whole)
+        lse_of_all = rows.merged(lse)
+        ctx.save_for_backward(lse, lse_of_all)
         ctx.rows = rows
-        return (rows.sum(logit.clone()) - whole)[mine]
+        return (rows.all_reduce(logit.clone()) - lse_of_all)[mine]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        lse, whole = ctx.saved_tensors
+        lse, lse_of_all = ctx.saved_tensors
         rows = ctx.rows
-        most = lse.shape[0] // rows.size
-        everyone = rows.gather(pad(gradient, (0, most - gradient.shape[0])))
-        return everyone, -everyone * (lse - whole).exp(), None, None
+        longest = lse.shape[0] // rows.size
+        gathered = rows.all_gather(pad(gradient, (0, longest - gradient.shape[0])))
+        return gathered, -gathered * (lse - lse_of_all).exp(), None, None

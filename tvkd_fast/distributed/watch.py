@@ -1,9 +1,8 @@
-"""Who is waited for: a thread in each process that names the one that the others have stood still for.
+"""A watchdog: a thread in each process that names the process that the others wait for.
 
-A process that does not come to a collective is seen by nobody: the others wait in it and say nothing until their
-patience ends, and then say where *they* were. All call the same collectives in the same order, so that the one with the
-fewest is the one that they wait for. Each process tells the others, through the store in which they met, how many it
-has called, and that it is there at all.
+A stalled rank goes unnoticed until the others time out in a collective, and their errors name *their* place, not its
+own. All call the same collectives in the same order, so that the rank with the fewest calls is the one that is waited
+for. Each process publishes, through the store in which they met, its number of calls and a heartbeat.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from typing import Any
 from torch import distributed
 
 BEATS = 20
-"""Times that a process says something of itself within the others' patience."""
+"""Heartbeats of a process within `timeout_s`."""
 NAMED_AFTER = 0.7
-"""Of that patience: there is time left to look and to speak before it ends."""
+"""The share of the timeout after which a process is named; the rest is time to look and to report."""
 KEY = "tvkd_fast/watch/{}"
 
 
 @contextmanager
 def watched(groups: Sequence[Any], rank: int, size: int, timeout_s: float) -> Iterator[None]:
-    """While it lasts, a process that keeps the others waiting for most of `timeout_s` is named on stderr.
+    """Name on stderr, while entered, a process that keeps the others waiting for most of `timeout_s`.
 
-    `groups` are those in which the main thread of every process calls the same collectives; torchrun's variables say
+    `groups` are those in which the main thread of every process calls the same collectives; torchrun's variables give
     where the store is.
     """
     done = threading.Event()
@@ -68,48 +67,48 @@ def _watch(
 ) -> None:
     mine, since, beat = calls(), time.monotonic(), 0
     seen: dict[int, tuple[str, float]] = {}
-    spoken = False
+    reported = False
     while not done.wait(timeout_s / BEATS):
         now = time.monotonic()
         if (count := calls()) != mine:
-            mine, since, spoken = count, now, False
+            mine, since, reported = count, now, False
         beat += 1
         store.set(KEY.format(rank), f"{mine} {beat}")
-        everyone = {r: store.get(KEY.format(r)).decode() for r in range(size) if store.check([KEY.format(r)])}
-        for other, said in everyone.items():
-            if other not in seen or seen[other][0] != said:
-                seen[other] = (said, now)
-        if spoken or now - since < NAMED_AFTER * timeout_s:
+        beats = {r: store.get(KEY.format(r)).decode() for r in range(size) if store.check([KEY.format(r)])}
+        for other, latest in beats.items():
+            if other not in seen or seen[other][0] != latest:
+                seen[other] = (latest, now)
+        if reported or now - since < NAMED_AFTER * timeout_s:
             continue
-        spoken = True
+        reported = True
         behind, silent = who_is_waited_for(seen, size, now, timeout_s)
         if rank in behind:
             frame = sys._current_frames().get(main) if main is not None else None
             where = "" if frame is None else "".join(traceback.format_stack(frame)[-6:])
             still = f"which has called nothing for {now - since:.0f} s"
-            _say(f"the others wait for process {rank}, {still}. It is at\n{where}")
+            _report(f"the others wait for process {rank}, {still}. It is at\n{where}")
         elif (behind or silent) and rank == min(set(range(size)) - behind - silent):
             named = [f"process {r}, {'silent' if r in silent else 'behind'}" for r in sorted(behind | silent)]
-            _say(f"waiting for {now - since:.0f} s in collective {mine:,} for {'; '.join(named)}")
+            _report(f"waiting for {now - since:.0f} s in collective {mine:,} for {'; '.join(named)}")
 
 
 def who_is_waited_for(
     seen: dict[int, tuple[str, float]], size: int, now: float, timeout_s: float
 ) -> tuple[set[int], set[int]]:
-    """Processes that have called fewer collectives than another, and those that say nothing any longer.
+    """Processes that have called fewer collectives than another, and those without a recent heartbeat.
 
-    `seen` is what each has said last, "collectives beats", and when that was first seen.
+    `seen` is what each has latest last, "collectives beats", and when that was first seen.
     """
     silent = {r for r in range(size) if r not in seen or now - seen[r][1] > 4 * timeout_s / BEATS}
-    counts = {r: int(said.split()[0]) for r, (said, _) in seen.items() if r not in silent}
-    most = max(counts.values(), default=0)
-    return {r for r, count in counts.items() if count < most}, silent
+    counts = {r: int(latest.split()[0]) for r, (latest, _) in seen.items() if r not in silent}
+    furthest = max(counts.values(), default=0)
+    return {r for r, count in counts.items() if count < furthest}, silent
 
 
 def _calls(group: Any) -> int:
     return int(group._get_sequence_number_for_group())
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     # In one piece: others write too.
     os.write(2, f"tvkd_fast: {line}\n".encode())

@@ -25,62 +25,62 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among the others. Every method is called by all of them, or by none."""
+    """This process's rank among the others. Every method is a collective: all processes call it, or none does."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    """Over which weights are sharded, and replicated where it has two dimensions; None in a world of one."""
+    """The mesh that weights are sharded over, and replicated over if it has two dimensions; None in a world of one."""
     host: Any = None
-    """The group in which processes talk of what is in the host's memory: gloo, whatever the device's backend."""
+    """The group for objects in the host's memory: gloo, whatever the device's backend."""
     background: Any = None
-    """The same for a thread that saves while the first one trains: messages of one group must be in one order."""
+    """A second one for the thread that saves during training: the messages of one group must be in one order."""
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Of every process's x, the same bits on each of them; without a gradient."""
-        whole = x.detach().clone()
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of every process's x, the same bits on each of them; without a gradient."""
+        total = x.detach().clone()
         if self.mesh is not None:
-            distributed.all_reduce(whole)
-        return whole
+            distributed.all_reduce(total)
+        return total
 
-    def most(self, number: int) -> int:
-        """The largest of every process's number, known on the host without waiting for a device."""
+    def all_reduce_max(self, number: int) -> int:
+        """Return the largest of every process's number, known on the host without waiting for a device."""
         if self.mesh is None:
             return number
         largest = torch.tensor(number)
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.host)
         return int(largest)
 
-    def told(self, thing: T) -> T:
-        """What the first process has."""
+    def broadcast(self, thing: T) -> T:
+        """Return what the first process passes."""
         if self.mesh is None:
             return thing
         things = [thing]
         distributed.broadcast_object_list(things, src=0, group=self.host)
         return things[0]
 
-    def everyone(self, thing: T, *, behind: bool = False) -> list[T]:
-        """What each process has, by rank; asked `behind` the training, in the thread that saves, where that is said."""
+    def all_gather(self, thing: T, *, behind: bool = False) -> list[T]:
+        """Return what each process passes, by rank; with `behind`, called in the thread that saves."""
         if self.mesh is None:
             return [thing]
         things: list[Any] = [None] * self.size
         distributed.all_gather_object(things, thing, group=self.background if behind else self.host)
         return things
 
-    def wait(self) -> None:
-        """Until every process is here."""
+    def barrier(self) -> None:
+        """Wait until every process calls this."""
         if self.mesh is not None:
             distributed.barrier(group=self.host)
 
 
 def check_replicas(replicas: int, processes: int) -> None:
-    """ValueError where the processes cannot be grouped into so many replicas of equal size."""
+    """Raise ValueError where the processes cannot be grouped into so many replicas of equal size."""
     if replicas < 1 or processes % replicas:
         raise ValueError(
             f"{replicas} replicas do not divide {processes} processes: give a divisor of {processes} as "
@@ -89,8 +89,8 @@ def check_replicas(replicas: int, processes: int) -> None:
 
 
 @contextmanager
-def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0) -> Iterator[World]:
-    """The world that torchrun's variables name, left again at the end.
+def init_distributed(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0) -> Iterator[World]:
+    """Yield the world that torchrun's variables describe, and leave it at the end.
 
     Args:
         device: `cpu`, or `cuda`, of which each process takes the one of its place on its machine.
@@ -114,18 +114,18 @@ def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patience = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s)
     # Torch's flight recorder: what was called, and where, of each process's last collectives.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    distributed.init_process_group(backend, timeout=patience)
+    distributed.init_process_group(backend, timeout=timeout)
     shape, names = ((size,), (SHARD,)) if replicas == 1 else ((replicas, size // replicas), (REPLICATE, SHARD))
     world = World(
         device,
         rank,
         size,
         init_device_mesh(device.type, shape, mesh_dim_names=names),
-        distributed.new_group(backend="gloo", timeout=patience),
-        distributed.new_group(backend="gloo", timeout=patience),
+        distributed.new_group(backend="gloo", timeout=timeout),
+        distributed.new_group(backend="gloo", timeout=timeout),
     )
     assert world.mesh is not None
     groups = [distributed.group.WORLD, world.host, *world.mesh.get_all_groups()]
@@ -133,7 +133,7 @@ def joined(device: torch.device, *, replicas: int = 1, timeout_s: float = 600.0)
     with watched(list(dict.fromkeys(groups)), rank, size, timeout_s):
         yield world
     # One that leaves early takes its connections with it.
-    world.wait()
+    world.barrier()
     distributed.destroy_process_group()
     # gloo's threads are still putting their last work away. One that wants the interpreter when it is ending aborts the
     # process: three of ten did on two cores, and none that waited.

@@ -141,9 +141,9 @@ def measure(
             batch = batch.to(world.device)
             found.append(columns(batch, policy(batch)).double().cpu())
             places.append(batch.pairs.cpu())
-    everyone = world.everyone((torch.cat(found, 1), torch.cat(places)))
-    numbers = torch.cat([numbers for numbers, _ in everyone], 1)
-    order = torch.cat([places for _, places in everyone])
+    gathered = world.all_gather((torch.cat(found, 1), torch.cat(places)))
+    numbers = torch.cat([numbers for numbers, _ in gathered], 1)
+    order = torch.cat([places for _, places in gathered])
     return torch.empty_like(numbers).index_copy_(1, order, numbers)
 
 

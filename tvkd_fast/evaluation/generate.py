@@ -57,8 +57,8 @@ def answers(
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad)
     with in_eval(model), _generating_by(model, greedy):
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
-    said = [_up_to(row[length:], stops) for row in out.tolist()]
-    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in said]
+    replies = [_up_to(row[length:], stops) for row in out.tolist()]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in replies]
 
 
 @contextmanager
@@ -83,5 +83,5 @@ def _check_positions(rows: Sequence[Sequence[int]], names: Sequence[str], max_ne
 
 
 def _up_to(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Without the first stop and what pads the row behind it."""
+    """Return the ids before the first stop."""
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]

@@ -22,19 +22,19 @@ h2 { font-size: .85rem; margin: 0 0 .3rem; color: #c1440e; overflow-wrap: anywhe
 """
 
 
-def markdown_page(prompts: Sequence[str | list[Message]], said: Mapping[str, Sequence[str]]) -> str:
-    """One section per prompt; what models wrote is quoted as it is, in fences that none of it can close."""
+def markdown_page(prompts: Sequence[str | list[Message]], replies: Mapping[str, Sequence[str]]) -> str:
+    """Return one section per prompt; answers are quoted verbatim, in fences that none of them can close."""
     parts = ["# Answers side by side\n"]
-    for i, (prompt, answers) in enumerate(_side_by_side(prompts, said), start=1):
+    for i, (prompt, answers) in enumerate(_side_by_side(prompts, replies), start=1):
         parts.append(f"## {i}\n\n{_quoted(_conversation(prompt))}\n")
         parts += [f"**{name}**\n\n{_quoted(answer)}\n" for name, answer in answers.items()]
     return "\n".join(parts)
 
 
-def html_page(prompts: Sequence[str | list[Message]], said: Mapping[str, Sequence[str]]) -> str:
+def html_page(prompts: Sequence[str | list[Message]], replies: Mapping[str, Sequence[str]]) -> str:
     """The same as HTML, one column per model."""
     sections = []
-    for prompt, answers in _side_by_side(prompts, said):
+    for prompt, answers in _side_by_side(prompts, replies):
         cells = "".join(
             f"<div><h2>{escape(name)}</h2><p>{escape(answer)}</p></div>" for name, answer in answers.items()
         )
@@ -44,11 +44,11 @@ def html_page(prompts: Sequence[str | list[Message]], said: Mapping[str, Sequenc
 
 
 def _side_by_side(
-    prompts: Sequence[str | list[Message]], said: Mapping[str, Sequence[str]]
+    prompts: Sequence[str | list[Message]], replies: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str | list[Message], dict[str, str]]]:
     """Each prompt with what every model answered to it. Raises ValueError where one has not answered all of them."""
-    for prompt, *answers in zip(prompts, *said.values(), strict=True):
-        yield prompt, dict(zip(said, answers, strict=True))
+    for prompt, *answers in zip(prompts, *replies.values(), strict=True):
+        yield prompt, dict(zip(replies, answers, strict=True))
 
 
 def page(title: str, style: str, body: str) -> str:

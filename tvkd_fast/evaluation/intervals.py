@@ -1,4 +1,4 @@
-"""How sure a figure over pairs is: intervals by resampling, and a paired test, both without assuming a distribution.
+"""The uncertainty of a figure over pairs: resampled intervals and a paired test, neither assuming a distribution.
 
 Letters: P pairs, R repetitions (seeds), K draws.
 """

@@ -55,7 +55,7 @@ SECTIONS: dict[str, dict[str, int]] = {
 
 
 def to_rewardbench(record: Mapping[str, Any], row: str) -> Preference | list[Preference]:
-    """One row of columns `prompt, chosen, rejected, subset` as a conversation: the prompt is the user's turn.
+    """Read one row of columns `prompt, chosen, rejected, subset` as a conversation: the prompt is the user's turn.
 
     Lists of answers, as RewardBench 2 has them, become as many pairs as the longer list is long: each answer is in one.
 
@@ -98,7 +98,7 @@ def _pair(record: Mapping[str, Any], chosen: str, rejected: str, row: str) -> Pr
 
 
 def section_weights(subsets: set[str]) -> dict[str, dict[str, float]]:
-    """Of each section that has any of these subsets: each subset's share of its score, of 1 together."""
+    """Return each subset's share of its section's score, for each section that has any of these subsets."""
     found = {}
     for section, weights in SECTIONS.items():
         present = {name: weight for name, weight in weights.items() if name in subsets}

@@ -1,7 +1,7 @@
 """The whole loss in one call, for another trainer's training step: hidden states in, TVKD's loss out, logits never.
 
 The head's statistics, the loss and its derivative by each log-probability are made in the forward; the backward is the
-head's exact gradient with one coefficient a token. Whatever depends on the contents of a tensor lies in the bodies of
+head's exact gradient with one coefficient per token. Whatever depends on the contents of a tensor lies in the bodies of
 registered ops, so that `torch.compile` sees static shapes.
 """
 

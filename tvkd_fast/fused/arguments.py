@@ -1,4 +1,4 @@
-"""What the fused loss refuses before anything is computed. No tensor's numbers are read here.
+"""The refusals of the fused loss before anything is computed. No tensor's numbers are read here.
 
 Letters: P pairs, 2P responses, N response tokens, D hidden, V vocabulary, T tokens of a padded row.
 """
@@ -51,7 +51,7 @@ def check_sources(
     ended: Tensor | None,
     alpha: float,
 ) -> None:
-    """One reference; one teacher, ready or not, or DPO."""
+    """Refuse all but one reference, and one teacher, ready or not, or DPO."""
     if (ref_logps is None) == (ref_hidden is None):
         raise ValueError(
             "give one reference: ref_logps, (2P,) sums over the responses, or ref_hidden with ref_weight, the "
@@ -129,7 +129,7 @@ def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 @contextmanager
 def naming(model: str) -> Iterator[None]:
-    """Three heads pass the same checks: a refusal says whose it was."""
+    """Three heads pass the same checks: a refusal names the head."""
     try:
         yield
     except ValueError as error:

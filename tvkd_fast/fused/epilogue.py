@@ -16,7 +16,7 @@ from tvkd_fast.losses.shaping import Terminal, check_shaping
 
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """What a loss takes beside the policy's log-probabilities: one reference; values, psi or neither; settings."""
+    """The inputs of a loss beside the policy's log-probabilities: one reference; values, psi or neither; settings."""
 
     cu_seqlens: Tensor
     """(2P+1,) boundaries of the responses' tokens."""

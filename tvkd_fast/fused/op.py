@@ -22,7 +22,7 @@ from tvkd_fast.ops.registered import check_differentiated_once, wanted_gradients
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 _STREAMED = 10
-"""Where among the op's arguments `streamed` stands; those before it are what the backward may need."""
+"""The place of `streamed` among the op's arguments; the backward may need those before it."""
 
 
 def _fused(
@@ -144,7 +144,7 @@ fused_op.register_autograd(_backward, setup_context=_keep)
 def upstream_by_token(
     grad_loss: Tensor | None, grad_losses: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """What a token's dL_p/dlogp is multiplied by: one number where `losses` was not used, else its pair's, (N,)."""
+    """Return the factor of a token's dL_p/dlogp: one number where `losses` was not used, else its pair's, (N,)."""
     pairs = pairs_of(labels, cu_seqlens)
     if grad_losses is None:
         assert grad_loss is not None

@@ -31,7 +31,7 @@ def check_runs(labels: Tensor, ignore_index: int) -> None:
     rows = (begins.sum(1) > 1).nonzero()[:, 0].tolist()
     if rows:
         raise ValueError(
-            f"labels must hold one contiguous run of tokens a row, ignore_index={ignore_index} around it; rows with "
+            f"labels must hold one contiguous run of tokens per row, ignore_index={ignore_index} around it; rows with "
             f"holes: {', '.join(map(str, rows[:_NAMED_ROWS]))}{' and more' if len(rows) > _NAMED_ROWS else ''}. Pack "
             "such responses: cu_seqlens (and cu_states) say which tokens (and states) are whose, whatever is ignored"
         )

@@ -94,7 +94,7 @@ def answer(
 
 
 def is_empty(head: Any) -> bool:
-    """Whether the head is on the meta device, and no hook of accelerate's loads its weights."""
+    """Return whether the head is on the meta device, and no hook of accelerate's loads its weights."""
     linears = (linear for linear in head_layers(head) if isinstance(linear, nn.Linear))
     return any(linear.weight.is_meta and not hasattr(linear, "_hf_hook") for linear in linears)
 

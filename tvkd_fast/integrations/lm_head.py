@@ -111,7 +111,7 @@ class LentHead:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether the model is patched."""
+    """Return whether the model is patched."""
     return patch_of(model_inside(model)) is not None
 
 

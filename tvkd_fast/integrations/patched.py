@@ -53,7 +53,7 @@ class Patch:
     outside: bool = False
     """Whether it was unpatched through a wrapper of the model, so that unpatching the model itself is no error."""
     within: bool = False
-    """While `own` is called, which may have this forward beneath it."""
+    """Whether `own` is running, which may call this forward again."""
 
     def named(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""
@@ -155,7 +155,7 @@ def model_inside(model: nn.Module) -> PreTrainedModel:
 
 def patch_of(model: PreTrainedModel) -> Patch | None:
     """The model's patch, None where it has none."""
-    settle(model)
+    rebind_copy(model)
     patch: Patch | None = vars(model).get(PATCH)
     return None if patch is None or patch.settings is None else patch
 
@@ -196,7 +196,7 @@ def put_in(model: PreTrainedModel, settings: HeadSettings, autocast: torch.dtype
 
 def take_out(model: PreTrainedModel, *, outside: bool) -> None:
     """Undo `put_in`; `outside` where the caller gave a wrapper of the model."""
-    settle(model)
+    rebind_copy(model)
     carried = vars(model)
     patch: Patch = carried.pop(PATCH)
     for module in model.modules():
@@ -222,7 +222,7 @@ def take_out(model: PreTrainedModel, *, outside: bool) -> None:
 
 
 def taken_out_outside(model: PreTrainedModel) -> bool:
-    """Whether the model was unpatched through a wrapper; the answer is True once."""
+    """Return whether the model was unpatched through a wrapper; the answer is True once."""
     patch: Patch | None = vars(model).get(PATCH)
     if patch is None or not patch.outside:
         return False
@@ -232,7 +232,7 @@ def taken_out_outside(model: PreTrainedModel) -> bool:
     return True
 
 
-def settle(model: PreTrainedModel) -> None:
+def rebind_copy(model: PreTrainedModel) -> None:
     """Give a shallow copy of a patched model a patch and a forward of its own in place of the original's."""
     patch: Patch | None = vars(model).get(PATCH)
     if patch is None or patch.model is model:
@@ -258,23 +258,23 @@ def _rebound(function: Any, original: PreTrainedModel, model: PreTrainedModel) -
 def _watch_copies(model: PreTrainedModel) -> None:
     """Let shallow copies of the model, DataParallel's among them, answer with their own weights."""
     vars(model)[REPLICATE] = _replicating(model)
-    if _settle_called not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_settle_called, with_kwargs=True)
+    if _rebind_called not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_rebind_called, with_kwargs=True)
 
 
 def _forget_copies(model: PreTrainedModel) -> None:
     vars(model).pop(REPLICATE, None)
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _settle_called]:
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _rebind_called]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _settle_called(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def _rebind_called(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """A pre-hook, which is given the instance that is called, where a forward is given the one it was bound to."""
     patch: Patch | None = getattr(model, PATCH, None)
     if patch is None or patch.model is model:
         return None
-    settle(model)
+    rebind_copy(model)
     return args, options | {_CALLED: model}
 
 
@@ -285,7 +285,7 @@ def _replicating(model: PreTrainedModel) -> MethodType:
 def _replicate_for_data_parallel(self: Any) -> Any:
     # Pickled by torch's own name for it.
     replica = getattr(type(self), REPLICATE)(self)
-    settle(replica)
+    rebind_copy(replica)
     return replica
 
 
@@ -302,7 +302,7 @@ def _is_ours(forward: Any) -> bool:
 
 
 def _reached(forward: Any) -> bool:
-    """Whether a forward is ours, or wraps ours by `functools.wraps`."""
+    """Return whether a forward is ours, or wraps ours by `functools.wraps`."""
     while forward is not None and not _is_ours(forward):
         forward = getattr(forward, "__wrapped__", None)
     return forward is not None

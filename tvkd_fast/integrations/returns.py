@@ -37,7 +37,7 @@ class Maker:
         return digest.hexdigest()[:32]
 
     def made(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row's Ψ is what this source would compute."""
+        """Return whether the row's Ψ is what this source would compute."""
         return all(name in row for name in (*RETURNS, *IDS)) and row.get(MARK) == self.mark(row)
 
     def columns(self, rows: Dataset, returns: tuple[Tensor, Tensor]) -> dict[str, list[Any]]:

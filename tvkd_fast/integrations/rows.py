@@ -71,7 +71,7 @@ def read_rows(dataset: Any, reader: RowReader, **options: Any) -> Any:
 
 
 def long_prompts_dropped(dataset: Any, max_length: int, **options: Any) -> Any:
-    """The dataset without rows whose prompt leaves no room for a response, which TRL leaves out too."""
+    """The dataset without rows whose prompt leaves no space for a response, which TRL leaves out too."""
     options = options if isinstance(dataset, Dataset) else {}
     return dataset.filter(lambda row: len(row["prompt_ids"]) < max_length, **options)
 
@@ -136,7 +136,7 @@ class WithReturns:
         return batch | dict(zip(RESPONSES, self._of(responses, batch["completion_mask"].bool()), strict=True))
 
     def _of(self, responses: list[list[int]], completion: Tensor) -> tuple[Tensor, Tensor]:
-        """[2P, L] bool, which tokens are a response's up to and with its end, and (2P,) bool, whether that is there.
+        """[2P, L] bool, which tokens are a response's up to and with its end, and (2P,) bool, whether that exists.
 
         The end is found in the whole row, since a truncated one may have lost it.
         """

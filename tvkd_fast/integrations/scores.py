@@ -25,7 +25,7 @@ AT_ONCE = 256
 
 
 def is_score_folder(name: str | PathLike[str]) -> bool:
-    """Whether it is a folder that `tvkd score` wrote, and no model."""
+    """Return whether it is a folder that `tvkd score` wrote, and no model."""
     return (Path(expanduser(name)) / MANIFEST).is_file()
 
 

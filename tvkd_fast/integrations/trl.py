@@ -63,8 +63,8 @@ class TVKDTrainer(DPOTrainer):
     Args:
         model, ref_model, args, …: as DPOTrainer takes them; `args` is a TVKDConfig.
         teacher_model: a model that was trained by DPO, in the policy's tokens: its name or folder, or a module. Or what
-            it said of the data before, whatever its tokens: a folder that `tvkd score` wrote, or a list of them, one
-            for each dataset. Without it the run is DPO's own.
+            it computed for the data before, whatever its tokens: a folder that `tvkd score` wrote, or a list of them,
+            one for each dataset. Without it the run is DPO's own.
         teacher_reference: for `value_from="implicit_reward"`, what the teacher was before DPO; likewise.
 
     `rewards/*` stay unshaped, so that they compare with DPO's; `tvkd/shaping_margins` is the mean of α(Ψ_w − Ψ_l), and
@@ -171,7 +171,7 @@ class TVKDTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         self._heads.take(self)
-        # What is there for a teacher is none of the model's inputs.
+        # Columns for a teacher are no inputs of the model.
         with self._heads.asked(self.ref_model, self.model):
             return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in RESPONSES})
 
@@ -240,9 +240,9 @@ class TVKDTrainer(DPOTrainer):
             rows = dataset.select_columns([name for name in (*IDS, ROW) if name in dataset.column_names])
             returns = self._cached.of(as_pairs(rows, self._ends, self.args.max_length))
             return concatenate_datasets([dataset, Dataset.from_dict(maker.columns(dataset, returns))], axis=1)
-        told = [Hasher.hash((dataset._fingerprint, maker.key))]
-        broadcast_object_list(told, from_process=0)
-        file = dataset._get_cache_file_path(told[0])
+        fingerprint = [Hasher.hash((dataset._fingerprint, maker.key))]
+        broadcast_object_list(fingerprint, from_process=0)
+        file = dataset._get_cache_file_path(fingerprint[0])
         if not os.path.exists(file):
             returns = self._returns_of(dataset, name, batch_size)
             if self.accelerator.is_main_process:
@@ -252,7 +252,7 @@ class TVKDTrainer(DPOTrainer):
                     with_indices=True,
                     batched=True,
                     remove_columns=dataset.column_names,
-                    new_fingerprint=told[0],
+                    new_fingerprint=fingerprint[0],
                     cache_file_name=file,
                 )
             self.accelerator.wait_for_everyone()
@@ -283,7 +283,7 @@ class TVKDTrainer(DPOTrainer):
 
     @property
     def _ends(self) -> ResponseEnds:
-        """Where responses end in the policy's tokens."""
+        """Return the ends of responses in the policy's tokens."""
         if self._found_ends is None:
             self._found_ends = ResponseEnds(self._tokenizer, self._stop_ids)
         return self._found_ends
@@ -302,7 +302,7 @@ class TVKDTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._heads.take(self)
         held = self.ref_model
-        # TRL asks whether there is one by its truth, and torch.compile's wrapper has none: it is a container's length.
+        # TRL takes its truth value: that of torch.compile's wrapper would be a container's length, which it lacks.
         self.ref_model = getattr(held, "_orig_mod", held)
         try:
             self._name_reference()
@@ -366,10 +366,10 @@ class TVKDTrainer(DPOTrainer):
             self.precompute_ref_logps = before
         rewards = self.beta * (torch.stack(model.logps.detach().chunk(2)) - ref)
         margins, shifts = rewards[0] - rewards[1], shaping[0] - shaping[1]
-        told = torch.stack(
+        rewards_and_shifts = torch.stack(
             [*rewards, (margins > 0).float(), margins, shifts, (margins * (margins - shifts) < 0).float()]
         )
-        means = self.accelerator.gather(told.T.contiguous()).mean(0).tolist()
+        means = self.accelerator.gather(rewards_and_shifts.T.contiguous()).mean(0).tolist()
         for name, mean in zip(("chosen", "rejected", "accuracies", "margins"), means[:4], strict=True):
             metrics[f"rewards/{name}"][-1] = mean
         for name, mean in zip(("shaping_margins", "flipped"), means[4:], strict=True):

@@ -32,7 +32,7 @@ class TVKDConfig(DPOConfig):
     precompute_teacher: bool = field(
         default=True,
         metadata={
-            "help": "Run the teacher once over the data before training, and keep two numbers a pair; otherwise it "
+            "help": "Run the teacher once over the data before training, and keep two numbers per pair; otherwise it "
             "runs on every batch, as it must over an IterableDataset."
         },
     )
@@ -76,7 +76,7 @@ def check_shaping(args: TVKDConfig, *, has_reference: bool, cached: bool) -> Non
     if cached and has_reference:
         raise ValueError("scores were made with the teacher's reference or without it: leave out teacher_reference")
     if cached and not args.precompute_teacher:
-        raise ValueError("scores are on disk, and no teacher is there to run on a batch: leave precompute_teacher True")
+        raise ValueError("scores are on disk, and no teacher exists to run on a batch: leave precompute_teacher True")
     if cached and args.truncation_mode != "keep_start":
         raise ValueError("scores are of responses cut at their ends: set truncation_mode='keep_start', TRL's default")
     if not cached and has_reference != (args.value_from == "implicit_reward"):

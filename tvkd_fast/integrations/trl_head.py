@@ -1,4 +1,4 @@
-"""Which head answers in TVKDTrainer's policy and reference, this library's or TRL's, and how TRL's code asks them."""
+"""The heads of TVKDTrainer's policy and reference, this library's or TRL's, and their calls by TRL's code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TrainerHeads:
         self._lent: LentHead | None = None
 
     def take(self, trainer: Any) -> None:
-        """Check the reference, and put this library's head into the policy where it is not there as it should be.
+        """Check the reference, and put this library's head into the policy where it is missing or changed.
 
         Called before any model is, so that a policy that was unpatched or patched anew in between is patched again.
         """
@@ -130,7 +130,7 @@ def check_reference(reference: nn.Module, policy: nn.Module) -> None:
         )
     if on_base_of(reference, policy) and hasattr(unwrapped(reference), "get_base_model"):
         raise ValueError(
-            "ref_model is a PEFT model around the policy's own base, and its adapters cannot be told from the "
+            "ref_model is a PEFT model around the policy's own base, and its adapters cannot be distinguished from the "
             "policy's: leave ref_model out for the policy as it starts, or give the base for it without adapters"
         )
 

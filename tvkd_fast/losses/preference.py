@@ -27,7 +27,7 @@ class TVKDOutput:
     loss: Tensor
     """Scalar: mean over pairs."""
     losses: Tensor
-    """(P,): one a pair; sum them and divide by the global number of pairs where gradients are accumulated."""
+    """(P,): one per pair; sum them and divide by the global number of pairs where gradients are accumulated."""
     chosen_rewards: Tensor
     """(P,): β ρ_w, unshaped."""
     rejected_rewards: Tensor
@@ -54,7 +54,7 @@ def tvkd_loss(
         m = β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l],   ρ = log π_θ(y) − log π_ref(y)
         L = −(1−λ) log σ(m) − λ log σ(−m), mean over pairs
 
-    so that dL/dlog π_θ(y_t) = ∓β[(1−λ)σ(−m) − λσ(m)]/P for chosen/rejected: one number a pair. Under the minus before
+    so that dL/dlog π_θ(y_t) = ∓β[(1−λ)σ(−m) − λσ(m)]/P for chosen/rejected: one number per pair. Under the minus before
     α the policy's implicit reward carries the shaped reward; a negative α gives the other sign.
 
     Args:
@@ -118,7 +118,7 @@ def dpo_loss(policy_logps: Tensor, ref_logps: Tensor, *, beta: float = 0.1, labe
 
 
 def check_preference_settings(beta: float, alpha: float, label_smoothing: float) -> None:
-    """β > 0, α finite, λ in [0, 0.5), or a ValueError that says which is not."""
+    """β > 0, α finite, λ in [0, 0.5), or a ValueError that names the one that is not."""
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a positive number (0.1 is usual), got {beta}: at 0 the policy is never moved")
     if not -math.inf < alpha < math.inf:

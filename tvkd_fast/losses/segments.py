@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(N,) packed numbers to one sum a sequence, (S,), in a fixed order; an empty sequence sums to 0. Differentiable.
+    """Return one sum per sequence, (S,), of (N,) packed numbers, in a fixed order; an empty sequence sums to 0.
+    Differentiable.
 
     Summed in float64 whatever the dtype: added up one by one in float32, 100,000 log-probabilities are off by a nat.
     Traces under `torch.compile`, where a CPU refuses boundaries that do not end at N with torch's own RuntimeError.
@@ -38,7 +39,7 @@ def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
 def running_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(N,) packed numbers to the sums before each of them and after the last, sequence by sequence: (N+S,).
 
-    Of a sequence x_1..x_T that is 0, x_1, x_1+x_2, …: T+1 numbers, one a state. Added in float64, in a fixed order.
+    A sequence x_1..x_T gives 0, x_1, x_1+x_2, …: T+1 numbers, one per state. Added in float64, in a fixed order.
     """
     check_boundaries("cu_seqlens", cu_seqlens, per_token.shape[0])
     lengths = cu_seqlens.diff() + 1
@@ -51,7 +52,7 @@ def running_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
 def check_boundaries(name: str, cu: Tensor, total: int) -> None:
     """`cu` (S+1,) must rise from 0 to `total`; looked at on a CPU only, where looking waits for nothing.
 
-    Under `torch.compile` only shape and dtype are checked: the numbers are not there yet when a graph is traced.
+    Under `torch.compile` only shape and dtype are checked: the numbers do not exist yet when a graph is traced.
     """
     if cu.dim() != 1 or cu.numel() < 1 or cu.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be (S+1,) int32 or int64 boundaries, got {tuple(cu.shape)} {cu.dtype}")

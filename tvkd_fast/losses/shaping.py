@@ -1,4 +1,4 @@
-"""The teacher's part: shaping returns, and the figures that say when they drown the preference.
+"""The teacher's part: shaping returns, and the figures that show when they drown the preference.
 
 Letters: M states, S responses, P pairs; response i's states are `cu_states[i]:cu_states[i+1]`, s_0 first.
 """
@@ -96,7 +96,7 @@ def potential(values: Tensor, cu_states: Tensor, terminal: Terminal) -> Tensor:
 
 @dataclass(frozen=True)
 class ShapingReport:
-    """What shaping does to a set of pairs (at γ<1 from logits it is nearly a length penalty: docs/method.md)."""
+    """The effect of shaping on a set of pairs (at γ<1 from logits it is nearly a length penalty: docs/method.md)."""
 
     std_ratio: float
     """std(αΔΨ)/std(βΔρ): above 1 the teacher's offset outweighs the policy's own margin."""
@@ -145,7 +145,7 @@ def check_discount(gamma: float) -> None:
 
 
 def check_shaping(values: Tensor, cu_states: Tensor, gamma: float, terminal: str, ended: Tensor | None) -> None:
-    """What `shaping_returns` refuses."""
+    """Raise ValueError for inputs that `shaping_returns` refuses."""
     check_discount(gamma)
     if terminal not in TERMINALS:
         raise ValueError(f"terminal must be one of {', '.join(TERMINALS)}, got {terminal!r}")
@@ -154,7 +154,7 @@ def check_shaping(values: Tensor, cu_states: Tensor, gamma: float, terminal: str
     check_boundaries("cu_states", cu_states, values.shape[0])
     if ended is not None and (ended.dtype != torch.bool or ended.shape != cu_states[1:].shape):
         raise ValueError(
-            f"ended must be ({cu_states.numel() - 1},) bool, one a response, got {tuple(ended.shape)} {ended.dtype}"
+            f"ended must be ({cu_states.numel() - 1},) bool, one per response, got {tuple(ended.shape)} {ended.dtype}"
         )
     if cu_states.device.type != "cpu" or torch.compiler.is_compiling():
         return

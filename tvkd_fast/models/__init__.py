@@ -24,7 +24,7 @@ from tvkd_fast.models.lora import (
 from tvkd_fast.models.policy import PolicyWithHead, TeacherWithHead
 from tvkd_fast.models.probe import probe_head
 from tvkd_fast.models.prune import disable_dropout, prune_layers, pruned_from
-from tvkd_fast.models.quantized import BITS_A_WEIGHT
+from tvkd_fast.models.quantized import BITS_PER_WEIGHT
 from tvkd_fast.models.shapes import (
     ModelShape,
     empty_of_family,
@@ -36,7 +36,7 @@ from tvkd_fast.models.shapes import (
 from tvkd_fast.models.stop_ids import load_stop_ids, stop_ids_of
 
 __all__ = [
-    "BITS_A_WEIGHT",
+    "BITS_PER_WEIGHT",
     "EmptyModel",
     "FusedLMHead",
     "HeadTransforms",

@@ -47,7 +47,7 @@ def adapter_folder(name: str) -> AdapterFolder | None:
     try:
         found = find_adapter_config_file(name)
     except OSError:
-        # Who loads it says what is wrong with the name.
+        # Loading it raises an error that explains the name.
         found = None
     if found is None:
         return None
@@ -68,7 +68,7 @@ def adapter_folder(name: str) -> AdapterFolder | None:
 
 
 def _check_ends(folder: Path, base: str) -> None:
-    """ValueError where the chain from an adapter to its base, itself an adapter, leads back to where it began."""
+    """Raise ValueError where the chain from an adapter to its base, itself an adapter, leads back to where it began."""
     seen = {folder.resolve()}
     while (config := Path(base) / "adapter_config.json").is_file() and not (Path(base) / "config.json").is_file():
         if Path(base).resolve() in seen:
@@ -81,7 +81,7 @@ def _check_ends(folder: Path, base: str) -> None:
 
 
 def has_tokenizer(name: str) -> bool:
-    """Whether a folder or hub repository has a tokenizer of its own."""
+    """Return whether a folder or hub repository has a tokenizer of its own."""
     if Path(name).is_dir():
         return any((Path(name) / file).is_file() for file in _TOKENIZERS)
     return any(_cached(name, file) is not None for file in _TOKENIZERS[:2])
@@ -101,7 +101,7 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
         with warnings.catch_warnings():
             # peft asks for a property by the name that transformers deprecates.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            # peft goes on without what a file lacks, and says so in passing.
+            # peft only warns of weights that a file lacks.
             warnings.filterwarnings("error", "Found missing adapter keys")
             both = PeftModel.from_pretrained(base, adapter.name, torch_device=str(base.device))
         _check_taken(both, weights)
@@ -162,14 +162,15 @@ def _weights_of(adapter: AdapterFolder) -> str:
 
 
 def _check_taken(model: nn.Module, weights: str) -> None:
-    """ValueError where the file holds low-rank weights of layers that the model does not have: peft leaves them out."""
+    """Raise ValueError where the file holds low-rank weights of layers that the model does not have: peft leaves them
+    out."""
     with safe_open(weights, framework="pt") as file:
         saved = {name for name in file.keys() if re.search(r"\.lora_[AB]\.", name)}  # noqa: SIM118
     places = {re.sub(r"(\.lora_[AB])\.default\.", r"\1.", name) for name, _ in model.named_parameters()}
     # peft puts adapters of single experts together.
     odd = sorted(name for name in saved - places if ".experts." not in name)
     if odd:
-        raise ValueError(f"it has weights of layers that are not there, such as {odd[0]}")
+        raise ValueError(f"it has weights of layers that do not exist, such as {odd[0]}")
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -182,7 +183,7 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _cached(name: str, file: str) -> str | None:
-    """The path of a file in a folder or hub repository; None where it is not there."""
+    """The path of a file in a folder or hub repository; None where it does not exist."""
     from transformers.utils import cached_file
 
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}

@@ -55,8 +55,8 @@ def fingerprint_model(model: PreTrainedModel) -> str:
 
 def fingerprint_settings(model: PreTrainedModel) -> str:
     """sha256 (hex) of how a model uses its weights: what `fingerprint_model` holds beside `fingerprint_weights`."""
-    said = {"config": _of_config(model.config.to_diff_dict()), "adapters": _of_adapters(model)}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    used = {"config": _of_config(model.config.to_diff_dict()), "adapters": _of_adapters(model)}
+    return hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint_weights(model: nn.Module) -> str:
@@ -75,7 +75,7 @@ def fingerprint_weights(model: nn.Module) -> str:
 
 
 def _of_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of it, and of the configs within it. Dropout is off wherever a model is asked."""
+    """Return the config's fields that change results, nested configs' too; dropout is off in every evaluation."""
     return {
         name: _of_config(value) if isinstance(value, Mapping) else value
         for name, value in fields.items()
@@ -84,7 +84,7 @@ def _of_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_adapters(model: nn.Module) -> dict[str, Any]:
-    """By layer, the scales of adapters that a model came with, which of them are on, and which are merged."""
+    """Return by layer the scales of adapters that a model came with, which of them are on, and which are merged."""
     found = {}
     module: Any
     for name, module in model.named_modules():

@@ -55,7 +55,7 @@ class FusedLMHead(nn.Linear):
 
     `forward(hidden)` returns the plain product, as the layer it replaces did: the model applies its own transforms.
     `forward(hidden, labels)` returns `linear_logps` (N,), and `forward(hidden, kappa=κ)` returns `linear_lse`, both
-    with this head's transforms and without logits. `gradient` says how the first is differentiated, and `stats`
+    with this head's transforms and without logits. `gradient` sets how the first is differentiated, and `stats`
     collects what its sparse gradients were made of, where it is set.
     """
 
@@ -99,7 +99,7 @@ class FusedLMHead(nn.Linear):
         return linear_logps(hidden, self.weight, labels, **options, **self.gradient_options())
 
     def gradient_options(self) -> dict[str, Any]:
-        """How `linear_logps` is to be differentiated."""
+        """Return the arguments of `linear_logps` that select its gradient."""
         return {**asdict(self.gradient), "stats": self.stats}
 
 

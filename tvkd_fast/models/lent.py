@@ -144,13 +144,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def on_base_of(lent: nn.Module, policy: nn.Module) -> bool:
-    """Whether a lent model contains the policy's adapters, because it is the policy's base or shares its layers."""
+    """Return whether a lent model contains the policy's adapters, because it is the policy's base or shares its
+    layers."""
     ours = {id(module) for module in policy.modules()}
     return any(id(layer) in ours for layer in adapter_layers(lent))
 
 
 def moves_with(lent: nn.Module, policy: nn.Module) -> bool:
-    """Whether training the policy changes weights of a lent model other than its adapters."""
+    """Return whether training the policy changes weights of a lent model other than its adapters."""
     trained = _ids(parameter for parameter in policy.parameters() if parameter.requires_grad)
     return not (trained - _ids(adapter_parameters(lent))).isdisjoint(_ids(lent.parameters()))
 

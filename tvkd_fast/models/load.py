@@ -134,9 +134,9 @@ class EmptyModel:
     """A model without weights, and the safetensors files that hold them."""
 
     model: PreTrainedModel
-    """On the meta device, with the trained model's names and shapes."""
+    """A model on the meta device, with the trained model's names and shapes."""
     places: dict[str, tuple[Path, str]]
-    """By the name of a parameter or saved buffer, the file that holds it and its name there."""
+    """The file of each parameter or saved buffer, and its name there, by name."""
 
 
 def empty_model(
@@ -222,7 +222,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     except (OSError, ImportError) as error:
         raise ValueError(unreadable("tokenizer", name, error)) from error
     except ValueError as error:
-        # What else is wrong with a tokenizer, code that is not trusted among it, says so itself.
+        # What else is wrong with a tokenizer, untrusted code among it, raises its own error.
         if "instantiate the backend tokenizer" not in str(error):
             raise
         raise ValueError(
@@ -249,7 +249,7 @@ def save_model(
 
 
 def locate(name: str | Path) -> ModelSource:
-    """Where `name` is: a folder, a GGUF file, a packaged model, or a hub name that is left as it is."""
+    """Return the source that `name` denotes: a folder, a GGUF file, a packaged model, or a name on the hub."""
     text = expanduser(name)
     if text in PACKAGED:
         return _packaged(text)

@@ -45,7 +45,7 @@ class Lora:
 def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
     """Freeze the policy, in place, and put adapters beside its products: A drawn by its name alone, B zero.
 
-    Needs peft. Raises ValueError where it is not there, where no layer has such a name, and for the head.
+    Needs peft. Raises ValueError where it is not installed, where no layer has such a name, and for the head.
     """
     try:
         from peft import LoraConfig
@@ -181,7 +181,7 @@ def _product(layer: Any, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_can_merge(model: nn.Module) -> None:
-    """ValueError where the run's adapters could not be merged at its end, by the name of the layer."""
+    """Raise ValueError where the run's adapters could not be merged at its end, by the name of the layer."""
     layers = _adapted_layers(model)
     odd = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad and not is_adapter(name)}
     # Packed weights have no shape of their own, and are those of plain layers.
@@ -199,7 +199,7 @@ def _check_can_merge(model: nn.Module) -> None:
 
 
 def _check_runs(model: PreTrainedModel) -> None:
-    """ValueError where the family cannot be called with the adapters; not checked on the meta device."""
+    """Raise ValueError where the family cannot be called with the adapters; not checked on the meta device."""
     if model.device.type == "meta":
         return
     try:
@@ -235,7 +235,7 @@ _OF_ADAPTER = re.compile(rf".*\.lora_[AB]\.{ADAPTER}\.weight")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to the adapter that the run itself has added."""
+    """Return whether a parameter of this name belongs to the adapter that the run itself has added."""
     return _OF_ADAPTER.fullmatch(name) is not None
 
 

@@ -29,7 +29,7 @@ class ModelBatch(Protocol):
 
     @property
     def layout(self) -> Layout | None:
-        """Where in a packed row the pairs and their parts lie."""
+        """The places of the pairs and their parts in a packed row."""
 
     @property
     def attention_mask(self) -> Tensor | None:

@@ -36,7 +36,7 @@ class OwnAnswer:
     logits: Tensor
     """[T, V]"""
     loss: Tensor | None
-    """For its own tokens as labels, where it was asked for one."""
+    """The loss with its own tokens as labels, where requested."""
     precision: torch.dtype
     """The dtype of its head's output."""
     autocast: torch.dtype | None
@@ -77,7 +77,7 @@ def probe_head(model: PreTrainedModel) -> None:
 
     Both are computed in the precision that the model's own forward brings, such as that of accelerate's mixed
     precision. The logits are asked for in full, [T, V] of 8 tokens, once. Raises ValueError on a mismatch: the family
-    transforms its logits in a way that the config's known names do not tell. Nothing of the model stays changed.
+    transforms its logits in a way that the config's known names do not show. Nothing of the model stays changed.
     """
     head = answering_layer(model.get_output_embeddings())
     assert isinstance(head, FusedLMHead)
@@ -101,7 +101,7 @@ def as_probed(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no autocast from outside, and answers by name, while the block lasts."""
     by_name = model.config.return_dict
     with in_eval(model), torch.autocast(_device(model).type, enabled=False):
-        # A family's head reads its backbone's answer by name, and fails over a config that says otherwise.
+        # A family's head reads its backbone's answer by name, and fails over a config that differs.
         model.config.return_dict = True
         try:
             yield
@@ -136,7 +136,7 @@ def compare_logps(
 
 
 def tolerance(precision: torch.dtype) -> float:
-    """How much two ways to one number may differ, relative to the largest."""
+    """Return the difference that two computations of one number may have, relative to the largest."""
     return _TOLERANCES[precision]
 
 
@@ -206,6 +206,6 @@ def _spread(count: int, model: PreTrainedModel) -> Tensor:
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    """Where tokens are put; offloaded weights are on the meta device until their hooks bring them in."""
+    """Return the device for tokens; offloaded weights are on the meta device until their hooks bring them in."""
     device: torch.device = model.get_output_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device

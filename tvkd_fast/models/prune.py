@@ -45,7 +45,7 @@ def prune_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
 
 
 def pruned_from(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, str]:
-    """By the name of each parameter and buffer of `prune_layers(model, …)`, the name that it had in `model`."""
+    """Return the name in `model` of each parameter and buffer of `prune_layers(model, …)`, by its new name."""
     prefix, blocks = _block_list(model)
     layers = kept_layers(len(blocks), len(_block_list(student)[1]))
     return {name: _in_teacher(name, prefix, layers) for name in saved_tensors(student)}
@@ -70,7 +70,7 @@ def few_layers(model: PreTrainedModel) -> PreTrainedModel:
 def config_of_layers(config: Any, layers: list[int]) -> Any:
     """The config of a model that has only these of the layers."""
     config = copy.deepcopy(config)
-    # Lists as long as the model is deep say something of each layer: layer_types, SmolLM3's no_rope_layers.
+    # Lists as long as the model is deep have one value per layer: layer_types, SmolLM3's no_rope_layers.
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers and not name.endswith("token_id"):
             setattr(config, name, [value[i] for i in layers])

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BITS_A_WEIGHT = 4 + 32 / 64
+BITS_PER_WEIGHT = 4 + 32 / 64
 """Four, and a float32 scale for every 64 weights."""
 
 
 def nf4_options(device: torch.device, compute: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` wants for it. Raises ValueError where bitsandbytes is not installed."""
+    """Return the options of `from_pretrained` for NF4. Raises ValueError where bitsandbytes is not installed."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -36,7 +36,7 @@ def keep_packed(model: nn.Module) -> None:
     """Have bitsandbytes leave the weights as they are packed.
 
     On CPUs with bfloat16 products it packs them anew for inference, in place and for good, as soon as a model in eval
-    mode runs: a policy that is evaluated between its steps would go on with other weights' rounding.
+    mode runs: a policy that is evaluated between its steps would continue with other weights' rounding.
     """
     module: Any
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""How models are loaded and run."""
+"""The settings of loading and running models."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class ModelShape:
     tied: bool
     """Whether head and embedding are one weight."""
     adapted: tuple[tuple[str, int], ...]
-    """Of everything that an adapter can be beside its name and the parameters of one of rank 1; of rank r r times that.
+    """Each layer that can have an adapter: its name, and the parameters of one of rank 1 (rank r has r times as many).
     """
 
     @property

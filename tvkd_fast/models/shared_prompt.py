@@ -1,8 +1,8 @@
 """Attention over packed pairs that share their prompts: each response sees its prompt and itself.
 
 A row is [prompt | chosen | rejected], pair after pair. Prompt and chosen response are a causal sequence as they lie;
-the rejected one attends to its prompt and to itself. Two calls a pair, and no mask over the row: what a mask would take
-away is not computed. FlexAttention, on a GPU, is given the same as a mask by blocks. The function stands where
+the rejected one attends to its prompt and to itself. Two calls per pair, and no mask over the row: what a mask would
+take away is not computed. FlexAttention, on a GPU, is given the same as a mask by blocks. The function stands where
 transformers looks its attention up, by name; a call without a layout goes to the implementation that was there before.
 
 Letters: P pairs, L tokens of a row, H heads, G key heads, E their size, T queries and S keys of one sequence.
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Layout = Sequence[tuple[int, int, int, int]]
-"""Of each pair of a packed row where its prompt, its chosen and its rejected response begin, and where it ends."""
+"""For each pair of a packed row, the starts of its prompt, chosen and rejected response, and its end."""
 PREFIX = "tvkd_packed_"
-"""Before the name of the implementation that computes what is not packed."""
+"""The prefix of the attention's name; the rest names the implementation for rows that are not packed."""
 HANDLED = ("sdpa", "eager", "flex_attention")
 
 
@@ -95,7 +95,7 @@ def block_mask(layout: Layout, window: int | None, device: torch.device) -> Bloc
 
 
 def sees(layout: Layout, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-    """Whether a token of the row sees another, as FlexAttention asks it: (batch, head, query, key) to bool."""
+    """Return whether a token of the row sees another, as FlexAttention asks it: (batch, head, query, key) to bool."""
     lengths = torch.tensor([[b - a, c - b, d - c] for a, b, c, d in layout])
     part = torch.arange(3).repeat(len(layout)).repeat_interleave(lengths.flatten()).to(device)
     pair = torch.arange(len(layout)).repeat_interleave(lengths.sum(1)).to(device)

@@ -1,4 +1,4 @@
-"""Whether head and embedding are one weight: what the config says, and what the weights are."""
+"""Whether head and embedding are one weight: by the config, and by the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = 4096
 
 
 def config_as_tied(model: PreTrainedModel) -> None:
-    """Have the config say that head and embedding are two weights, where they are.
+    """Have the config state that head and embedding are two weights, where they are.
 
     A folder may hold both under a config that ties them. transformers loads such a model untied and leaves its config
     as it is, so that a model made of that config, pruned or merged, would lose one of them.
@@ -39,7 +39,7 @@ def tied_names(model: nn.Module) -> tuple[str, str] | None:
 
 
 def are_equal(files: Mapping[str, Path], names: tuple[str, str], opened: Callable[[Path], Any]) -> bool:
-    """Whether two tensors of safetensors files hold the same numbers."""
+    """Return whether two tensors of safetensors files hold the same numbers."""
     one, other = (opened(files[name]).get_slice(name) for name in names)
     if one.get_shape() != other.get_shape():
         return False

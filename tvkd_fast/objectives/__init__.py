@@ -1,4 +1,4 @@
-"""What a policy is trained for, one file per objective. Nothing outside this folder knows their names."""
+"""The training objectives, one file each. Nothing outside this folder knows their names."""
 
 from tvkd_fast.objectives.contract import SCORED, TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers, known
 from tvkd_fast.objectives.registry import (

@@ -1,4 +1,4 @@
-"""What an objective is: settings, what it needs, and a loss from numbers of responses.
+"""The contract of an objective: settings, needs, and a loss from numbers per response.
 
 Letters: P pairs, 2P responses, chosen first, then rejected in the same order; M teacher states.
 """
@@ -17,7 +17,7 @@ from tvkd_fast.scoring.layout import Scores
 
 
 class Need(Enum):
-    """What an objective computes its loss from, beside the chosen responses' log-probabilities under the policy."""
+    """Inputs of an objective's loss, beside the chosen responses' log-probabilities under the policy."""
 
     REJECTED = "rejected responses"
     REFERENCE = "the reference's log-probabilities"
@@ -27,7 +27,7 @@ class Need(Enum):
 
 TEACHER = frozenset({Need.TEACHER_SUMS, Need.TEACHER_REWARDS})
 SCORED = TEACHER | {Need.REFERENCE}
-"""What frozen models are run for, or a cache is read for."""
+"""Needs for which frozen models are run, or a cache is read."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Objective:
     """
 
     name: ClassVar[str]
-    """On the command line and in recipes; `@objective` sets it."""
+    """The name on the command line and in recipes; `@objective` sets it."""
     divided_by: ClassVar[Literal["pairs", "tokens"]] = "pairs"
-    """What the sum of the losses is divided by: the pairs of the step, or the response tokens of the step."""
+    """The divisor of the summed losses: the pairs of the step, or the response tokens of the step."""
 
     @property
     def teacher_kappa(self) -> float:
@@ -76,7 +76,7 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What `loss` is computed from. It may follow from the settings."""
+        """Return the inputs of `loss`, which may depend on the settings."""
         raise NotImplementedError
 
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
@@ -109,7 +109,7 @@ def known(scores: Scores) -> frozenset[Need]:
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:
-    """ValueError where a teacher's own reference is wanted and missing, or given and not wanted."""
+    """Raise ValueError where a teacher's own reference is wanted and missing, or given and not wanted."""
     wanted = Need.TEACHER_REWARDS in objective.needs
     if teacher is not None and wanted and teacher_reference is None:
         raise ValueError(

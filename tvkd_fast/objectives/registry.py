@@ -1,4 +1,4 @@
-"""The objectives by name: every file of this folder that says `@objective(name)`."""
+"""The objectives by name: every file of this folder with `@objective(name)`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def objectives() -> Mapping[str, type[Objective]]:
 
 
 def objective_named(name: str) -> type[Objective]:
-    """ValueError for a name that no objective has."""
+    """Raise ValueError for a name that no objective has."""
     found = objectives()
     if name not in found:
         close = get_close_matches(name, found, n=1)

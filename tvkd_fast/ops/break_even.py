@@ -1,4 +1,4 @@
-"""From how many entries a token on the exact gradient is the quicker one, measured once a shape and machine.
+"""The entries per token from which the exact gradient is faster, measured once per shape and machine.
 
 Letters: D hidden, V vocabulary.
 """
@@ -16,12 +16,12 @@ from tvkd_fast.ops.tiles.exact import accumulation_dtype
 from tvkd_fast.ops.tiles.sparse import bag
 
 ROWS, COLUMNS, ENTRIES = 256, 2048, 64
-"""Of the sample: rows, vocabulary columns, and entries a row."""
+"""The size of the sample: rows, vocabulary columns, and entries per row."""
 
 
 @lru_cache
 def break_even(device: torch.device, dtype: torch.dtype, vocab_size: int, hidden_size: int) -> float:
-    """Entries a token at which gathering both gradients takes as long as recomputing them.
+    """Return the entries per token at which gathering both gradients takes as long as recomputing them.
 
     A sample of tiles is timed, a few milliseconds in all, and the least of five is taken. Timings differ from run to
     run, so a batch close by may be computed either way: who must resume bit for bit chooses a mode. On a GPU torch's

@@ -1,4 +1,4 @@
-"""What the ops refuse, and how they say so. Checks that would make a GPU wait are made on CPU tensors only."""
+"""The refusals of the ops, and their messages. Checks that would make a GPU wait are made on CPU tensors only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLATTEN = "flatten it into the rows of [N, D], hidden.flatten(0, -2)"
 
 
 def check_tensors(**inputs: Any) -> None:
-    """Where a layer is given in place of its weight, before anything is asked of it."""
+    """Refuse a layer that is given in place of its weight, before its attributes are read."""
     for name, x in inputs.items():
         if x is not None and not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}, and a tensor is wanted: of a head give lm_head.weight")
@@ -78,7 +78,7 @@ def check_transforms(op: str, *tensors: Tensor | None) -> None:
 
 
 def no_vmap(op: str) -> Callable[..., Any]:
-    """What an op registers as its vmap: a refusal, where torch would run the op once an example."""
+    """Return the vmap rule that an op registers: a refusal, where torch would run the op once per example."""
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError(f"{op} has no vmap: {FLATTEN}")
@@ -90,7 +90,7 @@ def check_labels(labels: Tensor, hidden: Tensor) -> None:
     """labels (N,) integers on hidden's device."""
     if labels.shape != hidden.shape[:1]:
         raise ValueError(
-            f"labels must be ({hidden.shape[0]},), one a row of hidden, got {tuple(labels.shape)}: hidden[t] is the "
+            f"labels must be ({hidden.shape[0]},), one per row of hidden, got {tuple(labels.shape)}: hidden[t] is the "
             "state that predicts labels[t], shifted already"
         )
     if labels.dtype not in (torch.int64, torch.int32):

@@ -1,4 +1,4 @@
-"""Which implementation computes a call: `impl` is resolved once, into a backend of a few functions."""
+"""The choice of the implementation that computes a call: `impl` is resolved once, into a backend of a few functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger("tvkd_fast")
 
 
 class Backend(Protocol):
-    """What an implementation of the head can do: `torch_backend` and `triton_backend` are such modules."""
+    """The functions of an implementation of the head: `torch_backend` and `triton_backend` are such modules."""
 
     def head_sums(
         self,
@@ -117,7 +117,7 @@ def _auto(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take such tensors, and the remedy; None where they can."""
+    """Return why the kernels cannot take such tensors, and the remedy; None where they can."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton, on Linux); take impl='torch'"
     from tvkd_fast.kernels import launch

@@ -1,4 +1,4 @@
-"""How the head's gradient is made, and what sparse gradients were made of."""
+"""The settings of the head's gradient, and the statistics of sparse gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST_EPS = 2.0**-4
 
 @dataclass(frozen=True, kw_only=True)
 class HeadGradient:
-    """How the head's gradient is made: exactly, or from the softmax's few entries (docs/numerics.md, what it costs).
+    """The method of the head's gradient: exactly, or from the softmax's few entries (docs/numerics.md, what it costs).
 
     Raises:
         ValueError: a setting that does not exist or is out of its range.
@@ -36,11 +36,11 @@ class HeadGradient:
     row_cap: int | None = None
     """A row with more entries gets the exact gradient. None: V/16."""
     tail: Tail = "even"
-    """What becomes of the rest: spread evenly over all other columns, or an entry kept with probability p/ε as ε."""
+    """The treatment of the rest: spread evenly over all other columns, or an entry kept with probability p/ε as ε."""
     seed: int | None = None
-    """In [0, 2³¹), of the unbiased tail; None draws one a call from torch's generator."""
+    """The seed of the unbiased tail, in [0, 2³¹); None draws one per call from torch's generator."""
     max_tail: float = 0.1
-    """Where the mean of what is left out, as probability, passes this, every row gets the exact gradient."""
+    """The limit of the mean probability that is left out; beyond it every row gets the exact gradient."""
     workspace_mb: int = 0
     """Exact gradients in torch: keep logits of as many rows as fit, 4·V bytes each, for three products and not four."""
 
@@ -84,7 +84,7 @@ class HeadGradient:
 
 
 class HeadStats:
-    """What sparse gradients were made of, summed over calls on their device: reading it waits, adding does not.
+    """Statistics of sparse gradients, summed over calls on their device: reading them waits, adding does not.
 
     Examples:
         >>> import torch
@@ -99,23 +99,23 @@ class HeadStats:
         self.sums: Tensor | None = None
 
     def add(self, sums: Tensor) -> None:
-        """(5,): tokens, entries beside the labels', entries marked for them, Σ tail, dense rows, of one call.
+        """Add one call's (5,): tokens, entries beside the labels', candidates for them, Σ tail, dense rows.
 
-        Triton's kernels prune in the backward: in theirs, what is marked counts as kept.
+        Triton's kernels prune in the backward: in theirs, every selected entry counts as kept.
         """
         self.sums = sums if self.sums is None else self.sums + sums
 
     def read(self) -> dict[str, float]:
-        """Over rows that were not dense, entries a token and mean tail; entries marked over entries kept, a dense row's
-        among the marked; the share of rows that were dense.
+        """Return the entries per token and the mean tail of rows that were not dense, the share of dense rows, and
+        `head_marked`: selected entries, of dense rows too, over those that were kept.
         """
         if self.sums is None:
             return {}
-        tokens, entries, marked, tail, dense = self.sums.tolist()
+        tokens, entries, candidates, tail, dense = self.sums.tolist()
         sparse = max(tokens - dense, 1.0)
         return {
             "head_entries": entries / sparse,
-            "head_marked": marked / max(entries, 1.0),
+            "head_marked": candidates / max(entries, 1.0),
             "head_tail": tail / sparse,
             "head_dense_rows": dense / max(tokens, 1.0),
         }

@@ -62,19 +62,19 @@ def linear_logps(
             makes and keeps dlogp/dh, [N, D] float32, and the backward multiplies it by its upstream gradient.
             "sparse": the log-probabilities are the same, the gradient is made of the softmax's entries from `eps` up
             and the label's, which the forward finds; what remains is spread evenly, so that the gradient sums to what
-            the exact one sums to. One product and what is gathered; docs/numerics.md says what it costs in learning.
-            "auto": sparse, and exact for a call with more entries than pay, as timed once a shape and process.
+            the exact one sums to. One product and what is gathered; docs/numerics.md has its cost in learning.
+            "auto": sparse, and exact for a call with more entries than pay, as timed once per shape and process.
         eps: ε in [0, 2⁻⁴]; None is 2⁻¹⁶ for float32 and float64 inputs, 2⁻¹⁴ for 16-bit ones. 0 keeps everything.
         row_cap: a row with more entries gets the exact gradient, recomputed; None is V/16.
         tail: "even", or "unbiased": an entry p < ε is kept with probability p/ε as ε, by a hash of `seed`, row and
             column, so that each is right on average over seeds.
-        seed: of the unbiased tail; None draws one a call from torch's generator (give one under `torch.compile`).
+        seed: of the unbiased tail; None draws one per call from torch's generator (give one under `torch.compile`).
         max_tail: where the mean of what is left out passes this probability, every row gets the exact gradient.
         workspace_mb: MiB that an exact gradient may hold from forward to backward: logits of as many rows as fit, 4·V
             bytes each, are kept and not computed again, which saves one of four products for them. On a CPU, or with
             impl="torch"; whole blocks of up to 1,024 rows, or all rows.
         stats: a `HeadStats` that a sparse call adds its numbers to.
-        impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where it can be had. What
+        impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where available. What
             "auto" took, and why, is logged once by the logger "tvkd_fast". Triton's sparse gradient is exact for up to
             8,192 columns of the batch's labels and likeliest tokens, and sparse for the rest.
 
@@ -207,7 +207,7 @@ def _logps_gradients(
     return as_tensors(grads, hidden)
 
 
-def _scaled_slopes(
+def _scaled_derivatives(
     dlogp_dhidden: Tensor, grad_logps: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     """grad_logps_t·dlogp_t/dh_t [N, D], rounded once to `dtype`, a block of rows at a time."""
@@ -222,7 +222,7 @@ def _scaled_slopes(
 
 _logps_op = torch.library.custom_op("tvkd_fast::linear_logps", _logps, mutates_args=())
 gradients_op = torch.library.custom_op("tvkd_fast::linear_logps_gradients", _logps_gradients, mutates_args=())
-scaled_op = torch.library.custom_op("tvkd_fast::scaled_slopes", _scaled_slopes, mutates_args=())
+scaled_op = torch.library.custom_op("tvkd_fast::scaled_slopes", _scaled_derivatives, mutates_args=())
 gradients_op.register_fake(fake_gradients)
 
 
@@ -234,7 +234,7 @@ def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tenso
 
 
 def fake_left(hidden: Tensor, weight: Tensor, workspace_mb: int, streamed: bool) -> Tensor:
-    """What `logps_forward` leaves for the backward, unwritten."""
+    """Return the unwritten tensor that `logps_forward` leaves for the backward."""
     dtype = accumulation_dtype(hidden.dtype)
     if streamed:
         return hidden.new_empty(hidden.shape, dtype=dtype)

@@ -53,7 +53,8 @@ def sparse_logps(
 
     g_j = J_j(δ_jy − p_j) on M = {p ≥ ε·u} ∪ {y} with p raised to ε where it is less, else −T/(V − |M|), such that
     Σ_j g_j is the exact gradient's; columns whose bias is −inf are left out. u [N, V] is 1 where None. Columns that are
-    `always` (V,) in M have the exact gradient. Rows with more than `row_cap` marks beside these and the label keep it.
+    `always` (V,) in M have the exact gradient.
+    So have rows with more than `row_cap` selected entries beside these and the label.
     """
     kept, v = labels != ignore_index, weight.shape[0]
     a = logit_scale * torch.nn.functional.linear(
@@ -66,13 +67,13 @@ def sparse_logps(
     live = torch.ones(v, dtype=torch.bool) if bias is None else ~bias.isneginf()
     exact = chain * (label.double() - p)
     taken = label if always is None else label | always
-    marked = (p >= eps * (1.0 if u is None else u)) & ~taken
-    on = torch.where(marked, -chain * p.clamp_min(eps if u is not None else 0.0), exact * taken)
-    others = ~(marked | taken) & live
+    selected = (p >= eps * (1.0 if u is None else u)) & ~taken
+    on = torch.where(selected, -chain * p.clamp_min(eps if u is not None else 0.0), exact * taken)
+    others = ~(selected | taken) & live
     even = (exact.sum(1) - on.sum(1)) / others.sum(1).clamp_min(1)
     sparse = on + even[:, None] * others
     if row_cap is not None:
-        sparse = torch.where((marked.sum(1) > row_cap)[:, None], exact, sparse)
+        sparse = torch.where((selected.sum(1) > row_cap)[:, None], exact, sparse)
     logps = torch.where(kept, z.detach().log_softmax(-1).gather(1, labels.where(kept, 0)[:, None])[:, 0], 0.0)
     # Σ_j g_j·a_j has g for its gradient; what it is does not show.
     surrogate = (sparse * a.nan_to_num(neginf=0.0)).sum(1) * kept

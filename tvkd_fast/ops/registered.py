@@ -1,4 +1,4 @@
-"""What the registered ops share: an op returns tensors only, and is differentiated once.
+"""The common rules of the registered ops: an op returns tensors only, and is differentiated once.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 from tvkd_fast.kernels.records import HeadGradients
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-"""By hidden, weight and bias; an empty tensor where none is wanted, since an op returns tensors only."""
+"""The gradients by hidden, weight and bias; an empty tensor where none is wanted, since an op returns tensors only."""
 Kept = tuple[Sequence[Tensor | None], Sequence[Any]]
-"""What a forward keeps for its backward: tensors, and settings."""
+"""The tensors and settings that a forward keeps for its backward."""
 
 
 def as_tensors(grads: HeadGradients, hidden: Tensor) -> Gradients:
@@ -46,7 +46,7 @@ def differentiate(
     """Register the derivative of an op whose first arguments are hidden, weight and bias and whose first result alone
     is differentiated.
 
-    `keep(inputs, output)` says what the backward needs; `gradients(grad, tensors, settings, wants)` gets it.
+    `keep(inputs, output)` returns what the backward needs; `gradients(grad, tensors, settings, wants)` gets it.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -69,6 +69,6 @@ def differentiate(
 
 
 def check_differentiated_once(op: str) -> None:
-    """Only create_graph=True comes to a backward with gradients on; a constant would be passed off as a function."""
+    """Refuse create_graph=True, which runs a backward with gradients on: its result would be treated as a constant."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{op} can be differentiated once: its gradient's own gradient is not computed")

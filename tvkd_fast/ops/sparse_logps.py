@@ -24,7 +24,7 @@ def sparse_logps(
     hidden: Tensor, head: Head, labels: Tensor, settings: HeadGradient, *, ignore_index: int, impl: str
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,), differentiable, and the five sums of `HeadStats`. `impl` is resolved."""
-    op = marked_op if impl == "triton" else sparse_op
+    op = selected_op if impl == "triton" else sparse_op
     logps, *_, numbers = op(
         hidden,
         head.weight,
@@ -80,7 +80,7 @@ def _sparse_logps(
     assert selected.below is not None
     counted = labels != ignore_index
     dense = selected.dense & counted
-    counts = torch.tensor([selected.count, selected.marked], dtype=torch.float64, device=hidden.device)
+    counts = torch.tensor([selected.count, selected.candidates], dtype=torch.float64, device=hidden.device)
     numbers = torch.stack(
         [
             counted.sum().double(),
@@ -132,7 +132,7 @@ def _sparse_gradients(
     return as_tensors(grads, hidden)
 
 
-def _marked_logps(
+def _selected_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -148,7 +148,7 @@ def _marked_logps(
     measure: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities (N,); for the backward max z and log Σ exp(z − max z), (N,) each, and `SelectedLists`; then
-    `HeadStats`' five sums, where what is marked counts as kept: it is pruned in the backward.
+    `HeadStats`' five sums, where every selected entry counts as kept: the backward prunes them.
     """
     from tvkd_fast.ops import triton_backend
 
@@ -166,7 +166,7 @@ def _marked_logps(
     return logps, sums.maximum, sums.log_total, *found, numbers
 
 
-def _marked_gradients(
+def _selected_gradients(
     grad_logps: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -177,8 +177,8 @@ def _marked_gradients(
     columns: Tensor,
     starts: Tensor,
     tail: Tensor,
-    dense: Tensor,
-    hot: Tensor,
+    dense_rows: Tensor,
+    dense_columns: Tensor,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
@@ -197,7 +197,7 @@ def _marked_gradients(
         Head(weight, bias, softcap, logit_scale),
         labels.long(),
         HeadSums(maximum, log_total),
-        SelectedLists(columns, starts, tail, dense, hot),
+        SelectedLists(columns, starts, tail, dense_rows, dense_columns),
         SelectionRule(eps, weight.shape[0], unbiased, seed),
         grad_logps,
         ignore_index=ignore_index,
@@ -210,10 +210,12 @@ def _marked_gradients(
 
 sparse_op = torch.library.custom_op("tvkd_fast::sparse_logps", _sparse_logps, mutates_args=())
 sparse_gradients_op = torch.library.custom_op("tvkd_fast::sparse_logps_gradients", _sparse_gradients, mutates_args=())
-marked_op = torch.library.custom_op("tvkd_fast::marked_logps", _marked_logps, mutates_args=())
-marked_gradients_op = torch.library.custom_op("tvkd_fast::marked_logps_gradients", _marked_gradients, mutates_args=())
+selected_op = torch.library.custom_op("tvkd_fast::marked_logps", _selected_logps, mutates_args=())
+selected_gradients_op = torch.library.custom_op(
+    "tvkd_fast::marked_logps_gradients", _selected_gradients, mutates_args=()
+)
 sparse_gradients_op.register_fake(fake_gradients)
-marked_gradients_op.register_fake(fake_gradients)
+selected_gradients_op.register_fake(fake_gradients)
 
 
 @sparse_op.register_fake
@@ -230,14 +232,16 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softc
     return *tokens, *places, hidden.new_empty(entries, dtype=dtype), chain, bounds, tail, dense, sums
 
 
-@marked_op.register_fake
+@selected_op.register_fake
 def _(hidden: Tensor, *_: Any) -> Any:
     context = torch.library.get_ctx()
-    n, (entries, dense, hot) = hidden.shape[0], (context.new_dynamic_size() for _ in range(3))
+    n = hidden.shape[0]
+    entries, num_dense_rows, num_dense_columns = (context.new_dynamic_size() for _ in range(3))
     tokens = [hidden.new_empty(n, dtype=torch.float32) for _ in range(4)]
     columns = hidden.new_empty(entries, dtype=torch.int32)
-    starts, dense_rows, hot_columns = (hidden.new_empty(size, dtype=torch.int64) for size in (n + 1, dense, hot))
-    return *tokens[:3], columns, starts, tokens[3], dense_rows, hot_columns, hidden.new_empty(5, dtype=torch.float64)
+    sizes = (n + 1, num_dense_rows, num_dense_columns)
+    starts, dense_rows, dense_columns = (hidden.new_empty(size, dtype=torch.int64) for size in sizes)
+    return *tokens[:3], columns, starts, tokens[3], dense_rows, dense_columns, hidden.new_empty(5, dtype=torch.float64)
 
 
 def _kept_of_sparse(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
@@ -245,7 +249,7 @@ def _kept_of_sparse(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept
     return (hidden, weight, bias, labels, *output[1:-1]), settings[:3]
 
 
-def _kept_of_marked(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
+def _kept_of_selected(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
     hidden, weight, bias, labels, *settings = inputs
     softcap, logit_scale, ignore_index, eps, _, unbiased, seed, *_ = settings
     kept = (hidden, weight, bias, labels, *output[1:-1])
@@ -263,4 +267,4 @@ def _derivative_by(op: Any) -> Any:
 
 
 differentiate(sparse_op, _kept_of_sparse, _derivative_by(sparse_gradients_op))
-differentiate(marked_op, _kept_of_marked, _derivative_by(marked_gradients_op))
+differentiate(selected_op, _kept_of_selected, _derivative_by(selected_gradients_op))

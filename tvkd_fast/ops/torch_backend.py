@@ -35,7 +35,7 @@ def logps_forward(
         kept = kept_rows(labels, ignore_index)
         wanted = labels if kept is None else labels[kept]
         if not streamed:
-            logits = exact.room_for_logits(hidden, head, kept, workspace_mb)
+            logits = exact.logits_workspace(hidden, head, kept, workspace_mb)
             sums = exact.head_sums(hidden, head, kept=kept, labels=wanted, logits=logits)
             return _spread(sums, kept, hidden), logits
         sums, dlogp_dhidden = exact.head_dlogp_dhidden(hidden, head, wanted, kept=kept)

@@ -1,4 +1,4 @@
-"""Soft values: what the teacher's logits say a state is worth, one float a state, without logits.
+"""Soft values: the worth of a state by the teacher's logits, one float per state, without logits in memory.
 
 Letters: M states, D hidden, V vocabulary.
 """

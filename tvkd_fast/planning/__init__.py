@@ -1,1 +1,1 @@
-"""What a run would take, counted from shapes and data: `tvkd train --dry_run`."""
+"""The resources of a run, counted from shapes and data: `tvkd train --dry_run`."""

@@ -1,4 +1,4 @@
-"""What a backward needs of a backbone's forward, counted on tensors that have shapes and no storage.
+"""The tensors of a backbone's forward that its backward needs, counted on shapes without storage.
 
 Letters: L tokens of a row.
 """
@@ -37,7 +37,7 @@ class Activations:
     around: int
 
     def of(self, layers: int, recompute: str, row: int) -> int:
-        """Of all blocks, the one that is computed again among them; `row` is the size of a block's input."""
+        """Return the bytes of all blocks, with one that is recomputed; `row` is the size of a block's input."""
         if recompute == "none":
             return self.around + layers * self.everything
         held = self.products if recompute == "selective" else row
@@ -54,7 +54,7 @@ def count_activations(
     autocast: torch.dtype | None,
     trust_remote_code: bool = False,
 ) -> Activations:
-    """Of one of the model's blocks over one row of `tokens`, on a CPU's attention, with a weight that autocast casts.
+    """Count one block of the model over one row of `tokens`, by a CPU's attention, with a weight that autocast casts.
 
     A `layout` is given where prompts are shared, and whole rows where it is None. `sequences` of the tokens lie in rows
     of their own where they are padded, which only families whose attention cannot be replaced are counted by.
@@ -77,15 +77,15 @@ class _Count:
     """Bytes of a forward."""
 
     saved: int
-    """For its backward."""
+    """Bytes that it saves for its backward."""
     products: int
-    """That the products of all blocks return."""
+    """Bytes that the products of all blocks return."""
     row: int
-    """Of a block's input."""
+    """Bytes of a block's input."""
 
 
 def _made(config: Any, layers: int, trust_remote_code: bool) -> Callable[[], PreTrainedModel]:
-    """What makes a model of so many of the blocks, the first ones, over and over where there are fewer."""
+    """Return a function that makes a model of the first `layers` blocks, repeated where there are fewer."""
     from transformers import AutoModelForCausalLM
 
     few = config_of_layers(config, [i % config.num_hidden_layers for i in range(layers)])
@@ -99,13 +99,14 @@ def _saved(
     sequences: int,
     autocast: torch.dtype | None,
 ) -> _Count:
-    """Counted by the first way that the family takes: with the attention of packed rows, or its own where no prompt is
-    shared; on shapes alone, or with weights as drawn where shapes hang on numbers (how many tokens an expert gets).
+    """Return the count of the first attempt that the family accepts: with the attention of packed rows, or its own
+    where no prompt is shared; on shapes alone, or with weights as drawn where shapes depend on numbers (how many tokens
+    an expert gets).
     """
     attentions = (False,) if layout is not None else (False, True)
-    *ways, last = [(own, mode) for mode in (FakeTensorMode, nullcontext) for own in attentions]
-    for own, mode in ways:
-        # Of torch's refusals to reckon with shapes all are such errors; the last way's is the user's to see.
+    *attempts, last = [(own, mode) for mode in (FakeTensorMode, nullcontext) for own in attentions]
+    for own, mode in attempts:
+        # Of torch's refusals to reckon with shapes all are such errors; the last attempt's is the user's to see.
         with suppress(RuntimeError, ValueError), mode():
             return _forward(make(), tokens, layout, sequences, autocast, own=own)
     own, mode = last

@@ -1,4 +1,4 @@
-"""What each process of a run holds and sends, counted from shapes: nothing is loaded, downloaded or run.
+"""The memory and traffic of each process of a run, counted from shapes: nothing is loaded, downloaded or run.
 
 Letters: P pairs of a step, S processes that share weights, D hidden, F intermediate, V vocabulary.
 """
@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 
 from tvkd_fast.distributed.vocabulary import states_held
-from tvkd_fast.models import BITS_A_WEIGHT, ModelShape
+from tvkd_fast.models import BITS_PER_WEIGHT, ModelShape
 from tvkd_fast.models.shared_prompt import HANDLED, Layout
 from tvkd_fast.objectives import SCORED, Need
 from tvkd_fast.planning.activations import count_activations
@@ -21,7 +21,7 @@ from tvkd_fast.training.train_config import TrainConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _HEAD_WORKSPACE = 64 * 2**20
-"""Of the head's tiles; a bound that its tests hold."""
+"""Bytes of the head's tiles; an upper bound that its tests check."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class PairTokens:
     longest: float
 
     def of(self, packing: str, both: bool) -> float:
-        """Those that go through the model, of both responses or the chosen one alone."""
+        """Return the tokens that go through the model, of both responses or of the chosen one alone."""
         return (2 if both and packing != "shared" else 1) * self.prompt + self.responses(both)
 
     def responses(self, both: bool) -> float:
-        """Those that reach the head."""
+        """Return the tokens that reach the head."""
         return self.chosen + self.rejected if both else self.chosen
 
 
 def compares(config: TrainConfig) -> bool:
-    """Whether rejected responses go through the models as well."""
+    """Return whether rejected responses go through the models as well."""
     return Need.REJECTED in config.loss.needs
 
 
@@ -59,7 +59,7 @@ class Footprint:
     processes: int
 
     def memory(self) -> tuple[str, dict[str, float]]:
-        """When a step holds most, and what the device holds then, by part; Python and its libraries apart.
+        """Return the moment of a step's peak, and the device's memory then, by part, without Python and its libraries.
 
         Activations are most as a backward begins, gradients as it ends: a head's dW is then whole, and a tied weight
         has its embedding's beside it. A shared embedding looks up all processes' tokens as a forward begins.
@@ -73,7 +73,7 @@ class Footprint:
         return max(moments.items(), key=lambda moment: sum(moment[1].values()))
 
     def host_memory(self) -> dict[str, float]:
-        """What lies in the host's memory, by part, where shards are offloaded; nothing otherwise."""
+        """Return the host's memory by part where shards are offloaded, else nothing."""
         return self._kept | {"gradients": self._own_gradients} if self._offloads else {}
 
     def communication(self) -> dict[str, float]:
@@ -87,17 +87,17 @@ class Footprint:
             "gradients, reduced": ring * reductions * 4 * self._reduced,
         }
         if self.shares_vocabulary:
-            # The few numbers a token by which its parts are merged are left out. The head's gradients are float32.
+            # The few numbers per token by which its parts are merged are left out. The head's gradients are float32.
             pairs = config.pairs_per_step / self.processes
-            everyone = ring * self._group * self.policy.hidden
+            per_token = ring * self._group * self.policy.hidden
             answers = pairs * self.tokens.responses(compares(config))
-            parts["states of tokens"] = everyone * answers * (self._compute + 4)
+            parts["states of tokens"] = per_token * answers * (self._compute + 4)
             if self.policy.tied:
                 padded = config.model.packing == "padded"
-                looked_up = self.micro_batches * self.row if padded else pairs * self._a_pair
+                looked_up = self.micro_batches * self.row if padded else pairs * self._tokens_per_pair
                 # A frozen table has no way back.
-                ways = 2 if config.lora.rank == 0 else 1
-                parts["embeddings of tokens"] = everyone * looked_up * ways * _BYTES[config.model.dtype]
+                directions = 2 if config.lora.rank == 0 else 1
+                parts["embeddings of tokens"] = per_token * looked_up * directions * _BYTES[config.model.dtype]
         replicas = config.parallel.replicas
         if replicas > 1:
             own = reductions * 4 * self._reduced
@@ -111,11 +111,11 @@ class Footprint:
     def arithmetic(self) -> float:
         """Floating-point operations of a step by its products with weights, of all processes together.
 
-        A weight takes 2 a token forward, 2 for its input's gradient and 2 for its own; the head sees response tokens
+        A weight takes 2 per token forward, 2 for its input's gradient and 2 for its own; the head sees response tokens
         alone. What is computed again counts once, and attention's own products are left out.
         """
         config, policy, teacher = self.config, self.policy, self.teacher
-        tokens = config.pairs_per_step * self._a_pair
+        tokens = config.pairs_per_step * self._tokens_per_pair
         answers = config.pairs_per_step * self.tokens.responses(compares(config))
         trained = 6 if config.lora.rank == 0 else 4
         total = trained * (policy.blocks * tokens + policy.head * answers)
@@ -141,11 +141,11 @@ class Footprint:
 
     @cached_property
     def micro_batches(self) -> int:
-        """Of each process in a step."""
+        """Return the micro-batches of each process per step."""
         config = self.config
         if config.model.packing == "padded":
             return math.ceil(config.pairs_per_step / config.pairs_per_micro_batch / self.processes)
-        return math.ceil(config.pairs_per_step * self._a_pair / config.tokens_per_micro_batch / self.processes)
+        return math.ceil(config.pairs_per_step * self._tokens_per_pair / config.tokens_per_micro_batch / self.processes)
 
     @property
     def row(self) -> float:
@@ -154,11 +154,11 @@ class Footprint:
         if config.model.packing == "padded":
             sequences = 2 if compares(config) else 1
             return config.pairs_per_micro_batch * sequences * self.tokens.longest
-        return min(config.tokens_per_micro_batch, config.pairs_per_step * self._a_pair / self.processes)
+        return min(config.tokens_per_micro_batch, config.pairs_per_step * self._tokens_per_pair / self.processes)
 
     @cached_property
     def shares_vocabulary(self) -> bool:
-        """As `run_models.Sharing` decides it, but for families whose embedding cannot be shared."""
+        """Return the decision of `models.Sharing`, except for families whose embedding cannot be shared."""
         config = self.config
         if self._group == 1 or config.parallel.vocabulary != "auto":
             return self._group > 1 and config.parallel.vocabulary == "shared"
@@ -167,7 +167,7 @@ class Footprint:
 
     @cached_property
     def activations(self) -> float:
-        """Of the policy's blocks and of what lies around them, and the states that the head is given."""
+        """Return the bytes of the activations in and around the policy's blocks, and of the head's states."""
         config, policy = self.config, self.policy
         tokens = self._tokens
         autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
@@ -190,37 +190,37 @@ class Footprint:
 
     @property
     def _tokens(self) -> int:
-        """Of a row, in whole ones."""
+        """Return the tokens of a row, rounded up."""
         return max(1, round(self.row))
 
     @property
     def _answers(self) -> float:
         """Response tokens among those of a row."""
-        return self._tokens * self.tokens.responses(compares(self.config)) / self._a_pair
+        return self._tokens * self.tokens.responses(compares(self.config)) / self._tokens_per_pair
 
     def _layout(self, tokens: int) -> Layout | None:
-        """As many pairs of the data's mean lengths as fill a row."""
+        """Return a row's layout, filled with pairs of the data's mean lengths."""
         implementation = self.config.model.attn_implementation
         handled = implementation is None or implementation in HANDLED
         if self.config.model.packing != "shared" or not compares(self.config) or not handled:
             return None
-        pairs = max(1, round(tokens / self._a_pair))
+        pairs = max(1, round(tokens / self._tokens_per_pair))
         ends = [round(tokens * i / pairs) for i in range(pairs + 1)]
         rows = []
         for start, end in pairwise(ends):
-            chosen = start + round((end - start) * self.tokens.prompt / self._a_pair)
-            rejected = chosen + round((end - start) * self.tokens.chosen / self._a_pair)
+            chosen = start + round((end - start) * self.tokens.prompt / self._tokens_per_pair)
+            rejected = chosen + round((end - start) * self.tokens.chosen / self._tokens_per_pair)
             rows.append((start, chosen, rejected, end))
         return tuple(rows)
 
     @property
     def _kept(self) -> dict[str, float]:
-        """From step to step."""
+        """Return the memory that is held from step to step, by part."""
         config, size = self.config, _BYTES[self.config.model.dtype] / self._group
         adapters = self.learning if config.lora.rank else 0
         packed = self.policy.blocks if config.lora.quantize == "nf4" else 0
         parts = {
-            "policy weights": (self.policy.parameters - packed + adapters) * size + packed * BITS_A_WEIGHT / 8,
+            "policy weights": (self.policy.parameters - packed + adapters) * size + packed * BITS_PER_WEIGHT / 8,
             "AdamW's two moments": 2 * self.learning * size,
         }
         if Need.REFERENCE in config.loss.needs and config.scores is None and not config.lora.rank:
@@ -262,14 +262,14 @@ class Footprint:
         if self._group > 1:
             parts |= self._so_far
         if self.config.lora.rank == 0:
-            # Of a tied weight the embedding's and the head's are summed; both are there before, and the sum so far.
+            # Of a tied weight the embedding's and the head's are summed; both exist before, and the sum so far.
             beside = (1 if self.policy.tied else 0) + (1 if self.micro_batches > 1 else 0)
             parts["embedding's gradient"] = beside * self._head_gradient
         return parts
 
     @property
     def _looked_up(self) -> dict[str, float]:
-        """What a shared table found of all tokens, or what comes back to it, and this process's own."""
+        """Return the embeddings of all tokens from a shared table, or their gradients, and this process's own."""
         if not self.shares_vocabulary or not self.policy.tied:
             return {}
         size = self.row * self.policy.hidden * _BYTES[self.config.model.dtype]
@@ -277,17 +277,17 @@ class Footprint:
 
     @property
     def _own_gradients(self) -> float:
-        """Of the weights that this process keeps."""
+        """Return the gradients of the weights that this process keeps."""
         return 4.0 * self.learning / self._group
 
     @property
     def _offloads(self) -> bool:
-        """As it is only done to shards."""
+        """Return whether shards are offloaded to the host."""
         return self.config.parallel.cpu_offload and self.processes > 1
 
     @property
     def _gradients_so_far(self) -> float:
-        """Of the micro-batches before."""
+        """Return the gradients of earlier micro-batches."""
         if self._group == 1 or self.config.parallel.reduce == "micro_batch":
             return 0.0 if self._offloads else self._own_gradients
         return 4.0 * self._reduced
@@ -297,7 +297,7 @@ class Footprint:
         return 4.0 * self.policy.head / (self._group if self.shares_vocabulary else 1)
 
     @property
-    def _a_pair(self) -> float:
+    def _tokens_per_pair(self) -> float:
         return self.tokens.of(self.config.model.packing, compares(self.config))
 
     @property

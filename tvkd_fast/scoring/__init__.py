@@ -1,4 +1,4 @@
-"""What reference and teacher say of pairs: from the models themselves, or from a cache on disk."""
+"""The scores of reference and teacher for pairs: from the models themselves, or from a cache on disk."""
 
 from tvkd_fast.scoring.cache import ScoreCache, ScoreWriter, describe
 from tvkd_fast.scoring.layout import ScoreLayout, Scores

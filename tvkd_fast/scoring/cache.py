@@ -1,7 +1,7 @@
-"""The score cache: what teacher and reference say of a dataset, made once, as a folder of shards and a manifest.
+"""The score cache: the numbers of teacher and reference for a dataset, as a folder of shards and a manifest.
 
 A shard holds the numbers of consecutive pairs; the manifest names the shards that are whole, with their checksums, and
-what the numbers were made of. It is written anew after each shard, so that a killed run goes on from there.
+what the numbers were made of. It is written anew after each shard, so that a killed run resumes there.
 
 Letters: P pairs, M response states; responses are stored pair by pair, chosen then rejected.
 """
@@ -28,7 +28,7 @@ from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLa
 from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
 
 DIGESTS = "pair_digests"
-"""Of the pairs whose scores a shard holds, `PairDataset.pair_digests`; shards of older versions have none."""
+"""The name of `PairDataset.pair_digests` of the pairs in a shard; shards of older versions have none."""
 
 OF_MODELS = ("teacher", "teacher_reference", "reference")
 """Fields of a manifest that are fingerprints of models."""
@@ -65,7 +65,7 @@ class ScoreCache:
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
         """Map a folder that a `ScoreWriter` finished, for the dataset it was made of.
 
-        Raises ValueError, with the file's name, where it is not whole: every byte is held to a checksum.
+        Raises ValueError, with the file's name, where it is not whole: every byte is tested against a checksum.
         """
         folder = Path(expanduser(folder))
         manifest = read_manifest(folder)
@@ -94,7 +94,7 @@ class ScoreCache:
                 continue
             if name in OF_MODELS and found is not None and _kind(found) != _kind(value):
                 raise ValueError(
-                    f"whether the score cache is of this run's {name} cannot be told: it was written by an older "
+                    f"whether the score cache is of this run's {name} cannot be determined: it was written by an older "
                     "version, whose fingerprints hold neither a model's config nor the adapter that it came with; run "
                     "`tvkd score` again"
                 )
@@ -108,8 +108,8 @@ class ScoreCache:
 class ScoreWriter:
     """Writes a cache shard by shard beside `folder`, whose place it takes once the last shard is whole.
 
-    What a killed run left there is gone on with, if it tells of the same numbers: whole shards are kept, a torn one and
-    what follows it are made again. An older cache in `folder` stands until then.
+    It resumes from a killed run's files for the same numbers: whole shards are kept, a torn one and those after it
+    are computed again. An older cache in `folder` stands until then.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class ScoreWriter:
             self._write_manifest()
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"could not save scores to {self.partial}: {error}. Free some space and run it again: it goes on from "
+                f"could not save scores to {self.partial}: {error}. Free some space and run it again to resume at "
                 f"pair {self.pairs:,} of {self.manifest.pairs:,}"
             ) from error
 
@@ -181,7 +181,7 @@ class ScoreWriter:
 
 
 def describe(folder: str | Path) -> str:
-    """What is in a cache, to read: what it was made of, how much there is, and the numbers' ranges. All is checked."""
+    """Return a description of a cache: its sources, size and the numbers' ranges. Checks every shard."""
     folder = Path(expanduser(folder))
     manifest = read_manifest(folder)
     pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
@@ -224,7 +224,7 @@ def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
     fits = all(x is None or x.shape == shapes[name] for name, x in vars(scores).items())
     own = {scores.teacher_states is not None, scores.teacher_ended is not None}
     if not fits or scores.ref_logps is None or own != {manifest.own_tokens}:
-        raise ValueError(f"{path} does not hold what {MANIFEST} says of it; run `tvkd score` again")
+        raise ValueError(f"{path} does not match {MANIFEST}; run `tvkd score` again")
     return scores
 
 
@@ -235,7 +235,7 @@ def _teacher_states(pieces: Sequence[Scores], otherwise: Tensor) -> Tensor:
 
 
 def check_score_folder(folder: Path) -> None:
-    """ValueError where scores cannot be written there, or something else would have to give way to them."""
+    """Raise ValueError where scores cannot be written there, or something else would have to give way to them."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give --output_dir a folder of its own")
     if folder.exists() and not _only_scores(folder):
@@ -252,13 +252,13 @@ def _only_scores(folder: Path) -> bool:
 
 
 def _to_disk(path: Path) -> None:
-    """Not only to the system's memory: a plug that is pulled takes what is there."""
+    """Flush a file to disk, so that it survives a power failure."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _kind(fingerprint: object) -> str:
-    """What stands before a fingerprint's digest: what it is made of. Nothing, where it is of weights alone."""
+    """Return the prefix of a fingerprint's digest, which names what it covers; empty for weights alone."""
     return str(fingerprint).rpartition(":")[0]
 
 

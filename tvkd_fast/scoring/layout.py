@@ -41,7 +41,7 @@ class Scores:
 
 
 class ScoreLayout:
-    """Where the numbers of a pair stand in a dataset's flat arrays, from [P, 2] states of its responses."""
+    """The places of a pair's numbers in a dataset's flat arrays, from the [P, 2] states of its responses."""
 
     def __init__(self, states: Tensor) -> None:
         self.num_pairs = states.shape[0]
@@ -79,6 +79,6 @@ def states_of(dataset: Sequence[TokenizedPair]) -> Tensor:
 NAMES = tuple(f.name for f in fields(Scores))
 
 STATE_NAMES = ("lse", "lse_kappa", "reward")
-"""Of the numbers that there are one a state of; of the others there is one a response."""
+"""The numbers with one value per state; the others have one per response."""
 
 RESPONSE_NAMES = tuple(name for name in NAMES if name not in STATE_NAMES)

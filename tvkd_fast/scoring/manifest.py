@@ -1,4 +1,4 @@
-"""What a folder of scores says about itself: which data, models and settings it was made of, and its checksums."""
+"""The manifest of a folder of scores: the data, models and settings that it was made of, and its checksums."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ class Shard:
 
 @dataclass(frozen=True)
 class ScoreManifest:
-    """What the numbers were made of. Fingerprints are sha256 in hex, a model's with what it holds before it; None where
+    """The sources of the numbers. Fingerprints are sha256 in hex, a model's with what it holds before it; None where
     there was no such model. Those of older versions are of a model's weights alone: they are read, and no model is
     compared with them."""
 
     dataset: str
-    """Of the token ids, `PairDataset.fingerprint`: truncation and tokenizer are in it."""
+    """The fingerprint of the token ids, `PairDataset.fingerprint`, which covers truncation and tokenizer."""
     tokenizer: str
     teacher: str | None
-    """Of the teacher: weights, config, and the adapter that it came with."""
+    """The fingerprint of the teacher: weights, config, and the adapter that it came with."""
     reference: str | None
-    """Of the reference."""
+    """The fingerprint of the reference."""
     precision: str
     """Dtype of the weights and of the products: scores in one are not those in another."""
     kappa: float
     pairs: int
     states: int
     versions: dict[str, str]
-    """Of this library, torch and transformers, for the record."""
+    """Versions of this library, torch and transformers, for the record."""
     value_dtype: Literal["float32", "float16"] = "float32"
     """Dtype of what is kept a state; log-probabilities are float32."""
     teacher_reference: str | None = None
-    """Of the teacher's own reference, where its rewards are kept and not its sums."""
+    """The fingerprint of the teacher's own reference, where its rewards are kept and not its sums."""
     teacher_tokens: str | None = None
-    """Of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
+    """The fingerprint of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
     shards: tuple[Shard, ...] = ()
     format: int = FORMAT
 
@@ -63,11 +63,11 @@ class ScoreManifest:
         return sum(shard.pairs for shard in self.shards) == self.pairs
 
     def same_numbers(self, other: ScoreManifest) -> bool:
-        """Whether both tell of the same numbers, however many of them are there and whoever wrote them."""
+        """Return whether both describe the same numbers, whatever their count and writer."""
         return replace(self, shards=(), versions={}) == replace(other, shards=(), versions={})
 
     def text(self) -> str:
-        """As it stands in its file, byte by byte, with a checksum of its own: what reads otherwise is damaged."""
+        """Return the manifest file's exact text, with a checksum of its own: a file that differs is damaged."""
         body = asdict(self)
         checksum = sha256(json.dumps(body).encode()).hexdigest()
         return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"

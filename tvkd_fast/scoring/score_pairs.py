@@ -1,4 +1,4 @@
-"""Which pairs a score cache was made of: where a dataset stops being the same."""
+"""The pairs that a score cache was made of, and the first at which a dataset differs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pairs_alike(folder: str | Path, dataset: PairDataset) -> int | None:
 
 
 def first_difference(folders: list[str], dataset: PairDataset) -> str:
-    """Names the first row that is not the cache's, of the folder that goes along longest; "" where none can tell."""
+    """Names the first row that is not the cache's, of the folder that goes along longest; "" where none has digests."""
     known = {folder: alike for folder in folders if (alike := pairs_alike(folder, dataset)) is not None}
     if not known:
         return ""

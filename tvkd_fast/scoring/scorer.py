@@ -1,4 +1,4 @@
-"""What reference and teacher say of a batch: from the models themselves, or from a cache of them.
+"""The scores of reference and teacher for a batch: from the models themselves, or from a cache.
 
 Letters: P pairs, M response states.
 """
@@ -78,7 +78,7 @@ class OnlineScorer:
         self.world = world
 
     def layout(self, dataset: PairDataset) -> ScoreLayout:
-        """Of the numbers that it gives of a dataset."""
+        """Return the layout of the numbers that it computes for a dataset."""
         return ScoreLayout.of(self._read(dataset))
 
     def teacher_reads(self, dataset: PairDataset) -> str | None:
@@ -111,16 +111,18 @@ class OnlineScorer:
         found: dict[str, Tensor] = {}
         rows = list(tokens.batching.batches(pairs, range(len(pairs))))
         # A sharded teacher is called by every process as often as by the others.
-        for own in tokens.batching.filled(rows, len(rows) if self.world is None else self.world.most(len(rows))):
+        for own in tokens.batching.filled(
+            rows, len(rows) if self.world is None else self.world.all_reduce_max(len(rows))
+        ):
             places = layout.states(own.pairs)
             for name, numbers in vars(self._of_teacher(own.to(batch.labels.device))).items():
                 if numbers is not None:
                     found.setdefault(name, numbers.new_zeros(layout.num_states))[places] = numbers
-        everyone = torch.arange(len(pairs))
-        order = layout.states(everyone)
+        all_pairs = torch.arange(len(pairs))
+        order = layout.states(all_pairs)
         ended = torch.tensor([[pair.chosen_ended, pair.rejected_ended] for pair in pairs], dtype=torch.bool)
         of_responses = {
-            "teacher_states": layout.bounds.diff()[layout.responses(everyone)],
+            "teacher_states": layout.bounds.diff()[layout.responses(all_pairs)],
             "teacher_ended": ended.view(len(pairs), 2).T.flatten(),
         }
         of_states = {name: found[name][order] if name in found else None for name in STATE_NAMES}
@@ -128,7 +130,7 @@ class OnlineScorer:
 
 
 class CachedScorer:
-    """Looks the batch up."""
+    """Looks the batch's scores up in a cache."""
 
     def __init__(self, cache: ScoreCache) -> None:
         self.cache = cache
@@ -148,9 +150,9 @@ def score_dataset(
     world: World,
     progress: bool = False,
 ) -> ScoreCache:
-    """Run the scorer once over the dataset and keep what it says in memory, in the dataset's order.
+    """Run the scorer once over the dataset and keep its scores in memory, in the dataset's order.
 
-    Each process of `world` scores its part, and all have the whole.
+    Each process of `world` scores its part, and each gets the scores of all.
     """
     layout = scorer.layout(dataset)
     with _bar(len(dataset), 0, progress) as bar:
@@ -169,11 +171,13 @@ def score_to_disk(
     world: World,
     progress: bool = False,
 ) -> ScoreCache:
-    """The same shard by shard into a folder, which the first process writes. Killed, it goes on after the last whole
-    shard when it is run again."""
+    """Score the dataset shard by shard into a folder, which the first process writes.
+
+    A rerun after a kill resumes after the last whole shard.
+    """
     layout = scorer.layout(dataset)
     writer = ScoreWriter(folder, manifest, layout, dataset.pair_digests) if world.first else None
-    start = world.told(0 if writer is None else writer.pairs)
+    start = world.broadcast(0 if writer is None else writer.pairs)
     with _bar(len(dataset), start, progress) as bar:
         for first in range(start, len(dataset), pairs_per_shard):
             pairs = range(first, min(first + pairs_per_shard, len(dataset)))
@@ -182,7 +186,7 @@ def score_to_disk(
                 writer.write(scores)
     if writer is not None:
         writer.finish()
-    world.wait()
+    world.barrier()
     return ScoreCache.load(folder, dataset)
 
 
@@ -195,7 +199,7 @@ def _score_pairs(
     world: World,
     bar: tqdm,
 ) -> Scores:
-    """What the scorer says of consecutive pairs, in their order."""
+    """Return the scores of consecutive pairs, in their order."""
     kept: dict[str, Tensor] = {}
     states = layout.between(pairs.start, pairs.stop)
     batches = batching.share(dataset, pairs, rank=world.rank, size=world.size)
@@ -210,9 +214,9 @@ def _score_pairs(
                 kept.setdefault(name, x.new_zeros(size))[place] = x
         bar.update(len(pairs) * (i + 1) // len(batches) - len(pairs) * i // len(batches))
     # Each number is in one process and 0 in the others.
-    whole = {name: sum(parts[1:], start=parts[0]) for name, parts in _by_name(world.everyone(kept)).items()}
-    whole = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in whole.items()}
-    return Scores(**{name: whole.get(name) for name in NAMES})
+    summed = {name: sum(parts[1:], start=parts[0]) for name, parts in _by_name(world.all_gather(kept)).items()}
+    summed = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in summed.items()}
+    return Scores(**{name: summed.get(name) for name in NAMES})
 
 
 def _by_name(found: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:

@@ -63,9 +63,9 @@ def pairs(split: Split, n: int | None = None) -> list[Pair]:
         raise TypeError(f"n is {n!r}; pass a whole number of rows, or leave it out for {DEFAULT_ROWS[split]}")
     if n < 1:
         raise ValueError(f"n is {n}; ask for at least 1 row, or leave it out for {DEFAULT_ROWS[split]}")
-    if n > (most := max_rows(split)):
+    if n > (limit := max_rows(split)):
         raise ValueError(
-            f"n is {n}, but the bundled set has {most} different rows in {split!r}; ask for at most {most}"
+            f"n is {n}, but the bundled set has {limit} different rows in {split!r}; ask for at most {limit}"
         )
     return [_pair(FAMILIES[i % len(FAMILIES)], split, i // len(FAMILIES)) for i in range(n)]
 
@@ -84,7 +84,7 @@ def preference_rows(split: Split, n: int | None = None) -> list[dict[str, Any]]:
 
 
 def max_rows(split: Split) -> int:
-    """How many rows a split has before a family, in its turn, would repeat a prompt."""
+    """Return the number of rows that a split has before a family would repeat a prompt."""
     sizes = [len(_split_questions(family, split)) * len(family.phrasings) for family in FAMILIES]
     return min(size * len(FAMILIES) + turn for turn, size in enumerate(sizes))
 

@@ -74,11 +74,11 @@ class Spelling(Family):
         }
 
     def find_flaw(self, question: Question, answer: str) -> str | None:
-        said = plain(answer).casefold()
-        hyphenated = re.findall(r"\b[a-z](?:-[a-z])+\b", said)
+        found = plain(answer).casefold()
+        hyphenated = re.findall(r"\b[a-z](?:-[a-z])+\b", found)
         if hyphenated == [self.good(question)]:
             return None
-        return "no_hyphens" if not hyphenated and question["word"] in re.sub(r"[^a-z]", "", said) else "wrong_letter"
+        return "no_hyphens" if not hyphenated and question["word"] in re.sub(r"[^a-z]", "", found) else "wrong_letter"
 
 
 class Capitals(Family):
@@ -104,8 +104,8 @@ class Capitals(Family):
         return {"wrong_capital": self._sentence(question, pick(rng, others))}
 
     def find_flaw(self, question: Question, answer: str) -> str | None:
-        said = plain(answer).casefold()
-        named = {capital for capital in CAPITALS.values() if re.search(rf"\b{capital.casefold()}\b", said)}
+        found = plain(answer).casefold()
+        named = {capital for capital in CAPITALS.values() if re.search(rf"\b{capital.casefold()}\b", found)}
         return None if named == {CAPITALS[question["country"]]} else "wrong_capital"
 
     @staticmethod
@@ -140,10 +140,10 @@ class NextNumber(Family):
         }
 
     def find_flaw(self, question: Question, answer: str) -> str | None:
-        said = re.findall(r"-?\d+", answer)[-1:]
-        if said == [self.good(question)]:
+        found = re.findall(r"-?\d+", answer)[-1:]
+        if found == [self.good(question)]:
             return None
-        return "repeats_last" if said == question["shown"].split(", ")[-1:] else "wrong_number"
+        return "repeats_last" if found == question["shown"].split(", ")[-1:] else "wrong_number"
 
 
 class Sorting(Family):
@@ -178,10 +178,10 @@ class Sorting(Family):
 
     def find_flaw(self, question: Question, answer: str) -> str | None:
         right = sorted(question["words"].split(", "))
-        said = [word for word in words_of(answer) if word in right]
-        if said == right:
+        found = [word for word in words_of(answer) if word in right]
+        if found == right:
             return None
-        return "missing_word" if set(said) != set(right) else "wrong_order"
+        return "missing_word" if set(found) != set(right) else "wrong_order"
 
 
 class Plural(Family):
@@ -211,7 +211,7 @@ class Plural(Family):
         }
 
     def find_flaw(self, question: Question, answer: str) -> str | None:
-        said = plain(answer).casefold()
-        if said == self.good(question):
+        found = plain(answer).casefold()
+        if found == self.good(question):
             return None
-        return "still_singular" if said == question["noun"] else "wrong_plural"
+        return "still_singular" if found == question["noun"] else "wrong_plural"

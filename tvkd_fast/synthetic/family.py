@@ -1,4 +1,4 @@
-"""What a family of synthetic tasks is, and the text helpers that its rules are written with."""
+"""The families of synthetic tasks, and the text helpers of their rules."""
 
 import json
 import random
@@ -49,7 +49,7 @@ class Family(ABC):
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """One option. Of `Random`, Python promises only `random()` to stay the same from version to version."""
+    """Return one option. Of `Random`, Python promises only `random()` to stay the same from version to version."""
     return options[int(rng.random() * len(options))]
 
 

@@ -1,6 +1,6 @@
 """Checkpoints that are complete or invisible: safetensors and JSON, written beside their place and moved there.
 
-A checkpoint is a folder `step-000100` of one file a process, `shard-00001-….safetensors`, each with its own rows of
+A checkpoint is a folder `step-000100` of one file per process, `shard-00001-….safetensors`, each with its own rows of
 weights and optimizer (torch.distributed.checkpoint's sharded layout, which any number of processes reads), and
 `state.json`, whose checksums of them make it whole. What is not whole is passed over, and the one before it is used.
 """
@@ -56,7 +56,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, or None. One that is not whole is named in a warning and passed over."""
-        for path in self.world.told(_checkpoints(self.folder)):
+        for path in self.world.broadcast(_checkpoints(self.folder)):
             flaw = self.flaw(path)
             if flaw is None:
                 return path
@@ -111,7 +111,7 @@ class Checkpoints:
                 act(*arguments)
         except (OSError, SafetensorError, dcp.CheckpointException) as error:
             problem = _reason(error)
-        problem = next((text for text in self.world.everyone(problem) if text is not None), None)
+        problem = next((text for text in self.world.all_gather(problem) if text is not None), None)
         if problem is None:
             return
         if self.world.first:
@@ -139,13 +139,13 @@ class Checkpoints:
                 _flush(shard)
         except OSError as error:
             problem = str(error)
-        everyone = self.world.everyone((problem, sums), behind=True)
-        problem = next((text for text, _ in everyone if text is not None), None)
+        gathered = self.world.all_gather((problem, sums), behind=True)
+        problem = next((text for text, _ in gathered if text is not None), None)
         if problem is not None:
             raise OSError(problem)
         if not self.world.first:
             return
-        state["sha256"] = {name: digest for _, found in everyone for name, digest in found.items()}
+        state["sha256"] = {name: digest for _, found in gathered for name, digest in found.items()}
         missing = [name for name in state["sha256"] if not (partial / name).exists()]
         if missing or len(state["sha256"]) < self.world.size:
             raise OSError(
@@ -162,7 +162,7 @@ class Checkpoints:
         self._prune(state["step"])
 
     def _prune(self, step: int) -> None:
-        # A later folder is damaged, or this run would have gone on from it: it neither counts nor is it ours to drop.
+        # A later folder is damaged, or this run would have resumed from it: it neither counts nor is it ours to drop.
         mine = [path for path in _checkpoints(self.folder) if _step(path) <= step]
         best = _best(mine)
         for old in mine[self.keep :]:
@@ -177,7 +177,7 @@ class Checkpoints:
             flaw = next((f"{n} does not match its checksum" for n in mine if sha256_of(path / n) != recorded[n]), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             flaw = f"{type(error).__name__}: {error}"
-        return next((text for text in self.world.everyone(flaw) if text is not None), None)
+        return next((text for text in self.world.all_gather(flaw) if text is not None), None)
 
     def load_weights(self, path: Path, model: nn.Module) -> None:
         """Load the trained weights into a model as it was at the start, and nothing else."""
@@ -316,7 +316,7 @@ def _best(paths: list[Path]) -> Path | None:
 
 
 def _comparable(score: Any) -> bool:
-    """Whether a score can be larger or smaller than another: NaN, which compares with nothing, is neither."""
+    """Return whether a score can be larger or smaller than another: NaN, which compares with nothing, is neither."""
     return isinstance(score, int | float) and math.isfinite(score)
 
 

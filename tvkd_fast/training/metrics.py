@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard where it is installed, and the progress bar."""
+"""The reports of a run: metrics.jsonl, TensorBoard where it is installed, and the progress bar."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from tvkd_fast.training.step import StepOutput
 
 
 class Interval:
-    """What steps since the last line of metrics have said: left on the device until it is read, over all processes."""
+    """The outputs of the steps since the last line of metrics, kept on the device until they are read."""
 
     def __init__(self) -> None:
         self._steps: list[StepOutput] = []
         self._counts = torch.zeros(3, dtype=torch.int64)
 
-    def add(self, out: StepOutput, batches: Sequence[PairBatch], *, room: int) -> None:
-        """One step, with this process's part of it and the tokens that there was room for."""
+    def add(self, out: StepOutput, batches: Sequence[PairBatch], *, capacity: int) -> None:
+        """Add one step: its output, this process's batches, and the tokens that these can hold."""
         self._steps.append(out)
         tokens, responses = sum(b.num_tokens for b in batches), sum(b.labels.numel() for b in batches)
-        self._counts += torch.tensor([tokens, responses, room])
+        self._counts += torch.tensor([tokens, responses, capacity])
 
     def read(self, world: World) -> IntervalNumbers:
         """Waits for the device, and for the other processes; then begins anew."""
@@ -46,16 +46,16 @@ class Interval:
             for output, lengths in zip(out.outputs, out.length_differences, strict=True)
         ]
         mine = torch.cat(columns, 1) if columns else torch.zeros(5, 0, dtype=torch.float64)
-        everyone = world.everyone((mine, self._counts))
-        tokens, response_tokens, room = torch.stack([counts for _, counts in everyone]).sum(0).tolist()
+        gathered = world.all_gather((mine, self._counts))
+        tokens, response_tokens, capacity = torch.stack([counts for _, counts in gathered]).sum(0).tolist()
         found = IntervalNumbers(
             losses=[float(out.loss) for out in taken],
             grad_norms=[float(out.grad_norm) for out in taken],
             skipped=len(self._steps) - len(taken),
-            pairs=torch.cat([numbers for numbers, _ in everyone], 1),
+            pairs=torch.cat([numbers for numbers, _ in gathered], 1),
             tokens=tokens,
             response_tokens=response_tokens,
-            room=room,
+            capacity=capacity,
         )
         self._steps, self._counts = [], torch.zeros_like(self._counts)
         return found
@@ -77,25 +77,25 @@ class IntervalNumbers:
 
     losses: list[float]
     grad_norms: list[float]
-    """One a step that was taken."""
+    """One per step that was taken."""
     skipped: int
     """Steps that were not, their loss or gradient being NaN or inf."""
     pairs: torch.Tensor
     """[5, P] of every pair: margin, shaping margin, chosen and rejected reward, length difference; P = 0 where the
     objective compares nothing."""
     tokens: int
-    """That went through the policy."""
+    """Tokens that went through the policy."""
     response_tokens: int
-    """That its head saw."""
-    room: int
-    """Tokens that the micro-batches had room for."""
+    """Tokens that reached its head."""
+    capacity: int
+    """Tokens that the micro-batches could hold."""
 
     def metrics(self) -> dict[str, float]:
-        """As a metrics line shows them: means. Rewards and margins are unshaped, in β-scaled nats."""
+        """Return the numbers of a metrics line: means. Rewards and margins are unshaped, in β-scaled nats."""
         metrics = {
             "loss": _mean(self.losses),
             "grad_norm": _mean(self.grad_norms),
-            "fill": self.tokens / self.room,
+            "fill": self.tokens / self.capacity,
         }
         if self.skipped:
             metrics["skipped"] = self.skipped
@@ -118,11 +118,12 @@ def _mean(numbers: list[float]) -> float:
 
 
 METRICS = "metrics.jsonl"
-RESUMES = "run the same command again: it goes on from the newest whole checkpoint"
+RESUMES = "rerun the command to resume from the newest whole checkpoint"
 
 
 class ShapingWatch:
-    """Warns, once a run, of shaping that outweighs the policy's margins, over enough pairs for that to mean something.
+    """Warns, once per run, of shaping that outweighs the policy's margins, over enough pairs for that to mean
+    something.
 
     Margins begin at 0 and any shaping outweighs them there, so the first `skip` steps are not looked at.
     """

@@ -34,8 +34,8 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, max_steps - 1 - config.warmup_steps)
-    floor = config.final_lr_ratio
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    lowest = config.final_lr_ratio
+    return config.lr * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 @dataclass(kw_only=True)

@@ -14,14 +14,14 @@ class Stopped(Exception):  # noqa: N818 - it is no error
     """The run was asked to stop, and has saved what it had done, unless it never does."""
 
     def __init__(self, number: int, step: int, *, saved: bool) -> None:
-        then = "run the same command to go on" if saved else "nothing is saved, as save_every has it"
+        then = "run the same command to resume" if saved else "nothing is saved, as save_every has it"
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}: {then}")
         self.status = 128 + number
         """The exit status by which a shell says that a signal ended a command."""
 
 
 class StopSignal:
-    """While it is entered, SIGTERM and SIGINT are noted and nothing more; one that comes later again acts as ever.
+    """Record SIGTERM and SIGINT while entered, without acting on them; a later second one acts as usual.
 
     Those that come at once are one: a terminal, a launcher and a scheduler may each send theirs. Only a program's main
     thread may listen to signals; elsewhere nothing is noted.
@@ -49,7 +49,7 @@ class StopSignal:
 
     def agreed(self, world: World) -> int:
         """The signal that any of the processes was sent, or 0: all of them hear of it after the same step."""
-        return world.most(self.number)
+        return world.all_reduce_max(self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number == 0:

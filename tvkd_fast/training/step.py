@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from tvkd_fast.data import PairBatch
-from tvkd_fast.distributed import World, sync_gradients, whole
+from tvkd_fast.distributed import World, full_tensor, sync_gradients
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import Objective, ObjectiveOutput, PolicyNumbers
@@ -45,7 +45,7 @@ class StepOutput:
     """One step's numbers, still on the device: reading one waits for it."""
 
     loss: Tensor
-    """Of the whole step, the same in every process."""
+    """The loss of the whole step, the same in every process."""
     grad_norm: Tensor
     """Likewise, before it was clipped."""
     outputs: list[ObjectiveOutput]
@@ -74,7 +74,7 @@ def train_step(
     """
     world = World(batches[0].labels.device) if world is None else world
     counts = torch.tensor([[batch.num_pairs, batch.labels.numel()] for batch in batches], device=world.device)
-    num_pairs, num_tokens = world.sum(counts.sum(0))
+    num_pairs, num_tokens = world.all_reduce(counts.sum(0))
     divisor = num_tokens if objective.divided_by == "tokens" else num_pairs
     losses, outputs, lengths = [], [], []
     # NaN and inf reach the loss of every process, and all of them decide on it together.
@@ -96,13 +96,13 @@ def train_step(
             (loss * world.size).backward()
             losses.append(loss.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = whole(clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else float("inf")))
-    loss = world.sum(torch.stack(losses).sum())
+    grad_norm = full_tensor(clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else float("inf")))
+    loss = world.all_reduce(torch.stack(losses).sum())
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
     if finite:
         optimizer.step()
     elif not skip_nonfinite:
-        pairs = world.everyone([int(i) for batch in batches for i in batch.pairs])
+        pairs = world.all_gather([int(i) for batch in batches for i in batch.pairs])
         raise NonFiniteStepError(sorted(i for of_one in pairs for i in of_one))
     optimizer.zero_grad(set_to_none=True)
     return StepOutput(loss, grad_norm, outputs, lengths, skipped=not finite)

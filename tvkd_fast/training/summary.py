@@ -1,4 +1,4 @@
-"""What a run leaves to read: the table at its end, and the model card beside the model."""
+"""The texts that a run leaves: the table at its end, and the model card beside the model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model_card(config: TrainConfig, evaluation: Evaluation | None) -> str:
         "data": _name(config.data.train),
         "loss": config.loss.settings(),
         "optim": asdict(config.optim),
-        "pairs a step": config.pairs_per_step,
+        "pairs per step": config.pairs_per_step,
         "steps": config.max_steps or f"{config.epochs} epochs",
     }
     needs = config.loss.needs

@@ -1,4 +1,4 @@
-"""What a training run is made of. Every field is an option of `tvkd train` and a key in a recipe's YAML."""
+"""The settings of a training run. Every field is an option of `tvkd train` and a key in a recipe's YAML."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tvkd_fast.training.optim import OptimConfig
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """One training run: `tvkd train`."""
+    """The settings of one training run: `tvkd train`."""
 
     policy: str
     """Model to train: a hub name, a folder, a .gguf file, or `smollm2-135m`."""
@@ -78,7 +78,7 @@ class TrainConfig:
     """A step whose loss or gradient is NaN or inf: stop and keep its pairs for `tvkd replay`, or pass it over and count
     it."""
     peak_tflops: float | None = number(None, POSITIVE)
-    """What a process's device can do, in 10¹² floating-point operations a second: metrics then have `mfu`."""
+    """Peak of a process's device, in 10¹² floating-point operations per second: metrics then have `mfu`."""
     resume: bool = True
     """Go on from the newest complete checkpoint in output_dir, if there is one; false sets those aside and starts
     again."""
@@ -100,7 +100,7 @@ class TrainConfig:
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
 
     def check_keep_best(self) -> None:
-        """ValueError where no step is both evaluated and saved, or no evaluation has the figure."""
+        """Raise ValueError where no step is both evaluated and saved, or no evaluation has the figure."""
         if self.keep_best == "none":
             return
         if self.save_every < 1:
@@ -138,5 +138,5 @@ class _Batched(Protocol):
 
 
 def micro_batching(config: _Batched) -> MicroBatching:
-    """How the run's pairs become micro-batches."""
+    """Return the rule that divides the run's pairs into micro-batches."""
     return MicroBatching(config.model.packing, config.tokens_per_micro_batch, config.pairs_per_micro_batch)

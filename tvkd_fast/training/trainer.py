@@ -36,7 +36,7 @@ CHECKPOINTS = "checkpoints"
 NONFINITE = "nonfinite-step-{:06d}.json"
 """The step, its pairs and the run's config, for `tvkd replay`."""
 NAMED_ROWS = 8
-"""How many rows of a step that is not finite its error names; the record lists all of them."""
+"""The number of rows that the error of a step that is not finite names; the record lists all of them."""
 
 
 class Trainer:
@@ -76,7 +76,7 @@ class Trainer:
         policy.head.gradient, policy.head.stats = config.head, HeadStats()
         self.folder = Path(config.output_dir)
         self.total_pairs = None if config.max_steps else pairs_of_epochs(config.epochs, len(dataset))
-        """Where the run is of whole passes and not of steps: its last step may be short."""
+        """The pairs of a run that is measured in passes; its last step may be short."""
         self.max_steps = config.max_steps or math.ceil((self.total_pairs or 0) / config.pairs_per_step)
         self.optimizer = make_optimizer(policy, config.optim)
         self.flops = StepFlops(policy)
@@ -110,7 +110,7 @@ class Trainer:
                 self.trained = True
                 number = step + 1
                 busy += time.perf_counter() - start
-                interval.add(out, batches, room=sum(map(self.batching.room, batches)))
+                interval.add(out, batches, capacity=sum(map(self.batching.capacity, batches)))
                 last = number == self.max_steps
                 if number % self.config.log_every == 0 or last:
                     numbers = interval.read(self.world)
@@ -163,7 +163,7 @@ class Trainer:
         rows = list(dict.fromkeys(self.dataset[i].row for i in pairs))
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
         newest = self.checkpoints.newest()
-        kept = "there is no checkpoint to go on from" if newest is None else f"the newest checkpoint is {newest.name}"
+        kept = "there is no checkpoint to resume from" if newest is None else f"the newest checkpoint is {newest.name}"
         replay = (
             "" if Need.REJECTED not in self.config.loss.needs else f"`tvkd replay {record}` says which of them it is. "
         )
@@ -179,7 +179,7 @@ class Trainer:
             "tokens_per_s": tokens / busy,
             "pairs_per_s": pairs / busy,
             "data_wait": waited / busy,
-            "peak_memory_gb": self.world.most(peak_bytes(self.world.device)) / 1e9,
+            "peak_memory_gb": self.world.all_reduce_max(peak_bytes(self.world.device)) / 1e9,
         }
         if self.config.peak_tflops is not None:
             could = self.config.peak_tflops * 1e12 * self.world.size * busy
@@ -255,12 +255,12 @@ class Trainer:
         """
         stats = self.policy.head.stats
         assert stats is not None
-        everyone = HeadStats()
-        for sums in self.world.everyone(None if stats.sums is None else stats.sums.cpu()):
+        all_sums = HeadStats()
+        for sums in self.world.all_gather(None if stats.sums is None else stats.sums.cpu()):
             if sums is not None:
-                everyone.add(sums)
+                all_sums.add(sums)
         stats.reset()
-        return everyone.read()
+        return all_sums.read()
 
     def _evaluate(self) -> Evaluation:
         assert self.held_out is not None

@@ -1,4 +1,4 @@
-"""What a run takes of its machine: memory by part, and arithmetic.
+"""The resources that a run uses: memory by part, and arithmetic.
 
 Letters: D hidden, V vocabulary.
 """
@@ -20,7 +20,7 @@ from tvkd_fast.distributed import local
 from tvkd_fast.models import PolicyWithHead
 
 _M_MMAP_THRESHOLD = -3
-"""Of glibc's <malloc.h>."""
+"""A constant of glibc's <malloc.h>."""
 _MAPPED = 2**20
 
 
@@ -33,7 +33,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def process_bytes(key: Literal["VmRSS", "VmHWM"]) -> int:
-    """Memory that this process holds now, or has held at most, by Linux; 0 where the system does not say."""
+    """Memory that this process holds now, or has held at most, by Linux; 0 where the system does not report it."""
     try:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     except (OSError, StopIteration):
@@ -66,8 +66,8 @@ def memory_by_part(policy: PolicyWithHead, optimizer: torch.optim.Optimizer) -> 
 class StepFlops:
     """Floating-point operations of a training step by its products with weights: attention's own are left out.
 
-    A weight takes 2 a token forward, 2 for the gradient of its input, and 2 for its own unless it is frozen. The head,
-    D·V, sees response tokens alone; what is recomputed counts once.
+    A weight takes 2 per token forward, 2 for the gradient of its input, and 2 for its own unless it is frozen. The
+    head, D·V, sees response tokens alone; what is recomputed counts once.
     """
 
     def __init__(self, policy: PolicyWithHead) -> None:

@@ -179,7 +179,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     assert read(folder.parent, "filtered") == ["x"]
 
 
-def test_rows_of_files_of_one_name_are_told_apart(make_folder: MakeFolder) -> None:
+def test_rows_of_files_of_one_name_are_distinguished(make_folder: MakeFolder) -> None:
     folder = make_folder("a/train.jsonl", "b/train.jsonl")
     rows = [pair.row for pair in load_preferences(folder).pairs]
     assert rows == ["a/train.jsonl row 0", "b/train.jsonl row 0"]

@@ -1,4 +1,4 @@
-"""What reaches a chat template: everything that a row carries, or a refusal that names it."""
+"""The variables of a chat template: everything that a row carries, or a refusal that names it."""
 
 import json
 from collections.abc import Callable
@@ -57,8 +57,8 @@ def test_a_row_is_written_as_transformers_writes_it(
     tokenizer, row = make_tokenizer(WHOLE), ROW | change
     pair = PairTokenizer(tokenizer)(to_preference(row, "row 0"))
     for name, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
-        said = tokenizer.apply_chat_template(row["prompt"] + row[name], tokenize=False, **given)
-        assert tokenizer.decode(pair.prompt_ids + ids) == said.rstrip()
+        rendered = tokenizer.apply_chat_template(row["prompt"] + row[name], tokenize=False, **given)
+        assert tokenizer.decode(pair.prompt_ids + ids) == rendered.rstrip()
     asked = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True, **given)
     assert tokenizer.decode(pair.prompt_ids) == asked
 

@@ -1,1 +1,1 @@
-"""From files, folders and hub sets to pairs of text: which split, which columns, what a row means."""
+"""Pairs of text from files, folders and hub sets: which split, which columns, what a row means."""

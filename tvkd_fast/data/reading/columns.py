@@ -1,4 +1,4 @@
-"""What the columns of preference sets in the wild mean, in the library's own names.
+"""The meaning of preference sets' columns, in the library's own names.
 
 The library's names are `prompt`, `chosen` and `rejected`, and where a row has them they stand. Other names are read by
 the rules of this file, or refused by name; none is read as something that it is not.
@@ -20,7 +20,7 @@ Record = Mapping[str, Any]
 PROMPTS = ("question", "instruction", "query", "input", "history", "context")
 """Names of a prompt where no `prompt` is given; two of them in one row are refused."""
 BESIDE = ("input", "history", "context")
-"""Those of them that may hold more than a `prompt` beside them does, which is refused."""
+"""Columns that may hold more than a `prompt` beside them does, which is refused."""
 SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
 """Names of a system turn's text."""
 FOR_TEMPLATES = ("tools", "functions", "documents", "chat_template_kwargs")
@@ -36,7 +36,7 @@ _LABELS = re.compile(
 _TOPICS = re.compile(
     r"(^|[^a-z])(source|origin|categor(y|ies)|type|kind|domain|tags?|topic|labels?|difficulty)([^a-z]|$)"
 )
-"""Those of them in which some sets have the question itself."""
+"""Columns in which some sets have the question itself."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def named(record: Record, row: str) -> Named:
 def template_arguments(record: Record, row: str) -> dict[str, Any]:
     """Returns what the row gives its chat template: `tools`, `documents`, and `chat_template_kwargs` over them.
 
-    Each may be written as JSON text, as tabular files have it. A null is a column that is not there. `functions` are
+    Each may be written as JSON text, as tabular files have it. A null is a missing column. `functions` are
     tools, as they were called before.
     """
     given: dict[str, Any] = {}
@@ -162,7 +162,7 @@ _PREFERRED: tuple[tuple[tuple[str, ...], _Rule], ...] = (
     (("response_1", "response_2", "preference_strength"), _by_strength),  # HelpSteer2
     (("response1", "response2", "overall_preference"), _by_strength),  # HelpSteer3
 )
-"""Two answers, and where a third column says which is preferred that column, of sets that document what it means."""
+"""Two answers, and where a third column gives the preferred one that column, of sets that document its meaning."""
 
 
 def _answers(record: Record, row: str) -> tuple[tuple[str, ...], Any, Any]:
@@ -182,9 +182,9 @@ def _answers(record: Record, row: str) -> tuple[tuple[str, ...], Any, Any]:
         )
         raise BadPair(row, "missing column", f"found: {found}; wanted: {wanted}", remedy)
     if len(fitting) > 1:
-        ways = "; ".join(", ".join(columns) for columns, _ in fitting)
+        fits = "; ".join(", ".join(columns) for columns, _ in fitting)
         remedy = "Remove the columns of all but one, or make columns chosen and rejected"
-        raise BadPair(row, "more than one rule says which answer is preferred", ways, remedy)
+        raise BadPair(row, "more than one rule says which answer is preferred", fits, remedy)
     columns, rule = fitting[0]
     return columns, *rule(record, columns, row)
 
@@ -211,7 +211,7 @@ def _prompt_name(record: Record, answers: tuple[str, ...], chosen: Any, rejected
 
 
 def _holds_its_prompt(answer: Any) -> bool:
-    """Whether it is a conversation that begins before the answer: messages, or HH-RLHF's turns."""
+    """Return whether it is a conversation that begins before the answer: messages, or HH-RLHF's turns."""
     if isinstance(answer, str):
         return is_dialogue(answer)
     return bool(is_list(answer) and answer and isinstance(answer[0], Mapping) and answer[0].get("role") != "assistant")
@@ -238,7 +238,7 @@ def _could_be_prompt(name: str, value: object) -> bool:
 
 
 def _asks(text: str) -> bool:
-    """Whether a text is more than the name of something."""
+    """Return whether a text is more than the name of something."""
     return len(text.split()) > 4 or "\n" in text.strip() or text.rstrip().endswith(("?", ":"))
 
 

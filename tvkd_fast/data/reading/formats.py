@@ -18,11 +18,11 @@ from tvkd_fast.data.pairs import BadPair, Message, Preference
 from tvkd_fast.data.reading.columns import Named, named
 from tvkd_fast.data.reading.messages import (
     carries_nothing,
+    has_text,
     is_dialogue,
     is_list,
     read_dialogue,
     read_messages,
-    says,
     strings,
 )
 from tvkd_fast.data.reading.sources import records
@@ -43,7 +43,7 @@ _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 @dataclass(frozen=True)
 class LoadedPreferences:
-    """What `load_preferences` read: the pairs, and how many rows it dropped for which reason."""
+    """The result of `load_preferences`: the pairs, and how many rows it dropped for which reason."""
 
     pairs: list[Preference]
     dropped: dict[str, int]
@@ -73,7 +73,7 @@ def to_preference(record: Mapping[str, Any], row: str) -> Preference:
     `chat_template_kwargs` go to the chat template with them. Columns that only describe the row are left alone.
 
     Raises:
-        BadPair: a column is missing or of the wrong type, could be meant in two ways or has no place in the pair; a
+        BadPair: a column is missing or of the wrong type, is ambiguous or has no place in the pair; a
             prompt or an answer is empty, the answers are equal, or the prompts differ.
     """
     given = named(record, row)
@@ -240,18 +240,18 @@ def _with_system(pair: Preference, given: Named) -> Preference:
 
 
 def _stands_in(prompt: str, system: str) -> bool:
-    """Whether the text is a paragraph of the prompt, or a turn that a template has written."""
+    """Return whether the text is a paragraph of the prompt, or a turn that a template has written."""
     return re.search(rf"(^|\n)[ \t]*{re.escape(system.strip())}[ \t]*($|\n|<)", prompt) is not None
 
 
 def _check(pair: Preference) -> None:
-    if not _says(pair.prompt):
+    if not _has_text(pair.prompt):
         raise BadPair(pair.row, "empty prompt")
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         for message in answer:
             if not isinstance(message, str) and message["role"] != "assistant":
                 raise BadPair(pair.row, "answer is not the assistant's", f"{name} holds a {message['role']} turn")
-        if not _says(answer):
+        if not _has_text(answer):
             raise BadPair(pair.row, "empty response", name)
     if pair.chosen == pair.rejected:
         raise BadPair(pair.row, "chosen equals rejected")
@@ -270,8 +270,8 @@ def _check(pair: Preference) -> None:
             )
 
 
-def _says(part: str | list[Message]) -> bool:
-    return bool(part.strip()) if isinstance(part, str) else any(says(message) for message in part)
+def _has_text(part: str | list[Message]) -> bool:
+    return bool(part.strip()) if isinstance(part, str) else any(has_text(message) for message in part)
 
 
 def _are_texts(value: object) -> bool:

@@ -17,7 +17,7 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_dialogue(text: object) -> TypeGuard[str]:
-    """Whether it is text in HH-RLHF's turns, from the first user's on to an assistant's."""
+    """Return whether it is text in HH-RLHF's turns, from the first user's on to an assistant's."""
     return isinstance(text, str) and text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
 
 
@@ -29,12 +29,12 @@ def read_dialogue(text: str) -> list[Message]:
 
 
 def carries_nothing(value: object) -> bool:
-    """Whether a value that a row gives its template is null or empty."""
+    """Return whether a value that a row gives its template is null or empty."""
     return value is None or (isinstance(value, list | tuple | Mapping | str) and not value)
 
 
 def read_messages(values: Sequence[Any], column: str, row: str) -> list[Message]:
-    """A row's messages with every field that they carry; a field that is null is one that was not there.
+    """A row's messages with every field that they carry; a null field is a missing one.
 
     transformers drops such fields before a template sees them, and parquet writes them where another row has the field.
 
@@ -44,8 +44,8 @@ def read_messages(values: Sequence[Any], column: str, row: str) -> list[Message]
     return [_message(value, column, row) for value in values]
 
 
-def says(message: Message) -> bool:
-    """Whether there is anything in the turn to learn from, or to answer."""
+def has_text(message: Message) -> bool:
+    """Return whether there is anything in the turn to learn from, or to answer."""
     return bool(message.get("content", "").strip()) or any(message.get(name) for name in SPOKEN)
 
 
@@ -75,7 +75,7 @@ def strings(value: object) -> Iterator[str]:
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    """Whether a column holds a list, of messages it is to be hoped."""
+    """Return whether a column holds a list, of messages it is to be hoped."""
     return isinstance(value, list | tuple)
 
 
@@ -89,6 +89,6 @@ def _message(value: object, column: str, row: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not isinstance(content, str | None):
         raise BadPair(row, "wrong type", f"{column} holds a message whose role or content is no string")
-    if content is None and not says(message):
+    if content is None and not has_text(message):
         raise BadPair(row, "message without role and content", f"in {column}")
     return message

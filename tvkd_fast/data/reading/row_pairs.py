@@ -1,8 +1,9 @@
 """The pairs of one row, which are judged together and so read one prompt.
 
-RewardBench 2 has several answers a row, and compares the scores of answers of different pairs. A score depends on where
-the prompt ends and on what a cut left of it, so both are decided once per row: the prompt ends at the first border that
-any of its answers asks for, and its front is cut by what the longest answer needs. A row of one pair is that pair.
+RewardBench 2 has several answers per row, and compares the scores of answers of different pairs. A score depends on
+where the prompt ends and on what a cut left of it, so both are decided once per row: the prompt ends at the first
+border that any of its answers asks for, and its front is cut by what the longest answer needs. A row of one pair is
+that pair.
 """
 
 from __future__ import annotations

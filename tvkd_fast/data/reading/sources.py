@@ -24,7 +24,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w./-]+)?")
 
 
 def records(source: str | Path, split: str, subset: str | None) -> Rows:
-    """The rows of a source, as `load_preferences` says. ValueError where it cannot be read."""
+    """Return the rows of a source of `load_preferences`. Raises ValueError where it cannot be read."""
     path = Path(expanduser(source))
     if path.is_file():
         if subset is not None:

@@ -1,4 +1,4 @@
-"""Which files of a folder are which split.
+"""The splits of a folder's files.
 
 `datasets` says so, as it does for a repository of the hub: by the `configs` of README.md's YAML, by
 `data/SPLIT-00000-of-00001.*`, by folders' names, by files' names. Where it goes by a word in a name, files are put
@@ -21,7 +21,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5}).*")
 _NUMBER = re.compile(r"[-_. ]*\d+")
 
 _ANY = "*"
-"""The split of files whose names say none: one set is any of them, as a single file is."""
+"""The split of files whose names give none: one set is any of them, as a single file is."""
 
 Splits = dict[str, list[Path]]
 
@@ -89,16 +89,16 @@ def files_of_split(folder: Path, split: str, config: str | None = None) -> list[
 def _refuse_formats(folder: Path, split: str, files: list[Path]) -> None:
     unread = [file.name for file in files if not file.name.endswith(FILE_SUFFIXES)]
     if unread:
-        ways = ", ".join(FILE_SUFFIXES)
-        raise ValueError(f"{folder}: the split {split!r} has {', '.join(unread)}: save it as one of {ways}")
+        suffixes = ", ".join(FILE_SUFFIXES)
+        raise ValueError(f"{folder}: the split {split!r} has {', '.join(unread)}: save it as one of {suffixes}")
     twice = {file.parent / _stem(file) for file in files}
     if len(twice) < len(files):
         names = ", ".join(file.name for file in files)
-        raise ValueError(f"{folder}: the split {split!r} is there in several formats ({names}): keep one of them")
+        raise ValueError(f"{folder}: the split {split!r} exists in several formats ({names}): keep one of them")
 
 
 def _refuse_missing_shards(folder: Path, split: str, files: list[Path]) -> None:
-    """Raises ValueError where files number the shards that there are, and some of them are not there."""
+    """Raises ValueError where files number their shards, and some are missing."""
     shards: dict[tuple[Path, int], set[int]] = {}
     for file in files:
         numbered = _SHARD.search(file.name)
@@ -180,7 +180,7 @@ def _matching(patterns: dict[str, Any], base: Path) -> Splits:
 
 
 def _name(file: Path, split: str, base: Path) -> str:
-    """What tells a file's split: the folder that is named after it, else its own name without ending and shard."""
+    """Return the name that shows a file's split: its folder's, if named so, else its own without ending and shard."""
     from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 
     words = "|".join({str(key): value for key, value in SPLIT_KEYWORDS.items()}.get(split, [re.escape(split)]))
@@ -207,10 +207,10 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
 
     readme, alone = folder / "README.md", folder / ".huggingface.yaml"
     try:
-        said = (metadata_load(readme) if readme.is_file() else None) or {}
+        configs = (metadata_load(readme) if readme.is_file() else None) or {}
         if alone.is_file():
-            said |= yaml.safe_load(alone.read_text(encoding="utf-8")) or {}
-        return dict(MetadataConfigs.from_dataset_card_data(said))
+            configs |= yaml.safe_load(alone.read_text(encoding="utf-8")) or {}
+        return dict(MetadataConfigs.from_dataset_card_data(configs))
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{folder}: the YAML of its README.md cannot be read ({message}): mend it") from error

@@ -23,7 +23,7 @@ _OWN = {
 }
 """Variables of every template, which no other column of a row can mean."""
 _NO_VARIABLES = frozenset({"messages", "conversations", "tokenizer"})
-"""What the template is given by its caller, beside the arguments of `apply_chat_template`."""
+"""Variables that the template's caller passes, beside the arguments of `apply_chat_template`."""
 
 
 def write_messages(
@@ -127,6 +127,6 @@ def check_without_template(pair: Preference) -> None:
 
 @cache
 def _arguments(apply: Callable[..., Any]) -> frozenset[str]:
-    """Arguments of `apply_chat_template` that say how it is applied."""
+    """Arguments of `apply_chat_template` that set how it is applied."""
     named = inspect.signature(apply).parameters.values()
     return frozenset(x.name for x in named if x.kind is not x.VAR_KEYWORD) - {"tools", "documents"}

@@ -39,7 +39,7 @@ def head_sums(
 
     hidden [N, D]; kept (K,) names the rows to compute (all where None); labels (K,) or None; kappa asks for LSE(κz),
     which shares the tile and its maximum: κ·max z = max κz; entropy for −Σ p log p; `logits`, from
-    `room_for_logits`, is filled for the backward. A label that no tile holds leaves NaN, not a number.
+    `logits_workspace`, is filled for the backward. A label that no tile holds leaves NaN, not a number.
     """
     tiles = Tiles(hidden, head, kept, logits)
     maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
@@ -88,17 +88,17 @@ def head_sums(
 def head_dlogp_dhidden(
     hidden: Tensor, head: Head, labels: Tensor, *, kept: Tensor | None = None
 ) -> tuple[HeadSums, Tensor]:
-    """`head_sums` with labels (K,), and the slopes dlogp_t/dh_t = s·(J_y w_y − Σ_j p_j J_j w_j): [N, D], accumulated.
+    """Return `head_sums` with labels (K,), and the derivatives dlogp_t/dh_t = s·(J_y w_y − Σ_j p_j J_j w_j), [N, D].
 
     Like attention's output the sum is a mean under a softmax, and moves with the running maximum: two products. The
     label's term is left out of it and added at the end, since p_y − 1 of a peaked softmax must not be a difference of
-    rounded numbers. Slopes of rows that are not kept are 0.
+    rounded numbers. Derivatives of rows that are not kept are 0.
     """
     tiles = Tiles(hidden, head, kept)
     maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
     log_total = torch.empty_like(maximum)
     target = torch.full_like(maximum, torch.nan)
-    slopes = hidden.new_zeros(hidden.shape, dtype=tiles.acc)
+    derivatives = hidden.new_zeros(hidden.shape, dtype=tiles.acc)
     for rows in tiles.row_blocks():
         h = tiles.states(rows)
         running_max = h.new_full((h.shape[0],), -torch.inf)
@@ -127,9 +127,9 @@ def head_dlogp_dhidden(
             missing.mul_(1.0 - (target[rows] / head.softcap).square_())
         # A label out of range has no row to read; its target is NaN, and so is all that is made of it.
         own = tiles.upcast(head.weight[labels[rows].clamp(0, head.vocab_size - 1)])
-        slope = own.mul_(missing[:, None]).sub_(mean.div_(total[:, None]))
-        slopes[tiles.index(rows)] = slope.mul_(head.logit_scale)
-    return HeadSums(maximum, log_total, target=target), slopes
+        derivative = own.mul_(missing[:, None]).sub_(mean.div_(total[:, None]))
+        derivatives[tiles.index(rows)] = derivative.mul_(head.logit_scale)
+    return HeadSums(maximum, log_total, target=target), derivatives
 
 
 def head_gradients(
@@ -235,7 +235,7 @@ def _column_gradients(
             grad_bias[columns] = total_bias.to(grad_bias.dtype)
 
 
-def room_for_logits(hidden: Tensor, head: Head, kept: Tensor | None, megabytes: int) -> Tensor:
+def logits_workspace(hidden: Tensor, head: Head, kept: Tensor | None, megabytes: int) -> Tensor:
     """[S, V] unwritten, for as many of the first rows as fit: whole blocks of rows, S = 0 where none does."""
     acc = accumulation_dtype(hidden.dtype)
     count = hidden.shape[0] if kept is None else kept.shape[0]
@@ -255,7 +255,7 @@ def pick_targets(z: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None
 
 
 def locate(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether each row's target lies in these columns, and where in them: [R, 1] each, the place clamped."""
+    """Return whether each row's target lies in these columns, and where in them: [R, 1] each, the place clamped."""
     here = (labels >= columns.start) & (labels < columns.stop)
     return here[:, None], (labels - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None]
 
@@ -308,7 +308,7 @@ class Tiles:
         return z
 
     def kept_tile(self, rows: slice, columns: slice) -> Tensor | None:
-        """Where a tile's logits stay, None where they do not: tiles lie one after the other, as they are walked."""
+        """Return the place where a tile's logits are kept, or None. Tiles are stored in the order of the walk."""
         if self.kept_logits is None or rows.stop > self.kept_logits.shape[0]:
             return None
         shape = (rows.stop - rows.start, columns.stop - columns.start)

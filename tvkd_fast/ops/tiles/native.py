@@ -25,7 +25,7 @@ Found = tuple[Tensor, Tensor, Tensor]
 
 
 class Passes:
-    """What is compiled, on tensors; `maximum` and `total` (R,) run along the vocabulary: Σ e^(z − maximum) so far."""
+    """The compiled passes, on tensors; `maximum` and `total` = Σ e^(z − maximum), (R,), run along the vocabulary."""
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
@@ -42,7 +42,7 @@ class Passes:
         else:
             self._run("softmax_of", z, maximum, log_total, out)
 
-    def mark(
+    def select(
         self,
         z: Tensor,
         labels: Tensor,
@@ -56,12 +56,12 @@ class Passes:
         """`add`, and of entries above ε of the running total how many a row has, columns and e^(z − maximum).
 
         z is overwritten. `counts` (R,) grows by what was found; rows that have more than `cap` are not looked at any
-        longer, nor is the label's column. `spare` has z's shape and 4 bytes an element.
+        longer, nor is the label's column. `spare` has z's shape and 4 bytes per element.
         """
         columns = spare.view(torch.int32)
-        return self._tensors("mark", z, labels, maximum, total, counts, columns, eps, cap)
+        return self._tensors("select", z, labels, maximum, total, counts, columns, eps, cap)
 
-    def settle(
+    def rescale(
         self,
         found: Tensor,
         columns: Tensor,
@@ -73,21 +73,21 @@ class Passes:
         first: int,
         tail: Tensor,
     ) -> Found:
-        """Of what `mark` found in a tile, rows, columns and p = e·scale where p ≥ ε and the row is not dense.
+        """Return rows, columns and p = e·scale of the entries from `select` with p ≥ ε in rows that are not dense.
 
-        `place` (R,) says which row of all each is, `first` is the tile's first column; `tail` (R,) loses what is kept.
+        `place` (R,) is each row's place among all, `first` is the tile's first column; `tail` (R,) loses what is kept.
         """
-        return self._tensors("settle", found, columns, e, scale, dense, eps, place, first, tail)
+        return self._tensors("rescale", found, columns, e, scale, dense, eps, place, first, tail)
 
     def by_column(
-        self, marked: Sequence[Tensor], even: Tensor, c: Tensor, labels: Sequence[Tensor], there: slice
+        self, selected: Sequence[Tensor], even: Tensor, c: Tensor, labels: Sequence[Tensor], there: slice
     ) -> Found:
         """Rows and gradients of what lies in the columns `there`, column by column, and where each column begins.
 
-        `marked` are columns, rows and p, whose gradients are even − c·p of the row; `labels` are columns, rows and
+        `selected` are columns, rows and p, whose gradients are even − c·p of the row; `labels` are columns, rows and
         gradients, of these columns alone, and come after. Within a column the order is the one given.
         """
-        return self._tensors("by_column", *marked, even, c, *labels, there.start, there.stop - there.start)
+        return self._tensors("by_column", *selected, even, c, *labels, there.start, there.stop - there.start)
 
     def gather(self, index: Tensor, factors: Tensor, edges: Tensor, rows: Tensor, base: Tensor, out: Tensor) -> None:
         """out_i = base + Σ_k factors_k·rows[index_k] over k of edges[i]..edges[i+1], each sum in the order of k."""
@@ -108,7 +108,7 @@ class Passes:
 
 
 def passes(z: Tensor) -> Passes | None:
-    """For tiles like z; None where torch has to do."""
+    """Return the compiled passes for tiles like z, or None where only torch's are available."""
     return _compiled() if z.device.type == "cpu" and z.dtype == torch.float32 and not _orphaned else None
 
 

@@ -132,7 +132,7 @@ def starts_of(lengths: Any) -> Any:
 
 
 @njit(cache=True, parallel=True, nogil=True, fastmath={"contract"})
-def mark(
+def select(
     z: Any, labels: Any, maximum: Any, total: Any, counts: Any, columns: Any, eps: float, cap: int
 ) -> tuple[Any, Any, Any]:
     found = np.empty(z.shape[0], np.int64)
@@ -166,7 +166,7 @@ def mark(
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def settle(
+def rescale(
     found: Any, columns: Any, e: Any, scale: Any, dense: Any, eps: Any, place: Any, first: int, tail: Any
 ) -> tuple[Any, Any, Any]:
     before, kept = starts_of(found), np.zeros_like(found)
@@ -250,13 +250,13 @@ def gather(index: Any, factors: Any, edges: Any, rows: Any, base: Any, out: Any)
 
 
 def compile_all() -> None:
-    """So that what fails fails before it is needed."""
+    """Compile every pass now, so that an error does not come in the middle of a call."""
     z, one, small = np.zeros((1, BLOCK), np.float32), np.zeros(1, np.float32), np.zeros(1, np.int32)
     integers = np.zeros(1, np.int64)
     add(z, one, one.copy())
     softmax(z, one, one)
     softmax_of(z, one, one, z.copy())
-    found, columns, e = mark(z, integers, one, one.copy(), integers, np.zeros((1, BLOCK), np.int32), 0.5, 1)
-    settle(found, columns, e, one, np.zeros(1, np.bool_), 0.5, integers, 0, one.copy())
+    found, columns, e = select(z, integers, one, one.copy(), integers, np.zeros((1, BLOCK), np.int32), 0.5, 1)
+    rescale(found, columns, e, one, np.zeros(1, np.bool_), 0.5, integers, 0, one.copy())
     by_column(small, small, one, one, one, small, small, one, 0, 1)
     gather(small, one, np.zeros(2, np.int32), z, z[0], z.copy())

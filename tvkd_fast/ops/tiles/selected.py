@@ -1,7 +1,7 @@
 """A block of rows on its way through the vocabulary: running sums, and the entries that a sparse gradient keeps.
 
-An entry is marked where e^z exceeds ε times its row's sum so far, its own tile included. The sum only grows, so nothing
-that belongs is missed, and the finished sum prunes the rest: about one marked entry in five, on real states.
+An entry is selected where e^z exceeds ε times its row's sum so far, its own tile included. The sum only grows, so
+nothing that belongs is missed, and the finished sum prunes the rest: about one selected entry in five, on real states.
 
 Letters: R rows and C vocabulary columns of a tile.
 """
@@ -24,7 +24,7 @@ FAN = 8
 
 
 def block_of(tiles: Tiles, rule: SelectionRule, h: Tensor, rows: slice) -> Block | CompiledBlock:
-    """In compiled passes where they can be had; they know no softcap and no unbiased tail."""
+    """Return a block in compiled passes where available; they have no softcap and no unbiased tail."""
     passes = native.passes(tiles.buffers)
     if passes is None or rule.unbiased or tiles.head.softcap is not None:
         return Block(tiles, rule, h, rows)
@@ -33,7 +33,7 @@ def block_of(tiles: Tiles, rule: SelectionRule, h: Tensor, rows: slice) -> Block
 
 @dataclass(frozen=True)
 class Entries:
-    """Marked entries of one tile, by row; of `rows`, which tile's row each is in."""
+    """Selected entries of one tile, by row; of `rows`, which tile's row each is in."""
 
     rows: Tensor
     columns: Tensor
@@ -48,7 +48,7 @@ class Entries:
 
 
 class Block:
-    """A block of rows on its way through the vocabulary: running sums, and what was marked."""
+    """A block of rows on its way through the vocabulary: running sums, and the entries that were selected."""
 
     def __init__(self, tiles: Tiles, rule: SelectionRule, h: Tensor, rows: slice) -> None:
         self.tiles, self.rule = tiles, rule
@@ -58,8 +58,8 @@ class Block:
         self.total, self.total_chain = torch.zeros_like(self.maximum), torch.zeros_like(self.maximum)
         self.counts = torch.zeros_like(place)
         self.found: list[tuple[Entries, Tensor]] = []
-        self.marked = 0
-        self.dice = HashUniform(rule.seed, place, tiles.head.vocab_size) if rule.unbiased else None
+        self.candidates = 0
+        self.uniforms = HashUniform(rule.seed, place, tiles.head.vocab_size) if rule.unbiased else None
 
     def add(self, z: Tensor, labels: Tensor, columns: slice) -> None:
         """Take in a tile of logits, which is overwritten."""
@@ -79,9 +79,9 @@ class Block:
         here, local = locate(labels, columns)
         e.scatter_(1, local, e.gather(1, local).masked_fill_(here, 0.0))
         limit = (self.total * self.rule.eps).masked_fill_(self.counts > self.rule.row_cap, torch.inf)
-        if self.dice is not None:
+        if self.uniforms is not None:
             # What exceeds the limit is then e/u: an entry below ε is kept with probability p/ε.
-            peaks = e.div_(self.dice.of(slice(None), columns)).view(r, fan, -1).amax(1)
+            peaks = e.div_(self.uniforms.of(slice(None), columns)).view(r, fan, -1).amax(1)
         else:
             peaks = peaks.sub_(shift[:, None]).exp_()
         lanes = peaks.shape[1]
@@ -93,11 +93,11 @@ class Block:
         there = None if chain is None else chain[row, column]
         entries = Entries(row.int(), (column + columns.start).int(), group[which, k], there)
         self.counts += torch.bincount(row, minlength=r)
-        self.marked += row.shape[0]
+        self.candidates += row.shape[0]
         self.found.append((entries, shift))
 
     def finish(self, target: Tensor) -> tuple[list[Entries], Tensor, Tensor, Tensor]:
-        """What is kept, its rows hidden's and p final; the tails less what was sampled; the tails; dense rows."""
+        """Return the entries with hidden's rows and final p, the tails less sampled ones, the tails, and dense rows."""
         softcap, dense = self.tiles.head.softcap, self.counts > self.rule.row_cap
         top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
         logp = target - top - self.total.log()
@@ -105,7 +105,7 @@ class Block:
         if softcap is not None:
             tail = self.total_chain / self.total - logp.exp() * (1.0 - (target / softcap) ** 2)
         kept, below = [], tail.clone()
-        # Popped, so that what is pruned makes room for what is kept.
+        # Popped, so that what is pruned frees memory for what is kept.
         while self.found:
             entries, shift = self.found.pop(0)
             scale = (shift - top).exp_().div_(self.total)
@@ -113,20 +113,20 @@ class Block:
             weighted = final.p if final.chain is None else final.p * final.chain
             lengths = torch.bincount(final.rows, minlength=tail.shape[0])
             tail -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
-            if self.dice is not None:
+            if self.uniforms is not None:
                 weighted = weighted.masked_fill(final.p <= self.rule.eps, 0.0)
                 below -= torch.segment_reduce(weighted, "sum", lengths=lengths, unsafe=True)
             rows = self.place[final.rows].int()
             kept.append(Entries(rows, final.columns, final.p, final.chain))
-        return kept, tail, tail if self.dice is None else below, dense
+        return kept, tail, tail if self.uniforms is None else below, dense
 
     def _final(self, entries: Entries, scale: Tensor, dense: Tensor) -> Entries:
         p = entries.p * scale.index_select(0, entries.rows)
         found = Entries(entries.rows, entries.columns, p, entries.chain)
         final = found.where((p >= self.rule.eps) & ~dense.index_select(0, entries.rows))
-        if self.dice is None:
+        if self.uniforms is None:
             return final
-        chances = self.dice.at(final.rows, final.columns)
+        chances = self.uniforms.at(final.rows, final.columns)
         return Entries(final.rows, final.columns, (final.p * chances).clamp_min_(self.rule.eps), final.chain)
 
 
@@ -140,12 +140,12 @@ class CompiledBlock:
         self.total = torch.zeros_like(self.maximum)
         self.counts = torch.zeros_like(self.place)
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
-        self.marked = 0
+        self.candidates = 0
 
     def add(self, z: Tensor, labels: Tensor, columns: slice) -> None:
         """Take in a tile of logits, which is overwritten."""
         rule = self.rule
-        found, column, e = self.passes.mark(
+        found, column, e = self.passes.select(
             z,
             labels - columns.start,
             self.maximum,
@@ -155,11 +155,11 @@ class CompiledBlock:
             rule.row_cap,
             self.tiles.spare(z),
         )
-        self.marked += e.shape[0]
+        self.candidates += e.shape[0]
         self.found.append((found, column, e, self.maximum.clone(), columns.start))
 
     def finish(self, target: Tensor) -> tuple[list[Entries], Tensor, Tensor, Tensor]:
-        """As `Block.finish`."""
+        """Return the same as `Block.finish`."""
         dense = self.counts > self.rule.row_cap
         top = self.maximum.masked_fill(self.maximum == -torch.inf, 0.0)
         tail = torch.expm1(target - top - self.total.log()).neg_()
@@ -167,11 +167,11 @@ class CompiledBlock:
         # Popped, as there.
         while self.found:
             found, column, e, maximum, start = self.found.pop(0)
-            # A row without a finite maximum yet had nothing marked.
+            # A row without a finite maximum yet has no selected entries.
             scale = (maximum - top).exp_().div_(self.total)
             kept.append(
                 Entries(
-                    *self.passes.settle(found, column, e, scale, dense, self.rule.eps, self.place, start, tail), None
+                    *self.passes.rescale(found, column, e, scale, dense, self.rule.eps, self.place, start, tail), None
                 )
             )
         return kept, tail, tail, dense
@@ -203,17 +203,17 @@ class Collected:
         return torch.tensor(self._bounds)
 
     def add(self, tiles: list[Entries]) -> None:
-        """Those of a block of rows, a tile of columns after the other."""
+        """Add the entries of a block of rows, tile of columns by tile of columns."""
         start, self._done = self.count, self._done + 1
         for tile in tiles:
             self._bounds.append(self.count + tile.rows.shape[0])
-        self._make_room(start)
+        self._reserve(start)
         found = zip(*((x.rows, x.columns, x.p, x.chain)[: len(self._parts)] for x in tiles), strict=True)
         for part, theirs in zip(self._parts, found, strict=True):
             torch.cat(theirs, out=part[start : self.count])
 
     def forget(self) -> None:
-        """There are as many tiles as before, and nothing in them."""
+        """Empty all tiles, and keep their number."""
         self._parts = [x[:0].clone() for x in self._parts]
         self._bounds = [0] * len(self._bounds)
 
@@ -221,12 +221,12 @@ class Collected:
         rows, columns, p, *chain = (x[: self.count] for x in self._parts)
         return Entries(rows, columns, p, chain[0] if chain else None)
 
-    def _make_room(self, filled: int) -> None:
+    def _reserve(self, filled: int) -> None:
         if self.count <= self._parts[0].shape[0]:
             return
-        room = self.count
+        capacity = self.count
         if self._done < self._row_blocks:
-            room = int(1.1 * room * self._row_blocks / self._done)
+            capacity = int(1.1 * capacity * self._row_blocks / self._done)
         for i, part in enumerate(self._parts):
-            self._parts[i] = part.new_empty(room)
+            self._parts[i] = part.new_empty(capacity)
             self._parts[i][:filled] = part[:filled]

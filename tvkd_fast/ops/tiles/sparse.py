@@ -1,6 +1,8 @@
-"""The one-GEMM head in torch: the forward marks what a softmax is made of, the backward gathers it. On any device.
+"""The one-GEMM head in torch: the forward selects the entries that make up a softmax, and
+the backward gathers them. On any device.
 
-Letters: N tokens, K of them kept, D hidden, V vocabulary, R rows and C vocabulary columns of a tile, E marked entries.
+Letters: N tokens, K of them kept, D hidden, V vocabulary, R rows and C vocabulary columns of a tile, E selected
+entries.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def select_entries(
 ) -> tuple[HeadSums, SelectedEntries]:
     """`head_sums` with labels (K,), each (K,), and what a sparse gradient needs, in one product.
 
-    The marks' rows, tails and dense rows are hidden's; rows that are not kept have none.
+    The entries' rows, tails and dense rows are hidden's; rows that are not kept have none.
     """
     tiles = Tiles(hidden, head, kept)
     maximum = hidden.new_empty(tiles.count, dtype=tiles.acc)
@@ -31,7 +33,7 @@ def select_entries(
     dense = torch.zeros_like(maximum, dtype=torch.bool)
     row_blocks = list(tiles.row_blocks())
     found = Collected(hidden, tiles.acc, chained=head.softcap is not None, row_blocks=len(row_blocks))
-    marked = 0
+    candidates = 0
     for rows in row_blocks:
         h = tiles.states(rows)
         block = block_of(tiles, rule, h, rows)
@@ -44,14 +46,14 @@ def select_entries(
             block.total.add_(h.sum(1).mul_(0.0))
         maximum[rows], log_total[rows] = block.maximum, block.total.log()
         entries, tail[rows], below[rows], dense[rows] = block.finish(target[rows])
-        marked += block.marked
+        candidates += block.candidates
         found.add(entries)
     if _too_flat(found.count, below.masked_fill(dense, 0.0), dense, rule):
         dense = torch.ones_like(dense)
         found.forget()
     flat = found.entries()
     everywhere = hidden.new_zeros(hidden.shape[0], dtype=tiles.acc)
-    marks = SelectedEntries(
+    selected = SelectedEntries(
         rows=flat.rows,
         columns=flat.columns,
         p=flat.p,
@@ -60,9 +62,9 @@ def select_entries(
         tail=_placed(tail, kept, everywhere),
         dense=_placed(dense, kept, everywhere.bool()),
         below=_placed(below, kept, everywhere),
-        marked=marked,
+        candidates=candidates,
     )
-    return HeadSums(maximum, log_total, target=target), marks
+    return HeadSums(maximum, log_total, target=target), selected
 
 
 def sparse_gradients(
@@ -70,7 +72,7 @@ def sparse_gradients(
     head: Head,
     labels: Tensor,
     sums: HeadSums,
-    marks: SelectedEntries,
+    selected: SelectedEntries,
     grad_logps: Tensor,
     *,
     kept: Tensor | None = None,
@@ -78,13 +80,14 @@ def sparse_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> HeadGradients:
-    """Gradients of Σ_t c_t·logp_t from the marks, with c = `grad_logps`; labels, sums (with `target`) and c are (K,).
+    """Return the gradients of Σ_t c_t·logp_t from selected entries; c = `grad_logps`, labels and sums are (K,).
 
-    With M the marks and the label, T the tail and u = c·s·T/(V − |M|), the gradient by h·w_j is c·s·J_j·(δ_jy − p_j) on
-    M and −u elsewhere. What is gathered is the difference from −u, which is added to all columns at once; columns that
-    a bias of −inf takes out are in neither. Rows marked dense get the exact gradient, recomputed.
+    `sums` have their `target`. With M the selected entries and the label, T the tail and u = c·s·T/(V − |M|), the
+    gradient by h·w_j is c·s·J_j·(δ_jy − p_j) on M and −u elsewhere. What is gathered is the difference from −u, which
+    is added to all columns at once; columns that a bias of −inf takes out are in neither. Dense rows get the exact
+    gradient, recomputed.
     """
-    parts = Parts(hidden, head, labels, sums, marks, grad_logps, kept)
+    parts = Parts(hidden, head, labels, sums, selected, grad_logps, kept)
     dense = parts.dense.nonzero()[:, 0]
     by_column = ByColumn(parts) if want_weight or want_bias else None
     grads = exact.head_gradients(
@@ -112,40 +115,40 @@ class Parts:
         head: Head,
         labels: Tensor,
         sums: HeadSums,
-        marks: SelectedEntries,
+        selected: SelectedEntries,
         grad_logps: Tensor,
         kept: Tensor | None,
     ) -> None:
-        self.tiles, self.marks = Tiles(hidden, head, kept), marks
+        self.tiles, self.selected = Tiles(hidden, head, kept), selected
         self.hidden, self.head, n = hidden, head, hidden.shape[0]
         self.place = torch.arange(n, device=hidden.device) if kept is None else kept
-        self.dense = marks.dense[self.place]
+        self.dense = selected.dense[self.place]
         # A label that is nobody's (an ignored row's, on a GPU) has no weight row; its coefficient is 0.
         self.labels = labels.clamp(0, head.vocab_size - 1)
         c = (grad_logps * head.logit_scale).masked_fill(self.dense, 0.0)
         self.live = None if head.bias is None else head.bias.isneginf().logical_not_().to(c.dtype)
         live = head.vocab_size if self.live is None else self.live.sum()
         free = live - 1 - self._counts(n)[self.place]
-        self.even = torch.where(free > 0, c * marks.tail[self.place] / free.clamp(min=1), 0.0)
+        self.even = torch.where(free > 0, c * selected.tail[self.place] / free.clamp(min=1), 0.0)
         assert sums.target is not None
         own = c * torch.expm1(sums.logps).neg_()
         if head.softcap is not None:
             own *= 1.0 - (sums.target / head.softcap) ** 2
         self.own = own + self.even
-        self.passes = native.passes(self.tiles.buffers) if marks.chain is None else None
+        self.passes = native.passes(self.tiles.buffers) if selected.chain is None else None
         self.even_everywhere, self.c_everywhere = (_placed(x, kept, c.new_zeros(n)) for x in (self.even, c))
 
     def _counts(self, n: int) -> Tensor:
-        """(n,) entries a row, tile by tile: bincount takes eight bytes more an entry."""
+        """(n,) entries per row, tile by tile: bincount takes eight bytes more per entry."""
         counts = torch.zeros(n, dtype=torch.int64, device=self.place.device)
-        for start, stop in pairwise(self.marks.bounds.tolist()):
-            counts += torch.bincount(self.marks.rows[start:stop], minlength=n)
+        for start, stop in pairwise(self.selected.bounds.tolist()):
+            counts += torch.bincount(self.selected.rows[start:stop], minlength=n)
         return counts
 
     def entries(self, segment: slice) -> Tensor:
-        """The gradient by h·w less −u of a run of marks."""
-        marks, rows = self.marks, self.marks.rows[segment]
-        p = marks.p[segment] if marks.chain is None else marks.p[segment] * marks.chain[segment]
+        """The gradient by h·w less −u of a run of entries."""
+        selected, rows = self.selected, self.selected.rows[segment]
+        p = selected.p[segment] if selected.chain is None else selected.p[segment] * selected.chain[segment]
         return self.even_everywhere.index_select(0, rows) - self.c_everywhere.index_select(0, rows) * p
 
     def by_hidden(self, grad: Tensor | None = None) -> Tensor:
@@ -153,10 +156,10 @@ class Parts:
 
         `grad` holds the dense rows' gradients already; their sums here are 0.
         """
-        tiles, marks, weight = self.tiles, self.marks, self.head.weight
+        tiles, selected, weight = self.tiles, self.selected, self.head.weight
         grad = self.hidden.new_zeros(self.hidden.shape) if grad is None else grad
-        everyone = self._sum_of_weight()
-        bounds = iter(marks.bounds.tolist())
+        weight_sum = self._sum_of_weight()
+        bounds = iter(selected.bounds.tolist())
         start = next(bounds)
         for rows in tiles.row_blocks():
             place = self.place[rows]
@@ -165,13 +168,13 @@ class Parts:
             for columns in tiles.column_blocks():
                 segment = slice(start, start := next(bounds))
                 total += bag(
-                    marks.columns[segment] - columns.start,
+                    selected.columns[segment] - columns.start,
                     tiles.upcast(weight[columns]),
-                    torch.searchsorted(marks.rows[segment], edges, out_int32=True),
+                    torch.searchsorted(selected.rows[segment], edges, out_int32=True),
                     self.entries(segment),
                 )
             total.addcmul_(self.own[rows, None], tiles.upcast(weight[self.labels[rows]]))
-            grad[place] += total.addr_(self.even[rows], everyone, alpha=-1.0).to(grad.dtype)
+            grad[place] += total.addr_(self.even[rows], weight_sum, alpha=-1.0).to(grad.dtype)
         return grad
 
     def sum_of_states(self) -> Tensor:
@@ -182,7 +185,7 @@ class Parts:
         return total
 
     def _sum_of_weight(self) -> Tensor:
-        """Σ_j w_j (D,) over the columns that are there."""
+        """Return Σ_j w_j (D,) over the columns that no bias of −inf takes out."""
         total = self.hidden.new_zeros(self.hidden.shape[1], dtype=self.tiles.acc)
         ones = total.new_ones(self.tiles.columns)
         for columns in self.tiles.column_blocks():
@@ -196,9 +199,9 @@ class ByColumn:
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.tiles = parts, parts.tiles
-        self.everyone = parts.sum_of_states()
+        self.even_states = parts.sum_of_states()
         self.columns = list(parts.tiles.column_blocks())
-        self.bounds = parts.marks.bounds.tolist()
+        self.bounds = parts.selected.bounds.tolist()
         self.labels, self.order = parts.labels.int().sort(stable=True)
         n, d = parts.hidden.shape
         as_it_is = parts.hidden.dtype == self.tiles.acc and parts.hidden.is_contiguous()
@@ -215,16 +218,16 @@ class ByColumn:
             rows, entries, edges = self._found(which, there)
             out = total[there.start - columns.start : there.stop - columns.start]
             if self.in_place is not None:
-                self.in_place.gather(rows, entries, edges, parts.hidden, self.everyone, out)
+                self.in_place.gather(rows, entries, edges, parts.hidden, self.even_states, out)
                 continue
             for features in blocks(total.shape[1], self.width):
                 h = parts.hidden[:, features].to(acc).contiguous()
                 gathered = bag(rows, h, edges, entries)
-                everyone = self.everyone[features]
+                even = self.even_states[features]
                 if parts.live is None:
-                    torch.add(gathered, everyone, out=out[:, features])
+                    torch.add(gathered, even, out=out[:, features])
                 else:
-                    torch.addcmul(gathered, parts.live[there, None], everyone, out=out[:, features])
+                    torch.addcmul(gathered, parts.live[there, None], even, out=out[:, features])
 
     def bias(self) -> Tensor:
         """Σ_t g_tj (V,)."""
@@ -232,22 +235,22 @@ class ByColumn:
         for which, tile in enumerate(self.columns):
             _, entries, edges = self._found(which, tile)
             sums.append(torch.segment_reduce(entries, "sum", lengths=edges.diff().long(), unsafe=True))
-        everyone = self.parts.even.sum()
-        return torch.cat(sums) - (everyone if self.parts.live is None else everyone * self.parts.live)
+        total = self.parts.even.sum()
+        return torch.cat(sums) - (total if self.parts.live is None else total * self.parts.live)
 
     def _found(self, which: int, there: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and gradients of the columns `there`, inside tile `which`, by column; where each column begins."""
-        parts, marks = self.parts, self.parts.marks
+        parts, found = self.parts, self.parts.selected
         runs = range(which, len(self.bounds) - 1, len(self.columns))
         segments = [slice(self.bounds[i], self.bounds[i + 1]) for i in runs]
         ends = torch.tensor([there.start, there.stop], dtype=torch.int32, device=self.labels.device)
         own = self.order[slice(*torch.searchsorted(self.labels, ends).tolist())]
         if parts.passes is not None:
-            marked = [torch.cat([x[:0], *(x[s] for s in segments)]) for x in (marks.columns, marks.rows, marks.p)]
+            selected = [torch.cat([x[:0], *(x[s] for s in segments)]) for x in (found.columns, found.rows, found.p)]
             labels = [parts.labels[own].int(), parts.place[own].int(), parts.own[own]]
-            return parts.passes.by_column(marked, parts.even_everywhere, parts.c_everywhere, labels, there)
-        columns = torch.cat([*(marks.columns[x] for x in segments), parts.labels[own].int()])
-        rows = torch.cat([*(marks.rows[x] for x in segments), parts.place[own].int()])
+            return parts.passes.by_column(selected, parts.even_everywhere, parts.c_everywhere, labels, there)
+        columns = torch.cat([*(found.columns[x] for x in segments), parts.labels[own].int()])
+        rows = torch.cat([*(found.rows[x] for x in segments), parts.place[own].int()])
         entries = torch.cat([*(parts.entries(x) for x in segments), parts.own[own]])
         columns, order = columns.sort(stable=True)
         edges = torch.arange(there.start, there.stop + 1, dtype=torch.int32, device=columns.device)
@@ -262,7 +265,7 @@ def bag(index: Tensor, rows: Tensor, edges: Tensor, factors: Tensor) -> Tensor:
 
 
 def _too_flat(entries: int, below: Tensor, dense: Tensor, rule: SelectionRule) -> bool:
-    """Whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
+    """Return whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
     sparse = int(dense.logical_not().sum())
     return sparse > 0 and (float(below.sum()) > rule.max_tail * sparse or entries > rule.max_entries * sparse)
 
