@@ -1,6 +1,7 @@
 """Reports that are kept: all that their tables read, and no more."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,17 @@ def test_large_results_hold_no_more_than_is_read(pages: Any) -> None:
         report = json.loads((RESULTS / f"{name}.json").read_text())
         assert kept(report) == report
     assert all(file.stat().st_size < 2**20 for file in RESULTS.glob("*.json"))
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+def test_commands_have_modules_or_say_where_they_moved(page: Path, pages: Any) -> None:
+    from bench.tables.markdown import MOVED
+
+    for module, moved in re.findall(
+        r"`python -m bench\.([a-z_.]+)[^`]*`(?: \(now `python -m bench\.([a-z_.]+)`\))?",
+        page.read_text(encoding="utf-8"),
+    ):
+        assert MOVED.get(module, "") == moved, module
+        parts = (moved or module).split(".")
+        place = ROOT.joinpath("bench", *parts)
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
