@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from bench.tables.markdown import markdown, provenance, raised
+from bench.tables.markdown import markdown, provenance, raised, states_of
 
 
 def learning_table(report: dict[str, Any]) -> str:
@@ -20,7 +20,7 @@ def learning_table(report: dict[str, Any]) -> str:
         for step in steps:
             cells += [f"{row[step][name]:.1%}" for name in ("label", "vocabulary", "weight")]
         rows.append(cells)
-    what = f"{report['tokens']} tokens a step, AdamW, rate {report['lr']:g}; {report['states']}"
+    what = f"{report['tokens']} tokens per step, rate {report['lr']:g}; {states_of(report).removeprefix('states of ')}"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
@@ -46,13 +46,8 @@ def training_table(report: dict[str, Any]) -> str:
             found = [row["marks"][mark][key] for mark in marks]
             cells += ["–" if row["arm"] == "exact" else f"{mean(x):.2%}" for x in found]
         rows.append(cells)
-    what = (
-        f"{report['start']}; DPO, AdamW, rate {report['lr']:g}, {report['steps']} steps of {report['pairs']} pairs of "
-    )
-    what += (
-        f"{report['data']}, {report['held_out']} held-out pairs; means over {len(report['rows'][0]['seeds'])} seeds; "
-    )
-    what += "ΔW off is ‖ΔW − ΔW*‖/‖ΔW*‖ against the exact run, loss off the root mean square over steps"
+    start, seeds = report["start"].removeprefix("smollm2-135m, "), len(report["rows"][0]["seeds"])
+    what = f"{start}; {report['steps']} steps of {report['pairs']} pairs; {seeds} seeds"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 

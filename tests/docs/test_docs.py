@@ -124,6 +124,15 @@ def test_every_table_is_what_its_json_says(results):
     assert results.stale() == []
 
 
+def test_a_tables_source_is_a_short_line_with_a_link_to_its_json(results):
+    for page in results.PAGES:
+        for block in results.BLOCK.finditer(page.read_text()):
+            lines = [line for line in block[0].splitlines() if f"bench/results/{block[3]}.json)" in line]
+            assert len(lines) <= 1
+            assert all(len(line) <= 130 for line in lines), lines
+            assert lines or block[2] in {"shaping", "rejected", "model"}, f"{page.name}: {block[2]} {block[3]}"
+
+
 def test_a_table_that_is_not_would_be_found(results, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     text = (ROOT / "docs" / "results.md").read_text()
