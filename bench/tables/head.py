@@ -37,7 +37,7 @@ def heads_table(report: dict[str, Any]) -> str:
         ]
         for eps, x in report["entries"].items()
     ]
-    entries = markdown(["ε", "entries per token", "marked over kept", "mean tail", "dense rows"], kept)
+    entries = markdown(["ε", "entries per token", "selected over kept", "mean tail", "dense rows"], kept)
     return _head_markdown(rows, report) + "\n\n" + entries
 
 
@@ -116,7 +116,7 @@ def dense_columns_table(report: dict[str, Any]) -> str:
     log_eps = sorted({x["log_eps"] for x in report["rows"]})
     head = ["dense columns"]
     for k in log_eps:
-        head += [f"ε = 2^-{k}: entries in them", "marked over true"]
+        head += [f"ε = 2^-{k}: entries in them", "selected over true"]
     rows = []
     for rule, count in dict.fromkeys((x["rule"], x["k"]) for x in report["rows"]):
         cells = [f"{count:,}: {rule}"]
