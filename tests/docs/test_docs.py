@@ -60,7 +60,8 @@ def example(tmp_path, monkeypatch):
     page = (ROOT / "CONTRIBUTING.md").read_text()
     for name, text in re.findall(r'```\w+ title="(.*?)"\n(.*?)```', page, re.DOTALL):
         (tmp_path / Path(name).name).write_text(text)
-    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+    # All are imported first: an objective registers once, and must not do so in the copy alone.
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry.objectives()))
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     yield tmp_path
     sys.modules.pop("tvkd_fast.objectives.cpo", None)
