@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from bench.tables.markdown import markdown, provenance, raised
+from bench.tables.markdown import markdown, provenance, raised, states_of
 
 
 def learning_table(report: dict[str, Any]) -> str:
@@ -20,21 +20,21 @@ def learning_table(report: dict[str, Any]) -> str:
         for step in steps:
             cells += [f"{row[step][name]:.1%}" for name in ("label", "vocabulary", "weight")]
         rows.append(cells)
-    what = f"{report['tokens']} tokens per step, AdamW, rate {report['lr']:g}; {report['states']}"
+    what = f"{report['tokens']} tokens per step, rate {report['lr']:g}; {states_of(report).removeprefix('states of ')}"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
 def training_table(report: dict[str, Any]) -> str:
     """A kind of gradient a row: where the runs end, then how far they are from the exact run of their seed."""
-    milestones, last = list(report["rows"][0]["marks"]), str(report["steps"])
+    marks, last = list(report["rows"][0]["marks"]), str(report["steps"])
     head = ["gradient", "loss at the end", "held-out reward accuracy", "held-out margin, nats"]
     parts = [
         key
         for key in ("head_off", "backbone_off")
         if any(x is not None for x in report["rows"][-1]["marks"][last][key])
     ]
-    head += [f"ΔW of the {key.removesuffix('_off')} off, step {milestone}" for key in parts for milestone in milestones]
-    head += ["training loss off", *(f"margins off, step {milestone}" for milestone in milestones)]
+    head += [f"ΔW of the {key.removesuffix('_off')} off, step {mark}" for key in parts for mark in marks]
+    head += ["training loss off", *(f"margins off, step {mark}" for mark in marks)]
     rows = []
     for row in report["rows"]:
         end = row["marks"][last]
@@ -43,16 +43,11 @@ def training_table(report: dict[str, Any]) -> str:
         for key in (*parts, "margins_off"):
             if key == "margins_off":
                 cells.append("–" if row["arm"] == "exact" else f"{mean(row['loss_off']):.1e}")
-            found = [row["marks"][milestone][key] for milestone in milestones]
+            found = [row["marks"][mark][key] for mark in marks]
             cells += ["–" if row["arm"] == "exact" else f"{mean(x):.2%}" for x in found]
         rows.append(cells)
-    what = (
-        f"{report['start']}; DPO, AdamW, rate {report['lr']:g}, {report['steps']} steps of {report['pairs']} pairs of "
-    )
-    what += (
-        f"{report['data']}, {report['held_out']} held-out pairs; means over {len(report['rows'][0]['seeds'])} seeds; "
-    )
-    what += "ΔW off is ‖ΔW − ΔW*‖/‖ΔW*‖ against the exact run, loss off the root mean square over steps"
+    start, seeds = report["start"].removeprefix("smollm2-135m, "), len(report["rows"][0]["seeds"])
+    what = f"{start}; {report['steps']} steps of {report['pairs']} pairs; {seeds} seeds"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 

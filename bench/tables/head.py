@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bench.tables.markdown import cell, error, markdown, provenance, raised
+from bench.tables.markdown import cell, error, markdown, provenance, raised, states_of
 
 HEADLINES = {
     "product": "the forward product alone, fastest of seven tilings",
@@ -47,9 +47,8 @@ def _head_markdown(rows: list[list[str]], report: dict[str, Any]) -> str:
 
 
 def _measured(head: list[str], rows: list[list[str]], report: dict[str, Any]) -> str:
-    peers = ", ".join(f"{name} {number}" for name, number in report["made_by"]["peers"].items() if number)
     runs = len(report["results"][-1].get("rounds", []))
-    what = f"{report['shape']} {report['dtype']}, {report['states']}; medians of {runs} runs; {peers}"
+    what = f"{report['shape']} {report['dtype']}, {states_of(report)}; medians of {runs} runs"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
@@ -85,9 +84,8 @@ def sweep_table(report: dict[str, Any]) -> str:
             cells += [f"{line['a'] / product:.2f}", f"{line['worst']:.0%}"] if line else ["–", "–"]
         rows.append(cells)
     runs = len(points[0]["results"][-1].get("rounds", []))
-    what = f"{points[0]['shape']} to {points[-1]['shape']}, {points[-1]['states']}; medians of {runs} runs"
-    if report["axis"] == "entries":
-        what = f"{points[0]['shape']}, made states; medians of {runs} runs"
+    start = "" if report["axis"] == "entries" else "from "
+    what = f"{start}{points[0]['shape']}, {states_of(points[-1])}; medians of {runs} runs"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
@@ -108,7 +106,7 @@ def variants_table(report: dict[str, Any]) -> str:
     for name in results[0]["over_product"]:
         held = [f", holds {x['saved'][name]:.0%}" if name in x["saved"] else "" for x in results]
         rows.append([name, *(f"{x['over_product'][name]:.3f}{more}" for x, more in zip(results, held, strict=True))])
-    what = f"{report['tokens']} tokens, {report['states']}; medians of {report['rounds']} runs"
+    what = f"{report['tokens']} tokens, {states_of(report)}; medians of {report['rounds']} runs"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
@@ -126,5 +124,6 @@ def dense_columns_table(report: dict[str, Any]) -> str:
             x = found[rule, count, k]
             cells += [f"{x['held']:.0%}", f"{x['marked']:.2f}"]
         rows.append(cells)
-    what = f"{report['looked_at']} of {report['tokens']} tokens, {report['states']}; counted, not timed"
+    states = states_of(report).removeprefix("states of ")
+    what = f"{report['looked_at']} of {report['tokens']} tokens, {states}; counted, not timed"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)

@@ -32,8 +32,7 @@ def gpu_table(report: dict[str, Any]) -> str:
             parts.append(f"Our products over cuBLAS: {'; '.join(ratios)}.")
     if any("frozen head" in row["name"] for measured in report["shapes"] for row in measured.get("rows", [])):
         parts.append(FROZEN)
-    peers = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["versions"].items())
-    what = f"{report['device']}, driver {report['driver']}, {report['toolkit']}; {peers}; {report['rounds']} rounds"
+    what = f"{report['device']}, driver {report['driver']}, {report['toolkit']}; {report['rounds']} rounds"
     return "\n\n".join(parts) + "\n" + provenance(report["made_by"], what)
 
 
@@ -70,7 +69,7 @@ def numerics_table(report: dict[str, Any]) -> str:
         for rule in report["strict_rule"]
     ]
     head = ["float16, dH", "beyond the strict rule", "beyond the tests' rule", "worst", "strict allows", "tests allow"]
-    what = f"{report['shape']}; Triton kernels ran on {report['kernels_ran_on']}, TF32 products are emulated"
+    what = f"{report['shape']}; kernels on {report['kernels_ran_on']}, TF32 emulated"
     return "\n\n".join([*parts, markdown(head, rules)]) + "\n" + provenance(report["made_by"], what)
 
 
@@ -175,5 +174,5 @@ def model_table(report: dict[str, Any]) -> str:
         ]
         for x in report["estimates"]
     ]
-    note = "\nA model, no measurement: " + "; ".join(report["assumptions"]) + "."
+    note = "\n- ".join(["\nA model, not a measurement. It assumes:\n", *report["assumptions"]])
     return markdown(head, rows) + "\n" + note

@@ -32,8 +32,8 @@ def screen_table(report: dict[str, Any]) -> str:
         ]
         for row in report["rows"][SCREEN]
     ]
-    what = f"{report['rows'][SCREEN][0]['pairs']} pairs, {_budget(report, 'screen')}; 95% bootstrap over pairs"
-    return markdown(head, rows) + "\n" + _made(report, [SCREEN], what)
+    what = f"{report['rows'][SCREEN][0]['pairs']} held-out pairs; 95% bootstrap over pairs"
+    return f"{markdown(head, rows)}\n\n{_budget(report, 'screen')}.\n{_made(report, [SCREEN], what)}"
 
 
 def finals_table(report: dict[str, Any]) -> str:
@@ -48,8 +48,8 @@ def finals_table(report: dict[str, Any]) -> str:
         lines += [_teacher(one, len(head) - 3) for one in report["teachers"] if cell.startswith(one["data"])]
         parts.append(markdown([f"{cell}; {seeds} seeds, {pairs:,} pairs", *head], lines))
     budgets = dict.fromkeys(cell.partition(",")[0] for cell in found)
-    what = "; ".join([f"{data}: {_budget(report, data)}" for data in budgets] + ["95% intervals over seeds and pairs"])
-    return "\n\n".join(parts) + "\n" + _made(report, found, what)
+    parts.append("; ".join(f"{data}: {_budget(report, data)}" for data in budgets) + ".")
+    return "\n\n".join(parts) + "\n" + _made(report, found, "95% intervals over seeds and pairs")
 
 
 def data_table(report: dict[str, Any]) -> str:
@@ -62,7 +62,7 @@ def data_table(report: dict[str, Any]) -> str:
             counts = [one["pairs"] + one["dropped_overlong"] + otherwise, one["pairs"], one["truncated"]]
             counts += [one["dropped_overlong"], otherwise, one["max_length"]]
             rows.append([f"{data}, {split.replace('_', ' ')}", *(f"{count:,}" for count in counts)])
-    return markdown(head, rows) + "\n" + provenance(report["made_by"], "rows that are left out and cut")
+    return markdown(head, rows) + "\n" + provenance(report["made_by"], "rows left out and cut")
 
 
 def _final(row: dict[str, Any]) -> list[str]:

@@ -6,23 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-MOVED = {
-    "head_learning": "learning.head_learning",
-    "head_training": "learning.head_training",
-    "hot": "head.dense_columns",
-    "loop_overhead": "runs.loop_overhead",
-    "numerics": "head.numerics",
-    "planned": "runs.planned",
-    "scaling": "runs.scaling",
-    "soak": "runs.soak",
-    "step_lengths": "step.lengths",
-    "step_profile": "step.profile",
-    "sweep": "head.sweep",
-    "teacher_cost": "step.teacher_cost",
-    "values": "head.values",
-    "ways": "head.variants",
-}
-"""Modules of `bench` by the names that results were measured under, and by those that they have now."""
+JSON_LINK = "JSON"
+"""Where a table links to the report that it was made from."""
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -31,21 +16,29 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def provenance(made: dict[str, Any], what: str, commits: Sequence[str] = ()) -> str:
-    """`commits` are those of what was measured, where it was not measured all at once."""
-    versions = f"torch {made['torch']}, transformers {made['transformers']}, Python {made['python']}"
+    """One short line: what was measured, on which machine, at which commit. The rest is in the JSON that it links to.
+
+    `commits` are those of what was measured, where it was not measured all at once. `pages.render` fills `JSON_LINK`.
+    """
     known = ", ".join(dict.fromkeys(_short(commit) for commit in commits or [made["commit"]]))
-    return f"\n{what}; {_command(made['command'])}; {made['machine']}; {versions}; commit {known}."
+    return f"\n{what}; {_machine(made['machine'])}, [{known}]({JSON_LINK})."
 
 
-def _command(recorded: str) -> str:
-    """Return the command as it was given, and the module to call today where that has another name."""
-    module = recorded.split()[2].removeprefix("bench.") if recorded.startswith("python -m bench.") else ""
-    return f"`{recorded}`" + (f" (now `python -m bench.{MOVED[module]}`)" if module in MOVED else "")
+def _machine(machine: str) -> str:
+    """The processor and its threads, without the system and what a maker's name is decorated with."""
+    threads, _, processor = machine.rpartition("x86_64, ")[2].rpartition(", ")
+    name = re.sub(r"\(R\)|Intel|Processor", "", processor).strip()
+    return f"{name}, {threads}".replace(" 1 threads", " 1 thread") if threads else name
+
+
+def states_of(report: dict[str, Any]) -> str:
+    """Whose states they are, without the data that they were taken over or the parameters they were made by."""
+    return str(re.split(" over |, ", report["states"])[0])
 
 
 def _short(commit: str | None) -> str:
-    """Return the short commit, with the + of a tree that was changed since."""
-    return "no checkout" if commit is None else commit[:12] + "+" * commit.endswith("+")
+    """With the + of a tree that was changed since."""
+    return "no checkout" if commit is None else commit[:7] + "+" * commit.endswith("+")
 
 
 def cell(text: str) -> str:

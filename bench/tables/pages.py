@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.harness.machine import without_paths
 from bench.tables import gradients, head, kernels, learning, runs, step
+from bench.tables.markdown import JSON_LINK
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -68,19 +69,21 @@ KEPT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 """The parts of large reports that are kept: all that a table or a picture is made of."""
 
 
-def render(text: str) -> str:
-    """The page with every table made from its JSON."""
+def render(page: Path) -> str:
+    """The page's text with every table made from its JSON."""
+    to_root = "" if page.name == "README.md" else "../"
 
     def block(found: re.Match[str]) -> str:
         report = json.loads((RESULTS / f"{found[3]}.json").read_text())
-        return f"{found[1]}{TABLES[found[2]](report)}\n{found[4]}"
+        table = TABLES[found[2]](report).replace(f"]({JSON_LINK})", f"]({to_root}bench/results/{found[3]}.json)")
+        return f"{found[1]}{table}\n{found[4]}"
 
-    return BLOCK.sub(block, text)
+    return BLOCK.sub(block, page.read_text())
 
 
 def stale() -> list[str]:
     """Pages whose tables differ from their JSON."""
-    return [page.name for page in PAGES if render(page.read_text()) != page.read_text()]
+    return [page.name for page in PAGES if render(page) != page.read_text()]
 
 
 def add(name: str, report: Path) -> None:
@@ -110,7 +113,7 @@ def main() -> None:
             add(name, Path(report))
         case ["write"]:
             for page in PAGES:
-                page.write_text(render(page.read_text()))
+                page.write_text(render(page))
         case ["check"]:
             if stale():
                 raise SystemExit(f"tables are stale in {', '.join(stale())}: run python -m bench.tables write")

@@ -45,22 +45,15 @@ def soak_table(report: dict[str, Any]) -> str:
         longest = max(kill["ended_in_s"] for kill in kills)
         rows.append([place, str(len(kills)), str(sum(kill["exact"] for kill in kills)), f"{longest:.1f} s"])
     rows.append(["in all", str(len(report["kills"])), str(report["exact"]), f"{report['longest_end_s']:.1f} s"])
-    same = "the final model is" if report["same_end"] else "**the final model is not**"
-    what = f"{report['processes']} processes; {same} that of the undisturbed run, bit for bit"
+    same = "is" if report["same_end"] else "**is not**"
+    what = f"{report['processes']} processes; the final model {same} the undisturbed run's, bit for bit"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
 def scaling_table(report: dict[str, Any]) -> str:
     """Counted by the planner: a layout a row."""
-    head = [
-        "processes",
-        "sharded over",
-        "replicas",
-        "head",
-        "held by each",
-        "sent by each per step",
-        "operations per byte",
-    ]
+    head = ["processes", "sharded over", "replicas", "head"]
+    head += ["held by each", "sent by each per step", "operations per byte"]
     rows = []
     for row in report["rows"]:
         cells = [
@@ -71,10 +64,7 @@ def scaling_table(report: dict[str, Any]) -> str:
         ]
         cells += [f"{row['held_gib']:.1f} GiB", f"{row['sent_gib']:.1f} GiB", f"{row['flops_per_byte']:,.0f}"]
         rows.append(cells)
-    what = (
-        f"counted, nothing was run: {report['policy']}, scores on disk, {report['pairs']} pairs of "
-        f"{report['tokens']:,} tokens per process and step, bfloat16 products, blocks recomputed"
-    )
+    what = f"counted, not run: {report['policy']}"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
@@ -90,7 +80,7 @@ def planned_table(report: dict[str, Any]) -> str:
             planned = sum(row[how]["planned"].values())
             sizes = [f"{size / 2**30:.2f} GiB" for size in (planned, row[how]["held"])]
             rows[-1] += [*sizes, f"{row[how]['ratio']:.2f}"]
-    what = f"{report['model']} or as many of its layers, DPO in rows of 2,048 tokens unless stated"
+    what = f"{report['model']} or as many of its layers; rows of 2,048 tokens"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
@@ -99,5 +89,5 @@ def overhead_table(report: dict[str, Any]) -> str:
     low, high = report["interval_ms"]
     row = [f"{report[name]:.2f} ms" for name in ("loop_ms", "bare_ms", "overhead_ms")]
     row += [f"{low:.2f} to {high:.2f} ms", f"{report['goal_ms']:.2f} ms"]
-    what = f"{report['steps']} steps of 8 pairs of a tiny policy, one process, a line of metrics every step"
+    what = f"{report['steps']} steps of 8 pairs of a tiny policy, one process"
     return markdown(head, [row]) + "\n" + provenance(report["made_by"], what)

@@ -19,15 +19,8 @@ def step_table(report: dict[str, Any]) -> str:
         cells = [raised(row["name"]), f"{row['speed_over_yardstick']:.2f}", f"{row['peak_mb']:,.0f} MB"]
         rows.append([*cells, f"{row['loss_off']:.0e}", f"{row['grad_norm_off']:.0e}"])
     made = report["made_by"]
-    what = f"{report['model']}, {report['pairs']} pairs of {report['data']} of at most {report['max_length']} tokens, "
-    what += (
-        f"{report['pairs_per_step']} a step: {report['tokens']:,} tokens, {report['padded_tokens']:,} in padded rows, "
-    )
-    what += f"{report['response_tokens']:,} of them answers; medians over steps"
-    if tried := report["trl_seconds_by_batch"]:
-        best = min(tried, key=tried.__getitem__)
-        ratios = ", ".join(f"{seconds / tried[best]:.2f} at {size}" for size, seconds in tried.items())
-        what += f"; TRL takes {best} a micro-batch ({ratios}); trl {made['peers']['trl']}"
+    what = f"{report['model']}, {report['pairs']} pairs of at most {report['max_length']} tokens, "
+    what += f"{report['pairs_per_step']} per step; medians"
     return markdown(head, rows) + "\n" + provenance(made, what)
 
 
@@ -42,26 +35,22 @@ def lengths_table(report: dict[str, Any]) -> str:
     peer = first["results"][-1]["name"]
     head = ["tokens per sequence", "pairs per step", f"speed over {peer}'s", "our peak memory", f"{peer}'s"]
     steps = first["pairs"] // first["pairs_per_step"]
-    what = (
-        f"{first['model']}, pairs cut from the text of {first['data']}, {first['tokens'] // steps:,} tokens per step; "
-    )
-    what += f"medians over {steps - 1} steps; trl {first['made_by']['peers']['trl']}"
+    what = f"{first['model']}, {first['tokens'] // steps:,} tokens per step; medians of {steps - 1}"
     return markdown(head, rows) + "\n" + provenance(made, what)
 
 
 def profile_table(report: dict[str, Any]) -> str:
     rows = [[part, f"{share:.1%}"] for part, share in report["shares"].items()]
     shape = "x".join(map(str, report["largest_product"]))
-    what = (
-        f"{report['model']}, {report['pairs']} pairs of {report['data']}, {report['tokens']:,} tokens; the backbone's "
-    )
-    what += f"products run at {report['gflops']:.0f} GFLOP/s, the largest of them, {shape}, alone at "
-    what += f"{report['gflops_alone']:.0f}"
-    return markdown(["where a step's time goes", "share"], rows) + "\n" + provenance(report["made_by"], what)
+    what = f"{report['model']}, {report['pairs']} pairs, {report['tokens']:,} tokens"
+    speeds = f"The backbone's products run at {report['gflops']:.0f} GFLOP/s; the largest, {shape}, runs alone at "
+    speeds += f"{report['gflops_alone']:.0f} GFLOP/s."
+    table = markdown(["where a step's time goes", "share"], rows)
+    return f"{table}\n\n{speeds}\n{provenance(report['made_by'], what)}"
 
 
 def teacher_table(report: dict[str, Any]) -> str:
-    """Return the table of the teacher's measured cost, beside its limit."""
+    """What was measured of a teacher's price, beside what it may be."""
     trained, scored = report["training"], report["scoring"]
     low, high = trained["interval_ms"]
     difference = f"{trained['difference_ms']:+.2f} ms ({low:+.2f} to {high:+.2f})"
@@ -69,7 +58,7 @@ def teacher_table(report: dict[str, Any]) -> str:
         ["scoring by two models: speed over their backbones and a product each", f"{scored['speed_over_floor']:.3f}"],
         [f"a step of TVKD on cached values, beyond DPO's {trained['dpo_ms']:.1f} ms on a cached reference", difference],
     ]
-    what = f"scoring: {scored['model']}, {scored['pairs']} pairs of {report['data']}, {scored['states']:,} states; "
-    what += f"training: a tiny model, {trained['steps']} steps of {trained['pairs_per_step']} pairs by either in turn; "
-    what += "medians, of paired differences with their 95% interval"
-    return markdown(["what the teacher costs", "measured"], rows) + "\n" + provenance(report["made_by"], what)
+    what = f"Scoring: {scored['model']}, {scored['pairs']} pairs, {scored['states']:,} states. Training: a tiny model, "
+    what += f"{trained['steps']} steps of {trained['pairs_per_step']} pairs by either in turn."
+    medians = provenance(report["made_by"], "medians of paired differences with their 95% interval")
+    return f"{markdown(['what the teacher costs', 'measured'], rows)}\n\n{what}\n{medians}"

@@ -290,10 +290,7 @@ def test_the_table_of_a_report(gpu):
     assert wrong == "| Liger: wrong: hidden, weight beyond | – | – | – | 1.0e-04, 5.0e-01, 2.5e-01 |"
     assert products == "Our products over cuBLAS: dH, a block 1.25; dW, a block too small."
     assert second.splitlines()[2] == "| not measured: OutOfMemoryError: much | – | – | – | – |"
-    assert made == (
-        "H, driver 1.2, CUDA 13; triton 3.9, trl not installed; 3 rounds; `run it`; m; torch 2, transformers 5, "
-        "Python 3; commit cccccccccccc."
-    )
+    assert made == "H, driver 1.2, CUDA 13; 3 rounds; m, [ccccccc](JSON)."
 
 
 def test_the_table_of_a_frozen_head(gpu):

@@ -284,7 +284,7 @@ def test_tables_and_picture_are_made_of_the_runs(tmp_path):
     finals = finals_table(report)
     assert "the teacher, 2 pairs | +0.00" in finals
     assert "rule, 3 layers" not in finals
-    assert "commit abc." in finals
+    assert "[abc](JSON)." in finals
     assert "| human, held out | 50 | 40 | 3 | 9 | 1 | 160 |" in data_table(report)
     file = tmp_path / "study.json"
     file.write_text(json.dumps(report))

@@ -4,7 +4,7 @@ import pytest
 
 from tvkd_fast.cli.main import main
 from tvkd_fast.cli.parser import COMMANDS, load_recipe, recipes
-from tvkd_fast.objectives.registry import objective_named
+from tvkd_fast.objectives.registry import objective_named, objectives
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_yaml_gives_options_and_the_command_line_overrides_them(files, tmp_path,
         (["--polcy", "o"], "Did you mean --policy?"),
         (["--loss.beta", "much"], "--loss.beta wants a number, and got 'much'"),
         (["--max_steps", "two"], "--max_steps wants a whole number, and got 'two'"),
-        (["--objective", "ppo"], "--objective wants one of dpo, "),
+        (["--objective", "ppo"], f"--objective wants one of {', '.join(sorted(objectives()))}"),
         (["--learning_rate", "1e-5"], "Did you mean --optim.lr?"),
         (["--objective", "dppo"], "got 'dppo'. Did you mean dpo?"),
         (
@@ -153,7 +153,7 @@ def test_scores_without_a_teacher_say_so(files, tmp_path, capsys):
 
 
 def test_an_unknown_recipe_lists_the_known(capsys):
-    assert "no recipe or file 'dmeo'; recipes: demo, hh-smollm2-135m" in error_of(capsys, "train", "--config", "dmeo")
+    assert f"no recipe or file 'dmeo'; recipes: {', '.join(recipes())}" in error_of(capsys, "train", "--config", "dmeo")
 
 
 @pytest.mark.parametrize(

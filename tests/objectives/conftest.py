@@ -12,31 +12,32 @@ from tvkd_fast.objectives import PolicyNumbers
 from tvkd_fast.scoring import Scores
 
 
+def make_batch(lengths: list[tuple[int, int]], *, chosen_only: bool = False) -> PairBatch:
+    pairs = [TokenizedPair([1, 2], [3] * c, [4] * r, True, True, "row") for c, r in lengths]
+    return collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
+
+
+def make_numbers(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
+    """Log-probabilities as float64 leaves, and everything that an objective may need."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, generator=draw, dtype=torch.float64)
+
+    responses, states = len(batch.lengths), int(batch.cu_states[-1])
+    logps = (-10 + normal(responses)).requires_grad_()
+    lse = 5 + normal(states)
+    return PolicyNumbers(logps, batch.lengths), Scores(-10 + normal(responses), lse, lse, normal(states))
+
+
 @pytest.fixture
 def batch_of() -> Callable[..., PairBatch]:
-    def make(lengths: list[tuple[int, int]], *, chosen_only: bool = False) -> PairBatch:
-        pairs = [TokenizedPair([1, 2], [3] * c, [4] * r, True, True, "row") for c, r in lengths]
-        return collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
-
-    return make
+    return make_batch
 
 
 @pytest.fixture
 def numbers_of() -> Callable[[PairBatch], tuple[PolicyNumbers, Scores]]:
-    """Log-probabilities as float64 leaves, and everything that an objective may need."""
-
-    def make(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
-        draw = torch.Generator().manual_seed(0)
-
-        def normal(count: int) -> Tensor:
-            return torch.randn(count, generator=draw, dtype=torch.float64)
-
-        responses, states = len(batch.lengths), int(batch.cu_states[-1])
-        logps = (-10 + normal(responses)).requires_grad_()
-        lse = 5 + normal(states)
-        return PolicyNumbers(logps, batch.lengths), Scores(-10 + normal(responses), lse, lse, normal(states))
-
-    return make
+    return make_numbers
 
 
 @pytest.fixture
