@@ -186,4 +186,4 @@ def test_evaluation_reports_the_shaping(make_config, teacher):
 def test_the_report_says_what_the_teacher_reads(make_config, teacher, files, capsys):
     config = make_config(teacher=teacher)
     score(score_config(config, files / "scores"))
-    assert "train.jsonl in the teacher's tokens; tokens per pair" in capsys.readouterr().err
+    assert "train.jsonl in the teacher's tokens; tokens a pair" in capsys.readouterr().err

@@ -46,13 +46,13 @@ def test_report_counts_everything_that_happened(write_jsonl: WriteJsonl, chatml:
     assert str(report) == (
         f"2 pairs of {path}; 1 cut to 12 tokens (keep_start); 1 dropped: too long even when cut to 12 tokens; "
         "2 dropped: empty response; 1 dropped: prompts differ; "
-        "tokens per pair: 5.0 prompt, 5.5 chosen, 2.0 rejected"
+        "tokens a pair: 5.0 prompt, 5.5 chosen, 2.0 rejected"
     )
 
 
 def test_report_of_an_untouched_set_is_short(write_jsonl: WriteJsonl, chatml: PreTrainedTokenizerFast) -> None:
     report = build_dataset(write_jsonl([ROW]), chatml).report
-    assert str(report).endswith("train.jsonl; tokens per pair: 5.0 prompt, 4.0 chosen, 2.0 rejected")
+    assert str(report).endswith("train.jsonl; tokens a pair: 5.0 prompt, 4.0 chosen, 2.0 rejected")
     assert str(TokenReport(source="x", pairs=1548, max_length=512, truncation="keep_end")).startswith(
         "1,548 pairs of x"
     )

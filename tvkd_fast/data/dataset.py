@@ -71,7 +71,8 @@ class TokenReport:
         if self.pairs:
             tokens = (self.prompt_tokens, self.chosen_tokens, self.rejected_tokens)
             prompt, chosen, rejected = (f"{count / self.pairs:,.1f}" for count in tokens)
-            parts.append(f"tokens per pair: {prompt} prompt, {chosen} chosen, {rejected} rejected")
+            # Scripts find the three figures by these words.
+            parts.append(f"tokens a pair: {prompt} prompt, {chosen} chosen, {rejected} rejected")
         return "; ".join(parts)
 
 
