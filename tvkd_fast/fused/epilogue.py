@@ -42,7 +42,19 @@ def torch_epilogue(logps: Tensor, given: Preference) -> tuple[TVKDOutput, Tensor
 
     dL_p/dlog π_θ(y_t) = ∓β[(1−λ)σ(−m) − λσ(m)] of the chosen and of the rejected response.
     """
-    beta, smoothing, responses = given.beta, given.label_smoothing, given.cu_seqlens.numel() - 1
+    beta, smoothing = given.beta, given.label_smoothing
+    ref_logps, psi = by_response(given)
+    out = tvkd_loss(
+        segment_sums(logps, given.cu_seqlens), ref_logps, psi, beta=beta, alpha=given.alpha, label_smoothing=smoothing
+    )
+    m = out.margins - out.shaping_margins
+    by_chosen = -beta * ((1 - smoothing) * torch.sigmoid(-m) - smoothing * torch.sigmoid(m))
+    coefficients = torch.cat([by_chosen, -by_chosen])
+    return out, coefficients.repeat_interleave(given.cu_seqlens.diff(), output_size=logps.shape[0])
+
+
+def by_response(given: Preference) -> tuple[Tensor, Tensor | None]:
+    """Return the reference's log-probabilities and the shaping returns, (2P,) each, from whichever form was given."""
     ref_logps, psi = given.ref_logps, given.psi
     if given.ref_token_logps is not None:
         ref_logps = segment_sums(given.ref_token_logps, given.cu_seqlens)
@@ -50,14 +62,8 @@ def torch_epilogue(logps: Tensor, given: Preference) -> tuple[TVKDOutput, Tensor
     if given.values is not None and given.cu_states is not None:
         psi = shaping_returns(
             given.values, given.cu_states, gamma=given.gamma, terminal=given.terminal, ended=given.ended
-        )[:responses]
-    out = tvkd_loss(
-        segment_sums(logps, given.cu_seqlens), ref_logps, psi, beta=beta, alpha=given.alpha, label_smoothing=smoothing
-    )
-    m = out.margins - out.shaping_margins
-    by_chosen = -beta * ((1 - smoothing) * torch.sigmoid(-m) - smoothing * torch.sigmoid(m))
-    by_response = torch.cat([by_chosen, -by_chosen])
-    return out, by_response.repeat_interleave(given.cu_seqlens.diff(), output_size=logps.shape[0])
+        )[: given.cu_seqlens.numel() - 1]
+    return ref_logps, psi
 
 
 def triton_epilogue(logps: Tensor, given: Preference) -> tuple[TVKDOutput, Tensor]:

@@ -15,9 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tvkd_fast.fused.epilogue import Preference, torch_epilogue
+from tvkd_fast.fused.epilogue import Preference, by_response, torch_epilogue
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
-from tvkd_fast.losses import segment_sums, shaping_returns
 from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.tiles import exact
 from tvkd_fast.ops.tiles.huge_pages import large_empty
@@ -47,7 +46,7 @@ def known_gradients(
     hidden [N, D], labels (N,). Of an ignored label's row all numbers are 0.
     """
     with without_autocast(hidden):
-        return _visit(hidden, head, labels, _ready(given), ignore_index, want_hidden, want_bias)
+        return _visit(hidden, head, labels, _summed(given), ignore_index, want_hidden, want_bias)
 
 
 def _visit(
@@ -69,14 +68,11 @@ def _visit(
     pairs = (len(bounds) - 1) // 2
     kept = labels != ignore_index
     most = max(1, WORKSPACE_BYTES // (head.vocab_size * hidden.element_size()))
-    workspace = large_empty(hidden, (0, head.vocab_size), hidden.dtype)
+    workspace = large_empty(hidden, (min(most, hidden.shape[0]), head.vocab_size))
     for block in _blocks(bounds, most):
         responses = [*block, *(pair + pairs for pair in block)]
         rows = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in responses])
         seen = rows[kept[rows]]
-        if len(seen) > len(workspace):
-            # Made anew only as blocks grow: pages are touched once.
-            workspace = large_empty(hidden, (min(most, max(len(seen), most)), head.vocab_size), hidden.dtype)
         logits = workspace[: len(seen)] if len(seen) <= most else workspace[:0]
         sums = exact.head_sums(hidden, head, kept=seen, labels=labels[seen], logits=logits)
         maximum[seen], log_total[seen], logps[seen] = sums.maximum, sums.log_total, sums.logps
@@ -111,14 +107,9 @@ def _blocks(bounds: list[int], most: int) -> Iterator[range]:
         yield range(start, pairs)
 
 
-def _ready(given: Preference) -> Preference:
-    """The same with the reference and the shaping summed over each response."""
-    ref_logps, psi, responses = given.ref_logps, given.psi, given.cu_seqlens.numel() - 1
-    if given.ref_token_logps is not None:
-        ref_logps = segment_sums(given.ref_token_logps, given.cu_seqlens)
-    if given.values is not None and given.cu_states is not None:
-        states = {"gamma": given.gamma, "terminal": given.terminal, "ended": given.ended}
-        psi = shaping_returns(given.values, given.cu_states, **states)[:responses]  # type: ignore[arg-type]
+def _summed(given: Preference) -> Preference:
+    """The same with the reference and the shaping summed over each response, once for all blocks."""
+    ref_logps, psi = by_response(given)
     return replace(given, ref_token_logps=None, ref_logps=ref_logps, values=None, cu_states=None, ended=None, psi=psi)
 
 
