@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tvkd_fast.fused.epilogue import Preference, torch_epilogue
+from tvkd_fast.fused.epilogue import torch_epilogue
 from tvkd_fast.fused.known import known_gradients
-from tvkd_fast.fused.op import pairs_of, upstream_by_token
+from tvkd_fast.fused.op import fake_numbers, tensors_of, upstream_by_token
 from tvkd_fast.fused.padded import packed_form
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.losses.segments import check_boundaries
@@ -20,7 +20,6 @@ from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops.checks import check_finite, check_label_range
 from tvkd_fast.ops.logps import gradients_op
 from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, wanted_gradients
-from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 
 def _known(
@@ -51,11 +50,9 @@ def _known(
 
     hidden [N, D] of both forms; labels (N,), or [2P, T] where cu_seqlens is None.
     """
-    cu_seqlens, values, cu_states, ended = packed_form(labels, cu_seqlens, values, cu_states, ended, ignore_index)
-    check_boundaries("cu_seqlens", cu_seqlens, hidden.shape[0])
-    labels = labels.flatten().long()
-    check_label_range(labels, weight.shape[0], ignore_index)
-    given = Preference(
+    given = packed_form(
+        labels,
+        ignore_index,
         cu_seqlens=cu_seqlens,
         ref_token_logps=ref_token_logps,
         ref_logps=ref_logps,
@@ -69,6 +66,9 @@ def _known(
         terminal=cast(Terminal, terminal),
         label_smoothing=label_smoothing,
     )
+    check_boundaries("cu_seqlens", given.cu_seqlens, hidden.shape[0])
+    labels = labels.flatten().long()
+    check_label_range(labels, weight.shape[0], ignore_index)
     head = Head(weight, bias, softcap, logit_scale)
     sums, logps, grads = known_gradients(
         hidden, head, labels, given, ignore_index=ignore_index, want_hidden=want_hidden, want_bias=want_bias
@@ -76,13 +76,7 @@ def _known(
     check_finite(logps, hidden, weight, bias)
     out, coefficients = torch_epilogue(logps, given)
     return (
-        out.loss,
-        out.losses,
-        out.chosen_rewards,
-        out.rejected_rewards,
-        out.margins,
-        out.accuracy,
-        out.shaping_margins,
+        *tensors_of(out),
         coefficients,
         sums.maximum,
         sums.log_total,
@@ -97,16 +91,13 @@ known_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd_known", _known,
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    tokens, pairs = (hidden.shape[0],), (pairs_of(labels, cu_seqlens),)
-    shapes: list[tuple[int, ...]] = [(), pairs, pairs, pairs, pairs, (), pairs, tokens, tokens, tokens]
-    numbers = (hidden.new_empty(shape, dtype=accumulation_dtype(hidden.dtype)) for shape in shapes)
     want_hidden, want_bias = args[3:5]
     grads = (
         torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
         torch.empty_like(weight),
         torch.empty_like(bias) if want_bias and bias is not None else hidden.new_empty(0),
     )
-    return *numbers, *grads
+    return *fake_numbers(hidden, labels, cu_seqlens), *grads
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

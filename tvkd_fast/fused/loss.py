@@ -20,7 +20,7 @@ from tvkd_fast.fused.arguments import (
     check_sources,
     naming,
 )
-from tvkd_fast.fused.epilogue import Preference, torch_epilogue
+from tvkd_fast.fused.epilogue import torch_epilogue
 from tvkd_fast.fused.known import serves
 from tvkd_fast.fused.known_op import known_op
 from tvkd_fast.fused.op import fused_op
@@ -182,8 +182,9 @@ def fused_linear_tvkd_loss(
             )
 
     if gradient.grad_mode != "exact":
-        cu_seqlens, values, cu_states, ended = packed_form(labels, cu_seqlens, values, cu_states, ended, ignore_index)
-        given = Preference(
+        given = packed_form(
+            labels,
+            ignore_index,
             cu_seqlens=cu_seqlens,
             ref_token_logps=ref_token_logps,
             ref_logps=ref_logps,

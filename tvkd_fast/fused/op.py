@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tvkd_fast.fused.epilogue import Preference, torch_epilogue, triton_epilogue
+from tvkd_fast.fused.epilogue import torch_epilogue, triton_epilogue
 from tvkd_fast.fused.padded import packed_form
 from tvkd_fast.kernels.records import Head
+from tvkd_fast.losses import TVKDOutput
 from tvkd_fast.losses.segments import check_boundaries
 from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops.checks import check_finite, check_label_range
@@ -54,21 +55,9 @@ def _fused(
 
     hidden [N, D] of both forms; impl resolved; labels (N,), or [2P, T] where cu_seqlens is None.
     """
-    cu_seqlens, values, cu_states, ended = packed_form(labels, cu_seqlens, values, cu_states, ended, ignore_index)
-    check_boundaries("cu_seqlens", cu_seqlens, hidden.shape[0])
-    labels = labels.flatten().long()
-    check_label_range(labels, weight.shape[0], ignore_index)
-    sums, left = backend(impl).logps_forward(
-        hidden,
-        Head(weight, bias, softcap, logit_scale),
+    given = packed_form(
         labels,
-        ignore_index=ignore_index,
-        workspace_mb=workspace_mb,
-        streamed=streamed,
-    )
-    logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
-    check_finite(logps, hidden, weight, bias)
-    given = Preference(
+        ignore_index,
         cu_seqlens=cu_seqlens,
         ref_token_logps=ref_token_logps,
         ref_logps=ref_logps,
@@ -82,16 +71,23 @@ def _fused(
         terminal=cast(Terminal, terminal),
         label_smoothing=label_smoothing,
     )
+    check_boundaries("cu_seqlens", given.cu_seqlens, hidden.shape[0])
+    labels = labels.flatten().long()
+    check_label_range(labels, weight.shape[0], ignore_index)
+    sums, left = backend(impl).logps_forward(
+        hidden,
+        Head(weight, bias, softcap, logit_scale),
+        labels,
+        ignore_index=ignore_index,
+        workspace_mb=workspace_mb,
+        streamed=streamed,
+    )
+    logps = sums.logps.masked_fill_(labels == ignore_index, 0.0)
+    check_finite(logps, hidden, weight, bias)
     epilogue = triton_epilogue if impl == "triton" else torch_epilogue
     out, coefficients = epilogue(logps, given)
     return (
-        out.loss,
-        out.losses,
-        out.chosen_rewards,
-        out.rejected_rewards,
-        out.margins,
-        out.accuracy,
-        out.shaping_margins,
+        *tensors_of(out),
         coefficients,
         sums.maximum,
         sums.log_total,
@@ -106,11 +102,7 @@ fused_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd", _fused, mutat
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    tokens, pairs = (hidden.shape[0],), (pairs_of(labels, cu_seqlens),)
-    dtype = accumulation_dtype(hidden.dtype)
-    shapes: list[tuple[int, ...]] = [(), pairs, pairs, pairs, pairs, (), pairs, tokens, tokens, tokens]
-    numbers = (hidden.new_empty(shape, dtype=dtype) for shape in shapes)
-    return *numbers, fake_left(hidden, weight, *args[_STREAMED - 6 : _STREAMED - 4])
+    return *fake_numbers(hidden, labels, cu_seqlens), fake_left(hidden, weight, *args[_STREAMED - 6 : _STREAMED - 4])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -154,6 +146,27 @@ def upstream_by_token(
     if cu_seqlens is None:
         return by_response.repeat_interleave(labels.shape[1])
     return by_response.repeat_interleave(cu_seqlens.diff(), output_size=labels.shape[0])
+
+
+def tensors_of(out: TVKDOutput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of `TVKDOutput` in their order."""
+    return (
+        out.loss,
+        out.losses,
+        out.chosen_rewards,
+        out.rejected_rewards,
+        out.margins,
+        out.accuracy,
+        out.shaping_margins,
+    )
+
+
+def fake_numbers(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Empty tensors like `tensors_of` and the three of tokens, (N,), that both ops return after them."""
+    tokens, pairs = (hidden.shape[0],), (pairs_of(labels, cu_seqlens),)
+    shapes: list[tuple[int, ...]] = [(), pairs, pairs, pairs, pairs, (), pairs, tokens, tokens, tokens]
+    dtype = accumulation_dtype(hidden.dtype)
+    return [hidden.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
 def pairs_of(labels: Tensor, cu_seqlens: Tensor | None) -> int:

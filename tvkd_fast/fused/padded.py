@@ -5,9 +5,13 @@ Letters: 2P responses, a row each; T tokens of a row, T+1 states; N tokens or st
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tvkd_fast.fused.epilogue import Preference
 
 _NAMED_ROWS = 8
 
@@ -39,20 +43,22 @@ def check_runs(labels: Tensor, ignore_index: int) -> None:
 
 def packed_form(
     labels: Tensor,
+    ignore_index: int,
+    *,
     cu_seqlens: Tensor | None,
     values: Tensor | None,
     cu_states: Tensor | None,
     ended: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Boundaries, values, their boundaries and `ended` of the packed form, from either."""
-    if cu_seqlens is not None:
-        return cu_seqlens, values, cu_states, ended
-    if not torch.compiler.is_compiling():
-        check_runs(labels, ignore_index)
-    if values is None:
-        return row_boundaries(labels), None, cu_states, ended
-    return row_boundaries(labels), *packed_states(values, labels, ignore_index, ended)
+    **others: Any,
+) -> Preference:
+    """The loss's inputs in the packed form, from either; `others` are the fields of `Preference` that have one form."""
+    if cu_seqlens is None:
+        if not torch.compiler.is_compiling():
+            check_runs(labels, ignore_index)
+        cu_seqlens = row_boundaries(labels)
+        if values is not None:
+            values, cu_states, ended = packed_states(values, labels, ignore_index, ended)
+    return Preference(cu_seqlens=cu_seqlens, values=values, cu_states=cu_states, ended=ended, **others)
 
 
 def response_states(labels: Tensor, ignore_index: int) -> Tensor:
