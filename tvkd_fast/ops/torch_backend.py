@@ -59,10 +59,7 @@ def logps_gradients(
     want_bias: bool,
 ) -> HeadGradients:
     with without_autocast(hidden):
-        kept = kept_rows(labels, ignore_index)
-        upstream = grad_logps.masked_fill(labels == ignore_index, 0)
-        if kept is not None:
-            labels, upstream, sums = labels[kept], upstream[kept], sums.map(lambda x: x[kept])
+        kept, labels, sums, upstream = _of_kept_rows(labels, sums, grad_logps, ignore_index)
         return exact.head_gradients(
             hidden,
             head,
@@ -102,10 +99,7 @@ def sparse_gradients(
 ) -> HeadGradients:
     """Gradients of Σ_t grad_logps_t·logp_t; `sums` and `selected` as `select_entries` returned them."""
     with without_autocast(hidden):
-        kept = kept_rows(labels, ignore_index)
-        upstream = grad_logps.masked_fill(labels == ignore_index, 0.0)
-        if kept is not None:
-            labels, upstream, sums = labels[kept], upstream[kept], sums.map(lambda x: x[kept])
+        kept, labels, sums, upstream = _of_kept_rows(labels, sums, grad_logps, ignore_index)
         return sparse.sparse_gradients(
             hidden,
             head,
@@ -126,6 +120,17 @@ def kept_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
         return None
     kept = labels != ignore_index
     return None if kept.all() else kept.nonzero()[:, 0]
+
+
+def _of_kept_rows(
+    labels: Tensor, sums: HeadSums, grad_logps: Tensor, ignore_index: int
+) -> tuple[Tensor | None, Tensor, HeadSums, Tensor]:
+    """Return the kept rows (None for all), and of those the labels, sums and upstream gradients, 0 where ignored."""
+    kept = kept_rows(labels, ignore_index)
+    upstream = grad_logps.masked_fill(labels == ignore_index, 0)
+    if kept is None:
+        return None, labels, sums, upstream
+    return kept, labels[kept], sums.map(lambda x: x[kept]), upstream[kept]
 
 
 def _spread(sums: HeadSums, kept: Tensor | None, hidden: Tensor) -> HeadSums:
