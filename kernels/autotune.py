@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 
 from tvkd_fast.kernels.configs import BULK_TARGETS, CANDIDATES, Demand, Kernel, TileConfig, choose
-from tvkd_fast.kernels.launch import aligned, target_of
+from tvkd_fast.kernels.launch import aligned, say_unaligned, target_of
 from tvkd_fast.kernels.records import Head, SelectionRule
 
 TILE_MAX = 256
@@ -39,6 +39,8 @@ def tiles(
     demand = Demand(left.dtype == torch.float32, heavy, bias, aligned(left, right))
     if target == "interpreter":
         return choose(kernel, target, demand)
+    if not demand.aligned:
+        say_unaligned(tuple(left.shape[1:]), tuple(right.shape))
     tuned = _tuned(cache_file()).get(key(kernel, left, demand, (rows, right.shape[1], right.shape[0])))
     return tuned or choose(kernel, target, demand)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.configs import TileConfig, precision
 from tvkd_fast.kernels.launch import launch, operand, target_of
-from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+from tvkd_fast.kernels.logits import exp, grouped_tile, logits_tile
 from tvkd_fast.kernels.records import Head, HeadSums
 
 
@@ -62,14 +62,18 @@ def dlogits_kernel(
     top = tl.load(maximum_ptr + rows, mask=rows < R, other=0.0)
     rest = tl.load(log_total_ptr + rows, mask=rows < R, other=0.0)
     c = tl.load(coefficients_ptr + rows, mask=rows < R, other=0.0) / tl.load(scale_ptr)
-    g = tl.exp(z - top[:, None] - rest[:, None])
+    g = exp(z - top[:, None] - rest[:, None])
     local = tl.where((label >= first_column) & (label < first_column + C), label - first_column, -1).to(tl.int32)
-    g -= (columns[None, :] == local[:, None]).to(tl.float32)
+    here = (local >= column) & (local < column + BLOCK_N)
+    if tl.max(here.to(tl.int32), 0) > 0:
+        g -= (columns[None, :] == local[:, None]).to(tl.float32)
     # 3. Through the softcap, and times c/scale: one rounding, by the store.
     if HAS_SOFTCAP:
         g *= 1.0 - (z / softcap) * (z / softcap)
     # Whole tiles are written, zeros past the end, so that the products that read them need no masks.
-    g = tl.where((label != ignore_index)[:, None] & (columns < C)[None, :], g * c[:, None], 0.0)
+    g = tl.where((label != ignore_index)[:, None], g * c[:, None], 0.0)
+    if column + BLOCK_N > C:
+        g = tl.where((columns < C)[None, :], g, 0.0)
     place = dlogits_ptr + rows.to(tl.int64)[:, None] * dlogits_stride + columns[None, :]
     tl.store(place, g)
     # 4. The bias's gradient, summed over the tile's rows before they are rounded.

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.autotune import tiles
-from tvkd_fast.kernels.blocks import plan, slices
+from tvkd_fast.kernels.blocks import in_workspace, plan, slices
 from tvkd_fast.kernels.dlogits import dlogits
-from tvkd_fast.kernels.products import product
+from tvkd_fast.kernels.products import library_sums, product
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 
-HIDDEN_SUM_BYTES = 256 * 2**20
-"""Limit of float32 sums of a whole 16-bit dH. A larger dH takes its own pass, which recomputes the logits again."""
+HIDDEN_SUM_SHARE = 2
+"""The workspace over the most that float32 sums of a whole 16-bit dH may take of it. A larger dH takes its own pass,
+which recomputes the logits again."""
 
 _FLOAT16_SCALE = 2.0**-14
 
@@ -43,23 +44,26 @@ def head_gradients(
     The gradient by h·w_j is −s·c·J_j·(p_j − δ_jy). hidden [N, D], labels, sums (N,) as `head_sums` took and gave them.
     dH and dW accumulate in float32 and are rounded once; every slice of dW is written once. Bitwise repeatable.
 
-    With dW the outer loop is over columns, and a 16-bit dH is summed in a float32 buffer of its size (up to
-    `HIDDEN_SUM_BYTES`); without dW the outer loop is over rows, and a buffer of R rows is enough.
+    With dW the outer loop is over columns, and a 16-bit dH is summed in a float32 buffer of its size (up to half of the
+    workspace); without dW the outer loop is over rows, and a buffer of R rows is enough.
 
     A label that no row of weight holds makes its row NaN, unless it may lie `elsewhere`: in another part of the
     vocabulary that `sums` are over.
     """
     walk = _Walk(hidden, head, labels, sums, coefficients, ignore_index, elsewhere)
-    want_columns = want_weight or want_bias
-    together = want_hidden and want_columns and (walk.wide or hidden.numel() * 4 <= HIDDEN_SUM_BYTES)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-    if grad_hidden is not None and not together:
-        walk.by_rows(grad_hidden)
-    if not want_columns:
-        return HeadGradients(grad_hidden, None, None)
     grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
     grad_bias = None if head.bias is None or not want_bias else torch.empty_like(head.bias)
-    walk.by_columns(grad_hidden if together else None, grad_weight, grad_bias)
+
+    def fill(budget: int) -> None:
+        want_columns = want_weight or want_bias
+        together = want_columns and (walk.wide or hidden.numel() * 4 * HIDDEN_SUM_SHARE <= budget)
+        if grad_hidden is not None and not together:
+            walk.by_rows(grad_hidden, budget)
+        if want_columns:
+            walk.by_columns(grad_hidden if together else None, grad_weight, grad_bias, budget)
+
+    in_workspace(hidden, fill)
     return HeadGradients(grad_hidden, grad_weight, grad_bias)
 
 
@@ -94,21 +98,24 @@ class _Walk:
             nowhere = (labels < 0) | (labels >= head.vocab_size)
             coefficients = coefficients.masked_fill(nowhere, torch.nan)
         self.coefficients = coefficients.masked_fill(labels == ignore_index, 0.0).contiguous()
-        # c/scale uses float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
-        factor = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
-        finite = torch.where(self.coefficients.isfinite(), self.coefficients.abs(), 0.0)
-        largest = finite.max() if self.count else finite.sum()
-        self.scale = (largest * factor).clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
+        self.scale = self.coefficients.new_ones(1)
+        if hidden.dtype == torch.float16 and self.count:
+            # c/scale uses float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
+            largest = torch.where(self.coefficients.isfinite(), self.coefficients.abs(), 0.0).max()
+            self.scale *= (largest * _FLOAT16_SCALE).clamp_min(torch.finfo(torch.float32).tiny)
         # The products read whole steps of block_k from the zeros that dlogits wrote past the end.
         assert self.tiles.block_m % self.product_tiles.block_k == 0 == self.tiles.block_n % self.product_tiles.block_k
 
-    def blocks(self, *, sum_bytes_per_row: int = 0) -> tuple[int, int, Tensor]:
+    def blocks(self, budget: int, *, row_sums: int = 0, column_sums: int = 0) -> tuple[int, int, Tensor]:
         """R, C, and the buffer [R, C] for dlogits."""
         blocks = plan(
             (self.count, self.size, self.head.vocab_size),
             self.hidden.element_size(),
             (self.tiles, self.product_tiles),
-            sum_bytes_per_row=sum_bytes_per_row,
+            budget=budget,
+            row_sums=row_sums,
+            column_sums=column_sums,
+            always=library_sums(self.hidden.device, self.hidden.dtype),
         )
         return blocks.rows, blocks.columns, self.hidden.new_empty((blocks.rows, blocks.columns))
 
@@ -142,8 +149,8 @@ class _Walk:
             last=total.last,
         )
 
-    def by_rows(self, grad_hidden: Tensor) -> None:
-        step, width, buffer = self.blocks(sum_bytes_per_row=4 * self.size)
+    def by_rows(self, grad_hidden: Tensor, budget: int) -> None:
+        step, width, buffer = self.blocks(budget, row_sums=0 if self.wide else 4 * self.size)
         held = None if self.wide else self.hidden.new_empty((step, self.size), dtype=torch.float32)
         for rows in slices(self.count, step):
             place = grad_hidden[rows]
@@ -153,8 +160,12 @@ class _Walk:
                 total.turn(columns.start == 0, columns.stop == self.head.vocab_size)
                 self.add(buffer, self.head.weight[columns], total)
 
-    def by_columns(self, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None) -> None:
-        step, width, buffer = self.blocks()
+    def by_columns(
+        self, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, budget: int
+    ) -> None:
+        held = 0 if grad_hidden is None or self.wide else 4 * grad_hidden.numel()
+        sums = 0 if grad_weight is None or self.wide else 4 * self.size
+        step, width, buffer = self.blocks(budget - held, column_sums=sums)
         vocab = self.head.vocab_size
         hidden_sums = grad_hidden
         if grad_hidden is not None and not self.wide and width < vocab:

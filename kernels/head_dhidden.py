@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tvkd_fast.kernels.autotune import tiles
-from tvkd_fast.kernels.blocks import plan, slices
+from tvkd_fast.kernels.blocks import in_workspace, plan, slices
 from tvkd_fast.kernels.configs import UNTILED, TileConfig, precision
 from tvkd_fast.kernels.launch import launch, operand, target_of
-from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+from tvkd_fast.kernels.logits import exp, grouped_tile, logits_tile, without_end
 from tvkd_fast.kernels.products import product
 from tvkd_fast.kernels.records import Head, HeadSums
 
@@ -79,20 +79,23 @@ def exponentials_kernel(
     )  # fmt: skip
     local = tl.where((label >= first_column) & (label < first_column + C), label - first_column, -1).to(tl.int32)
     here = (local >= column) & (local < column + BLOCK_N)
-    at_label = columns[None, :] == local[:, None]
-    own = tl.sum(tl.where(at_label, z, 0.0), 1)
-    tl.store(target_ptr + rows, own, mask=here & (rows < R))
+    own = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if tl.max(here.to(tl.int32), 0) > 0:
+        at_label = columns[None, :] == local[:, None]
+        own = tl.where(here, tl.sum(tl.where(at_label, z, 0.0), 1), own)
+        tl.store(target_ptr + rows, own, mask=here & (rows < R))
+        # The label's term is added at the end: p_y − 1 of a peaked softmax must not be a difference of rounded numbers.
+        z = tl.where(at_label, float("-inf"), z)
     # 3. The exponent k of each row, near its largest logit over ln 2.
-    # The label's term is added at the end: p_y − 1 of a peaked softmax must not be a difference of rounded numbers.
-    z = tl.where(at_label | (columns >= C)[None, :], float("-inf"), z)
-    top = tl.maximum(tl.max(z, 1), tl.where(here, own, float("-inf")))
+    z = without_end(z, column, C, BLOCK_N)
+    top = tl.maximum(tl.max(z, 1), own)
     # Whole steps, and the older exponent where it still serves: neighbours then mostly agree and need no rescaling.
     k = tl.floor(top * (1.4426950408889634 / STEP) + 0.5) * STEP
     k = tl.maximum(k, tl.load(held_exponents_ptr + rows, mask=rows < R, other=0.0))
     # 4. Exponentials 2^(z·log₂e − k), and their sum in float32, before they are rounded.
     shift = tl.where(k == float("-inf"), 0.0, k)
     high, low = shift * LN2_HIGH, shift * LN2_LOW
-    e = tl.exp(z - high[:, None] - low[:, None])
+    e = exp(z - high[:, None] - low[:, None])
     place = n.to(tl.int64) * R + rows
     tl.store(exponents_ptr + place, k, mask=rows < R)
     tl.store(totals_ptr + place, tl.sum(e, 1), mask=rows < R)
@@ -198,7 +201,7 @@ def dlogp_dhidden_kernel(
     z = tl.load(target_ptr + rows, mask=kept, other=0.0)
     shift = tl.where(k == float("-inf"), 0.0, k)
     others = tl.load(totals_ptr + rows, mask=kept, other=0.0)
-    total = others + tl.exp(z - shift * LN2_HIGH - shift * LN2_LOW)
+    total = others + exp(z - shift * LN2_HIGH - shift * LN2_LOW)
     # 2. The statistics, by one program of each tile of rows.
     if n == 0:
         # Powers of two go from the total into k, so that the logarithm is small and keeps its digits.
@@ -242,24 +245,28 @@ def head_dlogp_dhidden(
 
     Traffic: as `head_sums`; R·C exponentials written and read in blocks, the derivatives once per block. Two products.
     """
-    walk = _Pass(hidden, head, labels, ignore_index, config)
-    for rows in slices(hidden.shape[0], walk.blocks.rows):
-        walk.through(rows)
-    return walk.sums, walk.dlogp_dhidden
+
+    def passed(budget: int) -> tuple[HeadSums, Tensor]:
+        walk = _Pass(hidden, head, labels, ignore_index, config, budget)
+        for rows in slices(hidden.shape[0], walk.blocks.rows):
+            walk.through(rows)
+        return walk.sums, walk.dlogp_dhidden
+
+    return in_workspace(hidden, passed)
 
 
 class _Pass:
     """Blocks of exponentials over [N, V], and the sums that they are added to."""
 
     def __init__(
-        self, hidden: Tensor, head: Head, labels: Tensor, ignore_index: int, config: TileConfig | None
+        self, hidden: Tensor, head: Head, labels: Tensor, ignore_index: int, config: TileConfig | None, budget: int
     ) -> None:
         self.hidden, self.head, self.labels, self.ignore_index = hidden, head, labels, ignore_index
         (n, d), v = hidden.shape, head.vocab_size
         demand = {"heavy": head.softcap is not None, "bias": head.bias is not None}
         self.tiles = config or tiles("exponentials", hidden, head.weight, n, **demand)
         self.product_tiles = tiles("product", hidden, head.weight, n)
-        self.blocks = plan((n, d, v), hidden.element_size(), (self.tiles, self.product_tiles))
+        self.blocks = plan((n, d, v), hidden.element_size(), (self.tiles, self.product_tiles), budget=budget)
         # The product reads whole steps of block_k from the zeros that were written past the end.
         assert self.tiles.block_n % self.product_tiles.block_k == 0
         self.step, self.scale = (8, 2.0**11) if hidden.dtype == torch.float16 else (16, 1.0)

@@ -53,7 +53,7 @@ def select_entries(
     numbers = {name: hidden.new_full((n,), math.nan, dtype=torch.float32) for name in names}
     width = words_per_row(head, config)
     sparse_words = dense_columns.sparse_words(width)
-    step = max(1, blocks.WORKSPACE_BYTES // (4 * width) // config.block_m) * config.block_m
+    step = max(1, blocks.workspace_bytes(hidden) // (4 * width) // config.block_m) * config.block_m
     words = hidden.new_empty((min(n, step), width), dtype=torch.int32)
     wanted, known = labels != ignore_index, labels.clamp(0, vocab - 1)
     # A label in a dense column, or out of range, needs no bit.

@@ -16,19 +16,20 @@ from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.blocks import slices
 from tvkd_fast.kernels.configs import UNTILED, TileConfig, precision
 from tvkd_fast.kernels.launch import launch, operand, target_of
-from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+from tvkd_fast.kernels.logits import exp, grouped_tile, logits_tile, without_end
 from tvkd_fast.kernels.records import Head, HeadSums
 
 PARTIAL_FLOATS = 4 * 2**20
 """Limit of the partial sums of one launch; more rows take more launches."""
 
-MERGE_ROWS = 128
+MERGE_ROWS, MERGE_AT_ONCE = 32, 32
+"""Rows of a program that merges splits, and the splits that it reads at once."""
 
 
 @triton.jit
 def moved_moment(moment, total, decay):
     """Σ e^z·z of sums that were taken from a maximum, taken `decay` lower: (moment + total·decay)·e^decay."""
-    return (moment + tl.where(total > 0, total * decay, 0.0)) * tl.exp(decay)
+    return (moment + tl.where(total > 0, total * decay, 0.0)) * exp(decay)
 
 
 @triton.jit
@@ -90,25 +91,26 @@ def head_stats_kernel(
             hidden_ptr, weight_ptr, bias_ptr, row, column, N, V, D, hidden_stride, weight_stride, logit_scale, softcap,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BULK, HAS_BIAS, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
-        columns = column + tl.arange(0, BLOCK_N)
         # 4. z at the label, from the one program whose tile holds it.
         if HAS_LABELS:
             here = (label >= column) & (label < column + BLOCK_N)
-            picked = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
-            tl.store(target_ptr + rows, picked, mask=here & (rows < N))
+            if tl.max(here.to(tl.int32), 0) > 0:
+                columns = column + tl.arange(0, BLOCK_N)
+                picked = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
+                tl.store(target_ptr + rows, picked, mask=here & (rows < N))
         # 5. A new maximum. Where all is −inf so far, 0 stands for it: −inf − (−inf) would be NaN.
-        z = tl.where(columns[None, :] < V, z, float("-inf"))
+        z = without_end(z, column, V, BLOCK_N)
         new_max = tl.maximum(running_max, tl.max(z, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = running_max - shift
         # 6. The tile's sums, added to the earlier ones, which decay by e^(old − new maximum).
         z -= shift[:, None]
-        e = tl.exp(z)
+        e = exp(z)
         if HAS_ENTROPY:
             moment = moved_moment(moment, total, decay) + tl.sum(tl.where(z > float("-inf"), e * z, 0.0), 1)
-        total = total * tl.exp(decay) + tl.sum(e, 1)
+        total = total * exp(decay) + tl.sum(e, 1)
         if HAS_KAPPA:
-            total_kappa = total_kappa * tl.exp(kappa * decay) + tl.sum(tl.exp(kappa * z), 1)
+            total_kappa = total_kappa * exp(kappa * decay) + tl.sum(exp(kappa * z), 1)
         running_max = new_max
     # 7. Partial sums, which merge_splits_kernel adds up in order: no atomics, so the same bits each time.
     place = split.to(tl.int64) * N + rows
@@ -135,38 +137,41 @@ def merge_splits_kernel(
     splits,
     ignore_index,
     kappa,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_KAPPA: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
     # 1. Rows that count; of the others zeros are written.
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     wanted = inside
     if HAS_LABELS:
         wanted = inside & (tl.load(labels_ptr + rows, mask=inside, other=ignore_index) != ignore_index)
-    running_max = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    total_kappa = tl.zeros((BLOCK,), tl.float32)
-    moment = tl.zeros((BLOCK,), tl.float32)
-    place = rows.to(tl.int64)
-    # 2. Split after split: both sides decay to the larger maximum before they are added.
-    for _ in range(splits):
-        split_max = tl.load(partial_max_ptr + place, mask=wanted, other=0.0)
-        split_sum = tl.load(partial_sum_ptr + place, mask=wanted, other=1.0)
-        new_max = tl.maximum(running_max, split_max)
+    running_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    total_kappa = tl.zeros((ROWS,), tl.float32)
+    moment = tl.zeros((ROWS,), tl.float32)
+    # 2. Some splits at a time: both sides decay to the larger maximum before they are added.
+    for first in range(0, splits, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        there = (split < splits)[:, None] & wanted[None, :]
+        place = split.to(tl.int64)[:, None] * N + rows[None, :]
+        split_max = tl.load(partial_max_ptr + place, mask=there, other=float("-inf"))
+        split_sum = tl.load(partial_sum_ptr + place, mask=there, other=0.0)
+        new_max = tl.maximum(running_max, tl.max(split_max, 0))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        decay, split_decay = running_max - shift, split_max - shift
+        decay, split_decay = running_max - shift, split_max - shift[None, :]
         if HAS_KAPPA:
-            split_kappa = tl.load(partial_sum_kappa_ptr + place, mask=wanted, other=1.0)
-            total_kappa = total_kappa * tl.exp(kappa * decay) + split_kappa * tl.exp(kappa * split_decay)
+            split_kappa = tl.load(partial_sum_kappa_ptr + place, mask=there, other=0.0)
+            total_kappa = total_kappa * exp(kappa * decay) + tl.sum(split_kappa * exp(kappa * split_decay), 0)
         if HAS_ENTROPY:
-            split_moment = tl.load(partial_moment_ptr + place, mask=wanted, other=0.0)
-            moment = moved_moment(moment, total, decay) + moved_moment(split_moment, split_sum, split_decay)
-        total = total * tl.exp(decay) + split_sum * tl.exp(split_decay)
+            split_moment = tl.load(partial_moment_ptr + place, mask=there, other=0.0)
+            more = tl.sum(moved_moment(split_moment, split_sum, split_decay), 0)
+            moment = moved_moment(moment, total, decay) + more
+        total = total * exp(decay) + tl.sum(split_sum * exp(split_decay), 0)
         running_max = new_max
-        place += N
     # 3. Logarithms of the sums, and the entropy from their quotient.
     tl.store(maximum_ptr + rows, tl.where(wanted, running_max, 0.0), mask=inside)
     log_sum = tl.where(wanted, tl.log(total), 0.0)
@@ -297,7 +302,8 @@ def merge_splits(
         splits=splits,
         ignore_index=ignore_index,
         kappa=kappa,
-        BLOCK=MERGE_ROWS,
+        ROWS=MERGE_ROWS,
+        AT_ONCE=MERGE_AT_ONCE,
         HAS_LABELS=labels is not None,
         HAS_KAPPA="lse_kappa" in sums,
         HAS_ENTROPY="entropy" in sums,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NVIDIA = {(8, 0): "sm_80", (8, 7): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90"}
 _NVIDIA_MAJOR = {10: "sm_100", 12: "sm_86"}
 _AMD = {"gfx942": "gfx942", "gfx950": "gfx942"}
+_LEAST = (8, 0)
+"""Before it no tensor core takes bfloat16."""
 _KNOWN_MULTIPLE = 16
+_log = logging.getLogger("tvkd_fast")
 
 
 def refusal(device: torch.device) -> str | None:
@@ -53,6 +57,10 @@ def _device_target(device: int) -> str:
         capability = torch.cuda.get_device_capability(device)
         name = "sm_{}{}".format(*capability)
         target = _NVIDIA.get(capability, _NVIDIA_MAJOR.get(capability[0]))
+        if target is None and capability >= _LEAST:
+            # The tiles of least shared memory and without bulk copies, which every such device runs.
+            target = "sm_86"
+            _log.warning("no tiles are configured for %s: those of sm_86 serve, which are not its fastest", name)
     if target is None:
         raise ValueError(f"no kernel is configured for {name}: take impl='torch'")
     return target
@@ -65,6 +73,18 @@ def aligned(*tensors: Tensor) -> bool:
     bfloat16, 80 bytes per row, the compiler would copy each number by itself and spill.
     """
     return all(n % _KNOWN_MULTIPLE == 0 for x in tensors for n in (x.data_ptr(), x.stride(0), x.shape[1]))
+
+
+@lru_cache
+def say_unaligned(*shapes: tuple[int, ...]) -> None:
+    """Warn, once per shapes, that a launch reads its rows a number at a time."""
+    _log.warning(
+        "rows of %s are not all of multiples of %d numbers from a multiple of %d bytes on, and take the kernels' slow "
+        "tiles: pad the hidden size, or copy views (a shard's parameter may begin anywhere) by .clone()",
+        " and ".join(str(list(shape)) for shape in shapes),
+        _KNOWN_MULTIPLE,
+        _KNOWN_MULTIPLE,
+    )
 
 
 def operand(tensor: Tensor, block: tuple[int, int], config: TileConfig) -> Tensor | TensorDescriptor:

@@ -1,10 +1,16 @@
 """The backward's two products, accumulated in float32 over blocks of the vocabulary or of the rows.
 
+They are plain products, at which nothing beats the vendor's library. Triton's serve where that cannot sum 16 bits in
+float32, and for float32 operands, of which the tensor cores take three products in TF32 and the library none.
+
 Letters: M, N, K of the product out [M, N] = left [M, K] · right [K, N].
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,6 +103,8 @@ def product(
 ) -> None:
     """out = previous + left·right in float32, times alpha·scale where this block is the `last` of the sum.
 
+    By the vendor's library where `library_sums`, and then `previous` is overwritten.
+
     Args:
         left: [M', K'], or [K', M'] where `transposed`, of zeros past M and K up to whole tiles of `config`.
         right: [K, N] of left's dtype, columns contiguous.
@@ -107,6 +115,16 @@ def product(
     Traffic: left once per column of tiles, right once per group of row tiles, out (and previous) once. One product.
     """
     (k, n), m = right.shape, out.shape[0]
+    if library_sums(right.device, right.dtype):
+        left = left[:k, :m].T if transposed else left[:m, :k]
+        total = out if out.dtype == torch.float32 else previous
+        total = out.new_empty(out.shape, dtype=torch.float32) if total is None else total
+        assert previous is None or previous.data_ptr() == total.data_ptr()
+        accumulate(total, left, right, fresh=previous is None)
+        if last:
+            assert scale is not None
+            torch.mul(total, scale * alpha, out=out)
+        return
     block = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)
     launch(
         product_kernel,
@@ -133,3 +151,29 @@ def product(
         LAST=last,
         PRECISION=precision(right.dtype, target_of(right)),
     )
+
+
+@lru_cache
+def library_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the device's library multiplies operands of a dtype into float32 sums; tried once."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    ones, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+    try:
+        accumulate(total, ones, ones)
+    except (RuntimeError, TypeError):
+        # torch before 2.11 has no such product, and ROCm's not every dtype of it.
+        return False
+    return bool((total == 17).all())
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False, alpha: float = 1.0) -> None:
+    """total = alpha·left·right, and what it was before unless `fresh`: a float32 sum, whatever left's dtype is."""
+    beta = 0 if fresh else 1
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, alpha=alpha, out=total)
+    else:
+        # Triton's interpreter, whose tensors are a CPU's: only a GPU's library sums 16 bits in float32.
+        torch.addmm(total, left.float(), right.float(), beta=beta, alpha=alpha, out=total)

@@ -18,7 +18,7 @@ from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.configs import TileConfig, precision
 from tvkd_fast.kernels.head_stats import merge_splits
 from tvkd_fast.kernels.launch import launch, operand, target_of
-from tvkd_fast.kernels.logits import grouped_tile, logits_tile
+from tvkd_fast.kernels.logits import exp, grouped_tile, logits_tile, without_end
 from tvkd_fast.kernels.records import Head, SelectionRule
 
 # e^80 is finite, and above any sum of a split that leaves something to select beside such a bound.
@@ -95,18 +95,19 @@ def selection_bits_kernel(
         )  # fmt: skip
         columns = column + tl.arange(0, BLOCK_N)
         here = (label >= column) & (label < column + BLOCK_N)
-        own = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
-        tl.store(target_ptr + rows, own, mask=here & (rows < N))
+        if tl.max(here.to(tl.int32), 0) > 0:
+            own = tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
+            tl.store(target_ptr + rows, own, mask=here & (rows < N))
         # 3. The softmax's sum, online, as head_stats_kernel takes it.
-        z = tl.where(columns[None, :] < V, z, float("-inf"))
+        z = without_end(z, column, V, BLOCK_N)
         new_max = tl.maximum(running_max, tl.max(z, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        decay = tl.exp(running_max - shift)
-        e = tl.exp(z - shift[:, None])
+        decay = exp(running_max - shift)
+        e = exp(z - shift[:, None])
         total = total * decay + tl.sum(e, 1)
         running_max = new_max
         # 4. The limit ε·Σ: Σ is not known yet, so the larger of two lower bounds stands for it.
-        limit = eps * tl.maximum(total, tl.exp(tl.minimum(bound - shift, HIGHEST)))
+        limit = eps * tl.maximum(total, exp(tl.minimum(bound - shift, HIGHEST)))
         limits = limit[:, None]
         if UNBIASED:
             a = tl.load(row_hashes_ptr + rows, mask=rows < N, other=0)

@@ -1,17 +1,28 @@
-"""Functions that torch offers only under a private name, or at a cost that every start would pay; and moved names."""
+"""What other libraries offer only under a private name, or under one that not every supported release has.
+
+Each function here says what it stands for; tests/test_private.py holds that no other file of the package reaches for
+another library's private name.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 
+# A module of a private name, whose class is what torch's documentation tells one to subclass.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+    from transformers import PreTrainedModel
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,6 +40,99 @@ def is_dtensor(x: object) -> TypeGuard[DTensor]:
     from torch.distributed.tensor import DTensor
 
     return isinstance(x, DTensor)
+
+
+def in_functorch() -> bool:
+    """Return whether a torch.func transform (grad, vjp, jvp, vmap) is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """`torch._subclasses.fake_tensor.FakeTensorMode()`: tensors with a shape and a device, and without storage."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def storage_id(x: Tensor) -> int:
+    """The identity of x's storage, which a fake tensor has as well; `data_ptr` asks for memory."""
+    return x.untyped_storage()._cdata
+
+
+def operators(*names: str) -> tuple[Any, ...]:
+    """torch's own operators of these names, those that it has of them."""
+    found = (getattr(torch.ops.aten, name, None) for name in names)
+    return tuple(x.default for x in found if x is not None)
+
+
+def own_part(shape: torch.Size, mesh: DeviceMesh, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape and the offset of this process's part of a tensor that is placed so."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(shape, mesh, placements)
+
+
+def collectives_begun(group: Any) -> int:
+    """How many collective calls this process has made in a process group."""
+    return int(group._get_sequence_number_for_group())
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that are called before and after a module's forward, in their order."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def remove_pre_hook(module: nn.Module, hook: Any) -> None:
+    """Take a hook out whose handle is not at hand: it may have been copied along with the module."""
+    for key in [key for key, found in module._forward_pre_hooks.items() if found is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def inside_compiled(module: Any) -> Any:
+    """The module that `torch.compile(module)` wrapped; the module itself where it wrapped none."""
+    return dict(module.named_children()).get("_orig_mod", module) if isinstance(module, nn.Module) else module
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile traces the model or a part of it: by a wrapper, or in place."""
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+
+
+def dropout_of(module: nn.Module) -> float | None:
+    """The probability of one of torch's dropout layers, which share no public base; None of another module."""
+    return module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None
+
+
+def attention_of(config: Any) -> str:
+    """The name of the attention that a model of transformers runs; "" where the config is of none."""
+    return getattr(config, "_attn_implementation", None) or ""
+
+
+def blocks_not_to_split(model: PreTrainedModel) -> set[str]:
+    """Class names of the model's transformer blocks, which are not to be spread over devices."""
+    return set(model._no_split_modules or ())
+
+
+def recompute_blocks(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """`activation_checkpointing_enable`, which transformers 5.17 calls by another name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
+def filled(parameter: Tensor) -> None:
+    """Let `initialize_weights` leave a tensor alone, as it does what `from_pretrained` has read."""
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def leave_adapters_out(layer: Any, *, off: bool) -> bool:
+    """Set whether a layer of peft's leaves its adapters out, and return what was set before.
+
+    peft's own switch, `enable_adapters`, also freezes and thaws their weights, which sharded ones would not outlive.
+    """
+    before: bool = layer._disable_adapters
+    layer._disable_adapters = off
+    return before
 
 
 def moved(module: str, to: Mapping[str, str]) -> Callable[[str], Any]:

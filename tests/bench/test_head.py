@@ -44,15 +44,18 @@ def test_every_row_is_checked_and_timed(tmp_path: Path) -> None:
         assert row.get("seconds", 0) > 0, row
         assert row["over_floor"] > 0
         assert len(row["rounds"]) == 2
-        assert row["err_nats"] < 1e-4
-        assert ("rel_err_dh" in row) == (name != "tvkd_fast, values")
-        assert ("rel_err_dw" in row) == (name != "tvkd_fast, values" and "frozen" not in name)
+        # A whole loss is compared by its gradients.
+        assert row.get("err_nats", 0) < 1e-4
+        assert ("err_nats" in row) == ("fused loss" not in name)
+        assert ("rel_err_dh" in row) == (name != "tvkd_fast, values" and "frozen backbone" not in name)
+        assert ("rel_err_dw" in row) == (name != "tvkd_fast, values" and "frozen head" not in name)
     assert rows["tvkd_fast, exact"]["rel_err_dw"] < 1e-5
     assert 1e-5 < rows["tvkd_fast, sparse 2^-14"]["rel_err_dh"] < 5e-2
     # The spread was searched for these: 40 entries above 2⁻¹⁴, on a sample.
     assert report["entries"]["2^-14"]["head_entries"] == pytest.approx(40, rel=0.5)
 
 
+@pytest.mark.e2e
 def test_values_are_checked_and_timed(tmp_path: Path) -> None:
     report = run(
         tmp_path, "head.values", "--shape", "64x32x2000", "--entries", "40", "--only", "tvkd", "--only", "eager"

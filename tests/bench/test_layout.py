@@ -7,8 +7,9 @@ BENCH = Path(__file__).parents[2] / "bench"
 MAY_IMPORT = {
     "architecture": set(),
     "harness": set(),
-    "tables": {"harness"},
+    "tables": {"harness", "census"},
     "census": {"harness"},
+    "roofline": {"harness", "census"},
     "head": {"harness"},
     "gpu": {"harness", "head"},
     "step": {"harness", "head"},

@@ -16,7 +16,7 @@ EIGHT_PAIRS = ("--pairs", "8", "--threads", "1")
 def test_every_variant_of_the_head_comes_to_the_same_losses(bench: Any) -> None:
     report = bench("step", *EIGHT_PAIRS, "--variants")
     rows = {row["name"]: row for row in report["results"]}
-    variants = ("logits kept", "sparse 2^-16", "rows of 1,024 tokens")
+    variants = ("compiled", "sparse 2^-16", "rows of 1,024 tokens")
     assert set(rows) == {"tvkd_fast", *(f"tvkd_fast, {variant}" for variant in variants)}
     for row in rows.values():
         assert len(row["losses"]) == 2
@@ -24,7 +24,7 @@ def test_every_variant_of_the_head_comes_to_the_same_losses(bench: Any) -> None:
         assert row["peak_mb"] > 100
         assert 0 < row["logps_error"] < 1e-5
         assert row["loss_off"] < 1e-3
-    assert rows["tvkd_fast, logits kept"]["grad_norm_off"] < 1e-4
+    assert rows["tvkd_fast, compiled"]["grad_norm_off"] < 1e-4
     assert rows["tvkd_fast"]["losses"][0] != pytest.approx(0.6931472, abs=1e-4)
     assert report["tokens"] < report["padded_tokens"]
 
@@ -55,3 +55,21 @@ def test_a_contender_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPat
     wrong = check(SimpleNamespace(logps=exact.float() * torch.tensor([1.0, 1.001])), task)
     assert wrong["wrong"] == "logps beyond 0.0001"
     assert text({"name": "a peer"} | wrong).split() == ["a", "peer", "logps", "beyond", "0.0001"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({}, {"tvkd_fast"}),
+        ({"compiled": True}, {"tvkd_fast", "tvkd_fast, compiled"}),
+        ({"peers": ["trl"]}, {"tvkd_fast", "trl"}),
+        ({"variants": True}, {"tvkd_fast", "tvkd_fast, compiled", "tvkd_fast, sparse 2^-16"}),
+    ],
+)
+def test_who_takes_part(asked: dict[str, Any], found: set[str]) -> None:
+    from bench.step.comparison import takes_part
+    from bench.step.contenders import contenders
+
+    arguments = SimpleNamespace(**{"peers": [], "compiled": False, "variants": False, "max_length": 1024} | asked)
+    task = SimpleNamespace(batching=SimpleNamespace(tokens=2048))
+    assert {name for name in contenders(1024, 1) if takes_part(name, task, arguments)} == found

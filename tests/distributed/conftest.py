@@ -1,5 +1,6 @@
 """Processes of gloo on this machine, as torchrun would start them."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from forked import begin
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 Launch = Callable[..., str]
 
@@ -68,6 +69,12 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         return output[0]
 
     return run
+
+
+@pytest.fixture
+def family_config() -> Callable[[str], PretrainedConfig]:
+    """A config of a family of this folder's runs, for a test to change."""
+    return lambda family: copy.deepcopy(FAMILIES[family])
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "replicas": {"family": "tied", "tokens_per_micro_batch": FOUR},
     "shared-replicas": {"family": "tied", "parallel": {"vocabulary": "shared"}},
     "bf16": {"family": "untied", "model": {"autocast": "bfloat16"}},
+    "compiled": {"family": "untied", "model": {"compile": True}, "tokens_per_micro_batch": FOUR},
     "padded": {"family": "tied", "model": {"packing": "padded"}, "pairs_per_micro_batch": 1},
     "recomputed": {"family": "untied", "model": {"activation_checkpointing": "full"}},
     "selective": {"family": "untied", "model": {"activation_checkpointing": "selective"}},
@@ -45,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
 """The runs of one and two processes in the first tier."""
 AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
-AS_IN_TWO += ["rewards"]
+AS_IN_TWO += ["rewards", "compiled"]
 """Runs that are the same in two and in four processes; in four they take a minute and a half more."""
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
 """Runs of two replicas in four processes; one and two processes make the named run."""

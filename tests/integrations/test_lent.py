@@ -192,4 +192,5 @@ def test_compiled_models_are_asked(make_trainer: Callable[..., Any], folders: tu
         trainer.train()
         return trainer.state.log_history[0]["loss"]
 
-    assert steps(torch_compile=True, torch_compile_backend="eager") == steps()
+    # A head that is not compiled makes its gradient in the forward, whose sums are rounded otherwise.
+    assert steps(torch_compile=True, torch_compile_backend="eager") == pytest.approx(steps(), rel=1e-6)

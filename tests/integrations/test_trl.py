@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from tvkd_fast.integrations.trl import RETURNS, TVKDConfig, TVKDTrainer
+from tvkd_fast.ops import known
 
 OPTIONS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -153,6 +154,34 @@ def test_shaping_is_a_shift_of_the_reference(
     assert sum(line["tvkd/shaping_margins"] for line in found[:4]) / 4 == pytest.approx(
         float(shifts), rel=1e-3, abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_forward"), [({}, True), ({"loss_type": ["ipo"]}, False), ({"grad_mode": "sparse"}, False)]
+)
+def test_the_head_makes_its_gradient_as_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[..., Any],
+    folders: tuple[str, str],
+    changes: dict[str, Any],
+    in_forward: bool,
+) -> None:
+    made: list[Any] = []
+    forward = known.forward_gradients
+
+    def watched(*args: Any, **options: Any) -> Any:
+        made.append(forward(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(known, "forward_gradients", watched)
+
+    def again(*_: Any) -> None:
+        raise AssertionError("logits were computed again")
+
+    monkeypatch.setattr(known, "gradients_op", again)
+    trainer = make(TVKDTrainer, teacher_model=folders[1], max_steps=2, gradient_accumulation_steps=2, **changes)
+    trainer.train()
+    assert len(made) == (4 if in_forward else 0)
 
 
 def test_it_is_what_this_projects_own_trainer_computes(

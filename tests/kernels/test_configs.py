@@ -8,7 +8,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
+import torch
+
 from bench.census.binaries import Build, builds
+from tvkd_fast.kernels import launch
 from tvkd_fast.kernels.configs import TABLE, TARGETS, Demand, Kernel, Row, row_of
 
 CENSUS = Path(__file__).parents[2] / "bench" / "results" / "census.json"
@@ -31,7 +35,7 @@ def test_a_row_names_nothing_that_its_demand_lacks() -> None:
 
 def test_a_demand_takes_the_row_that_names_most_of_it() -> None:
     assert row_of("head_stats", "sm_86", Demand(heavy=True, bias=True)).shape == "heavy bias"
-    assert row_of("head_stats", "sm_80", Demand(heavy=True, bias=True)).shape == "heavy"
+    assert row_of("head_stats", "sm_100", Demand(heavy=True, bias=True)).shape == "heavy"
     everything = Demand(wide=True, heavy=True, bias=True)
     assert row_of("dlogits", "sm_100", everything).shape == "wide heavy bias"
     assert row_of("dlogits", "sm_100", replace(everything, aligned=False)).shape == "unaligned wide"
@@ -59,3 +63,48 @@ def test_rows_cite_the_census() -> None:
         assert row.registers == max((x["registers"] for x in facts), default=None), row
         assert row.shared_kib == max((math.ceil(x["shared"] / 1024) for x in facts), default=None), row
         assert {x["spills"] for x in facts} <= {0}, row
+
+
+@pytest.mark.parametrize(
+    ("capability", "target", "said"),
+    [
+        ((8, 0), "sm_80", False),
+        ((8, 9), "sm_86", False),
+        ((9, 0), "sm_90", False),
+        ((10, 3), "sm_100", False),
+        ((12, 1), "sm_86", False),
+        ((8, 8), "sm_86", True),
+        ((11, 0), "sm_86", True),
+        ((13, 0), "sm_86", True),
+    ],
+)
+def test_a_device_gets_its_tiles_or_those_that_every_device_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    target: str,
+    said: bool,
+) -> None:
+    launch._device_target.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with caplog.at_level("WARNING", "tvkd_fast"):
+        assert [launch._device_target(0), launch._device_target(0)] == [target] * 2
+    launch._device_target.cache_clear()
+    assert len(caplog.records) == said
+    assert not said or "sm_{}{}".format(*capability) in caplog.text
+
+
+def test_a_device_of_before_bfloat16_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch._device_target.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="no kernel is configured for sm_75: take impl='torch'"):
+        launch._device_target(0)
+
+
+def test_rows_that_are_not_aligned_are_said_once_per_shape(caplog: pytest.LogCaptureFixture) -> None:
+    launch.say_unaligned.cache_clear()
+    with caplog.at_level("WARNING", "tvkd_fast"):
+        for shape in ((100, 40), (100, 40), (100, 24)):
+            launch.say_unaligned((shape[1],), shape)
+    assert len(caplog.records) == 2
+    assert "[100, 40]" in caplog.records[0].getMessage()

@@ -194,4 +194,6 @@ def test_a_report_of_what_does_not_vary() -> None:
     assert shaping_report(moved, still, moved) == ShapingReport(0.0, 0.0, 0.0)
     assert shaping_report(still, moved, torch.ones(3)).std_ratio == math.inf
     assert shaping_report(still, moved, torch.ones(3)).length_correlation == 0.0
+    rounded = torch.tensor([1e-6, -2e-6, 3e-7])
+    assert shaping_report(rounded, moved, torch.ones(3)) == shaping_report(still, moved, torch.ones(3))
     assert shaping_report(one, 0.5 * one, one) == ShapingReport(0.0, 0.0, 0.0)

@@ -45,6 +45,30 @@ def test_the_gradient_is_one_number_per_response(found: Objective, batch_of: Any
 
 
 @every
+def test_the_upstream_is_known_before_all_responses_are(found: Objective, batch_of: Any, numbers_of: Any) -> None:
+    chosen_only = Need.REJECTED not in found.needs
+    batch = batch_of([(3, 5), (2, 2), (7, 1)], chosen_only=chosen_only)
+    policy, scores = numbers_of(batch)
+    (whole,) = torch.autograd.grad(found.loss(policy, scores, batch).losses.sum(), policy.logps)
+    upstream = found.upstream(scores, batch)
+    assert upstream is not None
+    assert upstream.paired == (not chosen_only)
+    assert torch.equal(upstream.cu_seqlens, batch.cu_seqlens)
+    for pairs in ([0, 1, 2], [0, 2], [1]):
+        responses = torch.tensor(pairs if chosen_only else pairs + [pair + 3 for pair in pairs])
+        got = upstream.derivative(policy.logps.detach()[responses], responses)
+        torch.testing.assert_close(got, whole[responses])
+
+
+def test_a_loss_across_pairs_has_no_upstream(batch_of: Any, numbers_of: Any) -> None:
+    class Across(DPO):
+        per_pair = False
+
+    batch = batch_of([(3, 5), (2, 2)])
+    assert Across().upstream(numbers_of(batch)[1], batch) is None
+
+
+@every
 def test_numbers_that_are_shown_carry_no_gradient(found: Objective, batch_of: Any, numbers_of: Any) -> None:
     batch = batch_of([(3, 5), (2, 2)], chosen_only=Need.REJECTED not in found.needs)
     out = found.loss(*numbers_of(batch), batch)

@@ -20,6 +20,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
+from tvkd_fast import fused_linear_tvkd_loss
 from tvkd_fast.ops import HeadStats, linear_logps, linear_soft_values
 
 op, n, d, v, dtype, options = json.loads(sys.argv[1])
@@ -39,6 +40,13 @@ def call(hidden, weight, bias, labels):
     if op == "frozen":
         weight, bias = weight.detach(), bias.detach()
     leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+    if op == "fused":
+        pairs = min(options["pairs"], len(hidden) // 2)
+        bounds = torch.arange(2 * pairs + 1) * (len(hidden) // (2 * pairs))
+        loss = fused_linear_tvkd_loss(
+            hidden, weight, labels, bounds, policy_bias=bias, ref_logps=torch.zeros(2 * pairs), alpha=0.0
+        ).loss
+        return loss, torch.autograd.grad(3 * loss, leaves)
     logps = linear_logps(hidden, weight, labels, bias=bias, **options)
     return logps, torch.autograd.grad(logps.sum(), leaves)
 
@@ -171,3 +179,16 @@ def test_full_vocabularies_stay_within_64_mb(
     used = beyond("logps", n, d, 128_256, dtype, **options)
     record_property("mebibytes", used)
     assert used <= 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "d", "v", "pairs"), [(2048, 256, 128_256, 16), (8192, 1024, 16_384, 1)], ids=["short", "2x4096"]
+)
+def test_a_loss_whose_gradient_is_made_in_the_forward_stays_within_128_mb(
+    n: int, d: int, v: int, pairs: int, record_property: Any
+) -> None:
+    """The logits alone would take 1,002 and 512 MB."""
+    used = beyond("fused", n, d, v, pairs=pairs)
+    record_property("mebibytes", used)
+    assert used <= 128

@@ -1,6 +1,7 @@
 """The step against a twin that does everything the long way: whole logits, a row at a time, in float64."""
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,11 @@ from tvkd_fast.data import MicroBatching, build_dataset, collate_packed, micro_b
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 from tvkd_fast.objectives import Need
 from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.objectives.ipo import IPO
 from tvkd_fast.objectives.sft import SFT
+from tvkd_fast.objectives.simpo import SimPO
 from tvkd_fast.objectives.tvkd import TVKD
+from tvkd_fast.ops import known as known_ops
 from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher
 from tvkd_fast.training.step import train_step
@@ -175,6 +179,37 @@ def test_an_empty_micro_batch_adds_nothing_and_goes_through_everything(models, d
     assert logps.shape == (0,)
     logps.sum().backward()
     assert all(p.grad is not None and not p.grad.count_nonzero() for p in policy.parameters())
+
+
+OBJECTIVES = [SFT(), DPO(label_smoothing=0.1), TVKD(gamma=0.9), SimPO(), IPO()]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+@pytest.mark.parametrize("packing", ["padded", "shared"])
+def test_the_head_makes_its_gradient_in_the_forward(objective, packing, models, dataset, monkeypatch):
+    def backward(*args):
+        raise AssertionError("logits were computed again")
+
+    batching = MicroBatching(packing, pairs=2, tokens=100)
+    found = []
+    for known in (True, False):
+        policy, reference, teacher = map(deepcopy, models)
+        scorer = OnlineScorer(PolicyWithHead(reference, packing=packing), TeacherWithHead(teacher, packing=packing))
+        with monkeypatch.context() as patch:
+            if known:
+                patch.setattr(known_ops, "gradients_op", backward)
+            else:
+                patch.setattr(type(objective), "per_pair", False)
+            train_step(
+                PolicyWithHead(policy, packing=packing),
+                scorer,
+                list(batching.batches(dataset, range(len(dataset)), chosen_only=isinstance(objective, SFT))),
+                torch.optim.SGD(policy.parameters(), lr=1.0),
+                objective,
+                clip_norm=0.0,
+            )
+        found.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
 def test_gradients_are_clipped_to_the_norm(models, dataset):

@@ -19,6 +19,7 @@ from tvkd_fast.distributed import (
     World,
     can_share_vocabulary,
     checkpoint_activations,
+    compile_blocks,
     fill,
     init_distributed,
     shard_policy,
@@ -279,6 +280,8 @@ def _made(
         add_lora(policy, lora_of(lora))
     if not frozen:
         checkpoint_activations(policy, config.activation_checkpointing)
+    if config.compile:
+        compile_blocks(policy)
     if sharing is not None:
         offload = sharing.parallel.cpu_offload
         shard_policy(

@@ -23,7 +23,7 @@ from tvkd_fast.commands.models import (
 )
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.data_config import load_dataset
-from tvkd_fast.distributed import World
+from tvkd_fast.distributed import World, compile_blocks
 from tvkd_fast.models import (
     PolicyWithHead,
     WithoutAdapters,
@@ -126,7 +126,13 @@ def frozen_models(
 def policy_at_start(config: TrainConfig, policy: PolicyWithHead, world: World) -> PolicyWithHead | WithoutAdapters:
     if config.lora.rank:
         return WithoutAdapters(policy)
-    return frozen_copy(policy) if world.mesh is None else _policy(config, world, frozen=True)
+    if world.mesh is not None:
+        return _policy(config, world, frozen=True)
+    copy = frozen_copy(policy)
+    if config.model.compile:
+        # A module's copy is not compiled, and its numbers would differ from the policy's by their rounding.
+        compile_blocks(copy)
+    return copy
 
 
 def held_out_scorer_of(

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from tvkd_fast.distributed import check_replicas
+from tvkd_fast.distributed import check_compiler, check_replicas
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
@@ -48,15 +48,20 @@ def check_processes(config: _Processes) -> None:
 
 
 def check_device(config: ModelConfig) -> None:
-    """Raise ValueError where `device` is the name of none; whether it is here is `resolve_device`'s to find."""
-    if config.device == "auto":
-        return
+    """Raise ValueError where `device` is the name of none, and where torch.compile is asked for and cannot run; whether
+    the device is here is `resolve_device`'s to find."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        usable = torch.device(config.device).type != "meta"
+        device = torch.device(name)
     except RuntimeError:
-        usable = False
-    if not usable:
+        device = torch.device("meta")
+    if device.type == "meta":
         raise ValueError(f"{config.device!r} is no device: set --model.device to auto, cpu, cuda or cuda:N")
+    # A run that is planned here for a GPU elsewhere has its compiler there.
+    if config.compile and (device.type == "cpu" or torch.cuda.is_available()):
+        check_compiler(device)
 
 
 def check_lora(lora: LoraConfig, *, processes: int, layers: int | None) -> None:

@@ -1,5 +1,6 @@
 """Several processes: their group, and a policy's weights over them. Applied from outside the model."""
 
+from tvkd_fast.distributed.compiler import check_compiler, compile_blocks
 from tvkd_fast.distributed.fill import fill, local
 from tvkd_fast.distributed.launcher import launch
 from tvkd_fast.distributed.once import is_main_process, print_once
@@ -12,8 +13,10 @@ __all__ = [
     "Recompute",
     "World",
     "can_share_vocabulary",
+    "check_compiler",
     "check_replicas",
     "checkpoint_activations",
+    "compile_blocks",
     "fill",
     "full_tensor",
     "full_weights",

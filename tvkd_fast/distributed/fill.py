@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from tvkd_fast._compat import filled, own_part
 from tvkd_fast.models import adapter_start, is_adapter, once_opened, saved_tensors, without_adapter
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device:
             path, key = places[without_adapter(name)]
             own = opened(path).get_slice(key)[_own(target)]
         local(target).copy_(own)
-        target._is_hf_initialized = True  # type: ignore[attr-defined]
+        filled(target)
     # What is left are buffers that no file holds, rotary tables above all, which transformers knows how to make.
     model.initialize_weights()
 
@@ -47,5 +47,5 @@ def _own(x: Tensor) -> tuple[slice, ...]:
     """Return the slices of the full tensor that this process holds."""
     if not isinstance(x, DTensor):
         return tuple(slice(0, size) for size in x.shape) or (slice(None),)
-    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    shape, offset = own_part(x.shape, x.device_mesh, x.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))

@@ -1,6 +1,7 @@
 """A policy's weights over a mesh: FSDP2, in the order below.
 
     1. `checkpoint_activations`: what a block keeps for its backward; around the block, so before it is a unit
+       `compile_blocks`, where it is asked for: the block within
     2. `share_vocabulary`, where it is asked for: head and tied embedding are shards that stay where they are
     3. `shard_policy`: every block of the backbone is a unit, whose weights are gathered as it runs, and let go after it
     4. … and the policy itself is the root unit: embedding, final norm and head, tied or not, gathered for the whole
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from tvkd_fast._compat import blocks_not_to_split
 from tvkd_fast.distributed.vocabulary import share_vocabulary
 from tvkd_fast.distributed.world import World
 from tvkd_fast.models import PolicyWithHead, saved_tensors
@@ -57,7 +59,7 @@ def shard_policy(
     shared = share_vocabulary(policy, world.mesh) if vocabulary else set()
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-    for block in blocks_of(policy):
+    for block in blocks_of(policy, "train it in one process"):
         fully_shard(block, **options)
     fully_shard(policy, ignored_params=shared, **options)
     policy.register_forward_hook(_let_go_without_backward)
@@ -65,16 +67,19 @@ def shard_policy(
     return policy
 
 
-def blocks_of(policy: PolicyWithHead) -> list[nn.Module]:
-    """The backbone's transformer blocks, in their order: the modules that the family names as not to be split."""
-    names = policy.model._no_split_modules or ()
+def blocks_of(policy: PolicyWithHead, remedy: str) -> list[nn.Module]:
+    """The backbone's transformer blocks, in their order: the modules that the family names as not to be split.
+
+    Raises ValueError with the remedy where it names none.
+    """
+    names = blocks_not_to_split(policy.model)
     found = [module for module in policy.model.modules() if type(module).__name__ in names]
     inner = {id(part) for module in found for part in module.modules() if part is not module}
     outer = [module for module in found if id(module) not in inner]
     if not outer:
         raise ValueError(
             f"{type(policy.model).__name__} does not say what its blocks are (_no_split_modules), so that they cannot "
-            "be sharded one by one: train it in one process"
+            f"be taken one by one: {remedy}"
         )
     return outer
 

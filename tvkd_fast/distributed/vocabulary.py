@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.functional import pad
 
+from tvkd_fast._compat import own_part
 from tvkd_fast.models import FusedLMHead, PolicyWithHead
-from tvkd_fast.ops import linear_logps, linear_lse
+from tvkd_fast.ops import Upstream, linear_logps, linear_lse
 
 _OUT_OF_THE_WAY = 64.0
 """e^−64 of a softmax is nothing in float32, and 64 takes none of a logit's digits that it has."""
@@ -78,7 +78,7 @@ class Rows:
         self.replicas = mesh.get_group(0) if mesh.ndim > 1 else None
         self.size, self.rank = distributed.get_world_size(self.group), distributed.get_rank(self.group)
         self.placements = (*[Replicate()] * (mesh.ndim - 1), Shard(0))
-        shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, self.placements)
+        shape, offset = own_part(weight.shape, mesh, self.placements)
         self.count, self.first = shape[0], offset[0]
         self.scale = 1.0 / mesh.size()
         """The factor of gradients: losses are multiplied by the number of processes, since FSDP2 averages."""
@@ -147,9 +147,15 @@ class SharedHead(FusedLMHead):
         return shared.train(head.training)
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, labels: Tensor | None = None, *, kappa: float | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        *,
+        kappa: float | None = None,
+        upstream: Upstream | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden [N, D], labels (N,); N may differ from process to process."""
+        """hidden [N, D], labels (N,); N may differ from process to process. `upstream` is not used: no process has all
+        of a token's logits when it would be asked for."""
         if labels is None and kappa is None:
             raise ValueError("whole logits are what a shared vocabulary has not: set --parallel.vocabulary gathered")
         rows, count = self.rows, hidden.shape[0]

@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import distributed
 
+from tvkd_fast._compat import collectives_begun
+
 BEATS = 20
 """Heartbeats of a process within `timeout_s`."""
 NAMED_AFTER = 0.7
@@ -42,7 +44,7 @@ def watched(groups: Sequence[Any], rank: int, size: int, timeout_s: float) -> It
             store = distributed.TCPStore(
                 address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
             )
-            _watch(store, lambda: sum(map(_calls, groups)), rank, size, timeout_s, done, main)
+            _watch(store, lambda: sum(map(collectives_begun, groups)), rank, size, timeout_s, done, main)
         except (RuntimeError, OSError):
             # The store ends with the first process; whoever is left is ending too.
             return
@@ -103,10 +105,6 @@ def who_is_waited_for(
     counts = {r: int(latest.split()[0]) for r, (latest, _) in seen.items() if r not in silent}
     furthest = max(counts.values(), default=0)
     return {r for r, count in counts.items() if count < furthest}, silent
-
-
-def _calls(group: Any) -> int:
-    return int(group._get_sequence_number_for_group())
 
 
 def _report(line: str) -> None:

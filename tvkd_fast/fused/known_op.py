@@ -5,21 +5,40 @@ Letters: P pairs, 2P responses, N response tokens, M teacher states, D hidden, V
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tvkd_fast.fused.epilogue import torch_epilogue
-from tvkd_fast.fused.known import known_gradients
-from tvkd_fast.fused.op import fake_numbers, tensors_of, upstream_by_token
+from tvkd_fast.fused.epilogue import Preference, by_response, torch_epilogue
+from tvkd_fast.fused.op import fake_numbers, pairs_of, tensors_of, upstream_by_token
 from tvkd_fast.fused.padded import packed_form
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.losses.segments import check_boundaries
 from tvkd_fast.losses.shaping import Terminal
-from tvkd_fast.ops.checks import check_finite, check_label_range
-from tvkd_fast.ops.logps import gradients_op
-from tvkd_fast.ops.registered import Gradients, as_tensors, check_differentiated_once, wanted_gradients
+from tvkd_fast.ops.known import Upstream, gradients_in_forward, recomputed
+from tvkd_fast.ops.registered import as_tensors, check_differentiated_once, wanted_gradients
+from tvkd_fast.ops.tiles.forward_gradients import Derivative
+
+
+def derivative_of(given: Preference) -> Derivative:
+    """The derivative of the mean loss by each response's log-probability."""
+    ref_logps, psi = by_response(given)
+    pairs = (given.cu_seqlens.numel() - 1) // 2
+    alone = replace(given, ref_token_logps=None, values=None, cu_states=None, ended=None)
+
+    def derivative(logps: Tensor, responses: Tensor) -> Tensor:
+        block = replace(
+            alone,
+            cu_seqlens=torch.arange(len(logps) + 1, device=logps.device),
+            ref_logps=ref_logps[responses],
+            psi=None if psi is None else psi[responses],
+        )
+        return torch_epilogue(logps, block)[1] / pairs
+
+    return derivative
 
 
 def _known(
@@ -31,7 +50,9 @@ def _known(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    impl: str,
     want_hidden: bool,
+    want_weight: bool,
     want_bias: bool,
     ref_token_logps: Tensor | None,
     ref_logps: Tensor | None,
@@ -45,8 +66,8 @@ def _known(
     terminal: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`TVKDOutput`'s seven tensors; dL_p/dlogp_t, max z and log Σ exp(z − max z), (N,) each; then the gradients of the
-    mean loss by hidden, weight and bias, empty where none is wanted.
+    """`TVKDOutput`'s seven tensors; dL_p/dlogp_t and LSE(z) in two parts, (N,) each; then the mean loss's gradients by
+    hidden, weight and bias, empty where none is wanted.
 
     hidden [N, D] of both forms; labels (N,), or [2P, T] where cu_seqlens is None.
     """
@@ -68,19 +89,22 @@ def _known(
     )
     check_boundaries("cu_seqlens", given.cu_seqlens, hidden.shape[0])
     labels = labels.flatten().long()
-    check_label_range(labels, weight.shape[0], ignore_index)
-    head = Head(weight, bias, softcap, logit_scale)
-    sums, logps, grads = known_gradients(
-        hidden, head, labels, given, ignore_index=ignore_index, want_hidden=want_hidden, want_bias=want_bias
+    made = gradients_in_forward(
+        hidden,
+        Head(weight, bias, softcap, logit_scale),
+        labels,
+        Upstream(derivative_of(given), given.cu_seqlens),
+        ignore_index=ignore_index,
+        impl=impl,
+        wants=(want_hidden, want_weight, want_bias),
     )
-    check_finite(logps, hidden, weight, bias)
-    out, coefficients = torch_epilogue(logps, given)
+    out, coefficients = torch_epilogue(made.logps, given)
     return (
         *tensors_of(out),
         coefficients,
-        sums.maximum,
-        sums.log_total,
-        *as_tensors(grads, hidden),
+        made.sums.maximum,
+        made.sums.log_total,
+        *as_tensors(made.grads, hidden),
     )
 
 
@@ -91,38 +115,40 @@ known_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd_known", _known,
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    want_hidden, want_bias = args[3:5]
-    grads = (
-        torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
-        torch.empty_like(weight),
-        torch.empty_like(bias) if want_bias and bias is not None else hidden.new_empty(0),
-    )
+    wanted = zip((hidden, weight, bias), args[4:7], strict=True)
+    grads = [hidden.new_empty(x.shape if want and x is not None else (0,)) for x, want in wanted]
     return *fake_numbers(hidden, labels, cu_seqlens), *grads
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, cu_seqlens, *ctx.transforms = inputs[:8]
+    hidden, weight, bias, labels, cu_seqlens, *ctx.settings = inputs[:9]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, *output[7:])
+    ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, *output[7:10])
+    # Not saved but held, so that the first backward can scale them where they lie.
+    ctx.made = output[10:]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     check_differentiated_once("fused_linear_tvkd_loss")
-    hidden, weight, bias, labels, cu_seqlens, coefficients, maximum, log_total, *made = ctx.saved_tensors
+    hidden, weight, bias, labels, cu_seqlens, coefficients, maximum, log_total = ctx.saved_tensors
     wants, constants = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
-    if grad_losses is None:
+    made, ctx.made = ctx.made, None
+    grads: Sequence[Tensor]
+    if grad_losses is None and made is not None:
         assert grad_loss is not None
-        grads = [grad * grad_loss for grad in made]
+        grads = [grad.mul_(grad_loss) for grad in made]
     else:
-        # Pairs are weighted otherwise than by their mean: computed anew, from the forward's sums.
-        by_token = coefficients * upstream_by_token(grad_loss, grad_losses, labels, cu_seqlens)
-        nothing = hidden.new_empty((0, weight.shape[0]))
-        sums = (maximum, log_total, nothing)
-        found: Gradients = gradients_op(
-            by_token, hidden, weight, bias, labels.flatten(), *sums, *ctx.transforms, "torch", *wants
-        )
-        grads = list(found)
+        by_token = upstream_by_token(grad_loss, grad_losses, labels, cu_seqlens)
+        if made is not None and not any(wants[1:]):
+            # Each token's dH is its own, and was made under 1/P for what comes now.
+            pairs = pairs_of(labels, cu_seqlens)
+            grads = (made[0] * (by_token * pairs)[:, None], *made[1:])
+        else:
+            # Pairs are weighted otherwise than by their mean, or it is the second time: computed anew.
+            sums = (maximum, log_total)
+            upstream = coefficients * by_token
+            grads = recomputed(upstream, hidden, weight, bias, labels.flatten(), *sums, ctx.settings, wants)
     return (*wanted_gradients(grads, wants), *[None] * len(constants))
 
 

@@ -21,7 +21,6 @@ from tvkd_fast.fused.arguments import (
     naming,
 )
 from tvkd_fast.fused.epilogue import torch_epilogue
-from tvkd_fast.fused.known import serves
 from tvkd_fast.fused.known_op import known_op
 from tvkd_fast.fused.op import fused_op
 from tvkd_fast.fused.padded import packed_form, response_states, rows_of
@@ -31,7 +30,8 @@ from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_soft_values
 from tvkd_fast.ops.checks import check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl, resolve
-from tvkd_fast.ops.inputs import as_head, head_input, is_differentiated
+from tvkd_fast.ops.inputs import as_head, head_input
+from tvkd_fast.ops.known import makes_in_forward
 from tvkd_fast.ops.logps import left_for_backward
 from tvkd_fast.ops.values import ValueFrom
 
@@ -116,10 +116,11 @@ def fused_linear_tvkd_loss(
     Returns:
         `TVKDOutput`, float32 (float64 from a float64 policy). `loss` and `losses` are differentiable once by
         policy_hidden, policy_weight and policy_bias; what does not require a gradient costs none, and no gradient goes
-        to teacher or reference. On a CPU, where a float32 or float64 head learns by the exact gradient, the gradient of
-        `loss` is made in the forward, pair by pair in a workspace of 128 MiB: three products and not four; that of
-        `losses` is recomputed. Elsewhere memory is bounded as in `linear_logps`. Nothing waits for a GPU. Traces whole
-        under `torch.compile`, each set of settings as a graph of its own.
+        to teacher or reference. On a CPU the exact gradient of `loss` is made in the forward, pair by pair in a
+        workspace of 128 MiB: three products and not four, two where head or states want none; that of `losses`, and of
+        a second backward, is recomputed. 16-bit gradients are summed in float32 beside it. Elsewhere, and with
+        `workspace_mb`, memory is bounded as in `linear_logps`. Nothing waits for a GPU. Traces whole under
+        `torch.compile`, each set of settings as a graph of its own.
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit; a reference or a teacher that is missing or
@@ -209,7 +210,8 @@ def fused_linear_tvkd_loss(
         )
         return torch_epilogue(logps, given)[0]
     resolved = resolve(impl, hidden)
-    if resolved == "torch" and not gradient.workspace_mb and is_differentiated(hidden, head) and serves(hidden, head):
+    # A workspace keeps logits for whatever comes from above; without one the gradient of the mean is made at once.
+    if not gradient.workspace_mb and makes_in_forward(hidden, head, gradient, resolved):
         known = known_op(
             hidden,
             head.weight,
@@ -219,7 +221,9 @@ def fused_linear_tvkd_loss(
             head.softcap,
             head.logit_scale,
             ignore_index,
+            resolved,
             hidden.requires_grad,
+            head.weight.requires_grad,
             head.bias is not None and head.bias.requires_grad,
             ref_token_logps,
             ref_logps,

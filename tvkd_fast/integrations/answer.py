@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 
 from tvkd_fast.models import FusedLMHead, head_transforms
 from tvkd_fast.models.head import fuse_head, head_layers
-from tvkd_fast.ops import HeadGradient, HeadStats
+from tvkd_fast.ops import HeadGradient, HeadStats, Upstream
+from tvkd_fast.ops.known import Derivative
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,9 +63,14 @@ def answer(
     ignore_index: int = IGNORED,
     logits_to_keep: Tensor | int = 0,
     return_dict: bool | None = None,
+    derivative: Derivative | None = None,
     **inputs: Any,
 ) -> FusedLMOutput | tuple[Any, ...]:
-    """The log-probabilities of labels [B, L], shifted here, or of `shift_labels` [B, L], which have been."""
+    """The log-probabilities of labels [B, L], shifted here, or of `shift_labels` [B, L], which have been.
+
+    `derivative` is that of a loss by each row's summed log-probability, of rows in pairs, where it is known: the head
+    then makes its gradient in the forward.
+    """
     if not isinstance(logits_to_keep, int) or logits_to_keep:
         raise ValueError("logits_to_keep leaves states out that labels belong to: mask labels by -100 instead")
     if is_empty(model.get_output_embeddings()):
@@ -81,7 +87,10 @@ def answer(
         hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
     shift_labels = shift_labels.to(hidden.device)
     mask = shift_labels != ignore_index
-    logps = _logps(model, settings, hidden[mask], shift_labels[mask])
+    upstream = None
+    if derivative is not None:
+        upstream = Upstream(derivative, nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)))
+    logps = _logps(model, settings, hidden[mask], shift_labels[mask], upstream)
     log_probs = logps.new_zeros(mask.shape).masked_scatter(mask, logps)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     found = {"loss": -logps.sum() / count.to(logps.device), "log_probs": log_probs, "label_mask": mask}
@@ -112,13 +121,15 @@ def _states(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
     return model.base_model(**inputs)
 
 
-def _logps(model: PreTrainedModel, settings: HeadSettings, hidden: Tensor, labels: Tensor) -> Tensor:
+def _logps(
+    model: PreTrainedModel, settings: HeadSettings, hidden: Tensor, labels: Tensor, upstream: Upstream | None
+) -> Tensor:
     """(N,) log-probabilities, from hidden [N, D]."""
     # Looked up at every call: FSDP, PEFT and a new vocabulary replace modules.
     head = model.get_output_embeddings()
     if not all(isinstance(linear, FusedLMHead) for linear in head_layers(head)) and not _fuse_anew(model, settings):
         return torch.cat([*_by_logits(model, head, hidden, labels)])
-    return head(hidden, labels=labels)
+    return head(hidden, labels=labels, upstream=upstream)
 
 
 @torch.compiler.disable

@@ -22,6 +22,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 
+from tvkd_fast._compat import forward_hooks, inside_compiled, remove_pre_hook
 from tvkd_fast.integrations.answer import HeadSettings, answer, fuse
 from tvkd_fast.models.head import OF_A_FUSED_HEAD, FusedLMHead
 from tvkd_fast.models.lent import FORWARDS, PATCH, REPLICATE
@@ -135,8 +136,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module in what torch.compile, data parallelism or an average of weights put around it."""
     found: Any = model
     while True:
-        if "_orig_mod" in dict(found.named_children()):
-            found = found._orig_mod
+        if (inner := inside_compiled(found)) is not found:
+            found = inner
         elif isinstance(found, DataParallel | DistributedDataParallel | AveragedModel):
             found = found.module
         else:
@@ -258,15 +259,13 @@ def _rebound(function: Any, original: PreTrainedModel, model: PreTrainedModel) -
 def _watch_copies(model: PreTrainedModel) -> None:
     """Let shallow copies of the model, DataParallel's among them, answer with their own weights."""
     vars(model)[REPLICATE] = _replicating(model)
-    if _rebind_called not in model._forward_pre_hooks.values():
+    if _rebind_called not in forward_hooks(model):
         model.register_forward_pre_hook(_rebind_called, with_kwargs=True)
 
 
 def _forget_copies(model: PreTrainedModel) -> None:
     vars(model).pop(REPLICATE, None)
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _rebind_called]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_pre_hook(model, _rebind_called)
 
 
 def _rebind_called(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import global_then_local_main_first
 
+from tvkd_fast._compat import inside_compiled, is_compiled
 from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.integrations.patched import model_inside
 from tvkd_fast.integrations.returns import IDS, MARK, RETURNS, Maker, without_returns
@@ -42,7 +43,13 @@ from tvkd_fast.integrations.rows import (
 from tvkd_fast.integrations.scores import CachedReturns
 from tvkd_fast.integrations.teacher import TeacherReturns
 from tvkd_fast.integrations.trl_config import TVKDConfig, check_shaping, shaping_settings
-from tvkd_fast.integrations.trl_head import LEFT_OUT, AskedModel, HeardModel, TrainerHeads
+from tvkd_fast.integrations.trl_head import (
+    LEFT_OUT,
+    AskedModel,
+    HeardModel,
+    TrainerHeads,
+    sigmoid_derivative,
+)
 from tvkd_fast.integrations.trl_models import (
     ANOTHER_TOKENIZER,
     check_tokens,
@@ -107,7 +114,7 @@ class TVKDTrainer(DPOTrainer):
         **options: Any,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else model.name_or_path
             args = TVKDConfig(f"{name.split('/')[-1]}-TVKD")
         if not isinstance(args, TVKDConfig):
             raise ValueError(
@@ -303,7 +310,7 @@ class TVKDTrainer(DPOTrainer):
         self._heads.take(self)
         held = self.ref_model
         # TRL takes its truth value: that of torch.compile's wrapper would be a container's length, which it lacks.
-        self.ref_model = getattr(held, "_orig_mod", held)
+        self.ref_model = inside_compiled(held)
         try:
             self._name_reference()
             return super()._precompute_ref_logps(dataset, name, batch_size)
@@ -328,7 +335,7 @@ class TVKDTrainer(DPOTrainer):
         self._heads.take(self)
         mode = "train" if self.model.training else "eval"
         if self._shapes:
-            found = self._shaped(HeardModel(model), dict(inputs), return_outputs, self._metrics[mode])
+            found = self._shaped(model, dict(inputs), return_outputs, self._metrics[mode])
         else:
             held = self.ref_model
             if held is not None:
@@ -347,7 +354,7 @@ class TVKDTrainer(DPOTrainer):
             stats.reset()
         return found
 
-    def _shaped(self, model: HeardModel, inputs: dict[str, Any], return_outputs: bool, metrics: Any) -> Any:
+    def _shaped(self, policy: nn.Module, inputs: dict[str, Any], return_outputs: bool, metrics: Any) -> Any:
         """TRL's loss over shifted reference log-probabilities; its reward metrics over those that were not shifted."""
         columns = [inputs.pop(name, None) for name in RETURNS]
         psi = torch.stack(columns if columns[0] is not None else list(self._asked(inputs)))
@@ -358,7 +365,11 @@ class TVKDTrainer(DPOTrainer):
             reference = self.model if self.ref_model is None else self.ref_model
             ref = torch.stack(self.compute_ref_log_probs(reference, inputs))
         shaping = self.args.alpha * psi.to(ref)
-        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref + shaping / self.beta
+        shifted = ref + shaping / self.beta
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = shifted
+        # A compiled model would take a new function in each step for a new program.
+        known = self._heads.ours and self.loss_types == ["sigmoid"] and not is_compiled(policy)
+        model = HeardModel(policy, sigmoid_derivative(self.beta, shifted.flatten()) if known else None)
         before, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
             found = super()._compute_loss(model, inputs, return_outputs)

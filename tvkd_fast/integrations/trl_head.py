@@ -18,6 +18,7 @@ from tvkd_fast.integrations.patched import model_inside, patch_of, unwrapped
 from tvkd_fast.integrations.trl_config import TVKDConfig
 from tvkd_fast.models.lent import adapters_off, moves_with, on_base_of
 from tvkd_fast.ops import HeadGradient, HeadStats
+from tvkd_fast.ops.known import Derivative
 
 LEFT_OUT = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 """TRL's metrics of whole rows of the vocabulary, which this library's head does not compute."""
@@ -95,18 +96,33 @@ class TrainerHeads:
 
 
 class HeardModel:
-    """A model that is called, and the sums of the log-probabilities that it answered with."""
+    """A model that is called, and the sums of the log-probabilities that it answered with.
 
-    def __init__(self, model: Any) -> None:
+    With `derivative`, the loss's by those sums, this library's head makes its gradient as it answers.
+    """
+
+    def __init__(self, model: Any, derivative: Derivative | None = None) -> None:
         self._model = model
+        self._more = {} if derivative is None else {"derivative": derivative}
         self.logps: Tensor
 
     def __call__(self, **inputs: Any) -> Any:
-        out = self._model(**inputs)
+        out = self._model(**inputs, **(self._more if inputs.get("fused_lm_head") else {}))
         if inputs.get("fused_lm_head"):
             # Prompt tuning puts virtual tokens before the real ones; they have no labels.
             self.logps = out.log_probs.sum(1)
         return out
+
+
+def sigmoid_derivative(beta: float, ref_logps: Tensor) -> Derivative:
+    """The derivative of Σ −log σ(β[(log π_w − ref_w) − (log π_l − ref_l)]), ref_logps (2P,)."""
+
+    def derivative(logps: Tensor, responses: Tensor) -> Tensor:
+        ratios = (logps - ref_logps[responses].to(logps)).view(2, -1)
+        by_chosen = -beta * torch.sigmoid(-beta * (ratios[0] - ratios[1]))
+        return torch.cat([by_chosen, -by_chosen])
+
+    return derivative
 
 
 @dataclass(frozen=True)

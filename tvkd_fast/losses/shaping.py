@@ -94,6 +94,10 @@ def potential(values: Tensor, cu_states: Tensor, terminal: Terminal) -> Tensor:
     return values.index_fill(0, cu_states[1:].long() - 1, 0.0) if terminal == "zero" else values
 
 
+ROUNDING = 1e-5
+"""Nats of a margin that are no more than float32's rounding of log-probabilities."""
+
+
 @dataclass(frozen=True)
 class ShapingReport:
     """The effect of shaping on a set of pairs (at γ<1 from logits it is nearly a length penalty: docs/method.md)."""
@@ -117,8 +121,13 @@ class ShapingReport:
 
 
 def shaping_report(margins: Tensor, shaping_margins: Tensor, length_differences: Tensor) -> ShapingReport:
-    """The three figures, from (P,) βΔρ, (P,) αΔΨ and (P,) chosen length − rejected length."""
+    """The three figures, from (P,) βΔρ, (P,) αΔΨ and (P,) chosen length − rejected length.
+
+    Margins under 1e-5 nats count as 0.
+    """
     rho, psi, length = (x.double() for x in (margins, shaping_margins, length_differences))
+    # Before the first update the policy is its reference, and what its margins are is how two sums were rounded.
+    rho = rho.masked_fill(rho.abs() < ROUNDING, 0.0)
     return ShapingReport(
         std_ratio=_ratio(psi.std(correction=0), rho.std(correction=0)),
         length_correlation=_correlation(psi, length),

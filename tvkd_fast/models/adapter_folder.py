@@ -122,7 +122,7 @@ def merge_adapter(base: PreTrainedModel, adapter: AdapterFolder) -> PreTrainedMo
     config_as_tied(merged)
     merged.requires_grad_(True)
     # What is saved beside this model must not take its base for it.
-    merged.name_or_path = merged.config._name_or_path = adapter.name
+    merged.name_or_path = merged.config.name_or_path = adapter.name
     return merged.eval()
 
 

@@ -9,9 +9,19 @@ from dataclasses import asdict, dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_lse
+from tvkd_fast.ops import (
+    Head,
+    HeadGradient,
+    HeadStats,
+    Upstream,
+    known_logps,
+    linear_logps,
+    linear_lse,
+    makes_in_forward,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +66,8 @@ class FusedLMHead(nn.Linear):
     `forward(hidden)` returns the plain product, as the layer it replaces did: the model applies its own transforms.
     `forward(hidden, labels)` returns `linear_logps` (N,), and `forward(hidden, kappa=κ)` returns `linear_lse`, both
     with this head's transforms and without logits. `gradient` sets how the first is differentiated, and `stats`
-    collects what its sparse gradients were made of, where it is set.
+    collects what its sparse gradients were made of, where it is set. With `upstream`, what the loss will hand down, an
+    exact gradient is made in the forward where that saves a product.
     """
 
     transforms: HeadTransforms
@@ -84,7 +95,12 @@ class FusedLMHead(nn.Linear):
         return self
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, labels: Tensor | None = None, *, kappa: float | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        *,
+        kappa: float | None = None,
+        upstream: Upstream | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if labels is None and kappa is None:
             return super().forward(hidden)
@@ -96,6 +112,12 @@ class FusedLMHead(nn.Linear):
         if kappa is not None:
             return linear_lse(hidden, self.weight, kappa=kappa, **options)
         assert labels is not None
+        if torch.compiler.is_compiling():
+            upstream = None
+        if upstream is not None and makes_in_forward(hidden, Head(self.weight, self.bias), self.gradient):
+            return known_logps(
+                hidden, self.weight, labels, upstream, workspace_mb=self.gradient.workspace_mb, **options
+            )
         return linear_logps(hidden, self.weight, labels, **options, **self.gradient_options())
 
     def gradient_options(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tvkd_fast._compat import attention_of, dropout_of, leave_adapters_out
 from tvkd_fast.models.head import OF_A_FUSED_HEAD
 
 PATCH = "_tvkd_fast_patch"
@@ -44,7 +45,7 @@ def undone(model: nn.Module, *, on_error: bool = False) -> Iterator[None]:
     attributes of modules are put back too; no tensor is copied, so that values stay what they became.
     """
     config: Any = getattr(model, "config", None)
-    attention = getattr(config, "_attn_implementation", None)
+    attention = attention_of(config)
     modules = [_ModuleState(module) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     failed = True
@@ -58,7 +59,7 @@ def undone(model: nn.Module, *, on_error: bool = False) -> Iterator[None]:
             for parameter, requires_grad in trained:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
-            if attention is not None and config._attn_implementation != attention:
+            if attention_of(config) != attention:
                 model.set_attn_implementation(attention)  # type: ignore[operator]
 
 
@@ -106,9 +107,8 @@ def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
 def dropouts(module: nn.Module) -> dict[str, float]:
     """A module's own dropout probabilities, by attribute: of dropout layers, and those that are handed to functions."""
     found = {name: value for name, value in vars(module).items() if isinstance(value, float) and "drop" in name}
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        found["p"] = module.p
-    return found
+    own = dropout_of(module)
+    return found if own is None else found | {"p": own}
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -132,15 +132,12 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model as it was before it had adapters, while the block lasts."""
-    # peft's own switch also freezes and thaws their weights, which sharded ones would not outlive.
-    layers = [(layer, layer._disable_adapters) for layer in adapter_layers(model)]
-    for layer, _ in layers:
-        layer._disable_adapters = True
+    layers = [(layer, leave_adapters_out(layer, off=True)) for layer in adapter_layers(model)]
     try:
         yield
     finally:
         for layer, disabled in layers:
-            layer._disable_adapters = disabled
+            leave_adapters_out(layer, off=disabled)
 
 
 def on_base_of(lent: nn.Module, policy: nn.Module) -> bool:

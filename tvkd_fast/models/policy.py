@@ -15,6 +15,7 @@ from tvkd_fast.models.lent import undone
 from tvkd_fast.models.probe import probe_head, probe_packing, states_alone
 from tvkd_fast.models.prune import disable_dropout, few_layers
 from tvkd_fast.models.shared_prompt import Layout, share_prompts, states_of
+from tvkd_fast.ops import Upstream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,10 +86,13 @@ class PolicyWithHead(nn.Module):
                 probe_head(model)
         self.model = model
 
-    def forward(self, batch: ModelBatch) -> Tensor:
-        """(N,) float32 log-probabilities of `batch.labels`; only response positions reach the head."""
+    def forward(self, batch: ModelBatch, upstream: Upstream | None = None) -> Tensor:
+        """(N,) float32 log-probabilities of `batch.labels`; only response positions reach the head.
+
+        `upstream` is what the loss will hand down to them, where that is known: the head then makes its gradient here.
+        """
         with self.precision():
-            return self.head(self.hidden(batch, batch.predicting), batch.labels)
+            return self.head(self.hidden(batch, batch.predicting), batch.labels, upstream=upstream)
 
     @property
     def head(self) -> FusedLMHead:

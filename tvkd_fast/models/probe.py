@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tvkd_fast._compat import forward_hooks
 from tvkd_fast.models.head import FusedLMHead, answering_layer, head_transforms
 from tvkd_fast.models.lent import in_eval
 from tvkd_fast.models.shared_prompt import Layout, states_of
@@ -124,7 +125,7 @@ def compare_logps(
     if error <= tolerance(precision):
         return
     head = model.get_output_embeddings()
-    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    hooks = forward_hooks(head)
     named = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
     transforms = getattr(answering_layer(head), "transforms", None) or head_transforms(model.config)
     raise ValueError(

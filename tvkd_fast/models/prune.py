@@ -39,7 +39,7 @@ def prune_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     student.load_state_dict({name: state[_in_teacher(name, prefix, layers)] for name in student.state_dict()})
     student.tie_weights()
     # It is in no folder yet, and an adapter beside it is not one beside the teacher.
-    student.name_or_path = student.config._name_or_path = ""
+    student.name_or_path = student.config.name_or_path = ""
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
 

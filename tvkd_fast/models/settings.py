@@ -30,6 +30,8 @@ class ModelConfig:
     activation_checkpointing: Recompute = "none"
     """What is computed again in the backward: nothing, all of a block but its products (`selective`), or all of it
     (`full`)."""
+    compile: bool = False
+    """Run every block of a backbone through torch.compile: faster steps after a first one of a minute or so."""
     device: str = "auto"
     """`auto` takes a GPU where there is one."""
     threads: int = number(0, at_least(0))

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
+from tvkd_fast._compat import attention_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -28,6 +30,13 @@ Layout = Sequence[tuple[int, int, int, int]]
 PREFIX = "tvkd_packed_"
 """The prefix of the attention's name; the rest names the implementation for rows that are not packed."""
 HANDLED = ("sdpa", "eager", "flex_attention")
+
+
+class Held:
+    """A layout on its way through a model: torch.compile guards a tuple's length, and of this no more than its type."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
 
 
 def positions(layout: Layout, device: torch.device) -> Tensor:
@@ -109,14 +118,14 @@ def sees(layout: Layout, window: int | None, device: torch.device) -> Callable[.
 
 
 def share_prompts(model: PreTrainedModel) -> None:
-    """Let the model's attention read a `layout`, as `base_model(…, layout=layout)` passes it down.
+    """Let the model's attention read a `layout`, as `base_model(…, layout=Held(layout))` passes it down.
 
     Raises ValueError where it cannot: the attention that the model was loaded with is none that this stands in for, or
     its layers are not all of full or sliding attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    before = model.config._attn_implementation
+    before = attention_of(model.config)
     if before.startswith(PREFIX):
         return
     if before not in HANDLED:
@@ -134,11 +143,20 @@ def share_prompts(model: PreTrainedModel) -> None:
     AttentionInterface.register(PREFIX + before, _instead_of(before))
     AttentionMaskInterface.register(PREFIX + before, AttentionMaskInterface()[before])
     model.set_attn_implementation(PREFIX + before)
-    if model.config._attn_implementation == before:
+    if attention_of(model.config) == before:
         raise ValueError(
             f"{type(model).__name__} does not look its attention up where transformers lets it be replaced: set "
             "--model.packing unshared or padded"
         )
+
+
+def keep_uncompiled(model: PreTrainedModel) -> None:
+    """Let torch.compile step around the model's packed attention: its layout is other numbers in every batch."""
+    from transformers import AttentionInterface
+
+    name = attention_of(model.config)
+    if name.startswith(PREFIX):
+        AttentionInterface.register(name, torch.compiler.disable(_instead_of(name.removeprefix(PREFIX))))
 
 
 def states_of(
@@ -154,10 +172,10 @@ def states_of(
     if layout is not None:
         # Where they begin anew, transformers' own attention begins a sequence.
         inputs["position_ids"] = positions(layout, input_ids.device)
-        if model.config._attn_implementation.startswith(PREFIX):
+        if attention_of(model.config).startswith(PREFIX):
             # A mask of four dimensions is taken as it is: none is made for the row, and our attention looks at none.
             unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-            inputs |= {"layout": layout, "attention_mask": unread}
+            inputs |= {"layout": Held(layout), "attention_mask": unread}
         elif any(end > rejected for _, _, rejected, end in layout):
             raise ValueError("the batch shares prompts and the model was not made to: PolicyWithHead(packing='shared')")
     return model.base_model(**inputs).last_hidden_state
@@ -171,7 +189,7 @@ def _instead_of(before: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        layout: Layout | None = None,
+        layout: Held | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if layout is None:
@@ -182,10 +200,10 @@ def _instead_of(before: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
                 f"{type(module).__name__} keeps its sliding window from its attention: set --model.packing unshared"
             )
         if before == "flex_attention":
-            mask = block_mask(tuple(layout), window, query.device)
+            mask = block_mask(tuple(layout.layout), window, query.device)
             return _own_attention(module, before)(module, query, key, value, mask, **options)
         scaling, softcap = options.get("scaling"), options.get("softcap")
-        return attend(query, key, value, layout, scaling=scaling, softcap=softcap, window=window), None
+        return attend(query, key, value, layout.layout, scaling=scaling, softcap=softcap, window=window), None
 
     return attention
 

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from tvkd_fast.data import PairBatch
+from tvkd_fast.ops import Upstream
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -68,6 +70,9 @@ class Objective:
     """The name on the command line and in recipes; `@objective` sets it."""
     divided_by: ClassVar[Literal["pairs", "tokens"]] = "pairs"
     """The divisor of the summed losses: the pairs of the step, or the response tokens of the step."""
+    per_pair: ClassVar[bool] = True
+    """Whether the loss of a pair depends on no other pair: then the head makes its gradient in the forward, pair by
+    pair. Where it is True and wrong, the gradient is right all the same, and computed twice."""
 
     @property
     def teacher_kappa(self) -> float:
@@ -82,6 +87,24 @@ class Objective:
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
         """The losses of a batch with P ≥ 1 pairs, whose `scores` hold what `needs` names."""
         raise NotImplementedError
+
+    def upstream(self, scores: Scores, batch: PairBatch) -> Upstream | None:
+        """The derivative of the summed losses by responses' log-probabilities, as the head asks for it before all of
+        the batch are known; None where a pair's needs other pairs."""
+        if not self.per_pair or not batch.num_pairs:
+            return None
+        lengths = batch.lengths
+
+        def derivative(logps: Tensor, responses: Tensor) -> Tensor:
+            # Responses that are not asked for stand in by a nat per token; their pairs' losses are left out.
+            unknown = -lengths.to(logps.dtype)
+            everything = unknown.index_put((responses,), logps.detach()).requires_grad_()
+            with torch.enable_grad():
+                losses = self.loss(PolicyNumbers(everything, lengths), scores, batch).losses
+                (grad,) = torch.autograd.grad(losses[responses[responses < batch.num_pairs]].sum(), everything)
+            return grad[responses]
+
+        return Upstream(derivative, batch.cu_seqlens, paired=Need.REJECTED in self.needs)
 
     def without(self, missing: Collection[Need]) -> Objective | None:
         """The objective whose margins are shown where `missing` numbers are not known; None where there is none."""

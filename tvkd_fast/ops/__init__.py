@@ -3,6 +3,7 @@
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import unchecked
 from tvkd_fast.ops.gradient import HeadGradient, HeadStats
+from tvkd_fast.ops.known import Upstream, known_logps, makes_in_forward
 from tvkd_fast.ops.logps import linear_logps
 from tvkd_fast.ops.values import check_kappa, linear_entropy, linear_lse, linear_soft_values, soft_values
 
@@ -10,11 +11,14 @@ __all__ = [
     "Head",
     "HeadGradient",
     "HeadStats",
+    "Upstream",
     "check_kappa",
+    "known_logps",
     "linear_entropy",
     "linear_logps",
     "linear_lse",
     "linear_soft_values",
+    "makes_in_forward",
     "soft_values",
     "unchecked",
 ]

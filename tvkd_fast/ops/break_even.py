@@ -24,10 +24,11 @@ def break_even(device: torch.device, dtype: torch.dtype, vocab_size: int, hidden
     """Return the entries per token at which gathering both gradients takes as long as recomputing them.
 
     A sample of tiles is timed, a few milliseconds in all, and the least of five is taken. Timings differ from run to
-    run, so a batch close by may be computed either way: who must resume bit for bit chooses a mode. On a GPU torch's
-    gathering stands for that of the Triton kernels.
+    run, so a batch close by may be computed either way: who must resume bit for bit chooses a mode. On a CPU tiles are
+    in float32, whatever the states are; on a GPU products are in the states' dtype, and torch's gathering stands for
+    that of the Triton kernels.
     """
-    acc = accumulation_dtype(dtype)
+    acc = dtype if device.type == "cuda" else accumulation_dtype(dtype)
     columns = min(COLUMNS, vocab_size)
     h = torch.randn(ROWS, hidden_size, device=device, dtype=acc)
     w = torch.randn(columns, hidden_size, device=device, dtype=acc)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tvkd_fast._compat import is_dtensor
+from tvkd_fast._compat import in_functorch, is_dtensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED_ROWS = 8
@@ -68,7 +68,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: flo
 
 def check_transforms(op: str, *tensors: Tensor | None) -> None:
     """No torch.func transform is under way and no tensor carries a forward-mode tangent, which an op would drop."""
-    if torch._C._are_functorch_transforms_active():
+    if in_functorch():
         raise RuntimeError(
             f"{op} takes no torch.func transform (grad, vjp, jvp, vmap): take torch.autograd.grad or backward() for a "
             f"gradient; for a batch {FLATTEN}"

@@ -81,9 +81,9 @@ def linear_logps(
     Returns:
         (N,) float32 (float64 for float64 inputs), nats. Differentiable once by hidden, weight and bias; what does not
         require a gradient costs none. Deterministic. Memory beyond inputs, result and gradients is bounded by 64 MB
-        whatever N and V are, sparse modes' entries (docs/sparse.md) and `workspace_mb` apart; the Triton backward of
-        16-bit inputs takes up to 256 MiB more for float32 sums of hidden's gradient, and copies a weight whose rows are
-        not contiguous. (Autocast's copy of the weight, where it is on, comes on top, as in any linear layer.)
+        whatever N and V are, sparse modes' entries (docs/sparse.md) and `workspace_mb` apart; the Triton backward takes
+        a 64th of the device's memory, from 32 MiB to 1 GiB, and copies a weight whose rows are not contiguous.
+        (Autocast's copy of the weight, where it is on, comes on top, as in any linear layer.)
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit; labels out of range; NaN or inf in hidden or

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tvkd_fast._compat import TorchDispatchMode, fake_tensors, operators, storage_id
 from tvkd_fast.distributed.recompute import KEPT
 from tvkd_fast.models import PolicyWithHead, model_config
 from tvkd_fast.models.prune import config_of_layers
@@ -24,6 +23,10 @@ from tvkd_fast.models.shared_prompt import Layout, states_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+GROUPED = operators("_grouped_mm")
+"""The products of a mixture's experts."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _saved(
     an expert gets).
     """
     attentions = (False,) if layout is not None else (False, True)
-    *attempts, last = [(own, mode) for mode in (FakeTensorMode, nullcontext) for own in attentions]
+    *attempts, last = [(own, mode) for mode in (fake_tensors, nullcontext) for own in attentions]
     for own, mode in attempts:
         # Of torch's refusals to reckon with shapes all are such errors; the last attempt's is the user's to see.
         with suppress(RuntimeError, ValueError), mode():
@@ -130,15 +133,15 @@ def _forward(
     own: bool,
 ) -> _Count:
     policy = PolicyWithHead(model, packing="padded" if own else "shared", autocast=autocast, probe=False).train()
-    weights = {_storage(p) for p in policy.parameters()}
+    weights = {storage_id(p) for p in policy.parameters()}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []
 
     def save(x: Tensor) -> Tensor:
         # Kept, so that no other storage gets its address.
         alive.append(x)
-        if _storage(x) not in weights:
-            sizes[_storage(x)] = x.untyped_storage().nbytes()
+        if storage_id(x) not in weights:
+            sizes[storage_id(x)] = x.untyped_storage().nbytes()
         return x
 
     products = _Products()
@@ -159,7 +162,7 @@ class _Products(TorchDispatchMode):
         self.bytes, self.itemsize = 0, 4
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._grouped_mm.default:
+        if func in GROUPED:
             # Its shapes are known to torch in bfloat16 alone.
             out = args[0].new_empty(args[0].shape[:-1] + args[1].shape[-1:])
         else:
@@ -168,7 +171,3 @@ class _Products(TorchDispatchMode):
             results = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in results)
         return out
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata

@@ -16,12 +16,15 @@ from tvkd_fast.distributed.vocabulary import states_held
 from tvkd_fast.models import BITS_PER_WEIGHT, ModelShape
 from tvkd_fast.models.shared_prompt import HANDLED, Layout
 from tvkd_fast.objectives import SCORED, Need
+from tvkd_fast.ops.tiles.forward_gradients import WORKSPACE_MB, row_bytes
 from tvkd_fast.planning.activations import count_activations
 from tvkd_fast.training.train_config import TrainConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _HEAD_WORKSPACE = 64 * 2**20
 """Bytes of the head's tiles; an upper bound that its tests check."""
+_BESIDE_A_BLOCK = 8 * 2**20
+"""Bytes of the numbers per token, and of the library's products."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ class Footprint:
     def _forward(self) -> dict[str, float]:
         parts = {
             "activations": self.activations,
-            "head's workspace": float(_HEAD_WORKSPACE + self.config.head.workspace_mb * 2**20),
+            "head's workspace": self._head_workspace,
         }
         if self.shares_vocabulary:
             parts["states of all tokens"] = states_held(self._group, self._answers, self.policy.hidden, self._compute)
@@ -251,6 +254,17 @@ class Footprint:
             # Of a shared one by targets and by softmaxes, until they are summed.
             parts["head's gradient"] = self._head_gradient * (2 if self.shares_vocabulary else 1)
         return parts
+
+    @property
+    def _head_workspace(self) -> float:
+        """Return the head's tiles; or a block's logits, of an exact gradient that is made in the forward."""
+        if self.config.head.grad_mode != "exact" or self.shares_vocabulary:
+            return float(_HEAD_WORKSPACE)
+        impl = "triton" if self.config.model.device.startswith("cuda") else "torch"
+        allowed = self.config.head.workspace_mb or WORKSPACE_MB[impl]
+        row = row_bytes(impl, self.policy.vocab, self.policy.hidden, self._compute)
+        block = min(allowed * 2**20, self._answers * row)
+        return float(max(_HEAD_WORKSPACE, block + _BESIDE_A_BLOCK))
 
     @property
     def _so_far(self) -> dict[str, float]:

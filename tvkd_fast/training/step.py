@@ -81,8 +81,10 @@ def train_step(
     with unchecked():
         for i, batch in enumerate(batches):
             sync_gradients(policy, now=i == len(batches) - 1)
-            numbers = PolicyNumbers(segment_sums(policy(batch), batch.cu_seqlens), batch.lengths)
             scores = scorer.of(batch)
+            # The loss says beforehand what it will hand down, so that the head makes its gradient in the forward.
+            logps = policy(batch, objective.upstream(scores, batch))
+            numbers = PolicyNumbers(segment_sums(logps, batch.cu_seqlens), batch.lengths)
             if batch.num_pairs:
                 out = objective.loss(numbers, scores, batch)
                 # Summed, then divided once by the whole step's: micro-batches of any size weigh as their pairs do.

@@ -146,11 +146,10 @@ def head_gradients(
     logits: Tensor | None = None,
     weight_start: Callable[[slice, Tensor], None] | None = None,
     bias_start: Tensor | None = None,
-    into: HeadGradients | None = None,
 ) -> HeadGradients:
     """Exact gradients of Σ_t c_t·logp_t by recomputed tiles, with c = `grad_logps`; labels, sums and c are (K,).
 
-    Rows whose `logits` the forward kept are read instead. `into`, in the accumulator's dtype, is added to and returned.
+    Rows whose `logits` the forward kept are read instead.
 
     `weight_start(columns, total)` fills a slice of dW's float32 sum, and `bias_start` (V,) the bias's, with what other
     rows than the kept ones add to it.
@@ -162,11 +161,6 @@ def head_gradients(
     """
     tiles, upstream = Tiles(hidden, head, kept, logits), -grad_logps
     want_columns = want_weight or want_bias
-    if into is not None:
-        assert into.hidden is None or into.hidden.dtype == tiles.acc
-        assert into.weight is None or into.weight.dtype == tiles.acc
-        _column_gradients(tiles, labels, sums, upstream, into.hidden, into.weight, into.bias, None, None, add=True)
-        return into
     hidden_in_place = hidden.dtype == tiles.acc or hidden.numel() <= WORKSPACE_FLOATS
     grad_hidden = accumulated = None
     if want_hidden and want_columns and hidden_in_place:
@@ -206,8 +200,6 @@ def _column_gradients(
     grad_bias: Tensor | None,
     weight_start: Callable[[slice, Tensor], None] | None,
     bias_start: Tensor | None,
-    *,
-    add: bool = False,
 ) -> None:
     for columns in tiles.column_blocks():
         w = tiles.upcast(tiles.head.weight[columns])
@@ -215,10 +207,9 @@ def _column_gradients(
         total = grad_weight[columns] if grad_weight is not None and in_place else torch.empty_like(w)
         if weight_start is not None:
             weight_start(columns, total)
-        elif not add:
+        else:
             total.zero_()
-        start = grad_bias if add else bias_start
-        total_bias = w.new_zeros(w.shape[0]) if start is None else start[columns].clone()
+        total_bias = w.new_zeros(w.shape[0]) if bias_start is None else bias_start[columns].clone()
         for rows in tiles.row_blocks():
             h, c = tiles.states(rows), upstream[rows]
             g = tiles.dlosses(h, w, labels[rows], sums, rows, columns)
@@ -247,6 +238,17 @@ def logits_workspace(hidden: Tensor, head: Head, kept: Tensor | None, megabytes:
 
 def rows_of_a_tile(count: int, hidden_size: int) -> int:
     return max(1, min(count, TILE_ROWS, WORKSPACE_FLOATS // (4 * hidden_size)))
+
+
+def transform_(z: Tensor, head: Head, columns: slice) -> Tensor:
+    """Turn products [R, C] into the logits of these columns, in place: bias, scale and softcap."""
+    if head.bias is not None:
+        z.add_(head.bias[columns])
+    if head.logit_scale != 1.0:
+        z.mul_(head.logit_scale)
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    return z
 
 
 def pick_targets(z: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
@@ -299,13 +301,7 @@ class Tiles:
         place = None if kept_for is None else self.kept_tile(kept_for, columns)
         z = self.tile((h.shape[0], w.shape[0])) if place is None else place
         torch.mm(h, w.T, out=z)
-        if head.bias is not None:
-            z.add_(self.upcast(head.bias[columns]))
-        if head.logit_scale != 1.0:
-            z.mul_(head.logit_scale)
-        if head.softcap is not None:
-            z.div_(head.softcap).tanh_().mul_(head.softcap)
-        return z
+        return transform_(z, head, columns)
 
     def kept_tile(self, rows: slice, columns: slice) -> Tensor | None:
         """Return the place where a tile's logits are kept, or None. Tiles are stored in the order of the walk."""

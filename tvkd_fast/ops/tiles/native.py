@@ -35,6 +35,13 @@ class Passes:
         """Bring maximum and total up to a tile z [R, C]."""
         self._run("add", z, maximum, total)
 
+    def exponentiate(self, z: Tensor, shift: Tensor, total: Tensor, slack: float) -> None:
+        """A tile z [C, R] becomes e^(z − shift), and `total`, float64, grows by its sums; (R,) both.
+
+        Where a logit is more than `slack` above the shift, or that is −inf, the tile's largest becomes the shift first.
+        """
+        self._run("exponentiate", z, shift, total, slack)
+
     def softmax(self, z: Tensor, maximum: Tensor, log_total: Tensor, out: Tensor) -> None:
         """e^(z − maximum − log_total) of a tile z [R, C]; `out` is z or apart from it."""
         if out.data_ptr() == z.data_ptr():

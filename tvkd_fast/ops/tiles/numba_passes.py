@@ -17,6 +17,8 @@ from numba.extending import intrinsic
 f32, i32 = np.float32, np.int32
 BLOCK = 32
 """Columns that are summed before they are looked at: a block without an entry is passed over."""
+PART = 131_072
+"""Entries of a tile [C, R] that one thread takes at a time, or hardly more."""
 
 
 @intrinsic
@@ -32,7 +34,7 @@ def floating(typing_context: Any, x: Any) -> Any:
 # Adding 1.5·2²³ leaves the nearest integer in a float's last bits; reassociation would undo it, and is not allowed.
 @njit(cache=True, fastmath={"contract"})
 def exponential(d: Any) -> Any:
-    """e^d of d ≤ 0 to a unit in the last place or so: 2^k·e^f, f by the Cephes library's polynomial."""
+    """e^d of d ≤ 40 to a unit in the last place or so: 2^k·e^f, f by the Cephes library's polynomial."""
     shifted = d * f32(1.4426950408889634) + f32(12582912.0)
     k = shifted - f32(12582912.0)
     f = d - k * f32(0.693359375)
@@ -100,6 +102,61 @@ def add(z: Any, maximum: Any, total: Any) -> None:
         sums = np.empty(z.shape[1] // BLOCK + 1, np.float32)
         top, _, new = advance(z[r], maximum[r], total[r], sums)
         maximum[r], total[r] = top, new
+
+
+@njit(cache=True)
+def largest_by_row(z: Any, top: Any) -> None:
+    """Of z [C, R] the largest logit of every row, (R,), as `ordered` integers."""
+    top[:] = ordered(bits(f32(-np.inf)))
+    numbers = z.view(np.int32)
+    for c in range(z.shape[0]):
+        tile = numbers[c]
+        for r in range(tile.shape[0]):
+            top[r] = max(top[r], ordered(tile[r]))
+
+
+@njit(cache=True, fastmath={"contract"})
+def keep_exponentials(z: Any, shift: Any, sums: Any, total: Any) -> None:
+    """z [C, R] becomes e^(z − shift), and total (R,) its sums over C; sums (R,) is overwritten."""
+    total[:] = 0.0
+    for b in range(0, z.shape[0], BLOCK):
+        sums[:] = f32(0.0)
+        for c in range(b, min(b + BLOCK, z.shape[0])):
+            tile = z[c]
+            for r in range(tile.shape[0]):
+                e = exponential(tile[r] - shift[r])
+                tile[r] = e
+                sums[r] += e
+        for r in range(sums.shape[0]):
+            total[r] += sums[r]
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def exponentiate(z: Any, shift: Any, total: Any, slack: float) -> None:
+    # Parts of one size, so that sums are the same whatever the number of threads.
+    rows = z.shape[1]
+    part = max(BLOCK, PART // max(1, rows))
+    parts = -(-z.shape[0] // part)
+    tops, sums = np.empty((parts, rows), np.int32), np.empty((parts, rows), np.float32)
+    totals = np.empty((parts, rows), np.float64)
+    for p in prange(parts):
+        largest_by_row(z[p * part : (p + 1) * part], tops[p])
+    subtracted = np.empty(rows, np.float32)
+    for r in range(rows):
+        top = tops[0, r]
+        for p in range(1, parts):
+            top = max(top, tops[p, r])
+        new, old = floating(ordered(top)), shift[r]
+        if new > old + f32(slack) or (old == -np.inf and new > old):
+            total[r] *= np.exp(np.float64(old) - new)
+            shift[r] = new
+        # A row without a finite logit has nothing to subtract.
+        subtracted[r] = f32(0.0) if shift[r] == -np.inf else shift[r]
+    for p in prange(parts):
+        keep_exponentials(z[p * part : (p + 1) * part], subtracted, sums[p], totals[p])
+    for p in range(parts):
+        for r in range(rows):
+            total[r] += totals[p, r]
 
 
 @njit(cache=True, fastmath={"contract"})
@@ -256,6 +313,7 @@ def compile_all() -> None:
     add(z, one, one.copy())
     softmax(z, one, one)
     softmax_of(z, one, one, z.copy())
+    exponentiate(z, np.zeros(BLOCK, np.float32), np.zeros(BLOCK), 40.0)
     found, columns, e = select(z, integers, one, one.copy(), integers, np.zeros((1, BLOCK), np.int32), 0.5, 1)
     rescale(found, columns, e, one, np.zeros(1, np.bool_), 0.5, integers, 0, one.copy())
     by_column(small, small, one, one, one, small, small, one, 0, 1)
