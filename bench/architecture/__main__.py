@@ -20,7 +20,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-from bench.architecture.calls import BACKWARD, Frame, batch_path
+from bench.architecture.calls import GRADIENT, Frame, batch_path, files
 from bench.architecture.imports import LAYERS, PACKAGE, ROOT, imports_between_layers
 
 FOLDER = ROOT / "docs" / "pictures"
@@ -63,9 +63,9 @@ def draw_layers(path: Path) -> None:
 
 
 def draw_batch(path: Path) -> None:
-    """The files that a batch comes through, forward and back, with the functions that it is in."""
-    directions = {"forward": batch_path(), "backward": batch_path(BACKWARD)}
-    figure, axes = plt.subplots(figsize=(11, 4.6))
+    """The files that a batch comes through, to its sums and to the gradient, with the functions that it is in."""
+    directions = {"forward: sums": batch_path(), "forward: the gradient": batch_path(GRADIENT)}
+    figure, axes = plt.subplots(figsize=(11, 5.1))
     for column, (name, calls) in enumerate(directions.items()):
         steps: list[tuple[str, list[str]]] = []
         for frame in calls:
@@ -82,7 +82,7 @@ def draw_batch(path: Path) -> None:
             if row:
                 axes.annotate("", (left + 2.5, -row + 0.36), (left + 2.5, -row + 0.64), arrowprops={"arrowstyle": "->"})
     axes.set_xlim(-0.2, 11.3)
-    axes.set_ylim(-7.6, 1.3)
+    axes.set_ylim(0.4 - max(len(files(calls)) for calls in directions.values()), 1.3)
     axes.axis("off")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -16,8 +16,8 @@ from tvkd_fast import linear_logps
 
 PACKAGE = Path(__file__).parents[2]
 OURS = ("tvkd_fast", "kernels")
-BACKWARD = "dlogits_kernel"
-"""The first kernel of an exact backward."""
+GRADIENT = "block_dlogits_kernel"
+"""The kernel that makes an exact gradient, in a step within its forward."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def batch_path(kernel: str | None = None) -> list[Frame]:
     """Return the calls from the trainer of a tiny run to the kernel that its first batch reaches."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import tvkd_fast.ops.triton_backend  # noqa: F401
+    import tvkd_fast.ops.triton_walk  # noqa: F401
     from tvkd_fast.data import PairDataset, TokenizedPair, TokenReport
     from tvkd_fast.models import PolicyWithHead
     from tvkd_fast.scoring import OnlineScorer

@@ -28,9 +28,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.census.epilogue import TENSOR, epilogue
 from bench.census.kept import kept
-from bench.census.roofline import ASSUMPTIONS, estimates, report_estimates
 from bench.harness.machine import made_by, write_report
+from tvkd_fast.kernels.block_softmax import BLOCK, WARPS, block_dlogits_kernel, block_sums_kernel
 from tvkd_fast.kernels.configs import (
     FP_FUSION,
     SHARED_KIB,
@@ -51,7 +52,7 @@ from tvkd_fast.kernels.head_dhidden import (
     exponentials_kernel,
     rescale_kernel,
 )
-from tvkd_fast.kernels.head_stats import MERGE_ROWS, head_stats_kernel, merge_splits_kernel
+from tvkd_fast.kernels.head_stats import MERGE_AT_ONCE, MERGE_ROWS, head_stats_kernel, merge_splits_kernel
 from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue_kernel
 from tvkd_fast.kernels.products import product_kernel
 from tvkd_fast.kernels.selected_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
@@ -88,6 +89,8 @@ KERNELS = {
     "exponentials": exponentials_kernel,
     "rescale": rescale_kernel,
     "dlogp_dhidden": dlogp_dhidden_kernel,
+    "block_sums": block_sums_kernel,
+    "block_dlogits": block_dlogits_kernel,
     "preference_epilogue": preference_epilogue_kernel,
 }
 PRODUCTS = ("head_stats", "selection_bits", "dlogits", "product", "exponentials")
@@ -162,6 +165,8 @@ class Facts:
     exps: int
     length: int
     """Instructions."""
+    epilogue: int
+    """Instructions of a warp behind a tile's product (`bench/census/epilogue.py`); 0 where they were not counted."""
 
 
 def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
@@ -177,6 +182,7 @@ def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = 
         yield from _frozen_head(target, dtype)
         yield from _selection_bits(target, dtype)
         yield from _gathers(target, dtype)
+        yield from _block_softmax(target, dtype)
     for target in targets:
         yield from _merges(target)
         yield Build("count", target, "fp32", "plain", {"BLOCK": COUNT_WORDS})
@@ -190,17 +196,16 @@ def rejected() -> Iterator[Build]:
     square = TileConfig(128, 128, 64, warps=8, stages=3)
     tried = (
         ("head_stats", "logps", "bf16", "sm_90", replace(long, warps=4, stages=3)),
-        ("head_stats", "logps, softcap", "bf16", "sm_90", long),
-        ("head_stats", "all sums, softcap", "bf16", "sm_90", long),
         ("head_stats", "entropy, softcap", "bf16", "sm_100", long),
         ("head_stats", "logps", "bf16", "sm_100", replace(square, bulk=True, warps=4, stages=4)),
         ("head_stats", "logps, unaligned", "bf16", "sm_90", square),
         ("head_stats", "logps, unaligned", "fp32", "sm_80", TileConfig(64, 64, 32, warps=8, stages=2)),
-        ("head_stats", "entropy, softcap", "bf16", "sm_120", square),
-        ("head_stats", "all sums, bias, softcap, odd D", "bf16", "sm_120", replace(square, block_k=32, stages=4)),
+        ("head_stats", "logps, bias, softcap", "bf16", "sm_80", replace(square, block_k=32, stages=4)),
         ("head_stats", "lse, bias, softcap", "fp32", "sm_86", TileConfig(64, 64, 16, warps=8, stages=4)),
         ("head_stats", "all sums, softcap", "fp32", "sm_80", TileConfig(64, 128, 32, warps=8, stages=3)),
-        ("dlogits", "frozen bias, softcap", "bf16", "sm_100", replace(square, bulk=True, stages=4)),
+        ("selection_bits", "plain", "bf16", "sm_90", replace(long, block_m=256, block_n=128)),
+        ("exponentials", "plain", "bf16", "sm_100", replace(long, stages=3)),
+        ("dlogits", "plain", "bf16", "sm_100", replace(long, stages=3)),
         ("dlogits", "softcap", "bf16", "sm_90", long),
         ("product", "dW, last", "bf16", "sm_90", long),
         ("product", "dW, sum", "bf16", "sm_100", replace(long, stages=3)),
@@ -287,6 +292,13 @@ def _selection_bits(target: str, dtype: str) -> Iterator[Build]:
         yield from _tiled("selection_bits", target, dtype, variant, switches, config, rows)
 
 
+def _block_softmax(target: str, dtype: str) -> Iterator[Build]:
+    for kernel, (bias, softcap, aligned) in product(("block_sums", "block_dlogits"), _flags(3)):
+        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BLOCK": BLOCK}
+        variant = _named("bias" * bias, "softcap" * softcap, "unaligned" * (not aligned)) or "plain"
+        yield Build(kernel, target, dtype, variant, switches, aligned=aligned, warps=WARPS)
+
+
 def _gathers(target: str, dtype: str) -> Iterator[Build]:
     """Yield one build per D, since a program holds whole rows; at one D for every head and side."""
     everything = [dict(zip(("HAS_BIAS", "HAS_SOFTCAP", "UNBIASED"), on, strict=True)) for on in _flags(3)]
@@ -342,7 +354,7 @@ def _merges(target: str) -> Iterator[Build]:
     for on in product((False, True), repeat=3):
         asked = dict(zip(("HAS_LABELS", "HAS_KAPPA", "HAS_ENTROPY"), on, strict=True))
         variant = _named(*(name.removeprefix("HAS_").lower() for name in asked if asked[name])) or "plain"
-        yield Build("merge_splits", target, "fp32", variant, {"BLOCK": MERGE_ROWS} | asked)
+        yield Build("merge_splits", target, "fp32", variant, {"ROWS": MERGE_ROWS, "AT_ONCE": MERGE_AT_ONCE} | asked)
 
 
 def _epilogues(target: str) -> Iterator[Build]:
@@ -435,12 +447,13 @@ def _nvidia(binary: Any, target: str, threads: int) -> Facts:
         spills=count["STL"] + count["LDL"],
         shared=binary.metadata.shared,
         programs=_programs(registers, threads, binary.metadata.shared, SHARED_KIB[TARGETS[target][0]]),
-        tensor={name: count[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA") if count[name]},
+        tensor={name: count[name] for name in TENSOR if count[name]},
         bulk_loads=count["UTMALDG"],
         wide_loads=wide,
         narrow_loads=len(copies) - wide,
         exps=sum(opcode.startswith("MUFU.EX2") for opcode in opcodes),
         length=len(opcodes),
+        epilogue=epilogue(sass),
     )
 
 
@@ -478,6 +491,7 @@ def _amd(binary: Any, threads: int) -> Facts:
         narrow_loads=0,
         exps=count["v_exp_f32_e32"] + count["v_exp_f32_e64"],
         length=len(opcodes),
+        epilogue=0,
     )
 
 
@@ -514,7 +528,7 @@ def row(build: Build) -> Row:
 
 def table(rows: list[Row]) -> str:
     head = f"{'kernel':<20}{'variant':<36}{'dtype':<6}{'target':<8}{'tile':<22}{'regs':>5}{'stack':>6}{'spill':>6}"
-    head += f"{'KiB':>5}{'fit':>4}  {'matrix':<14}{'bulk':>5}{'16B':>5}{'exp':>5}{'instr':>7}"
+    head += f"{'KiB':>5}{'fit':>4}  {'matrix':<14}{'bulk':>5}{'16B':>5}{'exp':>5}{'instr':>7}{'behind':>7}"
     lines = [head]
     for x in rows:
         facts, build = x.facts, x.build
@@ -522,7 +536,7 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"{build.kernel:<20}{build.variant:<36}{build.dtype:<6}{build.target:<8}{tile(build.config):<22}"
             f"{facts.registers:>5}{facts.stack:>6}{facts.spills:>6}{facts.shared / 1024:>5.0f}{facts.programs:>4}  "
-            f"{matrix:<14}{facts.bulk_loads:>5}{facts.wide_loads:>5}{facts.exps:>5}{facts.length:>7}"
+            f"{matrix:<14}{facts.bulk_loads:>5}{facts.wide_loads:>5}{facts.exps:>5}{facts.length:>7}{facts.epilogue:>7}"
             + "".join(f"  BROKEN: {gate}" for gate in x.broken)
         )
     return "\n".join(lines)
@@ -555,15 +569,11 @@ def main() -> None:
         print(f"\nTried, and not shipped:\n{table(unfit)}\n")
     sizes = ", ".join(map(str, HEAD_SIZES))
     print(f"D of {sizes} share the binaries over the vocabulary: multiples of every step of the inner dimension")
-    print()
-    print(report_estimates(estimates()))
     broken = [x for x in rows if x.broken]
     print(f"\n{len(rows)} binaries, {len(broken)} with a broken gate")
     report = {
         "rows": [asdict(x) for x in rows],
         "rejected": [asdict(x) for x in unfit],
-        "estimates": [asdict(x) for x in estimates()],
-        "assumptions": ASSUMPTIONS,
         "made_by": made_by() | {"triton": triton.__version__},
     }
     write_report(report, arguments.json)

@@ -23,8 +23,8 @@ def kept(build: Any, kernel: triton.JITFunction[Any], compiled: Callable[[Any], 
     The key is over the kernel's source with that of all it calls, the build and its compiler options, Triton's
     version, and the census itself, which reads the binaries.
     """
-    census = (ROOT / "bench" / "census" / "binaries.py").read_bytes()
-    parts = [kernel.cache_key, repr(build), repr(build.options), triton.__version__, census.decode()]
+    census = [(ROOT / "bench" / "census" / name).read_text() for name in ("binaries.py", "epilogue.py")]
+    parts = [kernel.cache_key, repr(build), repr(build.options), triton.__version__, *census]
     file = FOLDER / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
     if file.is_file():
         return made(**json.loads(file.read_text()))

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tvkd_fast import dpo_loss
+from tvkd_fast import dpo_loss, fused_linear_tvkd_loss
+from tvkd_fast.ops import HeadGradient
 
 PAIRS = 4
 BETA = 0.1
@@ -31,12 +32,17 @@ class Inputs:
     coefficients: Tensor
     reference: Tensor | None = None
     """[N, D]: the reference policy's states, where DPO has one; its weight is the policy's, detached."""
+    cu_seqlens: Tensor | None = None
+    """(2P+1,) boundaries of the pairs' responses, chosen first."""
 
     def detached(self) -> Inputs:
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
 
     def frozen_head(self) -> Inputs:
         return replace(self, weight=self.weight.detach())
+
+    def frozen_backbone(self) -> Inputs:
+        return replace(self, hidden=self.hidden.detach())
 
     def double(self) -> Inputs:
         hidden, weight = (x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
@@ -47,8 +53,9 @@ class Inputs:
 Values = tuple[Tensor, Tensor]
 """The values that are compared, and the scalar to go backward from."""
 Run = Callable[[Inputs], Values]
-Task = Literal["logps", "values", "preference"]
-"""The tasks of a head: labels' log-probabilities that are weighted and summed, values alone, or DPO's loss."""
+Task = Literal["logps", "values", "preference", "pairs"]
+"""The tasks of a head: labels' log-probabilities that are weighted and summed, values alone, or DPO's loss, of four
+pairs of equal length or of the pairs that the tokens are of."""
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
@@ -79,6 +86,22 @@ def preference(head: Head, inputs: Inputs) -> Values:
         with torch.no_grad():
             reference = sequences(head(inputs.reference, inputs.weight.detach(), inputs.labels)).sum(1)
     return policy, dpo_loss(policy, reference, beta=BETA).loss
+
+
+def fused_pairs(inputs: Inputs, gradient: HeadGradient) -> Values:
+    """The fused loss of the tokens' own pairs, DPO without a reference; compared by its gradients."""
+    assert inputs.cu_seqlens is not None
+    out = fused_linear_tvkd_loss(
+        inputs.hidden,
+        inputs.weight,
+        inputs.labels,
+        inputs.cu_seqlens,
+        ref_logps=inputs.hidden.new_zeros(len(inputs.cu_seqlens) - 1),
+        beta=BETA,
+        alpha=0.0,
+        gradient=gradient,
+    )
+    return out.chosen_rewards, out.loss
 
 
 def sequences(tokens: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.harness.checker import Reference
-from bench.harness.inputs import BETA, PAIRS, Task, sequences
+from bench.harness.inputs import BETA, PAIRS, Task
 from bench.harness.states import States, load_states
 
 WHOLE = 32 * 2**20
@@ -27,7 +28,8 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class HeadReference:
-    """Log-probabilities of all rows; dH of `rows` and dW of `columns`, for the states' coefficients and for DPO's."""
+    """Log-probabilities of all rows; dH of `rows` and dW of `columns`, for the states' coefficients and for DPO's, of
+    four pairs of equal length and of the pairs that the tokens are of."""
 
     logps: Tensor
     rows: Tensor
@@ -36,6 +38,8 @@ class HeadReference:
     by_weight: Tensor
     preference_by_hidden: Tensor
     preference_by_weight: Tensor
+    pairs_by_hidden: Tensor
+    pairs_by_weight: Tensor
 
     def of(self, task: Task, states: States) -> Reference:
         """Return this task's reference; contenders that go backward from DPO's loss are checked by gradients."""
@@ -45,6 +49,8 @@ class HeadReference:
         rows = {"hidden": self.rows, "weight": self.columns}
         if task == "preference":
             return Reference({"hidden": self.preference_by_hidden, "weight": self.preference_by_weight}, rows)
+        if task == "pairs":
+            return Reference({"hidden": self.pairs_by_hidden, "weight": self.pairs_by_weight}, rows)
         return Reference({"logps": self.logps, "hidden": self.by_hidden, "weight": self.by_weight}, rows)
 
     @property
@@ -63,6 +69,7 @@ def compute(states: States) -> HeadReference:
     coefficients = [states.coefficients.double()]
     # Pairs of equal length are cut from the tokens; a count that does not divide has no DPO.
     coefficients.append(preference_coefficients(logps) if n % 8 == 0 else torch.zeros(n, dtype=torch.float64))
+    coefficients.append(pair_coefficients(logps, states.lengths))
     by_hidden = [torch.zeros(len(rows), states.shape[1], dtype=torch.float64) for _ in coefficients]
     by_weight = [torch.zeros(len(columns), states.shape[1], dtype=torch.float64) for _ in coefficients]
     wanted = torch.full((n,), -1)
@@ -87,14 +94,19 @@ def compute(states: States) -> HeadReference:
             by_logits = g @ weight
             for c, dh in zip(coefficients, by_hidden, strict=True):
                 dh[wanted[block[here]]] = by_logits * c[block[here], None]
-    return HeadReference(logps, rows, columns, by_hidden[0], by_weight[0], by_hidden[1], by_weight[1])
+    return HeadReference(logps, rows, columns, *chain.from_iterable(zip(by_hidden, by_weight, strict=True)))
 
 
 def preference_coefficients(logps: Tensor) -> Tensor:
     """(N,) dL/dlogp of DPO without a reference, the mean over four pairs of equal lengths, chosen first."""
-    chosen, rejected = sequences(logps).sum(1).chunk(2)
-    by_pair = -BETA * torch.sigmoid(-BETA * (chosen - rejected)) / PAIRS
-    return torch.cat([by_pair, -by_pair]).repeat_interleave(len(logps) // (2 * PAIRS))
+    return pair_coefficients(logps, torch.full((2 * PAIRS,), len(logps) // (2 * PAIRS)))
+
+
+def pair_coefficients(logps: Tensor, lengths: Tensor) -> Tensor:
+    """The same over responses of these lengths, (2P,)."""
+    chosen, rejected = torch.stack([x.sum() for x in logps.split(lengths.tolist())]).chunk(2)
+    by_pair = -BETA * torch.sigmoid(-BETA * (chosen - rejected)) / len(chosen)
+    return torch.cat([by_pair, -by_pair]).repeat_interleave(lengths)
 
 
 def load_reference(file: Path) -> HeadReference:

@@ -5,7 +5,7 @@
 
 Run in a process of its own and kept as safetensors, so that what measures starts from nothing but a file.
 
-Letters: N tokens, D hidden, V vocabulary.
+Letters: N tokens, S responses, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,17 +26,26 @@ from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_l
 
 ROWS = 256
 EPS = 2.0**-14
+TENSORS = ("hidden", "weight", "labels", "coefficients", "lengths")
 
 
 @dataclass(frozen=True)
 class States:
-    """hidden [N, D], weight [V, D], labels (N,), coefficients (N,) to go backward with, and where they come from."""
+    """hidden [N, D], weight [V, D], labels (N,), coefficients (N,) to go backward with, and where they come from.
+
+    `lengths` (S,) of the responses that the tokens are of: the chosen ones, then in the same order the rejected.
+    """
 
     hidden: Tensor
     weight: Tensor
     labels: Tensor
     coefficients: Tensor
+    lengths: Tensor
     source: str
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -44,24 +53,40 @@ class States:
 
 
 def real_states(model: str, tokens: int, data: str, layers: int | None) -> States:
-    """The states that predict response tokens, both responses of a pair, in the data's order."""
+    """The states that predict response tokens, of as many pairs as have so many; the last one's responses are cut."""
     tokenizer = load_tokenizer(model)
     dataset = build_dataset(data, tokenizer, max_length=512, bad_pairs="drop", overlong="drop")
     loaded = load_model(model)
     policy = PolicyWithHead(loaded if layers is None else prune_layers(loaded, layers)).requires_grad_(False).eval()
-    hidden, labels, found = [], [], 0
+    pairs: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
+    found = 0
     for batch in micro_batches(dataset, range(len(dataset)), size=8):
-        hidden.append(policy.hidden(batch, batch.predicting))
-        labels.append(batch.labels)
+        lengths = batch.lengths.tolist()
+        hidden = policy.hidden(batch, batch.predicting).split(lengths)
+        responses = list(zip(hidden, batch.labels.split(lengths), strict=True))
+        pairs += zip(responses[: len(responses) // 2], responses[len(responses) // 2 :], strict=True)
         found += batch.labels.numel()
         if found >= tokens:
             break
     else:
         raise SystemExit(f"{data} has {found} response tokens, {tokens} are wanted: give --data a larger file")
+    chosen: list[tuple[Tensor, Tensor]] = []
+    rejected: list[tuple[Tensor, Tensor]] = []
+    left = tokens
+    for one, other in pairs:
+        for into, (h, y) in ((chosen, one), (rejected, other)):
+            into.append((h[:left], y[:left]))
+            left -= len(into[-1][1])
+        if not left:
+            break
     name = Path(model).name + (f", {layers} layers" if layers else "")
-    source = f"states of {name} over {Path(data).name if '/' in data else data}"
     return States(
-        torch.cat(hidden)[:tokens], policy.head.weight, torch.cat(labels)[:tokens], _coefficients(tokens), source
+        torch.cat([h for h, _ in chosen + rejected]),
+        policy.head.weight,
+        torch.cat([y for _, y in chosen + rejected]),
+        _coefficients(tokens),
+        torch.tensor([len(y) for _, y in chosen + rejected]),
+        f"states of {name} over {Path(data).name if '/' in data else data}",
     )
 
 
@@ -84,7 +109,11 @@ def made_states(shape: tuple[int, int, int], entries: float) -> States:
         low, high = (low, spread) if float(kept.sum(1).float().mean()) < entries else (spread, high)
     hidden = _spread(hidden, spread)
     labels = torch.cat([torch.multinomial((h @ weight.T).softmax(1), 1)[:, 0] for h in hidden.split(ROWS)])
-    return States(hidden, weight, labels, _coefficients(n), f"made states, {entries:g} entries per token above 2^-14")
+    # Pairs of two responses of 64 tokens, or hardly more.
+    pairs = max(1, n // 128)
+    lengths = torch.tensor([n * (i + 1) // (2 * pairs) - n * i // (2 * pairs) for i in range(2 * pairs)])
+    source = f"made states, {entries:g} entries per token above 2^-14"
+    return States(hidden, weight, labels, _coefficients(n), lengths, source)
 
 
 def _spread(hidden: Tensor, spread: float) -> Tensor:
@@ -98,7 +127,7 @@ def _coefficients(n: int) -> Tensor:
 
 
 def save_states(states: States, file: Path) -> None:
-    tensors = {name: getattr(states, name).contiguous() for name in ("hidden", "weight", "labels", "coefficients")}
+    tensors = {name: getattr(states, name).contiguous() for name in TENSORS}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"source": states.source})
 
@@ -107,7 +136,7 @@ def load_states(file: Path) -> States:
     """Read by one thread: the caller may go on to fork."""
     with safe_open(file, "pt") as opened:
         source = opened.metadata()["source"]
-        tensors = {name: opened.get_tensor(name) for name in ("hidden", "weight", "labels", "coefficients")}
+        tensors = {name: opened.get_tensor(name) for name in TENSORS}
     return States(**tensors, source=source)
 
 

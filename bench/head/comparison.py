@@ -27,7 +27,7 @@ from bench.harness.inputs import PAIRS, Inputs, both, forward
 from bench.harness.machine import made_by, seconds, versions, write_report
 from bench.harness.meters import Call, CpuMeter, Job, interleaved
 from bench.harness.reference import HeadReference, load_reference
-from bench.harness.states import States, load_states
+from bench.harness.states import TENSORS, States, load_states
 from bench.head.contenders import Contender
 from tvkd_fast import HeadStats, linear_logps
 
@@ -53,13 +53,15 @@ def product(hidden: Tensor, weight: Tensor, tiling: tuple[int, ...]) -> None:
 def call(contender: Contender, states: States) -> Call:
     """Forward and backward: log-probabilities and gradients, in a process of its own."""
     hidden = states.hidden.clone().requires_grad_(contender.task != "values")
-    inputs = Inputs(hidden, states.weight.requires_grad_(), states.labels, states.coefficients)
+    weight = states.weight.requires_grad_()
+    inputs = Inputs(hidden, weight, states.labels, states.coefficients, cu_seqlens=states.cu_seqlens)
     inputs = contender.given(inputs)
     run = partial(forward if contender.task == "values" else both, contender.run)
     # The libraries' threads and buffers, and what they compile, are made before: they are not a contender's memory.
     few = slice(0, 2 * PAIRS * 8)
     labels = inputs.labels[few].clamp(max=4095)
-    small = Inputs(inputs.hidden[few], inputs.weight[:4096], labels, inputs.coefficients[few])
+    bounds = torch.arange(2 * PAIRS + 1) * 8
+    small = Inputs(inputs.hidden[few], inputs.weight[:4096], labels, inputs.coefficients[few], cu_seqlens=bounds)
     run(inputs if contender.compiles else small)
     # The inputs' pages, shared with the parent, count once they have been touched.
     inputs.weight.detach().sum()
@@ -138,7 +140,7 @@ def _checked_row(job: Job, contender: Contender, states: States) -> dict[str, An
 def _held(contender: Contender, states: States) -> int:
     """Bytes of the result and of the gradients, which any implementation has to hold."""
     held = 4 * states.hidden.shape[0]
-    if contender.task != "values":
+    if contender.task != "values" and not contender.frozen_backbone:
         held += 4 * states.hidden.numel()
     if contender.task != "values" and not contender.frozen:
         held += 4 * states.weight.numel()
@@ -163,7 +165,7 @@ def prepared_states(shape: tuple[int, int, int], *, model: str, data: str, entri
         options = ["--model", model, "--tokens", str(n), "--data", data]
     else:
         options = ["--shape", f"{n}x{d}x{v}", "--entries", str(entries)]
-    file = FOLDER / f"states-{sha256(' '.join(options).encode()).hexdigest()[:12]}.safetensors"
+    file = FOLDER / f"states-{sha256(' '.join([*options, *TENSORS]).encode()).hexdigest()[:12]}.safetensors"
     if not file.exists():
         subprocess.run([sys.executable, "-m", "bench.harness.states", str(file), *options], check=True)
     return file

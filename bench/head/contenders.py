@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bench.harness import contenders as registry
-from bench.harness.inputs import Head, Inputs, Run, Task, Values, preference, weighted
+from bench.harness.inputs import Head, Inputs, Run, Task, Values, fused_pairs, preference, weighted
 from bench.head import peers
 from tvkd_fast import linear_logps, linear_soft_values
-from tvkd_fast.ops import linear_lse
+from tvkd_fast.ops import HeadGradient, linear_lse
+from tvkd_fast.ops.gradient import GradMode
 from tvkd_fast.ops.tiles import native
 
 EXACT = 1e-4
@@ -42,6 +43,8 @@ class Contender(registry.Contender[Run]):
     """Whether it leaves small gradients out by design on a GPU."""
     frozen: bool = False
     """Its weight wants no gradient, and it is asked for none."""
+    frozen_backbone: bool = False
+    """The states want none."""
     reuse: bool = False
     """Its gradients' memory was touched before."""
     compiles: bool = False
@@ -50,6 +53,8 @@ class Contender(registry.Contender[Run]):
     def given(self, inputs: Inputs) -> Inputs:
         if self.task == "values":
             return inputs.detached()
+        if self.frozen_backbone:
+            return inputs.frozen_backbone()
         return inputs.frozen_head() if self.frozen else inputs
 
     @property
@@ -57,11 +62,17 @@ class Contender(registry.Contender[Run]):
         """Names of what it is checked by, in the order of its results."""
         if self.task == "values":
             return ("lse",)
-        return ("logps", "hidden") if self.frozen else ("logps", "hidden", "weight")
+        wanted = {"hidden": not self.frozen_backbone, "weight": not self.frozen}
+        return ("logps", *(name for name, is_wanted in wanted.items() if is_wanted))
 
 
 def of(head: Head, task: Task = "logps", **options: Any) -> Contender:
     return Contender(run=partial(TASKS[task], head), task=task, **options)
+
+
+def fused(grad_mode: GradMode = "exact", eps: float | None = None, **options: Any) -> Contender:
+    gradient = HeadGradient(grad_mode=grad_mode, eps=eps)
+    return Contender(run=partial(fused_pairs, gradient=gradient), task="pairs", **options)
 
 
 def in_torch(head: Head) -> Head:
@@ -103,6 +114,11 @@ def on_cpu() -> dict[str, Contender]:
         "tvkd_fast, exact": of(linear_logps),
         "tvkd_fast, exact, logits kept": of(partial(linear_logps, workspace_mb=WORKSPACE)),
         "tvkd_fast, exact, frozen head": of(linear_logps, frozen=True),
+        "tvkd_fast, fused loss, exact": fused(),
+        "tvkd_fast, fused loss, frozen head": fused(frozen=True),
+        "tvkd_fast, fused loss, frozen backbone": fused(frozen_backbone=True),
+        "tvkd_fast, fused loss, sparse 2^-14": fused("sparse", 2.0**-14, limit=LIMITS["2^-14"]),
+        "tvkd_fast, fused loss, sparse 2^-16": fused("sparse", 2.0**-16, limit=LIMITS["2^-16"]),
         "tvkd_fast, values": of(soft_values, "values"),
         "eager log-softmax": of(peers.eager),
         "eager logsumexp": of(peers.eager_logsumexp),

@@ -22,10 +22,10 @@ import torch
 
 from bench.harness.machine import made_by, write_report
 
-OURS = ("sparse 2^-14", "sparse 2^-14, memory touched", "sparse 2^-16", "exact", "values")
+OURS = ("sparse 2^-14", "sparse 2^-14, memory touched", "sparse 2^-16", "fused loss, exact", "exact", "values")
 UNGUARDED = "sparse 2^-14, whatever the tail"
 """The contender without the guard against flat softmaxes."""
-PEERS = ("eager log-softmax", "Liger, fused DPO")
+PEERS = ("eager log-softmax", "torch.compile", "CCE, torch_compile", "Liger, fused DPO")
 AXES = {"tokens": (*OURS, *PEERS), "vocabulary": (*OURS, *PEERS), "entries": (*OURS[:2], UNGUARDED)}
 """Whom a sweep measures."""
 

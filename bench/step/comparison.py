@@ -28,6 +28,7 @@ from bench.harness.contenders import Contender
 from bench.harness.machine import made_by, versions, write_report
 from bench.harness.meters import interleaved
 from bench.step.contenders import (
+    COMPILED,
     OURS,
     TRL,
     Run,
@@ -58,7 +59,8 @@ def main() -> None:
     parser.add_argument("--tokens_per_micro_batch", type=int, default=2048, help="ours")
     parser.add_argument("--peers", nargs="*", choices=["trl"], default=[], help="who else takes part")
     parser.add_argument("--trl_batches", nargs="+", type=int, default=[1, 2, 4], help="pairs of TRL's micro-batches")
-    parser.add_argument("--variants", action="store_true", help="every variant of our head, and the shortest rows too")
+    parser.add_argument("--compiled", action="store_true", help="ours by torch.compile too")
+    parser.add_argument("--variants", action="store_true", help="that, sparse gradients and the shortest rows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", default="bundled:train")
     parser.add_argument("--json", type=Path)
@@ -167,8 +169,8 @@ def compare(task: StepTask, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def takes_part(name: str, task: StepTask, arguments: argparse.Namespace) -> bool:
-    """Ours always, its variants and the peers where they are asked for, short rows where the task's own are longer."""
-    if name == OURS or name in arguments.peers:
+    """Ours always, its variants and peers where they are asked for, short rows where the task's own are longer."""
+    if name == OURS or name in arguments.peers or (arguments.compiled and name == COMPILED):
         return True
     shorter = 2 * arguments.max_length < task.batching.tokens
     return arguments.variants and name != TRL and (shorter or ", rows of " not in name)

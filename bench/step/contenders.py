@@ -30,6 +30,7 @@ from tvkd_fast.training.step import train_step
 
 BETA, LR, CLIP = 0.1, 1e-6, 1.0
 OURS, TRL = "tvkd_fast", "trl"
+COMPILED = f"{OURS}, compiled"
 ROWS = 512
 """Tokens whose logits the float64 reference holds at once."""
 
@@ -140,10 +141,10 @@ def exact_logps_of(policy: PolicyWithHead, task: StepTask, which: range) -> Tens
     return found
 
 
-def ours(gradient: HeadGradient, tokens: int | None, task: StepTask, turns: Turns) -> None:
+def ours(gradient: HeadGradient, tokens: int | None, task: StepTask, turns: Turns, *, compiled: bool = False) -> None:
     """Our step, in rows of at most `tokens` tokens where the task's own budget is not wanted."""
     batching = task.batching if tokens is None else replace(task.batching, tokens=tokens)
-    policy = load_policy(task.start, ModelConfig(packing=task.batching.packing))
+    policy = load_policy(task.start, ModelConfig(packing=task.batching.packing, compile=compiled))
     policy.head.gradient = gradient
     turns.ready(logps_of(policy, task, task.of_step(0)))
     optim = OptimConfig(lr=LR, clip_norm=CLIP)
@@ -243,14 +244,10 @@ def trl(batch_size: int, task: StepTask, turns: Turns) -> None:
 def contenders(max_length: int, trl_batch: int) -> dict[str, Contender[Run]]:
     """Return the contenders by name: every variant of ours, and TRL's trainer in micro-batches of so many pairs."""
     shortest = 2 * max_length
-    exact, kept, sparse = (
-        HeadGradient(),
-        HeadGradient(workspace_mb=512),
-        HeadGradient(grad_mode="sparse", eps=2.0**-16),
-    )
+    exact, sparse = HeadGradient(), HeadGradient(grad_mode="sparse", eps=2.0**-16)
     return {
         OURS: Contender(run=partial(ours, exact, None)),
-        f"{OURS}, logits kept": Contender(run=partial(ours, kept, None)),
+        COMPILED: Contender(run=partial(ours, exact, None, compiled=True)),
         f"{OURS}, sparse 2^-16": Contender(run=partial(ours, sparse, None)),
         f"{OURS}, rows of {shortest:,} tokens": Contender(run=partial(ours, exact, shortest)),
         TRL: Contender(run=partial(trl, trl_batch), needs="trl"),

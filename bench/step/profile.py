@@ -2,9 +2,10 @@
 
     python -m bench.step.profile --data PAIRS.jsonl.gz --json FILE
 
-Each event's own time goes to the part that it happens in: the head, attention, packing the pairs, the optimizer; else
-to matrix products, or to what is left. The head's passes are largely compiled or done in place and are not taken apart.
-Products are set against the machine's speed for the largest of them alone.
+The step is profiled twice, as it is and with its blocks compiled, and some steps of both are timed in turn without a
+profiler. Each event's own time goes to the part that it happens in: the head, attention, packing the pairs, the
+optimizer; else to matrix products, or to what is left. The head's passes are largely compiled or done in place and are
+not taken apart. Products are set against the machine's speed for the largest of them alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.harness.machine import made_by, seconds, versions, write_report
 from bench.step.comparison import make_task
-from bench.step.contenders import BETA, CLIP, LR, KnownScores
+from bench.step.contenders import BETA, CLIP, LR, KnownScores, StepTask
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives.dpo import DPO
@@ -82,6 +83,31 @@ def alone(shape: list[int]) -> float:
     return 2 * m * k * n / taken / 1e9
 
 
+class Steps:
+    """A policy that takes the task's second step again and again, having taken the first."""
+
+    def __init__(self, task: StepTask, compile: bool) -> None:
+        self.task = task
+        self.policy = load_policy(task.start, ModelConfig(packing=task.batching.packing, compile=compile))
+        self.optimizer = make_optimizer(self.policy, OptimConfig(lr=LR, clip_norm=CLIP))
+        self.policy.train()
+        self.step(0)
+
+    def step(self, number: int = 1) -> None:
+        task = self.task
+        with record_function(DATA):
+            batches = list(task.batching.batches(task.pairs, task.of_step(number)))
+        scorer = KnownScores(task.ref_logps)
+        train_step(self.policy, scorer, batches, self.optimizer, DPO(beta=BETA), clip_norm=CLIP)
+
+    def profiled(self) -> Any:
+        """Return the events of a step."""
+        options: dict[str, Any] = {"record_shapes": True, "with_flops": True}
+        with profile(activities=[ProfilerActivity.CPU], **options) as profiler, record_function("step"):
+            self.step()
+        return profiler.events()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -89,6 +115,7 @@ def main() -> None:
     parser.add_argument("--pairs_per_step", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512, help="longer pairs are skipped")
     parser.add_argument("--tokens_per_micro_batch", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps, plain and compiled in turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", default="bundled:train")
     parser.add_argument("--json", type=Path)
@@ -97,23 +124,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with TemporaryDirectory() as folder:
         task = make_task(arguments, Path(folder))
-        policy = load_policy(task.start, ModelConfig(packing=task.batching.packing))
-    optimizer = make_optimizer(policy, OptimConfig(lr=LR, clip_norm=CLIP))
-    policy.train()
-
-    def step(number: int) -> None:
-        with record_function(DATA):
-            batches = list(task.batching.batches(task.pairs, task.of_step(number)))
-        train_step(policy, KnownScores(task.ref_logps), batches, optimizer, DPO(beta=BETA), clip_norm=CLIP)
-
-    step(0)
-    options: dict[str, Any] = {"record_shapes": True, "with_flops": True}
-    with profile(activities=[ProfilerActivity.CPU], **options) as profiler, record_function("step"):
-        step(1)
-    events = profiler.events()
+        plain, compiled = (Steps(task, compile) for compile in (False, True))
+    events = plain.profiled()
     reached, shape = product_speed(events)
+    pairs = [(seconds(plain.step), seconds(compiled.step)) for _ in range(arguments.rounds)]
     report = {
         "shares": shares(events),
+        "compiled": {
+            "shares": shares(compiled.profiled()),
+            "over_plain": median(b / a for a, b in pairs),
+            "rounds": pairs,
+        },
         "gflops": reached,
         "largest_product": shape,
         "gflops_alone": alone(shape),
@@ -124,7 +145,8 @@ def main() -> None:
         "made_by": made_by() | {"threads": arguments.threads, "peers": versions("numba")},
     }
     for part, share in report["shares"].items():
-        print(f"{share:6.1%}  {part}")
+        print(f"{share:6.1%}  {report['compiled']['shares'][part]:6.1%}  {part}")
+    print(f"compiled: {report['compiled']['over_plain']:.3f} of the plain step's time")
     print(f"products at {reached:.0f} GFLOP/s, {report['gflops_alone']:.0f} for {shape} alone")
     write_report(report, arguments.json)
 

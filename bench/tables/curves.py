@@ -22,9 +22,12 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 COLOURS = {
     "tvkd_fast, sparse 2^-14": "#d1495b",
     "tvkd_fast, sparse 2^-16": "#edae49",
+    "tvkd_fast, fused loss, exact": "#5f0f80",
     "tvkd_fast, exact": "#30638e",
     "tvkd_fast, values": "#00798c",
-    "Liger, fused DPO": "#8d8d8d",
+    "CCE, torch_compile": "#b08968",
+    "torch.compile": "#555555",
+    "Liger, fused DPO": "#a8a8a8",
     "eager log-softmax": "#222222",
 }
 ARMS = {

@@ -11,7 +11,9 @@ HEADLINES = {
     "product": "the forward product alone, fastest of seven tilings",
     "eager log-softmax": "eager log-softmax",
     "Liger, fused DPO": "Liger's fused linear DPO, without a reference",
-    "tvkd_fast, exact": "`linear_logps`, exact",
+    "CCE, torch_compile": "Cut Cross-Entropy, its torch.compile version",
+    "tvkd_fast, exact": "`linear_logps`, exact, for any loss",
+    "tvkd_fast, fused loss, exact": "`fused_linear_tvkd_loss` and a training step, exact",
     "tvkd_fast, sparse 2^-16": '`linear_logps(grad_mode="sparse")`, ε = 2⁻¹⁶',
     "tvkd_fast, sparse 2^-14": '`linear_logps(grad_mode="sparse")`, ε = 2⁻¹⁴',
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from bench.census.epilogue import issue_cycles, plain_rows
 from bench.tables.markdown import cell, error, markdown, provenance
 
 FROZEN = (
@@ -75,7 +76,12 @@ def numerics_table(report: dict[str, Any]) -> str:
 
 _BUILD = ("kernel", "target", "dtype", "variant")
 _TILE = ("block_m", "block_n", "block_k", "warps", "stages")
-_FACTS = ("registers", "stack", "spills", "shared", "programs", "tensor", "bulk_loads", "wide_loads", "exps", "length")
+_FACTS = (
+    *("registers", "stack", "spills", "shared", "programs", "tensor", "bulk_loads", "wide_loads", "exps", "length"),
+    "epilogue",
+)
+_TENSOR_FLOPS = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
+"""Dense bf16 operations of a multiprocessor a cycle."""
 
 
 def census_kept(report: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +156,25 @@ def _range(numbers: Iterable[int]) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
+def epilogues_table(report: dict[str, Any]) -> str:
+    """What is issued behind a tile's product, beside the product's own cycles."""
+    lines = []
+    for row in plain_rows(report):
+        build, config = row["build"], row["build"]["config"]
+        if build["target"] not in _TENSOR_FLOPS:
+            continue
+        count = row["facts"]["epilogue"]
+        cycles = issue_cycles(count, config["warps"])
+        tile = config["block_m"] * config["block_n"]
+        shares = [f"{cycles * _TENSOR_FLOPS[build['target']] / (2 * tile * d):.1%}" for d in (576, 2048, 4096)]
+        shape = f"{config['block_m']}×{config['block_n']}, {config['warps']} warps"
+        lines.append([build["kernel"], build["target"], shape, f"{count:,}", f"{cycles:,}", *shares])
+    head = ["kernel, bf16", "architecture", "tile", "instructions behind its product", "cycles to issue them"]
+    made = report["made_by"]
+    table = markdown([*head, "over the product's, D = 576", "D = 2,048", "D = 4,096"], lines)
+    return f"{table}\n" + provenance(made, f"Triton {made['triton']}, compiled and counted, not timed")
+
+
 def rejected_table(report: dict[str, Any]) -> str:
     rows = []
     for row in report["rejected"]:
@@ -161,7 +186,7 @@ def rejected_table(report: dict[str, Any]) -> str:
 
 
 def model_table(report: dict[str, Any]) -> str:
-    head = ["shape", "chip", "algorithm", "products", "forward", "backward", "whole over the forward product"]
+    head = ["shape", "chip", "algorithm", "products", "forward", "backward", "whole over a product", "memory held"]
     rows = [
         [
             "x".join(map(str, x["shape"])),
@@ -171,8 +196,9 @@ def model_table(report: dict[str, Any]) -> str:
             f"{x['forward_ms']:.2f} ms",
             f"{x['backward_ms']:.2f} ms",
             f"{x['over_product']:.2f}",
+            f"{x['held_mib']:,.0f} MiB" if x["held_mib"] else "–",
         ]
         for x in report["estimates"]
     ]
     note = "\n- ".join(["\nA model, not a measurement. It assumes:\n", *report["assumptions"]])
-    return markdown(head, rows) + "\n" + note
+    return f"{markdown(head, rows)}\n{provenance(report['made_by'], 'Counted, not measured')}\n{note}"

@@ -34,6 +34,7 @@ BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 TABLES = {
     "census": kernels.census_table,
+    "epilogues": kernels.epilogues_table,
     "model": kernels.model_table,
     "rejected": kernels.rejected_table,
     "demo": runs.demo_table,

@@ -40,12 +40,15 @@ def lengths_table(report: dict[str, Any]) -> str:
 
 
 def profile_table(report: dict[str, Any]) -> str:
-    rows = [[part, f"{share:.1%}"] for part, share in report["shares"].items()]
+    """A part a row: its share of a step, and of the compiled step, in the plain step's time."""
+    compiled, over = report["compiled"]["shares"], report["compiled"]["over_plain"]
+    rows = [[part, f"{share:.1%}", f"{compiled[part] * over:.1%}"] for part, share in report["shares"].items()]
+    rows.append(["all of it", "100.0%", f"{over:.1%}"])
     shape = "x".join(map(str, report["largest_product"]))
     what = f"{report['model']}, {report['pairs']} pairs, {report['tokens']:,} tokens"
     speeds = f"The backbone's products run at {report['gflops']:.0f} GFLOP/s; the largest, {shape}, runs alone at "
     speeds += f"{report['gflops_alone']:.0f} GFLOP/s."
-    table = markdown(["where a step's time goes", "share"], rows)
+    table = markdown(["where a step's time goes", "plain", "`--model.compile`"], rows)
     return f"{table}\n\n{speeds}\n{provenance(report['made_by'], what)}"
 
 
