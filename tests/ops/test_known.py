@@ -156,6 +156,31 @@ def test_blocks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, recom
     assert not recomputed
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_either_layout_of_the_hidden_gradient(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    head, hidden, labels = inputs_of("all", dtype)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 4 * D * 10)
+    found = []
+    for intel in (True, False):
+        monkeypatch.setattr(tiles, "_is_intel", lambda intel=intel: intel)
+        found.append(grads_of(known_logps(hidden, head, labels, upstream()), hidden, head.weight, head.bias))
+    close(*found, tolerance=torch.finfo(dtype).eps * 4)
+
+
+def test_a_block_is_filled_up_to_whole_cache_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With states of zeros, of which nothing is left in the gradients, though the bias gives them exponentials."""
+    head, hidden, labels = inputs_of("all", torch.float64)
+    found = []
+    for rows in (15, 16):
+        monkeypatch.setattr(tiles, "rows_of_workspace", lambda *_, rows=rows: rows)
+        found.append(grads_of(known_logps(hidden, head, labels, upstream()), hidden, head.weight, head.bias))
+    close(*found, tolerance=1e-13)
+    monkeypatch.setattr(tiles, "rows_of_workspace", lambda *_: 40)
+    walk = tiles.BlockWalk(hidden.detach(), head, labels, 0, (True, True, True))
+    assert walk.most == 32
+    assert walk._block(17).shape == (V, 32)
+
+
 @given(rows=st.integers(0, 50), most=st.integers(1, 12))
 def test_of_a_block_in_parts_the_last_fills_the_workspace(rows: int, most: int) -> None:
     parts = parts_of(rows, most)

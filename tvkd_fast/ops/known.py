@@ -67,7 +67,7 @@ def known_logps(
 ) -> Tensor:
     """`linear_logps` (N,) with exact gradients for three products (two where one is wanted).
 
-    The forward holds `workspace_mb` MiB of logits while it lasts (0: 116 in torch, in Triton up to 1,024 as the device
+    The forward holds `workspace_mb` MiB of logits while it lasts (0: 104 in torch, in Triton up to 1,024 as the device
     has memory), and leaves the gradients for the backward, the float32 sums of 16-bit ones being rounded before. A
     second backward through the same graph, and one with another upstream than was known, recompute the logits.
     """

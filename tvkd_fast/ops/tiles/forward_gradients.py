@@ -32,11 +32,11 @@ Responses of a pair are asked for together, in rising order.
 """
 
 
-WORKSPACE_MB = {"torch": 116, "triton": 1024}
-"""MiB of a block, unless others are asked for: in torch 128 with what else is held, in Triton less
-on a small device."""
-STATES = 3
-"""[D] vectors that a row has in torch, beside its logits: its state, the same times a factor, and its gradient."""
+WORKSPACE_MB = {"torch": 104, "triton": 1024}
+"""MiB of a block, unless others are asked for: in torch 128 with what else is held, of which the library's own buffers
+are up to 17; in Triton less on a small device."""
+STATES = 2
+"""[D] vectors that a row has in torch, beside its logits: its state, and one for what its gradients are made of."""
 
 
 @dataclass(frozen=True)
