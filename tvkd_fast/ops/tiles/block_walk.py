@@ -25,7 +25,7 @@ TILE_BYTES = 8 * 2**20
 PRODUCT_COLUMNS = 2048
 """Columns of a forward product: what it writes stays in the cache. The gradients' products take all at once."""
 LINE = 16
-"""Rows that a block is filled up to a multiple of: a product whose rows of output begin within a cache line takes a third
+"""Rows that a block is filled up to a multiple of: a product whose output rows begin within a cache line takes a third
 longer."""
 
 
