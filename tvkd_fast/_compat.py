@@ -104,6 +104,12 @@ def dropout_of(module: nn.Module) -> float | None:
     return module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None
 
 
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether `step` leaves everything as it was where the attribute `found_inf` is 1, as `torch.amp.GradScaler`
+    asks torch's fused optimizers to do, so that the host need not look."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def attention_of(config: Any) -> str:
     """The name of the attention that a model of transformers runs; "" where the config is of none."""
     return getattr(config, "_attn_implementation", None) or ""

@@ -44,7 +44,7 @@ APART: dict[str, set[str]] = {
 }
 """The imports of a layer that may not import all below it, and of files that are no layer."""
 MAY_IMPORT: dict[str, set[str]] = {layer: set(LAYERS[i + 1 :]) for i, layer in enumerate(LAYERS)} | APART
-FOR_EVERYBODY = {"version", "_compat", "files", "ranges"}
+FOR_EVERYBODY = {"version", "_compat", "files", "ranges", "transfer"}
 """Single files at the top of the package, which import none of its layers."""
 
 

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from bench.census.epilogue import TENSOR, epilogue
 from bench.census.kept import kept
 from bench.harness.machine import made_by, write_report
-from tvkd_fast.kernels.block_softmax import BLOCK, WARPS, block_dlogits_kernel, block_sums_kernel
+from tvkd_fast.kernels.block_softmax import BLOCK, SCALE, SLACK, WARPS, block_exponentials_kernel
 from tvkd_fast.kernels.configs import (
     FP_FUSION,
     SHARED_KIB,
@@ -89,8 +89,7 @@ KERNELS = {
     "exponentials": exponentials_kernel,
     "rescale": rescale_kernel,
     "dlogp_dhidden": dlogp_dhidden_kernel,
-    "block_sums": block_sums_kernel,
-    "block_dlogits": block_dlogits_kernel,
+    "block_exponentials": block_exponentials_kernel,
     "preference_epilogue": preference_epilogue_kernel,
 }
 PRODUCTS = ("head_stats", "selection_bits", "dlogits", "product", "exponentials")
@@ -293,10 +292,11 @@ def _selection_bits(target: str, dtype: str) -> Iterator[Build]:
 
 
 def _block_softmax(target: str, dtype: str) -> Iterator[Build]:
-    for kernel, (bias, softcap, aligned) in product(("block_sums", "block_dlogits"), _flags(3)):
-        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BLOCK": BLOCK}
+    of = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    for bias, softcap, aligned in _flags(3):
+        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BLOCK": BLOCK, "SLACK": SLACK[of], "SCALE": SCALE[of]}
         variant = _named("bias" * bias, "softcap" * softcap, "unaligned" * (not aligned)) or "plain"
-        yield Build(kernel, target, dtype, variant, switches, aligned=aligned, warps=WARPS)
+        yield Build("block_exponentials", target, dtype, variant, switches, aligned=aligned, warps=WARPS)
 
 
 def _gathers(target: str, dtype: str) -> Iterator[Build]:

@@ -1,7 +1,7 @@
 """Hidden states to measure a head on: a real model's over preference data, or made ones with a stated sparsity.
 
     python -m bench.harness.states FILE --model smollm2-135m --tokens 4096 [--data PAIRS.jsonl.gz] [--layers L]
-    python -m bench.harness.states FILE --shape 4096x2048x128256 --entries 300
+    python -m bench.harness.states FILE --shape 4096x2048x128256 --entries 300 [--data PAIRS.jsonl.gz]
 
 Run in a process of its own and kept as safetensors, so that what measures starts from nothing but a file.
 
@@ -11,8 +11,9 @@ Letters: N tokens, S responses, D hidden, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tvkd_fast.data import build_dataset
+from tvkd_fast.data import PairDataset, build_dataset
 from tvkd_fast.data.batch import micro_batches
 from tvkd_fast.models import PolicyWithHead, load_model, load_tokenizer, prune_layers
 
@@ -54,8 +55,7 @@ class States:
 
 def real_states(model: str, tokens: int, data: str, layers: int | None) -> States:
     """The states that predict response tokens, of as many pairs as have so many; the last one's responses are cut."""
-    tokenizer = load_tokenizer(model)
-    dataset = build_dataset(data, tokenizer, max_length=512, bad_pairs="drop", overlong="drop")
+    dataset = _pairs(model, data)
     loaded = load_model(model)
     policy = PolicyWithHead(loaded if layers is None else prune_layers(loaded, layers)).requires_grad_(False).eval()
     pairs: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
@@ -86,14 +86,15 @@ def real_states(model: str, tokens: int, data: str, layers: int | None) -> State
         torch.cat([y for _, y in chosen + rejected]),
         _coefficients(tokens),
         torch.tensor([len(y) for _, y in chosen + rejected]),
-        f"states of {name} over {Path(data).name if '/' in data else data}",
+        f"states of {name} over {_named(data)}",
     )
 
 
-def made_states(shape: tuple[int, int, int], entries: float) -> States:
+def made_states(shape: tuple[int, int, int], entries: float, pairs: list[tuple[int, int]] | None = None) -> States:
     """Logits σ·g − log(j + 10) of normal g: Zipf's law in the rank j and a spread that leaves `entries` above 2⁻¹⁴.
 
-    Labels are drawn from the softmax itself.
+    Labels are drawn from the softmax itself. The responses are as long as those of `pairs`, chosen and rejected, over
+    and over, and the last one's are cut; of 64 tokens where none are given.
     """
     n, d, v = shape
     torch.manual_seed(0)
@@ -109,11 +110,28 @@ def made_states(shape: tuple[int, int, int], entries: float) -> States:
         low, high = (low, spread) if float(kept.sum(1).float().mean()) < entries else (spread, high)
     hidden = _spread(hidden, spread)
     labels = torch.cat([torch.multinomial((h @ weight.T).softmax(1), 1)[:, 0] for h in hidden.split(ROWS)])
-    # Pairs of two responses of 64 tokens, or hardly more.
-    pairs = max(1, n // 128)
-    lengths = torch.tensor([n * (i + 1) // (2 * pairs) - n * i // (2 * pairs) for i in range(2 * pairs)])
     source = f"made states, {entries:g} entries per token above 2^-14"
-    return States(hidden, weight, labels, _coefficients(n), lengths, source)
+    return States(hidden, weight, labels, _coefficients(n), _lengths(n, pairs or [(64, 64)]), source)
+
+
+def _lengths(tokens: int, pairs: list[tuple[int, int]]) -> Tensor:
+    """(S,) chosen, then rejected responses of the pairs, over and over until they have so many tokens."""
+    found: list[list[int]] = [[], []]
+    for pair in itertools.cycle(pairs):
+        for into, length in zip(found, pair, strict=True):
+            into.append(min(length, tokens))
+            tokens -= into[-1]
+        if not tokens:
+            return torch.tensor(found).flatten()
+    raise AssertionError("no pairs")
+
+
+def _named(data: str) -> str:
+    return Path(data).name if "/" in data else data
+
+
+def _pairs(model: str, data: str) -> PairDataset:
+    return build_dataset(data, load_tokenizer(model), max_length=512, bad_pairs="drop", overlong="drop")
 
 
 def _spread(hidden: Tensor, spread: float) -> Tensor:
@@ -153,7 +171,11 @@ def main() -> None:
     with torch.no_grad():
         if arguments.shape:
             n, d, v = (int(x) for x in arguments.shape.split("x"))
-            states = made_states((n, d, v), arguments.entries)
+            pairs = [(len(p.chosen_ids), len(p.rejected_ids)) for p in _pairs(arguments.model, arguments.data)]
+            states = made_states((n, d, v), arguments.entries, pairs)
+            states = replace(
+                states, source=f"{states.source}, in responses as long as those of {_named(arguments.data)}"
+            )
         else:
             states = real_states(arguments.model, arguments.tokens, arguments.data, arguments.layers)
     save_states(states, arguments.file)

@@ -161,10 +161,11 @@ def entries(states: States) -> dict[str, dict[str, float]]:
 def prepared_states(shape: tuple[int, int, int], *, model: str, data: str, entries: float = 300.0) -> Path:
     """A file of states, made by a process of its own where it does not exist yet."""
     n, d, v = shape
+    options = ["--model", model, "--data", data]
     if (d, v) == PACKAGED:
-        options = ["--model", model, "--tokens", str(n), "--data", data]
+        options += ["--tokens", str(n)]
     else:
-        options = ["--shape", f"{n}x{d}x{v}", "--entries", str(entries)]
+        options += ["--shape", f"{n}x{d}x{v}", "--entries", str(entries)]
     file = FOLDER / f"states-{sha256(' '.join([*options, *TENSORS]).encode()).hexdigest()[:12]}.safetensors"
     if not file.exists():
         subprocess.run([sys.executable, "-m", "bench.harness.states", str(file), *options], check=True)
@@ -188,7 +189,7 @@ def command(name: str, description: str | None, contenders: dict[str, Contender]
     parser.add_argument("--tiling", help="rows x columns of the product, where the fastest is known already")
     parser.add_argument("--rounds", type=int, default=2, help="timed runs of each, the checked one among them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data", default="bundled:train", help="preference data to take real states from")
+    parser.add_argument("--data", default="bundled:train", help="pairs to take states from, of made ones lengths")
     parser.add_argument("--model", default="smollm2-135m", help="a model of the packaged one's shape")
     parser.add_argument("--entries", type=float, default=300.0, help="of made states, entries per token above 2^-14")
     parser.add_argument("--only", action="append", help="a contender's name, or a part of names; may be repeated")

@@ -105,11 +105,11 @@ def ours_known(workspace: float) -> Algorithm:
         rows = min(n, int(workspace // row_bytes("triton", v, d, 2)))
         visits = math.ceil(n / rows)
         product = Phase(1, 4 * n * v + visits * 2 * v * d + 2 * n * d)
-        sums, dlogits = Phase(0, 4 * n * v), Phase(0, (4 + 2) * n * v)
+        exponentials = Phase(0, (4 + 2) * n * v)
         by_hidden = Phase(1, 2 * n * v + visits * 2 * v * d + 6 * n * d)
         by_weight = Phase(1, 2 * n * v + 2 * n * d + 8 * v * d * visits)
         held = rows * row_bytes("triton", v, d, 2) + 4 * v * d
-        return Count([product, sums, dlogits, by_hidden, by_weight, Phase(0, 6 * v * d)], sums=held)
+        return Count([product, exponentials, by_hidden, by_weight, Phase(0, 6 * v * d)], sums=held)
 
     return count
 

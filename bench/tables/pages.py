@@ -26,7 +26,17 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("benchmarks", "evidence", "kernels", "numerics", "reliability", "results", "scaling", "sparse")
+        for name in (
+            "benchmarks",
+            "evidence",
+            "faq",
+            "kernels",
+            "numerics",
+            "reliability",
+            "results",
+            "scaling",
+            "sparse",
+        )
     ),
 )
 BLOCK = re.compile(r"(<!-- table (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -55,6 +65,7 @@ TABLES = {
     "scaling": runs.scaling_table,
     "soak": runs.soak_table,
     "overhead": runs.overhead_table,
+    "compat": runs.compat_table,
     "planned": runs.planned_table,
     "variants": head.variants_table,
     "dense_columns": head.dense_columns_table,

@@ -91,3 +91,14 @@ def overhead_table(report: dict[str, Any]) -> str:
     row += [f"{low:.2f} to {high:.2f} ms", f"{report['goal_ms']:.2f} ms"]
     what = f"{report['steps']} steps of 8 pairs of a tiny policy, one process"
     return markdown(head, [row]) + "\n" + provenance(report["made_by"], what)
+
+
+def compat_table(report: dict[str, Any]) -> str:
+    """An environment a row: its versions, and what the first tier of tests says there."""
+    rows = []
+    for row in report["rows"]:
+        found = row["versions"]
+        names = [found["torch"], found["triton"], found["transformers"], found["numpy"]]
+        rows.append([*map(str, names), f"{row['passed']:,}", str(row["failed"]), str(row["skipped"])])
+    head = ["torch", "Triton", "transformers", "NumPy", "passed", "failed", "skipped"]
+    return markdown(head, rows) + "\n" + provenance(report["rows"][-1]["made_by"], "the first tier of tests")

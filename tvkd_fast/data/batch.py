@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.data.tokenization import TokenizedPair
+from tvkd_fast.transfer import to_device
 
 Layout = tuple[tuple[int, int, int, int], ...]
 """For each pair of a packed row, the starts of its prompt, chosen and rejected response, and its end."""
@@ -27,7 +28,7 @@ class PairBatch:
     """
 
     pairs: Tensor
-    """(P,) int64: which pairs of the dataset these are."""
+    """(P,) int64: which pairs of the dataset these are; on the host."""
     input_ids: Tensor
     """[2P, L] int64, padded on the right: a causal model's states before the padding do not see it. Packed: [1, L]."""
     predicting: Tensor
@@ -45,6 +46,8 @@ class PairBatch:
     """(2P,) bool: the response ends with its end-of-sequence token, and was not cut off."""
     num_tokens: int
     """Tokens of all rows, without padding."""
+    response_lengths: tuple[int, ...]
+    """(2P,) tokens of each response, on the host."""
     layout: Layout | None = None
 
     @property
@@ -67,11 +70,12 @@ class PairBatch:
         return chosen - rejected
 
     def to(self, device: torch.device | str) -> PairBatch:
+        """The batch on a device, without waiting for it; its pairs stay where scores are looked up by them."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = value.to(device)
+            if isinstance(value, Tensor) and field.name != "pairs":
+                moved[field.name] = to_device(value, device)
         return replace(self, **moved)
 
 
@@ -109,6 +113,7 @@ def collate_pairs(
         cu_states=cu_seqlens + torch.arange(len(rows) + 1),
         ended=torch.tensor(ended),
         num_tokens=sum(len(prompt) + len(response) for prompt, response in rows),
+        response_lengths=tuple(len(response) for _, response in rows),
     )
 
 

@@ -197,5 +197,6 @@ def collate_packed(
         cu_states=cu_seqlens + torch.arange(len(states) + 1),
         ended=torch.tensor(ended, dtype=torch.bool),
         num_tokens=len(ids) if pairs else 0,
+        response_lengths=tuple(len(of_one) - 1 for of_one in states),
         layout=tuple(layout),
     )

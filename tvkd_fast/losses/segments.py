@@ -45,7 +45,8 @@ def running_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
     lengths = cu_seqlens.diff() + 1
     whole = torch.cat([per_token.new_zeros(1, dtype=torch.float64), per_token.double().cumsum(0)])
     states = torch.arange(per_token.shape[0] + lengths.shape[0], device=per_token.device)
-    sequence = torch.arange(lengths.shape[0], device=per_token.device).repeat_interleave(lengths)
+    sequence = torch.arange(lengths.shape[0], device=per_token.device)
+    sequence = sequence.repeat_interleave(lengths, output_size=states.shape[0])
     return (whole[states - sequence] - whole[cu_seqlens[sequence]]).to(per_token.dtype)
 
 

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from tvkd_fast._compat import attention_of
+from tvkd_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def positions(layout: Layout, device: torch.device) -> Tensor:
     for prompt, chosen, rejected, end in layout:
         border = chosen - prompt
         parts += [torch.arange(rejected - prompt), torch.arange(border, border + end - rejected)]
-    return torch.cat(parts)[None].to(device)
+    return to_device(torch.cat(parts)[None], device)
 
 
 def attend(

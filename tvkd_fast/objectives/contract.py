@@ -72,7 +72,8 @@ class Objective:
     """The divisor of the summed losses: the pairs of the step, or the response tokens of the step."""
     per_pair: ClassVar[bool] = True
     """Whether the loss of a pair depends on no other pair: then the head makes its gradient in the forward, pair by
-    pair. Where it is True and wrong, the gradient is right all the same, and computed twice."""
+    pair. Where it is True and wrong, the gradient is computed twice on a CPU, and a step on a GPU, which looks at no
+    number, is refused as not finite."""
 
     @property
     def teacher_kappa(self) -> float:
@@ -93,7 +94,7 @@ class Objective:
         the batch are known; None where a pair's needs other pairs."""
         if not self.per_pair or not batch.num_pairs:
             return None
-        lengths = batch.lengths
+        lengths, paired = batch.lengths, Need.REJECTED in self.needs
 
         def derivative(logps: Tensor, responses: Tensor) -> Tensor:
             # Responses that are not asked for stand in by a nat per token; their pairs' losses are left out.
@@ -101,10 +102,12 @@ class Objective:
             everything = unknown.index_put((responses,), logps.detach()).requires_grad_()
             with torch.enable_grad():
                 losses = self.loss(PolicyNumbers(everything, lengths), scores, batch).losses
-                (grad,) = torch.autograd.grad(losses[responses[responses < batch.num_pairs]].sum(), everything)
+                # In rising order the chosen ones come first, and their places are their pairs'.
+                pairs = responses[: len(responses) // 2] if paired else responses
+                (grad,) = torch.autograd.grad(losses[pairs].sum(), everything)
             return grad[responses]
 
-        return Upstream(derivative, batch.cu_seqlens, paired=Need.REJECTED in self.needs)
+        return Upstream(derivative, batch.cu_seqlens, paired=paired, lengths=batch.response_lengths)
 
     def without(self, missing: Collection[Need]) -> Objective | None:
         """The objective whose margins are shown where `missing` numbers are not known; None where there is none."""

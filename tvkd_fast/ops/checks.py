@@ -116,12 +116,20 @@ _LOOKS = ContextVar("looks", default=True)
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Hand NaN and inf through also on a CPU: the caller looks at what it makes of them, as a training step does."""
+    """Hand NaN and inf through: the caller looks at what it makes of them, as a training step does.
+
+    On a device other than the CPU nothing is looked at either for which the host would wait.
+    """
     token = _LOOKS.set(False)
     try:
         yield
     finally:
         _LOOKS.reset(token)
+
+
+def waits(x: Tensor) -> bool:
+    """Return whether a number of x may be looked at: always on a CPU, elsewhere unless `unchecked`."""
+    return _LOOKS.get() or x.device.type == "cpu"
 
 
 def check_finite(result: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -6,7 +6,7 @@ Letters: N tokens, S responses, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from tvkd_fast.kernels.records import Head, HeadGradients
 from tvkd_fast.ops.autocast import without_autocast
-from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms
+from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms, waits
 from tvkd_fast.ops.dispatch import Impl, resolve
 from tvkd_fast.ops.gradient import HeadGradient
 from tvkd_fast.ops.inputs import as_head, head_input, is_differentiated
@@ -42,6 +42,17 @@ class Upstream:
     """(S+1,) boundaries of the responses' tokens."""
     paired: bool = True
     """Whether response i is compared with response i + S/2, so that their derivatives need both."""
+    lengths: Sequence[int] | None = None
+    """(S,) the responses' tokens on the host, where none is ignored. Without it they are read from the device, for
+    which the host waits."""
+
+    def times(self, factor: Tensor) -> Upstream:
+        """What is handed down where the loss is multiplied by a factor, ()."""
+
+        def derivative(logps: Tensor, responses: Tensor) -> Tensor:
+            return self.derivative(logps, responses) * factor
+
+        return replace(self, derivative=derivative)
 
 
 def makes_in_forward(hidden: Tensor, head: Head, gradient: HeadGradient, impl: str = "auto") -> bool:
@@ -70,6 +81,9 @@ def known_logps(
     The forward holds `workspace_mb` MiB of logits while it lasts (0: 104 in torch, in Triton up to 1,024 as the device
     has memory), and leaves the gradients for the backward, the float32 sums of 16-bit ones being rounded before. A
     second backward through the same graph, and one with another upstream than was known, recompute the logits.
+
+    Nothing here waits for a GPU inside `unchecked`, if `upstream.lengths` is given, but float16's scale. There another
+    upstream than was known, which only the device sees, makes the gradient NaN, and a common factor counts as another.
     """
     head = as_head(weight, bias, softcap, logit_scale)
     check_transforms("linear_logps", hidden, head.weight, head.bias)
@@ -90,8 +104,14 @@ def known_logps(
 
 def check_upstream(upstream: Upstream, hidden: Tensor) -> None:
     """Its responses cover all of hidden [N, D], and come in pairs where they are compared."""
-    bounds = upstream.cu_seqlens
-    if (
+    bounds, lengths = upstream.cu_seqlens, upstream.lengths
+    if lengths is not None:
+        if bounds.shape != (len(lengths) + 1,) or sum(lengths) != len(hidden):
+            raise ValueError(
+                f"upstream.lengths are of {len(lengths)} responses and {sum(lengths)} tokens: cu_seqlens has "
+                f"{bounds.numel() - 1} and hidden {len(hidden)}"
+            )
+    elif (
         bounds.dim() != 1
         or bounds.numel() < 1
         or bounds[0] != 0
@@ -140,10 +160,14 @@ class _KnownLogps(torch.autograd.Function):
         *inputs, labels, maximum, log_total = ctx.saved_tensors
         wants, others = ctx.needs_input_grad[:3], (None,) * 4
         grads, ctx.grads = ctx.grads, None
-        factor = common_factor(grad_logps.masked_fill(labels == ctx.settings[2], 0.0), ctx.by_token)
-        if grads is not None and factor is not None:
-            with record_function(NAME):
-                return (*scaled(grads, factor), *others)
+        if grads is not None:
+            given = grad_logps.masked_fill(labels == ctx.settings[2], 0.0)
+            if not waits(given):
+                return (*broken_unless(are_same(given, ctx.by_token), grads), *others)
+            factor = common_factor(given, ctx.by_token)
+            if factor is not None:
+                with record_function(NAME):
+                    return (*scaled(grads, factor), *others)
         hidden, weight, bias = inputs
         found = recomputed(grad_logps, hidden, weight, bias, labels, maximum, log_total, ctx.settings, wants)
         return (*wanted_gradients(found, wants), *others)
@@ -169,6 +193,7 @@ def gradients_in_forward(
             labels,
             upstream.cu_seqlens,
             upstream.derivative,
+            lengths=upstream.lengths,
             paired=upstream.paired,
             ignore_index=ignore_index,
             workspace_mb=workspace_mb,
@@ -212,11 +237,27 @@ def common_factor(given: Tensor, known: Tensor) -> float | None:
     given, known = given.double(), known.double()
     size = known.square().sum()
     factor = (given * known).sum() / size if float(size) else given.new_ones(())
-    same = (given - factor * known).abs() <= TOLERANCE * (factor * known).abs()
-    return float(factor) if bool(same.all()) else None
+    return float(factor) if bool(are_same(given, factor * known)) else None
+
+
+def are_same(given: Tensor, known: Tensor) -> Tensor:
+    """() bool: whether two upstream gradients (N,) are the same to `TOLERANCE`."""
+    return ((given - known).abs() <= TOLERANCE * known.abs()).all()
+
+
+def broken_unless(right: Tensor, grads: HeadGradients) -> list[Tensor | None]:
+    """The gradients, one of which is NaN all over unless `right`, () bool: the smallest, since it is one more pass."""
+    found = [grads.hidden, grads.weight, grads.bias]
+    smallest = min((x for x in found if x is not None), key=Tensor.numel)
+    smallest.masked_fill_(~right, torch.nan)
+    return found
 
 
 def scaled(grads: HeadGradients, factor: float) -> list[Tensor | None]:
-    """The gradients by hidden, weight and bias times a factor, in place."""
+    """The gradients by hidden, weight and bias times a factor, in place; as they are where it is 1 but for rounding."""
     found = (grads.hidden, grads.weight, grads.bias)
-    return [x if x is None or factor == 1.0 else x.mul_(factor) for x in found]
+    return [x if x is None or abs(factor - 1.0) <= _rounding(x) else x.mul_(factor) for x in found]
+
+
+def _rounding(x: Tensor) -> float:
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps

@@ -19,6 +19,7 @@ from tvkd_fast.models import PolicyWithHead, TeacherWithHead, WithoutAdapters
 from tvkd_fast.scoring.cache import ScoreCache, ScoreWriter
 from tvkd_fast.scoring.layout import NAMES, STATE_NAMES, ScoreLayout, Scores
 from tvkd_fast.scoring.manifest import ScoreManifest
+from tvkd_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,7 +127,7 @@ class OnlineScorer:
             "teacher_ended": ended.view(len(pairs), 2).T.flatten(),
         }
         of_states = {name: found[name][order] if name in found else None for name in STATE_NAMES}
-        return Scores(**of_states, **{name: x.to(batch.labels.device) for name, x in of_responses.items()})
+        return Scores(**of_states, **{name: to_device(x, batch.labels.device) for name, x in of_responses.items()})
 
 
 class CachedScorer:
@@ -138,7 +139,7 @@ class CachedScorer:
     def of(self, batch: PairBatch) -> Scores:
         scores = self.cache.of(batch.pairs)
         device = batch.labels.device
-        return Scores(*(None if x is None else x.to(device) for x in vars(scores).values()))
+        return Scores(*(None if x is None else to_device(x, device) for x in vars(scores).values()))
 
 
 def score_dataset(

@@ -39,7 +39,8 @@ class Interval:
 
     def read(self, world: World) -> IntervalNumbers:
         """Waits for the device, and for the other processes; then begins anew."""
-        taken = [out for out in self._steps if not out.skipped]
+        flags = torch.stack([out.finite for out in self._steps]).tolist() if self._steps else []
+        taken = [out for out, finite in zip(self._steps, flags, strict=True) if finite]
         columns = [
             compared_pairs(output, lengths).cpu()
             for out in taken
@@ -49,8 +50,8 @@ class Interval:
         gathered = world.all_gather((mine, self._counts))
         tokens, response_tokens, capacity = torch.stack([counts for _, counts in gathered]).sum(0).tolist()
         found = IntervalNumbers(
-            losses=[float(out.loss) for out in taken],
-            grad_norms=[float(out.grad_norm) for out in taken],
+            losses=torch.stack([out.loss for out in taken]).tolist() if taken else [],
+            grad_norms=torch.stack([out.grad_norm for out in taken]).tolist() if taken else [],
             skipped=len(self._steps) - len(taken),
             pairs=torch.cat([numbers for numbers, _ in gathered], 1),
             tokens=tokens,

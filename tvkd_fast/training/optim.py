@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from tvkd_fast._compat import skips_on_device
 from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, check_numbers, number
 
 
@@ -27,6 +29,23 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
+
+
+def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """`optimizer.step()` where `finite`, () bool; elsewhere weights and moments stay as they are.
+
+    torch's fused optimizers decide it on the device; for another one the host waits.
+    """
+    if not skips_on_device(optimizer):
+        if bool(finite):
+            optimizer.step()
+        return
+    scaled: Any = optimizer
+    scaled.found_inf, scaled.grad_scale = (~finite).to(torch.float32), None
+    try:
+        optimizer.step()
+    finally:
+        del scaled.found_inf, scaled.grad_scale
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:

@@ -27,6 +27,8 @@ from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.ops import unchecked
 from tvkd_fast.scoring import Scorer
+from tvkd_fast.training.optim import update
+from tvkd_fast.transfer import to_device
 
 
 class NonFiniteStepError(FloatingPointError):
@@ -52,8 +54,8 @@ class StepOutput:
     """One per micro-batch of this process whose pairs were compared."""
     length_differences: list[Tensor]
     """(P,) each, beside `outputs`: chosen length − rejected length, in tokens."""
-    skipped: bool = False
-    """Whether the weights were left as they were, since loss or gradient was not finite."""
+    finite: Tensor
+    """() bool: whether loss and gradient were. Where they were not, the weights are as they were."""
 
 
 def train_step(
@@ -69,13 +71,15 @@ def train_step(
 ) -> StepOutput:
     """Accumulate the gradient of the objective's mean over the step, clip it, and update if it is finite.
 
-    `batches` are this process's part of the step, as many as every other's in `world`. Raises NonFiniteStepError,
-    unless such steps are to be passed over.
+    `batches` are this process's part of the step, as many as every other's in `world`. Raises NonFiniteStepError where
+    it is not finite; with `skip_nonfinite` nobody looks, and the host does not wait for the device.
     """
     world = World(batches[0].labels.device) if world is None else world
-    counts = torch.tensor([[batch.num_pairs, batch.labels.numel()] for batch in batches], device=world.device)
-    num_pairs, num_tokens = world.all_reduce(counts.sum(0))
+    counts = torch.tensor([[batch.num_pairs, batch.labels.numel()] for batch in batches]).sum(0)
+    num_pairs, num_tokens = world.all_reduce(to_device(counts, world.device))
     divisor = num_tokens if objective.divided_by == "tokens" else num_pairs
+    # Sharded gradients are averaged over processes, and the loss is a sum over them.
+    factor = world.size / divisor.double()
     losses, outputs, lengths = [], [], []
     # NaN and inf reach the loss of every process, and all of them decide on it together.
     with unchecked():
@@ -83,28 +87,27 @@ def train_step(
             sync_gradients(policy, now=i == len(batches) - 1)
             scores = scorer.of(batch)
             # The loss says beforehand what it will hand down, so that the head makes its gradient in the forward.
-            logps = policy(batch, objective.upstream(scores, batch))
+            upstream = objective.upstream(scores, batch)
+            logps = policy(batch, None if upstream is None else upstream.times(factor))
             numbers = PolicyNumbers(segment_sums(logps, batch.cu_seqlens), batch.lengths)
             if batch.num_pairs:
                 out = objective.loss(numbers, scores, batch)
                 # Summed, then divided once by the whole step's: micro-batches of any size weigh as their pairs do.
-                loss = out.losses.sum() / divisor
+                loss = out.losses.sum() * factor
                 if out.margins is not None:
                     outputs.append(out)
                     lengths.append(batch.length_differences)
             else:
                 loss = numbers.logps.sum()
-            # Sharded gradients are averaged over processes, and the loss is a sum over them.
-            (loss * world.size).backward()
-            losses.append(loss.detach())
+            loss.backward()
+            losses.append(loss.detach() / world.size)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = full_tensor(clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else float("inf")))
     loss = world.all_reduce(torch.stack(losses).sum())
-    finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    if finite:
-        optimizer.step()
-    elif not skip_nonfinite:
+    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    update(optimizer, finite)
+    if not skip_nonfinite and not bool(finite):
         pairs = world.all_gather([int(i) for batch in batches for i in batch.pairs])
         raise NonFiniteStepError(sorted(i for of_one in pairs for i in of_one))
     optimizer.zero_grad(set_to_none=True)
-    return StepOutput(loss, grad_norm, outputs, lengths, skipped=not finite)
+    return StepOutput(loss, grad_norm, outputs, lengths, finite)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tvkd_fast.data import PairBatch, PairDataset, pairs_of_epochs, pairs_of_step
 from tvkd_fast.data.order import check_step
@@ -28,7 +29,7 @@ from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, S
 from tvkd_fast.training.optim import learning_rate, make_optimizer
 from tvkd_fast.training.record import to_record
 from tvkd_fast.training.signals import Stopped, StopSignal
-from tvkd_fast.training.step import NonFiniteStepError, StepOutput, train_step
+from tvkd_fast.training.step import StepOutput, train_step
 from tvkd_fast.training.train_config import TrainConfig, micro_batching
 from tvkd_fast.training.usage import StepFlops, peak_bytes
 
@@ -82,6 +83,8 @@ class Trainer:
         self.flops = StepFlops(policy)
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.world, keep=config.keep_checkpoints)
         check_step(config.pairs_per_step, dataset)
+        self._unseen: list[tuple[int, Tensor]] = []
+        """Steps, and whether each was finite, that nobody has looked at yet."""
         self.trained = False
         """Whether `run` has taken a step, and was not finished before."""
         self.identity = {"dataset": dataset.fingerprint, **_trajectory(config), **(identity or {})}
@@ -113,6 +116,7 @@ class Trainer:
                 interval.add(out, batches, capacity=sum(map(self.batching.capacity, batches)))
                 last = number == self.max_steps
                 if number % self.config.log_every == 0 or last:
+                    self._refuse_nonfinite()
                     numbers = interval.read(self.world)
                     if self.world.first:
                         watch.look(number, numbers, last=last)
@@ -131,46 +135,64 @@ class Trainer:
                 if self.config.save_every >= 0 and (last or stopped_by or _due(number, self.config.save_every)):
                     self._save(number, scored)
                 if stopped_by:
+                    self._refuse_nonfinite()
                     self.checkpoints.wait()
                     raise Stopped(stopped_by, number, saved=self.config.save_every >= 0)
             self.checkpoints.wait()
         return evaluation
 
     def _step(self, step: int, batches: list[PairBatch]) -> StepOutput:
-        try:
-            return train_step(
-                self.policy,
-                self.scorer,
-                batches,
-                self.optimizer,
-                self.config.loss,
-                clip_norm=self.config.optim.clip_norm,
-                world=self.world,
-                skip_nonfinite=self.config.nonfinite == "skip",
-            )
-        except NonFiniteStepError as error:
-            self.checkpoints.wait()
-            path = self.folder / NONFINITE.format(step)
-            if self.world.first:
-                record = {"step": step, "pairs": error.pairs, "config": to_record(self.config)}
-                with written(path, RESUMES):
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(record, indent=2) + "\n")
-            raise FloatingPointError(self._nonfinite(step, error.pairs, path)) from error
+        out = train_step(
+            self.policy,
+            self.scorer,
+            batches,
+            self.optimizer,
+            self.config.loss,
+            clip_norm=self.config.optim.clip_norm,
+            world=self.world,
+            skip_nonfinite=True,
+        )
+        if self.config.nonfinite == "stop":
+            self._unseen.append((step, out.finite))
+        return out
 
-    def _nonfinite(self, step: int, pairs: list[int], record: Path) -> str:
-        """Describe a step that is not finite: which step, which rows, and what to try."""
+    def _refuse_nonfinite(self) -> None:
+        """Raise FloatingPointError, and leave a record, where a step since the last look was not finite.
+
+        It is asked where the host waits anyway: before a line of metrics, an evaluation and a checkpoint.
+        """
+        if not self._unseen:
+            return
+        finite = torch.stack([flag for _, flag in self._unseen]).tolist()
+        step = next((step for (step, _), right in zip(self._unseen, finite, strict=True) if not right), None)
+        later = sum(finite[finite.index(False) :]) if step is not None else 0
+        self._unseen.clear()
+        if step is None:
+            return
+        self.checkpoints.wait()
+        path, pairs = self.folder / NONFINITE.format(step), sorted(self._pairs(step))
+        if self.world.first:
+            record = {"step": step, "pairs": pairs, "config": to_record(self.config)}
+            with written(path, RESUMES):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(record, indent=2) + "\n")
+        raise FloatingPointError(self._nonfinite(step, pairs, path, later))
+
+    def _nonfinite(self, step: int, pairs: list[int], record: Path, later: int) -> str:
+        """Describe a step that is not finite: which step, which rows, what was done after it, and what to try."""
         rows = list(dict.fromkeys(self.dataset[i].row for i in pairs))
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
         newest = self.checkpoints.newest()
         kept = "there is no checkpoint to resume from" if newest is None else f"the newest checkpoint is {newest.name}"
+        after = f" ({later} more were taken before anybody looked)" if later else ""
         replay = (
             "" if Need.REJECTED not in self.config.loss.needs else f"`tvkd replay {record}` says which of them it is. "
         )
         return (
             f"the loss or the gradient of step {step + 1} is NaN or inf, and the weights were left as they were before "
-            f"it. Its rows: {', '.join(rows[:NAMED_ROWS])}{more}. {replay}Take out a row that is not finite alone; "
-            f"else lower --optim.lr or raise --optim.warmup_steps, or pass such steps over by --nonfinite skip ({kept})"
+            f"it{after}. Its rows: {', '.join(rows[:NAMED_ROWS])}{more}. {replay}Take out a row that is not finite "
+            "alone; else lower --optim.lr or raise --optim.warmup_steps, or pass such steps over by --nonfinite skip "
+            f"({kept})"
         )
 
     def _speed(self, tokens: int, response_tokens: int, pairs: int, busy: float, waited: float) -> dict[str, float]:
@@ -211,6 +233,7 @@ class Trainer:
         return int(read_state(path)["step"])
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
+        self._refuse_nonfinite()
         by = self.config.keep_best
         extra: dict[str, Any] = {"identity": self.identity, "config": to_record(self.config)}
         if self.held_out is not None and by != "none":
@@ -264,6 +287,7 @@ class Trainer:
 
     def _evaluate(self) -> Evaluation:
         assert self.held_out is not None
+        self._refuse_nonfinite()
         return evaluate(
             self.policy,
             self.held_out,

@@ -15,7 +15,7 @@ Letters: N response tokens, S responses (2P of pairs, chosen first, then rejecte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
+from tvkd_fast.transfer import to_device
 
 Derivative = Callable[[Tensor, Tensor], Tensor]
 """(S',) summed log-probabilities of some responses, and which they are, (S',) int64, to (S',) dL/dlogp of each.
@@ -60,6 +61,7 @@ def forward_gradients(
     cu_seqlens: Tensor,
     derivative: Derivative,
     *,
+    lengths: Sequence[int] | None = None,
     paired: bool,
     ignore_index: int,
     workspace_mb: int = 0,
@@ -71,27 +73,26 @@ def forward_gradients(
 
     Holds `workspace_mb` (0: as many as the implementation finds right), one row at least, beside its results, and the
     float32 sums of 16-bit gradients. A pair of more rows is visited in parts, and all parts but the last, which fills
-    the workspace, have their logits computed twice.
+    the workspace, have their logits computed twice. `lengths` are the responses' on the host where no label is ignored,
+    and are read from the device without.
     """
     walk = _walk(impl)(hidden, head, labels, workspace_mb, wants)
     acc, device = torch.promote_types(hidden.dtype, torch.float32), hidden.device
     maximum, log_total, logps = (hidden.new_zeros(hidden.shape[0], dtype=acc) for _ in range(3))
     upstream = hidden.new_zeros(cu_seqlens.numel() - 1, dtype=acc)
-    kept = (labels != ignore_index).cpu()
-    places = [rows[kept[rows]] for rows in torch.arange(hidden.shape[0]).split(cu_seqlens.diff().tolist())]
-    for block in _blocks([len(rows) for rows in places], paired, walk.most):
-        responses = torch.tensor(block, device=device)
-        lengths = torch.tensor([len(places[i]) for i in block], device=device)
-        sizes = _parts(sum(len(places[i]) for i in block), walk.most)
-        parts = [walk.sums(rows) for rows in torch.cat([places[i] for i in block]).to(device).split(sizes)]
+    places = _places(labels, cu_seqlens, lengths, ignore_index)
+    blocks = _blocks([len(rows) for rows in places], paired, walk.most)
+    for rows, responses, counts in _on(device, places, blocks):
+        sizes = _parts(len(rows), walk.most)
+        parts = [walk.sums(part) for part in rows.split(sizes)]
         for part in parts:
             logps[part.rows] = part.logps.to(acc)
             maximum[part.rows] = part.lse.to(acc)
             log_total[part.rows] = (part.lse - maximum[part.rows]).to(acc)
         by_token = torch.cat([part.logps for part in parts]).to(acc).double()
-        found = torch.segment_reduce(by_token, "sum", lengths=lengths, unsafe=True, initial=0).to(acc)
+        found = torch.segment_reduce(by_token, "sum", lengths=counts, unsafe=True, initial=0).to(acc)
         upstream[responses] = derivative(found, responses).to(acc)
-        by_row = upstream[responses].repeat_interleave(lengths, output_size=len(by_token)).split(sizes)
+        by_row = upstream[responses].repeat_interleave(counts, output_size=len(by_token)).split(sizes)
         # The last part's logits still lie in the workspace.
         for again, (part, c) in enumerate(zip(reversed(parts), reversed(by_row), strict=True)):
             walk.add_products(walk.sums(part.rows) if again else part, c)
@@ -101,12 +102,11 @@ def forward_gradients(
 def row_bytes(impl: str, vocab_size: int, hidden_size: int, itemsize: int) -> int:
     """Bytes of a row of the workspace, of states of `itemsize` bytes a number.
 
-    In torch its logits and states; in Triton its products in float32, and the gradient by them, which is written over
-    them where it is float32 too.
+    In torch its logits and states; in Triton its products in float32, over which the exponentials are written.
     """
     if impl == "torch":
         return (vocab_size + STATES * hidden_size) * max(4, itemsize)
-    return vocab_size * (4 if itemsize == 4 else 4 + itemsize)
+    return vocab_size * 4
 
 
 def rows_of_workspace(impl: str, megabytes: int, head: Head, itemsize: int) -> int:
@@ -123,6 +123,25 @@ def _walk(impl: str) -> Callable[..., Walk]:
     from tvkd_fast.ops.tiles.block_walk import BlockWalk
 
     return BlockWalk
+
+
+def _places(labels: Tensor, cu_seqlens: Tensor, lengths: Sequence[int] | None, ignore_index: int) -> list[Tensor]:
+    """Of each response the rows that are not ignored, on the host."""
+    if lengths is not None:
+        return list(torch.arange(labels.shape[0]).split(list(lengths)))
+    kept = (labels != ignore_index).cpu()
+    return [rows[kept[rows]] for rows in torch.arange(labels.shape[0]).split(cu_seqlens.diff().tolist())]
+
+
+def _on(device: torch.device, places: list[Tensor], blocks: list[list[int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each block's rows (R,), its responses (S',) and their numbers of rows (S',), in one copy of all blocks."""
+    responses = [i for block in blocks for i in block]
+    counts = [len(places[i]) for i in responses]
+    numbers = torch.cat([*(places[i] for i in responses), torch.tensor([*responses, *counts], dtype=torch.int64)])
+    rows, which, how_many = to_device(numbers, device).split([sum(counts), len(responses), len(responses)])
+    each = [len(block) for block in blocks]
+    rows_of = [sum(len(places[i]) for i in block) for block in blocks]
+    yield from zip(rows.split(rows_of), which.split(each), how_many.split(each), strict=True)
 
 
 def _blocks(lengths: list[int], paired: bool, most: int) -> list[list[int]]:

@@ -1,0 +1,64 @@
+"""The first tier of tests under the versions that are installed: one row of a report that keeps a row per versions.
+
+    python -m bench.runs.compat --json FILE [PYTEST'S ARGUMENTS]
+
+`make compat TORCH=2.11.0 TRITON=3.6.0 TRANSFORMERS=5.17.0` makes an environment of these and runs it there. It ends
+with pytest's own status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from bench.harness.machine import made_by, versions, write_report
+
+NAMES = ("torch", "triton", "transformers", "trl", "peft", "numpy")
+SHOWN = 20
+"""Failures that a row names."""
+
+
+def counted(junit: str) -> dict[str, Any]:
+    """Tests that passed, failed and were skipped, and the names of those that failed, of pytest's XML."""
+    cases = list(ElementTree.fromstring(junit).iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    names = [f"{case.get('classname', '')}::{case.get('name', '')}" for case in failed]
+    return {"passed": len(cases) - len(failed) - skipped, "failed": len(failed), "skipped": skipped} | {
+        "failures": names[:SHOWN]
+    }
+
+
+def added(report: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The report with a row in place of the one of the same versions; the newest torch last."""
+    rows = [other for other in report.get("rows", []) if other["versions"] != row["versions"]] + [row]
+    order = [[int(x) for x in str(r["versions"]["torch"]).split("+")[0].split(".")] for r in rows]
+    return {"rows": [r for _, r in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments, pytest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", f"--junitxml={junit}", *pytest]
+        status = subprocess.run(command, check=False).returncode
+        if not junit.exists():
+            raise SystemExit(f"pytest ended with {status} and left no report: look at what it printed")
+        found = counted(junit.read_text())
+    row = {"versions": versions(*NAMES), **found, "made_by": made_by()}
+    report = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    write_report(added(report, row), arguments.json)
+    print(f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped: {row['versions']}")
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()
