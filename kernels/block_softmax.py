@@ -20,10 +20,10 @@ from tvkd_fast.kernels.launch import INTERPRETED, launch
 from tvkd_fast.kernels.logits import exp, transformed
 from tvkd_fast.kernels.records import Head
 
-BLOCK = 128 if INTERPRETED else 2048
+BLOCK = 128 if INTERPRETED else 1024
 """Columns that a program takes at a time; few in the interpreter, so that small vocabularies have several parts."""
 WARPS = 8
-"""Eight columns a thread. Of sixteen, in four warps, ptxas spills a few registers for sm_100 and sm_120."""
+"""Four columns a thread. Of eight, ptxas spills a few registers here and there, and keeps as many programs."""
 SLACK = {torch.float32: 40.0, torch.bfloat16: 40.0, torch.float16: 8.0}
 """Nats by which a logit may lie above what is subtracted from its row, and the logarithm of T above 0."""
 SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 16.0}
