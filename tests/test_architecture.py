@@ -4,9 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
-from bench.architecture.calls import GRADIENT, batch_path, files, linear_logps_path
+from bench.architecture.calls import batch_path, files, linear_logps_path
 from bench.architecture.imports import ROOT, python_files
 from tvkd_fast.objectives import objectives
 
@@ -41,9 +39,8 @@ def test_a_call_comes_to_its_kernel_in_five_frames() -> None:
     assert len(linear_logps_path()) <= 5
 
 
-@pytest.mark.parametrize("kernel", [None, GRADIENT], ids=["sums", "gradient"])
-def test_a_batch_comes_to_a_kernel_through_ten_files(kernel: str | None) -> None:
-    path = files(batch_path(kernel))
+def test_a_batch_comes_to_a_kernel_through_ten_files() -> None:
+    path = files(batch_path())
     assert path[0] == "training/trainer.py"
     assert path[-1] == "kernels/launch.py"
     assert len(path) <= 10

@@ -20,7 +20,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-from bench.architecture.calls import GRADIENT, Frame, batch_path, files
+from bench.architecture.calls import Frame, batch_path
 from bench.architecture.imports import LAYERS, PACKAGE, ROOT, imports_between_layers
 
 FOLDER = ROOT / "docs" / "pictures"
@@ -63,26 +63,21 @@ def draw_layers(path: Path) -> None:
 
 
 def draw_batch(path: Path) -> None:
-    """The files that a batch comes through, to its sums and to the gradient, with the functions that it is in."""
-    directions = {"forward: sums": batch_path(), "forward: the gradient": batch_path(GRADIENT)}
-    figure, axes = plt.subplots(figsize=(11, 5.1))
-    for column, (name, calls) in enumerate(directions.items()):
-        steps: list[tuple[str, list[str]]] = []
-        for frame in calls:
-            if not steps or steps[-1][0] != frame.file:
-                steps.append((frame.file, []))
-            steps[-1][1].append(_short(frame))
-        left = column * 6.0
-        axes.text(left + 2.5, 0.9, name, ha="center", fontsize=11, color=INK, fontweight="bold")
-        for row, (file, functions) in enumerate(steps):
-            box = FancyBboxPatch((left, -row - 0.34), 5.0, 0.68, "round,pad=0.03", fc=SOFT, ec="none")
-            axes.add_patch(box)
-            axes.text(left + 0.15, -row + 0.11, file, va="center", fontsize=8.5, color=COOL, fontweight="bold")
-            axes.text(left + 0.15, -row - 0.17, " → ".join(functions), va="center", fontsize=7, color=INK)
-            if row:
-                axes.annotate("", (left + 2.5, -row + 0.36), (left + 2.5, -row + 0.64), arrowprops={"arrowstyle": "->"})
-    axes.set_xlim(-0.2, 11.3)
-    axes.set_ylim(0.4 - max(len(files(calls)) for calls in directions.values()), 1.3)
+    """The files that a batch comes through, with the functions that it is in."""
+    steps: list[tuple[str, list[str]]] = []
+    for frame in batch_path():
+        if not steps or steps[-1][0] != frame.file:
+            steps.append((frame.file, []))
+        steps[-1][1].append(_short(frame))
+    figure, axes = plt.subplots(figsize=(7, 5.1))
+    for row, (file, functions) in enumerate(steps):
+        axes.add_patch(FancyBboxPatch((0.0, -row - 0.34), 6.0, 0.68, "round,pad=0.03", fc=SOFT, ec="none"))
+        axes.text(0.15, -row + 0.11, file, va="center", fontsize=8.5, color=COOL, fontweight="bold")
+        axes.text(0.15, -row - 0.17, " → ".join(functions), va="center", fontsize=7, color=INK)
+        if row:
+            axes.annotate("", (3.0, -row + 0.36), (3.0, -row + 0.64), arrowprops={"arrowstyle": "->"})
+    axes.set_xlim(-0.2, 6.2)
+    axes.set_ylim(0.4 - len(steps), 0.6)
     axes.axis("off")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

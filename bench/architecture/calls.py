@@ -16,8 +16,6 @@ from tvkd_fast import linear_logps
 
 PACKAGE = Path(__file__).parents[2]
 OURS = ("tvkd_fast", "kernels")
-GRADIENT = "block_dlogits_kernel"
-"""The kernel that makes an exact gradient, in a step within its forward."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +31,15 @@ class _ArrivedError(Exception):
     pass
 
 
-def path_to_a_kernel(run: Callable[[], Any], kernel: str | None = None) -> list[Frame]:
-    """The frames of this package between `run` and the launch of a Triton kernel, the first one where none is named."""
+def path_to_a_kernel(run: Callable[[], Any]) -> list[Frame]:
+    """The frames of this package between `run` and the launch of the first Triton kernel."""
     from tvkd_fast.kernels import launch
     from tvkd_fast.ops import dispatch
 
     found: list[Frame] = []
     real = launch.launch
 
-    def arrived(launched: Any, *arguments: Any, **options: Any) -> None:
-        if kernel is not None and launched.fn.__name__ != kernel:
-            real(launched, *arguments, **options)
-            return
+    def arrived(*_: Any, **__: Any) -> None:
         frame: Any = sys._getframe(1)
         while frame is not None:
             relative = _inside(frame.f_code.co_filename)
@@ -95,7 +90,7 @@ def linear_logps_path() -> list[Frame]:
     return path_to_a_kernel(lambda: linear_logps(hidden, weight, torch.zeros(2, dtype=torch.int64)))
 
 
-def batch_path(kernel: str | None = None) -> list[Frame]:
+def batch_path() -> list[Frame]:
     """Return the calls from the trainer of a tiny run to the kernel that its first batch reaches."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -115,4 +110,4 @@ def batch_path(kernel: str | None = None) -> list[Frame]:
         config = TrainConfig(policy="tiny", output_dir=folder, objective="sft", pairs_per_step=1, max_steps=1)
         policy = PolicyWithHead(model, packing="shared")
         trainer = Trainer(config, policy, OnlineScorer(None, None), pairs, show_progress=False)
-        return path_to_a_kernel(trainer.run, kernel)
+        return path_to_a_kernel(trainer.run)

@@ -21,6 +21,7 @@ from tvkd_fast.objectives.sft import SFT
 from tvkd_fast.objectives.simpo import SimPO
 from tvkd_fast.objectives.tvkd import TVKD
 from tvkd_fast.ops import known
+from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer
 from tvkd_fast.training.optim import OptimConfig, make_optimizer, update
 from tvkd_fast.training.step import train_step
@@ -107,11 +108,10 @@ def test_a_step_waits_for_nothing(walked, tiny_model, dataset, objective, packin
 def test_a_cache_is_read_without_waiting(dataset):
     batch = next(iter(MicroBatching().batches(dataset, range(len(dataset)))))
     numbers = torch.zeros(2 * batch.num_pairs)
-    cache = SimpleNamespace(of=lambda pairs: SimpleNamespace(ref_logps=numbers[: 2 * len(pairs.tolist())]))
-    with pytest.MonkeyPatch.context() as patch, NoListsToTheDevice(), NoWaitingCopies():
-        patch.setattr("tvkd_fast.scoring.scorer.Scores", lambda *found: found)
-        (found,) = CachedScorer(cache).of(batch.to(META))
-    assert found.device == META
+    cache = SimpleNamespace(of=lambda pairs: Scores(numbers[: 2 * len(pairs.tolist())]))
+    with NoListsToTheDevice(), NoWaitingCopies():
+        scores = CachedScorer(cache).of(batch.to(META))
+    assert scores.ref_logps.device == META
 
 
 @pytest.mark.parametrize(
