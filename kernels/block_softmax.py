@@ -31,7 +31,7 @@ SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 16.0}
 
 
 class BlockSums(NamedTuple):
-    """Of each row, (R,) float32: the sums over all entries but the label's, which stays apart."""
+    """Of each row, (R,) float64, of numbers that were summed in float32: the label's entry stays apart."""
 
     shift: Tensor
     """m, what was subtracted from the logits; −inf where the label has no other beside it."""
@@ -127,7 +127,7 @@ def block_exponentials(products: Tensor, head: Head, labels: Tensor, out: Tensor
     row: then they are gone. Traffic: the products and out, once; parts again whose shift was another than the last.
     """
     rows, vocab_size = products.shape
-    found = BlockSums(*(products.new_empty(rows) for _ in range(3)))
+    found = BlockSums(*(products.new_empty(rows, dtype=torch.float64) for _ in range(3)))
     launch(
         block_exponentials_kernel,
         rows,

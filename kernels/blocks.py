@@ -99,7 +99,9 @@ def plan(
     rows = rounded(min(n, limit))
     bytes_per_column = rows * element_size + (column_sums if always or rows < n else 0)
     fits = (budget - rows * row_sums) // bytes_per_column // whole * whole
-    return Blocks(rows, min(max(fits, whole), rounded(v)))
+    columns = min(max(fits, whole), rounded(v))
+    # Of one size as nearly as tiles allow: a remainder would leave most of a chip idle.
+    return Blocks(rows, rounded(triton.cdiv(v, triton.cdiv(v, columns))))
 
 
 def slices(total: int, size: int) -> Iterator[slice]:

@@ -102,6 +102,7 @@ _INTEGERS |= dict.fromkeys(
 )
 _MATRICES = ("hidden", "weight", "left", "right")
 _OPERANDS = (*_MATRICES, "bias", "dlogits", "exponentials", "grad_hidden", "grad_weight", "grad_bias")
+_BLOCK_SUMS = ("shift", "total", "target")
 _EPILOGUE_FLOATS = ("beta", "alpha", "gamma", "label_smoothing")
 _ASKED = {
     "logps": ("HAS_LABELS",),
@@ -409,6 +410,8 @@ def _pointer(name: str, build: Build) -> str:
         return f"tensordesc<{build.dtype}[{_block(name, build.config, build)}]>"
     if name in _INTEGERS:
         return f"*{_INTEGERS[name]}"
+    if build.kernel == "block_exponentials" and name in _BLOCK_SUMS:
+        return "*fp64"
     if name in _OPERANDS:
         return f"*{build.dtype}"
     return f"*{build.out if name == 'out' else 'fp32'}"

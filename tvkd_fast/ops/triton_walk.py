@@ -36,25 +36,28 @@ class TritonWalk:
         self._weight = hidden.new_zeros(head.weight.shape, dtype=torch.float32) if want_weight else None
         with_bias = want_bias and head.bias is not None
         self._bias = hidden.new_zeros(vocab_size, dtype=torch.float32) if with_bias else None
+        self._states = self.hidden[:0]
+        """[R, D] of the block in the workspace."""
 
     def sums(self, rows: Tensor) -> Part:
         products = self._products[: len(rows)]
-        accumulate(products, self.hidden[rows], self.head.weight.T, fresh=True)
-        found = block_exponentials(products, self.head, self.labels[rows], self._exponentials(len(rows)))
-        return Part(rows, found.shift.double(), found.total.double(), found.target.double())
+        self._states = self.hidden[rows]
+        accumulate(products, self._states, self.head.weight.T, fresh=True)
+        return Part(rows, *block_exponentials(products, self.head, self.labels[rows], self._exponentials(len(rows))))
 
     def add_products(self, part: Part, c: Tensor) -> None:
         rows, e = part.rows, self._exponentials(len(part.rows))
-        by_entry, _ = part.factors(c, self.head.logit_scale)
-        by_entry = by_entry / SCALE[e.dtype]
+        by_entry = part.factor(c, self.head.logit_scale / SCALE[e.dtype])
+        scale = self._scale(by_entry)
+        factors = by_entry.float()[:, None]
         if self._hidden is not None:
             grad = e.new_empty((len(rows), self.hidden.shape[1]), dtype=torch.float32)
             accumulate(grad, e, self.head.weight, fresh=True)
-            self._hidden[rows] = grad.mul_(by_entry.float()[:, None]).to(self._hidden.dtype)
-        scale = self._scale(by_entry)
-        factors = (by_entry / scale).float()[:, None]
+            self._hidden[rows] = grad.mul_(factors).to(self._hidden.dtype)
+        if scale != 1.0:
+            factors = factors / scale
         if self._weight is not None:
-            accumulate(self._weight, e.T, (self.hidden[rows] * factors).to(e.dtype), alpha=scale)
+            accumulate(self._weight, e.T, (self._states * factors).to(e.dtype), alpha=scale)
         if self._bias is not None:
             # In two parts, of 16 bits: what the first one's rounding leaves out is the second.
             high = factors.to(e.dtype)

@@ -91,7 +91,8 @@ class BlockWalk:
         head, grads, rows = self.head, self.grads, part.rows
         h, e = self._state(rows), self._block(len(rows))
         real, other = h[: len(rows)], self._states[1, : len(h)]
-        by_entry, by_label = part.factors(c, head.logit_scale)
+        by_entry = part.factor(c, head.logit_scale)
+        by_label = -by_entry * part.total
         if head.softcap is not None:
             by_label = by_label * (1.0 - (part.target / head.softcap).square())
         by_label = by_label.to(self.acc)[:, None]

@@ -78,25 +78,33 @@ def forward_gradients(
     """
     walk = _walk(impl)(hidden, head, labels, workspace_mb, wants)
     acc, device = torch.promote_types(hidden.dtype, torch.float32), hidden.device
-    maximum, log_total, logps = (hidden.new_zeros(hidden.shape[0], dtype=acc) for _ in range(3))
+    visited: list[Part] = []
     upstream = hidden.new_zeros(cu_seqlens.numel() - 1, dtype=acc)
     places = _places(labels, cu_seqlens, lengths, ignore_index)
     blocks = _blocks([len(rows) for rows in places], paired, walk.most)
     for rows, responses, counts in _on(device, places, blocks):
         sizes = _parts(len(rows), walk.most)
         parts = [walk.sums(part) for part in rows.split(sizes)]
-        for part in parts:
-            logps[part.rows] = part.logps.to(acc)
-            maximum[part.rows] = part.lse.to(acc)
-            log_total[part.rows] = (part.lse - maximum[part.rows]).to(acc)
-        by_token = torch.cat([part.logps for part in parts]).to(acc).double()
+        visited += parts
+        by_token = _together([part.logps for part in parts]).to(acc).double()
         found = torch.segment_reduce(by_token, "sum", lengths=counts, unsafe=True, initial=0).to(acc)
-        upstream[responses] = derivative(found, responses).to(acc)
-        by_row = upstream[responses].repeat_interleave(counts, output_size=len(by_token)).split(sizes)
+        by_response = derivative(found, responses).to(acc)
+        upstream[responses] = by_response
+        by_row = by_response.repeat_interleave(counts, output_size=len(by_token)).split(sizes)
         # The last part's logits still lie in the workspace.
         for again, (part, c) in enumerate(zip(reversed(parts), reversed(by_row), strict=True)):
             walk.add_products(walk.sums(part.rows) if again else part, c)
+    logps, maximum, log_total = (hidden.new_zeros(hidden.shape[0], dtype=acc) for _ in range(3))
+    if visited:
+        rows, lse = _together([part.rows for part in visited]), _together([part.lse for part in visited])
+        logps[rows] = _together([part.logps for part in visited]).to(acc)
+        maximum[rows] = lse.to(acc)
+        log_total[rows] = (lse - lse.to(acc)).to(acc)
     return ForwardGradients(logps, HeadSums(maximum, log_total), upstream, walk.rounded())
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def row_bytes(impl: str, vocab_size: int, hidden_size: int, itemsize: int) -> int:
@@ -190,11 +198,12 @@ class Part:
     def logps(self) -> Tensor:
         return self.target - self.lse
 
-    def factors(self, c: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
-        """What multiplies J_tj·e_tj, and J_ty at the label, to the gradient by h·w_j under dL/dlogp = c, (R,)."""
-        by_entry = -c.double() * logit_scale * (self.shift - self.lse).exp()
-        # A label that has all of the probability has no other entry, and m is −inf.
-        return by_entry, -by_entry * self.total
+    def factor(self, c: Tensor, logit_scale: float) -> Tensor:
+        """What multiplies J_tj·e_tj, −T standing for e at the label, to the gradient by h·w_j under dL/dlogp = c, (R,).
+
+        A label that has all of the probability has no other entry, and m is −inf.
+        """
+        return (self.shift - self.lse).exp_().mul_(c).mul_(-logit_scale)
 
 
 class Walk(Protocol):
