@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist l
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON, PIP_ARGS (such as -v to watch pip), ARGS (of the demo), PYTEST_ARGS, JOBS, THREADS"
+	@echo "Variables: PYTHON, PIP_ARGS (such as -v to watch pip), ARGS (of demo, bench and gpu), PYTEST_ARGS, JOBS, THREADS"
 
 venv: $(STAMP) ## make .venv and install the package with what it needs
 
@@ -63,7 +63,7 @@ compat: ## run the first tier under other versions, in an environment beside .ve
 	@OMP_NUM_THREADS=$(THREADS) $(COMPAT)/bin/python -m bench.runs.compat --json out/compat.json -n $(JOBS) --dist loadgroup \
 		-m "$(FIRST)" $(PYTEST_ARGS)
 
-# The peers, which bench and gpu install, are no part of constraints.txt: the report names their versions.
+# The peers, which bench installs, are no part of constraints.txt: the report names their versions.
 bench: $(STAMP) ## time the head beside its peers on this CPU (ARGS="--data PAIRS.jsonl.gz --rounds 5")
 	@echo "Installing the peers that the head is timed beside"
 	@$(PIP) $(PIP_ARGS) --editable '.[bench]'
@@ -72,14 +72,14 @@ bench: $(STAMP) ## time the head beside its peers on this CPU (ARGS="--data PAIR
 soak: $(STAMP) ## kill a run 30 times, and hold what it resumes from and ends with to an undisturbed one
 	$(BIN)/python -m bench.runs.soak $(ARGS)
 
-gpu: ## check and time the kernels on this machine's GPU
-	@nvidia-smi -L >/dev/null 2>&1 || test -e /dev/kfd || { echo "make gpu needs a GPU: this machine has none that nvidia-smi or ROCm's driver shows"; exit 1; }
-	@$(MAKE) --no-print-directory venv
-	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else f"torch {torch.__version__} in .venv does not see the GPU: install a build for it, or look at the driver")'
-	@echo "Installing the peers that the kernels are timed beside"
-	@$(PIP) $(PIP_ARGS) --editable '.[bench]'
-	$(BIN)/python -m pytest -m gpu tests/kernels
-	$(BIN)/python -m bench.gpu --json bench/results/gpu.json
+# Nothing is installed: an interpreter that has torch is looked for, first the one that was named.
+gpu: ## check and time the kernels on this machine's GPU in nine minutes (DRY=1: walk the script on a CPU)
+	@for python in $(if $(filter file,$(origin PYTHON)),$(BIN)/python $(PYTHON) python3,$(PYTHON)); do \
+		"$$python" -c "import sys, torch; sys.exit(not $(if $(DRY),True,torch.cuda.is_available()))" 2>/dev/null || continue; \
+		exec "$$python" -m bench.minutes $(if $(DRY),--dry,--json bench/results/gpu.json) $(ARGS); \
+	done; \
+	echo "make gpu: no interpreter here has a torch that $(if $(DRY),can be imported,sees a GPU): make gpu PYTHON=/path/to/python names one, and nvidia-smi or rocm-smi says whether there is a GPU"; \
+	exit 1
 
 docs: $(STAMP) ## build the site of docs/ into out/site; fails where a link leads nowhere
 	@$(PIP) $(PIP_ARGS) --editable '.[docs]'

@@ -1,6 +1,6 @@
 """The vocabulary head on a GPU: ours beside its peers and the bare product, time and memory.
 
-    python -m bench.gpu --json bench/results/gpu.json
+    python -m bench.gpu --json out/bench/gpu.json
 
 The task: log-probabilities of N labels, summed under random coefficients (a preference loss sends such back), and the
 gradients by hidden and weight; then forward alone, of inputs that want no gradient. Rows named DPO compute that whole
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from bench.gpu.rounding import RoundingChecker
 from bench.harness.checker import relative
+from bench.harness.contenders import reason
 from bench.harness.inputs import Inputs, both, forward, make_inputs
 from bench.harness.machine import made_by, write_report
 from bench.harness.meters import GpuMeter, Job, Meter, interleaved
@@ -51,14 +52,6 @@ def tried(name: str, attempt: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if torch.cuda.is_available():
         _check_device(name)
     return row
-
-
-def reason(refusal: Exception) -> str:
-    """The first line of what was raised."""
-    if isinstance(refusal, ModuleNotFoundError):
-        return f"not installed: {refusal}"
-    lines = str(refusal).strip().splitlines()
-    return f"{type(refusal).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
 def _check_device(name: str) -> None:
@@ -195,8 +188,8 @@ def text(measured: dict[str, Any]) -> str:
     lines = [f"{measured['shape']} {measured['dtype']}"]
     for row in measured.get("rows", []) + measured.get("products", []):
         errors = ", ".join(f"{name} {e:.1e}" for name, e in row.get("errors", {}).items())
-        if reason := row.get("refused") or row.get("wrong"):
-            shown = ("wrong: " if "wrong" in row else "") + reason
+        if why := row.get("refused") or row.get("wrong"):
+            shown = ("wrong: " if "wrong" in row else "") + why
         elif "over_cublas" in row:
             shown = f"{row['over_cublas']:6.2f} x cuBLAS"
         else:

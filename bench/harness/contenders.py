@@ -46,3 +46,11 @@ def selected(contenders: Mapping[str, C], words: Iterable[str] | None) -> dict[s
         parts = {name for name, x in contenders.items() if word in name and not x.by_name}
         chosen |= {names[word]} if word in names else parts
     return {name: x for name, x in contenders.items() if name in chosen}
+
+
+def reason(refusal: Exception) -> str:
+    """The first line of what a contender raised."""
+    if isinstance(refusal, ModuleNotFoundError):
+        return f"not installed: {refusal}"
+    lines = str(refusal).strip().splitlines()
+    return f"{type(refusal).__name__}: {lines[0] if lines else 'no message'}"[:300]

@@ -12,16 +12,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tvkd_fast.commands.demo import provenance
-
 
 def made_by(threads: int | None = None) -> dict[str, Any]:
     """Versions, commit, machine and command of this process, without paths of the machine.
 
     `threads` are those of the processes that were timed, where they are not this one.
     """
+    # Imported here: it takes all of the package, and a machine that checks kernels may have torch and Triton alone.
+    from tvkd_fast.commands.demo import provenance
+
+    return provenance(threads) | {"command": command()}
+
+
+def command() -> str:
+    """The command line of this process, without paths of the machine."""
     module = getattr(sys.modules["__main__"].__spec__, "name", Path(sys.argv[0]).name).removesuffix(".__main__")
-    return provenance(threads) | {"command": without_paths(" ".join(["python -m", module, *sys.argv[1:]]))}
+    return without_paths(" ".join(["python -m", module, *sys.argv[1:]]))
 
 
 def versions(*names: str) -> dict[str, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from bench.harness.inputs import Head, Inputs, Run, Task, Values, fused_pairs, p
 from bench.head import peers
 from tvkd_fast import linear_logps, linear_soft_values
 from tvkd_fast.ops import HeadGradient, linear_lse
+from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.gradient import GradMode
 from tvkd_fast.ops.tiles import native
 
@@ -93,9 +94,9 @@ def soft_values(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return linear_soft_values(hidden, weight)
 
 
-def lse(hidden: Tensor, weight: Tensor, labels: Tensor, *, kappa: float | None = None) -> Tensor:
+def lse(hidden: Tensor, weight: Tensor, labels: Tensor, *, kappa: float | None = None, impl: Impl = "auto") -> Tensor:
     """Return the logsumexp, and with κ both sums of the same product."""
-    return linear_lse(hidden, weight, kappa=kappa)[0] if kappa else linear_lse(hidden, weight)[0]
+    return linear_lse(hidden, weight, kappa=1.0 if kappa is None else kappa, impl=impl)[0]
 
 
 def on_cpu() -> dict[str, Contender]:
@@ -140,7 +141,7 @@ def of_values() -> dict[str, Contender]:
     }
 
 
-def on_gpu(impl: Literal["auto", "torch", "triton"] = "triton") -> dict[str, Contender]:
+def on_gpu(impl: Impl = "triton") -> dict[str, Contender]:
     """Return the contenders by name, in the table's order. CCE with a frozen head skips nothing."""
     ours = partial(linear_logps, impl=impl)
     liger = partial(peers.liger, accumulate=None)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.machine import without_paths
-from bench.tables import gradients, head, kernels, learning, runs, step
+from bench.tables import gradients, head, kernels, learning, minutes, runs, step
 from bench.tables.markdown import JSON_LINK
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,7 @@ PAGES = (
             "benchmarks",
             "evidence",
             "faq",
+            "gpu",
             "kernels",
             "numerics",
             "reliability",
@@ -70,9 +71,12 @@ TABLES = {
     "variants": head.variants_table,
     "dense_columns": head.dense_columns_table,
     "gpu": kernels.gpu_table,
+    "minutes": minutes.minutes_table,
     "numerics": kernels.numerics_table,
 }
 
+PENDING = {"minutes": minutes.NOT_YET}
+"""What stands in place of a table that no machine has measured yet, by the table's name."""
 
 KEPT: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "census": kernels.census_kept,
@@ -86,8 +90,11 @@ def render(page: Path) -> str:
     to_root = "" if page.name == "README.md" else "../"
 
     def block(found: re.Match[str]) -> str:
-        report = json.loads((RESULTS / f"{found[3]}.json").read_text())
-        table = TABLES[found[2]](report).replace(f"]({JSON_LINK})", f"]({to_root}bench/results/{found[3]}.json)")
+        file = RESULTS / f"{found[3]}.json"
+        if found[2] in PENDING and not file.exists():
+            return f"{found[1]}{PENDING[found[2]]}\n{found[4]}"
+        table = TABLES[found[2]](json.loads(file.read_text()))
+        table = table.replace(f"]({JSON_LINK})", f"]({to_root}bench/results/{found[3]}.json)")
         return f"{found[1]}{table}\n{found[4]}"
 
     return BLOCK.sub(block, page.read_text())

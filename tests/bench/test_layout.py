@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "roofline": {"harness", "census"},
     "head": {"harness"},
     "gpu": {"harness", "head"},
+    "minutes": {"harness", "head", "gpu", "step", "tables"},
     "step": {"harness", "head"},
     "runs": {"harness"},
     "learning": {"harness", "head", "tables"},

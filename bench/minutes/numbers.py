@@ -1,0 +1,161 @@
+"""Step 4: the ops' numbers beside float64's, over dtypes, sizes and transforms; and the same bits however they run.
+
+Letters: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.minutes.cases import Case, Row, Scale, judged, off, short
+from bench.minutes.exact import SLACK, Call, compared, random_call
+from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse
+
+SIZES = {"N": (4097, 127, 1), "D": (40, 576, 2304, 5120), "V": (50257, 128256, 262144)}
+TINY = {"N": (40, 7, 1), "D": (16, 48), "V": (150, 70)}
+TRANSFORMS: tuple[dict[str, Any], ...] = (
+    {},
+    {"bias": True},
+    {"softcap": 30.0},
+    {"logit_scale": 0.25},
+    {"bias": True, "softcap": 30.0, "logit_scale": -2.0},
+)
+REPEATED, TINY_REPEATED = (1000, 576, 50257), (40, 32, 150)
+KAPPA = 0.5
+LIMIT = 40.0
+"""Seconds of a case: eight kernels compile, and float64 at the largest size takes two."""
+
+
+def cases(scale: Scale) -> list[Case]:
+    sizes = scale.of(SIZES, TINY)
+    # Every dtype at every D, and every V at every N; what is not of the grid goes round.
+    grid = [
+        (dtype, (sizes["N"][i % 3], d, sizes["V"][i % len(sizes["V"])]))
+        for i, (dtype, d) in enumerate(product(scale.dtypes, sizes["D"]))
+    ]
+    dtypes, widths = scale.dtypes, sizes["D"]
+    grid += [
+        (dtypes[i % len(dtypes)], (n, widths[-1 - i % len(widths)], v))
+        for i, (v, n) in enumerate(product(sizes["V"], sizes["N"]))
+    ]
+    found = [numbers(scale, dtype, shape, TRANSFORMS[i % 5]) for i, (dtype, shape) in enumerate(dict.fromkeys(grid))]
+    found += [Case(name=f"sums, {short(x)}", run=partial(sums, scale, x), limit=LIMIT) for x in scale.dtypes]
+    ways: dict[str, Callable[[Scale, Call], dict[str, Tensor]]] = {
+        "the same bits twice": again,
+        "the same bits on two streams": on_two_streams,
+        "the same bits under a CUDA graph": in_a_graph,
+        "the same bits under torch.compile": compiled,
+    }
+    return found + [Case(name=name, run=partial(repeated, scale, way), limit=LIMIT) for name, way in ways.items()]
+
+
+def numbers(scale: Scale, dtype: torch.dtype, shape: tuple[int, int, int], transforms: dict[str, Any]) -> Case:
+    named = ", ".join(name if value is True else f"{name} {value:g}" for name, value in transforms.items())
+    name = f"{'x'.join(map(str, shape))}, {short(dtype)}" + (f", {named}" if named else "")
+
+    def run() -> Row:
+        call = random_call(shape, dtype, scale.device, **transforms)
+        return compared(call, gradients(call) | {"frozen hidden": gradients(call, frozen=True)["hidden"]})
+
+    return Case(name=name, run=run, limit=LIMIT)
+
+
+def gradients(
+    call: Call, *, frozen: bool = False, op: Callable[..., Tensor] = linear_logps
+) -> dict[str, Tensor | None]:
+    """logps, and the gradients of Σ upstream·logps by hidden and, unless the head is frozen, by weight and bias."""
+    given = {"hidden": call.hidden, "weight": call.weight, "bias": call.bias}
+    wanted = [name for name, x in given.items() if x is not None and not (frozen and name != "hidden")]
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in given.items() if x is not None}
+    logps = op(
+        leaves["hidden"],
+        leaves["weight"],
+        call.labels,
+        bias=leaves.get("bias"),
+        softcap=call.softcap,
+        logit_scale=call.logit_scale,
+        impl="triton",
+    )
+    found = torch.autograd.grad(logps, [leaves[name] for name in wanted], call.upstream)
+    return {"logps": logps.detach(), **dict(zip(wanted, found, strict=True))}
+
+
+def sums(scale: Scale, dtype: torch.dtype) -> Row:
+    """LSE(z), LSE(κz) and the entropy of one product, as a teacher's values take them."""
+    n, d, v = scale.of((127, 576, 50257), (7, 32, 150))
+    call = random_call((n, d, v), dtype, scale.device, softcap=30.0)
+    lse, lse_kappa = linear_lse(call.hidden, call.weight, softcap=30.0, kappa=KAPPA, impl="triton")
+    entropy = linear_entropy(call.hidden, call.weight, softcap=30.0, impl="triton")
+    errors, limits = {}, {}
+    found = {}
+    for precision in (torch.float64, torch.float32):
+        z = 30.0 * torch.tanh(call.hidden.to(precision) @ call.weight.to(precision).T / 30.0)
+        found[precision] = {
+            "lse": z.logsumexp(1),
+            "lse_kappa": (KAPPA * z).logsumexp(1),
+            "entropy": torch.special.entr(z.softmax(1)).sum(1),
+        }
+    for name, ours in {"lse": lse, "lse_kappa": lse_kappa, "entropy": entropy}.items():
+        exact, plain = (found[precision][name] for precision in (torch.float64, torch.float32))
+        errors[name] = off(ours, exact)
+        limits[name] = 2 * off(plain, exact) + SLACK * float(exact.abs().max())
+    return judged(errors, limits)
+
+
+def repeated(scale: Scale, way: Callable[[Scale, Call], dict[str, Tensor]]) -> Row:
+    """The same call run plainly and another way: no bit may differ."""
+    call = random_call(scale.of(REPEATED, TINY_REPEATED), scale.dtypes[0], scale.device)
+    first = _given(gradients(call))
+    second = way(scale, call)
+    return judged({name: off(second[name], first[name]) for name in first}, 0.0)
+
+
+def _given(found: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def again(scale: Scale, call: Call) -> dict[str, Tensor]:
+    return _given(gradients(call))
+
+
+def on_two_streams(scale: Scale, call: Call) -> dict[str, Tensor]:
+    """Two calls at once, each on a stream of its own; what differs between them is NaN."""
+    scale.needs_gpu()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            found.append(_given(gradients(call)))
+    torch.cuda.synchronize()
+    one, other = found
+    return {name: torch.where(one[name] == other[name], one[name], torch.nan) for name in one}
+
+
+def in_a_graph(scale: Scale, call: Call) -> dict[str, Tensor]:
+    """Captured once and replayed twice; exact gradients wait for nothing, and may be captured."""
+    scale.needs_gpu()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients(call)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = _given(gradients(call))
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    return found
+
+
+def compiled(scale: Scale, call: Call) -> dict[str, Tensor]:
+    """Traced whole; dry without a compiler's backend, which is no part of ours."""
+    op = torch.compile(linear_logps, fullgraph=True, backend=scale.of("inductor", "aot_eager"))
+    return _given(gradients(call, op=op))

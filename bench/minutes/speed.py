@@ -1,0 +1,212 @@
+"""Step 5: each kernel's time beside the library's product of the same sizes; workspaces, batches, and the host's time.
+
+Letters: N tokens, D hidden, V vocabulary, C columns of a block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+
+from bench.minutes.cases import Case, Row, Scale, short
+from tvkd_fast.kernels import blocks, products
+from tvkd_fast.kernels.autotune import tiles
+from tvkd_fast.kernels.block_softmax import block_exponentials
+from tvkd_fast.kernels.dlogits import dlogits
+from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
+from tvkd_fast.kernels.head_selection import select_entries
+from tvkd_fast.kernels.head_stats import head_sums, merge_splits
+from tvkd_fast.kernels.products import accumulate, product
+from tvkd_fast.kernels.records import Head, HeadSums, SelectionRule
+from tvkd_fast.ops import linear_logps
+
+SHAPE, TINY = (4096, 2048, 128256), (40, 32, 150)
+LARGEST = (8192, 4096, 128256)
+BLOCK = 8192
+"""Columns of a block of dlogits."""
+BATCHES, TINY_BATCHES = (256, 512, 1024, 2048, 4096, 8192), (8, 16)
+WORKSPACES = (32, 64, 128, 256, 512, 1024)
+"""MiB."""
+ROUNDS = 10
+LAUNCHES = 300
+UNTIMED: Row = {"shown": "ran, not timed"}
+
+
+class Operands:
+    """One problem's tensors, and what the passes before a kernel leave for it."""
+
+    def __init__(self, scale: Scale, dtype: torch.dtype) -> None:
+        n, d, v = scale.of(SHAPE, TINY)
+        draw = torch.Generator(scale.device).manual_seed(0)
+        normal = partial(torch.randn, generator=draw, device=scale.device)
+        self.hidden, self.weight = normal(n, d).to(dtype), (normal(v, d) / d**0.5).to(dtype)
+        self.labels = torch.randint(v, (n,), generator=draw, device=scale.device)
+        self.head = Head(self.weight)
+        self.ones = torch.ones(n, device=scale.device)
+        self.width = min(v, BLOCK)
+        self.config = tiles("dlogits", self.hidden, self.weight, n)
+        self.product_config = tiles("product", self.hidden, self.weight, n)
+        whole = max(max(x.block_m, x.block_n, x.block_k) for x in (self.config, self.product_config))
+        rows, columns = (triton.cdiv(x, whole) * whole for x in (n, self.width))
+        self.block = self.hidden.new_zeros(rows, columns)
+
+    @cached_property
+    def sums(self) -> HeadSums:
+        return head_sums(self.hidden, self.head, labels=self.labels)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[N, C] float32 products of a block."""
+        return (self.hidden @ self.weight[: self.width].T).float()
+
+
+@lru_cache(maxsize=1)
+def operands(scale: Scale, dtype: torch.dtype) -> Operands:
+    return Operands(scale, dtype)
+
+
+def cases(scale: Scale) -> list[Case]:
+    kernels: dict[str, Callable[[Scale, Operands], Row]] = {
+        "head_stats": head_stats,
+        "dlogits": dlogits_of_a_block,
+        "product, dH": partial(triton_product, transposed=False),
+        "product, dW": partial(triton_product, transposed=True),
+        "exponentials and product of a frozen head": frozen_head,
+        "selection of a sparse gradient": selection,
+        "block_exponentials": exponentials_of_products,
+    }
+    found = [
+        Case(name=f"{name}, {short(x)}", run=partial(of_kernel, scale, x, run))
+        for x in dict.fromkeys((scale.dtypes[0], torch.float32))
+        for name, run in kernels.items()
+    ]
+    found.append(Case(name="host time, a launch of merge_splits", run=partial(host_time, scale)))
+    found += [
+        Case(name=f"forward and backward, N = {n:,}", run=partial(batch, scale, n))
+        for n in scale.of(BATCHES, TINY_BATCHES)
+    ]
+    found += [
+        Case(name=f"forward and backward in {mb} MiB", run=partial(workspace, scale, mb))
+        for mb in scale.of(WORKSPACES, WORKSPACES[:1])
+    ]
+    return found
+
+
+def of_kernel(scale: Scale, dtype: torch.dtype, run: Callable[[Scale, Operands], Row]) -> Row:
+    return run(scale, operands(scale, dtype))
+
+
+def beside(scale: Scale, ours: Callable[[], object], library: Callable[[], object], flops: float) -> Row:
+    """Our time, our rate, and our time over the library's for as many operations."""
+    taken = scale.milliseconds({"ours": ours, "library": library}, ROUNDS)
+    if not taken:
+        return UNTIMED
+    ms, other = taken["ours"], taken["library"]
+    return {"ms": ms, "tflops": flops / ms / 1e9, "over_library": ms / other}
+
+
+def head_stats(scale: Scale, of: Operands) -> Row:
+    run = partial(head_sums, of.hidden, of.head, labels=of.labels)
+    return beside(scale, run, partial(torch.mm, of.hidden, of.weight.T), 2.0 * of.hidden.numel() * len(of.weight))
+
+
+def dlogits_of_a_block(scale: Scale, of: Operands) -> Row:
+    head = of.head.columns(0, of.width)
+    given = (of.hidden, head, of.labels, of.sums, of.ones, of.ones[:1], of.block, of.config)
+    run = partial(dlogits, *given, first_column=0, ignore_index=-100, want_bias=False)
+    return beside(scale, run, partial(torch.mm, of.hidden, head.weight.T), 2.0 * of.hidden.numel() * of.width)
+
+
+def triton_product(scale: Scale, of: Operands, *, transposed: bool) -> Row:
+    """Triton's product of a block beside the library's into float32 sums, which the backward of 16 bits takes."""
+    n, d = of.hidden.shape
+    right, count = (of.hidden, of.width) if transposed else (of.weight[: of.width], n)
+    out, total = (torch.zeros(count, d, device=right.device) for _ in range(2))
+    left = of.block[:n, : of.width]
+    library = partial(accumulate, total, left.T if transposed else left, right)
+
+    def ours() -> None:
+        with patch.object(products, "library_sums", lambda *_: False):
+            product(of.block, right, out, of.product_config, transposed=transposed, previous=out)
+
+    return beside(scale, ours, library, 2.0 * of.hidden.numel() * of.width)
+
+
+def frozen_head(scale: Scale, of: Operands) -> Row:
+    """Two products: both of a frozen head's, with what lies between them."""
+
+    def library() -> None:
+        logits = torch.mm(of.hidden, of.weight.T)
+        torch.mm(logits, of.weight)
+
+    run = partial(head_dlogp_dhidden, of.hidden, of.head, of.labels)
+    return beside(scale, run, library, 4.0 * of.hidden.numel() * len(of.weight))
+
+
+def selection(scale: Scale, of: Operands) -> Row:
+    """One product, bits and lists; the softmax is flat, and hardly an entry is selected."""
+    rule = SelectionRule(2.0**-8, row_cap=len(of.weight))
+    run = partial(select_entries, of.hidden, of.head, of.labels, rule)
+    return beside(scale, run, partial(torch.mm, of.hidden, of.weight.T), 2.0 * of.hidden.numel() * len(of.weight))
+
+
+def exponentials_of_products(scale: Scale, of: Operands) -> Row:
+    """Bound by memory: float32 products are read, and exponentials of the operands' dtype written."""
+    labels, out = of.labels.clamp_max(of.width - 1), of.logits.to(of.hidden.dtype)
+    taken = scale.milliseconds({"ours": partial(block_exponentials, of.logits, of.head, labels, out)}, ROUNDS)
+    if not taken:
+        return UNTIMED
+    return {"ms": taken["ours"], "gb_per_s": (4 + out.element_size()) * out.numel() / taken["ours"] / 1e6}
+
+
+def host_time(scale: Scale) -> Row:
+    """What a launch keeps the host for, whatever the device does: many launches of a kernel with hardly any work."""
+    numbers = {name: torch.zeros(8, device=scale.device) for name in ("maximum", "log_total")}
+    sums = {name: torch.zeros(4, device=scale.device) for name in numbers}
+    run = partial(merge_splits, numbers, sums, 2, labels=None, ignore_index=-100, kappa=1.0)
+    run()
+    if scale.dry:
+        return UNTIMED
+    torch.cuda.synchronize()
+    since = time.perf_counter()
+    for _ in range(LAUNCHES):
+        run()
+    taken = time.perf_counter() - since
+    torch.cuda.synchronize()
+    return {"host_us": 1e6 * taken / LAUNCHES}
+
+
+def _whole(scale: Scale, shape: tuple[int, int, int]) -> Row:
+    """Forward and backward of `linear_logps`, four products, over one product of the library's."""
+    n, d, v = shape
+    draw = torch.Generator(scale.device).manual_seed(0)
+    normal = partial(torch.randn, generator=draw, device=scale.device)
+    hidden = normal(n, d).to(scale.dtypes[0]).requires_grad_()
+    weight = (normal(v, d) / d**0.5).to(scale.dtypes[0]).requires_grad_()
+    labels, upstream = torch.randint(v, (n,), generator=draw, device=scale.device), normal(n)
+
+    def ours() -> None:
+        torch.autograd.grad(linear_logps(hidden, weight, labels, impl="triton"), (hidden, weight), upstream)
+
+    taken = scale.milliseconds({"ours": ours, "product": partial(torch.mm, hidden.detach(), weight.detach().T)}, ROUNDS)
+    if not taken:
+        return UNTIMED
+    ms = taken["ours"]
+    return {"ms": ms, "tflops": 8.0 * n * d * v / ms / 1e9, "over_product": ms / taken["product"]}
+
+
+def batch(scale: Scale, n: int) -> Row:
+    _, d, v = scale.of(LARGEST, TINY)
+    return _whole(scale, (n, d, v))
+
+
+def workspace(scale: Scale, mb: int) -> Row:
+    """In a workspace of so many MiB: fewer and larger blocks of dlogits, whose sums are read and written less often."""
+    with patch.object(blocks, "workspace_bytes", lambda on: mb * 2**20):
+        return _whole(scale, scale.of(LARGEST, TINY))
