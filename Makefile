@@ -48,7 +48,8 @@ coverage: $(STAMP) ## run the first tier, and then the rest, and print which lin
 CHOSEN := torch|triton|sympy|networkx|setuptools|transformers|tokenizers|huggingface[_-]hub|safetensors|numpy|numba|llvmlite
 ASKED := $(if $(TORCH),torch==$(TORCH)) $(if $(TRITON),triton==$(TRITON)) $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))
 COMPAT := .venv-compat$(if $(TORCH),-torch$(TORCH))$(if $(TRITON),-triton$(TRITON))$(if $(TRANSFORMERS),-transformers$(TRANSFORMERS))
-OLD_NUMPY := $(if $(filter 3.6.%,$(TRITON)),numpy<2.4)
+# torch 2.11 brings Triton 3.6, whose interpreter takes no NumPy from 2.4 on.
+OLD_NUMPY := $(if $(filter 2.11.%,$(TORCH))$(filter 3.6.%,$(TRITON)),numpy<2.4)
 
 compat: ## run the first tier under other versions, in an environment beside .venv (TORCH=2.11.0 TRITON=3.6.0 TRANSFORMERS=5.17.0)
 	@test -n "$(strip $(ASKED))" || { echo "Name the versions: make compat TORCH=2.11.0, TRITON=…, TRANSFORMERS=…; what is not named stays as pinned"; exit 1; }

@@ -6,7 +6,6 @@ hidden (each model's own), V vocabulary, T tokens of a padded row.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -206,7 +205,7 @@ def fused_linear_tvkd_loss(
             ignore_index=ignore_index,
             stats=stats,
             impl=impl,
-            **asdict(gradient),
+            **gradient.options(),
         )
         return torch_epilogue(logps, given)[0]
     resolved = resolve(impl, hidden)

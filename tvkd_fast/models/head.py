@@ -5,7 +5,7 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,7 @@ class FusedLMHead(nn.Linear):
 
     def gradient_options(self) -> dict[str, Any]:
         """Return the arguments of `linear_logps` that select its gradient."""
-        return {**asdict(self.gradient), "stats": self.stats}
+        return {**self.gradient.options(), "stats": self.stats}
 
 
 def fuse_head(model: PreTrainedModel) -> list[FusedLMHead]:

@@ -116,6 +116,7 @@ def _auto(device: torch.device, dtype: torch.dtype) -> bool:
     return refusal is None
 
 
+@constant_in_graphs
 def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot take such tensors, and the remedy; None where they can."""
     if find_spec("triton") is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class HeadGradient:
     """The limit of the mean probability that is left out; beyond it every row gets the exact gradient."""
     workspace_mb: int = 0
     """MiB of logits, 4·V bytes per row, that exact gradients in torch may hold. In a training step on a CPU, a block's
-    while the forward makes the gradient (0: 116). Elsewhere from forward to backward, three products and not four."""
+    while the forward makes the gradient (0: 104). Elsewhere from forward to backward, three products and not four."""
 
     def __post_init__(self) -> None:
         if self.grad_mode not in GRAD_MODES:
@@ -70,6 +70,10 @@ class HeadGradient:
                 f"workspace_mb keeps logits for exact gradients, which grad_mode={self.grad_mode!r} is not: leave it 0"
             )
 
+    def options(self) -> dict[str, Any]:
+        """The settings as arguments of an op. `dataclasses.asdict` copies, which not every torch can trace."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
     def eps_for(self, dtype: torch.dtype) -> float:
         if self.eps is not None:
             return self.eps
@@ -82,6 +86,9 @@ class HeadGradient:
 
     def cap_for(self, vocab_size: int) -> int:
         return max(1, vocab_size // 16) if self.row_cap is None else self.row_cap
+
+
+OPTIONS = tuple(field.name for field in fields(HeadGradient))
 
 
 class HeadStats:
