@@ -140,9 +140,9 @@ def test_families_that_packed_rows_would_change_are_refused(family, tiny_model):
 
 
 def test_other_attention_is_refused_with_the_remedy(tiny_model):
-    model = tiny_model()
-    model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"need sdpa, eager or flex_attention, .* with flash_attention_2: set --model"):
+    model = tiny_model().bfloat16()
+    model.config._attn_implementation_internal = "flash_attention_4"
+    with pytest.raises(ValueError, match=r"need sdpa, .* or flash_attention_3, .* with flash_attention_4: set --model"):
         PolicyWithHead(model, packing="shared", probe=False)
 
 

@@ -25,8 +25,8 @@ class ModelConfig:
     attn_implementation: str | None = None
     """transformers' attention: sdpa, eager, flash_attention_2 …; the model's default where not given."""
     packing: Literal["shared", "unshared", "padded"] = "shared"
-    """How pairs become rows: `shared` computes a pair's prompt once (sdpa, eager or flex attention), `unshared` packs
-    without padding, `padded` pads."""
+    """How pairs become rows: `shared` computes a pair's prompt once (sdpa, eager, flex or flash attention), `unshared`
+    packs without padding, `padded` pads."""
     activation_checkpointing: Recompute = "none"
     """What is computed again in the backward: nothing, all of a block but its products (`selective`), or all of it
     (`full`)."""
