@@ -17,6 +17,8 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from tvkd_fast.data import collate_packed
 from tvkd_fast.distributed.recompute import checkpoint_activations
 from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.models.probe import probe_packing, states_alone
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.models.shared_prompt import (
     FLASH,
     NAMES,
@@ -186,6 +188,32 @@ def test_gradients_survive(again, tiny_model, flash_attn):
     policy(BATCH).sum().backward()
     found = gradients(policy.model)
     assert all(torch.equal(found[name], x) for name, x in wanted.items())
+
+
+def test_weights_of_32_bits_are_computed_with_in_16(tiny_model, flash_attn):
+    """Under autocast Qwen3's norms leave queries and keys in float32."""
+    model = tiny_model(config=copy.deepcopy(FAMILIES["qwen3"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, logps = alone(model)
+    with pytest.raises(ValueError, match=r"flash_attention_2 computes in 16 bits.* autocast=torch\.bfloat16"):
+        PolicyWithHead(by_flash(model), packing="shared")
+    policy = PolicyWithHead(model, packing="shared", autocast=torch.bfloat16)
+    close(policy(BATCH), logps, 3e-2)
+    assert {call[name].dtype for call in flash_attn.varlen for name in "qkv"} == {torch.bfloat16}
+    rounded = [state * 1.01 for state in states_alone(policy.model, torch.bfloat16)]
+    probe_packing(policy.model, rounded, shared=True, autocast=torch.bfloat16)
+    with policy.precision(required=True):
+        assert policy.model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
+    again = PolicyWithHead(policy.model, packing="shared", autocast=torch.bfloat16)
+    assert again.required_autocast == torch.bfloat16
+    assert PolicyWithHead(tiny_model(), autocast=torch.bfloat16).required_autocast is None
+
+
+def test_a_config_of_weights_of_32_bits_is_refused():
+    with pytest.raises(ValueError, match=r"flash_attention_2 computes in 16 bits.* set --model\.autocast bfloat16"):
+        ModelConfig(attn_implementation="flash_attention_2")
+    ModelConfig(attn_implementation="flash_attention_2", autocast="bfloat16")
+    ModelConfig(attn_implementation="flash_attention_2", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("setting", ["torch", "environment"])

@@ -44,6 +44,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
+        if "flash" in (self.attn_implementation or "") and self.dtype == "float32" and self.autocast == "off":
+            raise ValueError(
+                f"{self.attn_implementation} computes in 16 bits, and the weights are of 32: set --model.autocast "
+                "bfloat16 to train, or --model.dtype bfloat16"
+            )
 
 
 @dataclass(kw_only=True)
