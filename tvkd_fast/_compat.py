@@ -115,6 +115,33 @@ def attention_of(config: Any) -> str:
     return getattr(config, "_attn_implementation", None) or ""
 
 
+class _SeenWith:
+    """An object with other values of some of its attributes, which itself stays as it is."""
+
+    def __init__(self, seen: Any, **others: Any) -> None:
+        vars(self).update(others, seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.seen, name)
+
+
+def with_attention(module: nn.Module, name: str) -> Any:
+    """An attention layer whose config names this attention: transformers' flash attention imports what stands there."""
+    return _SeenWith(module, config=_SeenWith(module.config, _attn_implementation=name))
+
+
+def flash_varlen(implementation: str) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]]:
+    """flash-attn's varlen function as transformers finds it, and transformers' own that makes its keyword arguments.
+
+    Which package has it and which arguments it takes differ between flash-attn's releases. transformers 5.17 returns
+    one function of arguments; later releases return several.
+    """
+    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+    (_, varlen, *_), arguments = lazy_import_flash_attention(implementation)
+    return varlen, arguments[0] if isinstance(arguments, tuple) else arguments
+
+
 def blocks_not_to_split(model: PreTrainedModel) -> set[str]:
     """Class names of the model's transformer blocks, which are not to be spread over devices."""
     return set(model._no_split_modules or ())

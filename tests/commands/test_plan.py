@@ -98,6 +98,17 @@ def test_memory_that_is_returned_is_no_part_of_the_plan(make_config):
     assert "freed, kept by malloc" not in returned
 
 
+def test_prompts_are_shared_by_flash_attention_too(make_config, model_folder):
+    shape = model_shape(model_folder())
+    default, flash, other = (
+        Footprint(
+            make_config(model=ModelConfig(autocast="bfloat16", attn_implementation=name)), shape, None, TOKENS, 1
+        ).activations
+        for name in (None, "flash_attention_2", "flash_attention_4")
+    )
+    assert default == flash != other
+
+
 @pytest.mark.parametrize("memory", [0.0, -1.0, math.nan])
 def test_a_device_without_memory_is_refused(memory, make_config):
     with pytest.raises(ValueError, match="device_memory_gib"):

@@ -58,13 +58,14 @@ def write_answers(config: EvalConfig) -> tuple[Path, Path]:
     replies: dict[str, list[str]] = {}
     for name in _asked(config):
         tokenizer = load_tokenizer(name, trust_remote_code=config.model.trust_remote_code)
-        model = load_policy(name, replace(config.model, packing="padded"), frozen=True).model
+        policy = load_policy(name, replace(config.model, packing="padded"), frozen=True)
         replies[name] = []
         for start in range(0, count, AT_ONCE):
             here = slice(start, start + AT_ONCE)
-            replies[name] += answers(
-                model, tokenizer, prompts[here], max_new_tokens=config.max_new_tokens, of=texts[here]
-            )
+            with policy.precision(required=True):
+                replies[name] += answers(
+                    policy.model, tokenizer, prompts[here], max_new_tokens=config.max_new_tokens, of=texts[here]
+                )
     folder = Path(config.generate)
     pages = folder / "answers.md", folder / "answers.html"
     with written(folder):

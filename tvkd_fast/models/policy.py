@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tvkd_fast.models.head import FusedLMHead, answering_layer, fuse_head
 from tvkd_fast.models.lent import undone
-from tvkd_fast.models.probe import probe_head, probe_packing, states_alone
+from tvkd_fast.models.probe import probe_head, probe_packing, required_autocast, states_alone
 from tvkd_fast.models.prune import disable_dropout, few_layers
 from tvkd_fast.models.shared_prompt import Layout, share_prompts, states_of
 from tvkd_fast.ops import Upstream
@@ -69,6 +69,7 @@ class PolicyWithHead(nn.Module):
     ) -> None:
         super().__init__()
         self.packing, self.autocast = packing, autocast
+        self.required_autocast = required = required_autocast(model, autocast)
         self.reduce_always = False
         if probe and model.device.type == "meta":
             # Nothing can be computed without weights, and what is probed is the family's code.
@@ -77,13 +78,13 @@ class PolicyWithHead(nn.Module):
         with undone(model, on_error=True):
             fuse_head(model)
             disable_dropout(model)
-            alone = states_alone(model) if probe and packing != "padded" else None
+            alone = states_alone(model, required) if probe and packing != "padded" else None
             if packing == "shared":
                 share_prompts(model)
             if alone is not None:
-                probe_packing(model, alone, shared=packing == "shared")
+                probe_packing(model, alone, shared=packing == "shared", autocast=required)
             if probe:
-                probe_head(model)
+                probe_head(model, required)
         self.model = model
 
     def forward(self, batch: ModelBatch, upstream: Upstream | None = None) -> Tensor:
@@ -110,12 +111,16 @@ class PolicyWithHead(nn.Module):
         """Columns of the head: a padded vocabulary has more than its tokenizer."""
         return self.head.out_features
 
-    def precision(self) -> torch.autocast:
-        """The products' precision, wherever the model is called: policy, reference and teacher must agree on it."""
+    def precision(self, *, required: bool = False) -> torch.autocast:
+        """The products' precision, wherever the model is called: policy, reference and teacher must agree on it.
+
+        With `required` the weights' own, of calls that generate, and autocast only where the attention needs it.
+        """
         kind = self.model.device.type
         # Offloaded weights are on the meta device, which has no precision of its own.
         kind = "cpu" if kind == "meta" else kind
-        return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
+        dtype = self.required_autocast if required else self.autocast
+        return torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
 
     def hidden(self, batch: ModelBatch, positions: Tensor) -> Tensor:
         """[len(positions), D] states of a batch at flat positions. Called from `forward` only."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tvkd_fast._compat import forward_hooks
 from tvkd_fast.models.head import FusedLMHead, answering_layer, head_transforms
 from tvkd_fast.models.lent import in_eval
-from tvkd_fast.models.shared_prompt import Layout, states_of
+from tvkd_fast.models.shared_prompt import Layout, states_of, unpacked_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,9 +46,25 @@ class OwnAnswer:
     """Whether its logits are what its output embeddings returned."""
 
 
+def required_autocast(model: PreTrainedModel, autocast: torch.dtype | None) -> torch.dtype | None:
+    """The autocast dtype without which the model cannot be called; None of a model that needs none.
+
+    flash-attn computes in 16 bits alone. Raises ValueError where the weights are of 32 and `autocast` is None.
+    """
+    attention = unpacked_attention(model.config)
+    if "flash" not in attention or model.dtype != torch.float32:
+        return None
+    if autocast is None:
+        raise ValueError(
+            f"{attention} computes in 16 bits, and the weights are of 32: make the model's dtype torch.bfloat16, or "
+            "give PolicyWithHead autocast=torch.bfloat16"
+        )
+    return autocast
+
+
 @torch.no_grad()
-def own_answer(model: PreTrainedModel, *, with_loss: bool = False) -> OwnAnswer:
-    """Call the model as it is. Raises ValueError where it cannot be called."""
+def own_answer(model: PreTrainedModel, *, with_loss: bool = False, autocast: torch.dtype | None = None) -> OwnAnswer:
+    """Call the model as it is, under `autocast` where it is given. Raises ValueError where it cannot be called."""
     ids = probe_ids(model)
     kind = ids.device.type
     seen: list[tuple[torch.dtype, torch.dtype | None]] = []
@@ -59,7 +75,7 @@ def own_answer(model: PreTrainedModel, *, with_loss: bool = False) -> OwnAnswer:
     # Before FSDP2's own hook, which may cast them.
     handle = model.get_output_embeddings().register_forward_hook(note, prepend=True)
     try:
-        with as_probed(model):
+        with as_probed(model, autocast):
             out = model(input_ids=ids, **({"labels": ids} if with_loss else {}), use_cache=False)
     except (RuntimeError, TypeError, AttributeError, LookupError) as error:
         given = "input_ids and labels" if with_loss else "input_ids"
@@ -68,21 +84,22 @@ def own_answer(model: PreTrainedModel, *, with_loss: bool = False) -> OwnAnswer:
         ) from error
     finally:
         handle.remove()
-    precision, autocast = seen[0] if seen else (out.logits.dtype, None)
+    precision, autocast = seen[0] if seen else (out.logits.dtype, autocast)
     return OwnAnswer(out.logits[0], out.loss if with_loss else None, precision, autocast, bool(seen))
 
 
 @torch.no_grad()
-def probe_head(model: PreTrainedModel) -> None:
+def probe_head(model: PreTrainedModel, autocast: torch.dtype | None = None) -> None:
     """Compare the fused head's log-probabilities with those of the model's own logits on a few tokens.
 
     Both are computed in the precision that the model's own forward brings, such as that of accelerate's mixed
-    precision. The logits are asked for in full, [T, V] of 8 tokens, once. Raises ValueError on a mismatch: the family
-    transforms its logits in a way that the config's known names do not show. Nothing of the model stays changed.
+    precision, and under `autocast` where the model cannot be called without. The logits are asked for in full, [T, V]
+    of 8 tokens, once. Raises ValueError on a mismatch: the family transforms its logits in a way that the config's
+    known names do not show. Nothing of the model stays changed.
     """
     head = answering_layer(model.get_output_embeddings())
     assert isinstance(head, FusedLMHead)
-    ids, own = probe_ids(model), own_answer(model)
+    ids, own = probe_ids(model), own_answer(model, autocast=autocast)
     with as_probed(model), torch.autocast(ids.device.type, dtype=own.autocast, enabled=own.autocast is not None):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
@@ -98,10 +115,10 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
 
 
 @contextmanager
-def as_probed(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no autocast from outside, and answers by name, while the block lasts."""
+def as_probed(model: PreTrainedModel, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Evaluation mode, no autocast but the given one, and answers by name, while the block lasts."""
     by_name = model.config.return_dict
-    with in_eval(model), torch.autocast(_device(model).type, enabled=False):
+    with in_eval(model), torch.autocast(_device(model).type, dtype=autocast, enabled=autocast is not None):
         # A family's head reads its backbone's answer by name, and fails over a config that differs.
         model.config.return_dict = True
         try:
@@ -142,13 +159,15 @@ def tolerance(precision: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def states_alone(model: PreTrainedModel) -> list[Tensor]:
+def states_alone(model: PreTrainedModel, autocast: torch.dtype | None = None) -> list[Tensor]:
     """[T, D] states of the probe's sequences, chosen and rejected response of each pair, each in a call of its own."""
-    return [_in_eval(model, ids, None) for pair in _probe_pairs(model) for ids in _sequences(pair)]
+    return [_in_eval(model, ids, None, autocast) for pair in _probe_pairs(model) for ids in _sequences(pair)]
 
 
 @torch.no_grad()
-def probe_packing(model: PreTrainedModel, alone: list[Tensor], *, shared: bool) -> None:
+def probe_packing(
+    model: PreTrainedModel, alone: list[Tensor], *, shared: bool, autocast: torch.dtype | None = None
+) -> None:
     """Compare the states of a packed row with those of `states_alone`, made before the model took packed rows.
 
     Raises ValueError where a state differs or the model cannot be called so: what its tokens see of one another is not
@@ -169,7 +188,7 @@ def probe_packing(model: PreTrainedModel, alone: list[Tensor], *, shared: bool) 
             if shared:
                 places.append(torch.cat([torch.arange(start, border), torch.arange(end, end + len(rejected))]))
     try:
-        states = _in_eval(model, torch.cat(ids), layout)
+        states = _in_eval(model, torch.cat(ids), layout, autocast)
     except (TypeError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(_refusal(model, f"cannot be called with a packed row ({why})", shared)) from error
@@ -177,7 +196,7 @@ def probe_packing(model: PreTrainedModel, alone: list[Tensor], *, shared: bool) 
         float((states[place.to(states.device)] - want).float().norm() / want.float().norm())
         for place, want in zip(places, alone, strict=True)
     )
-    if not worst <= _PACKING_TOLERANCES[states.dtype]:
+    if not worst <= _PACKING_TOLERANCES[autocast or states.dtype]:
         raise ValueError(_refusal(model, f"has other states in a packed row, by {worst:.1e}", shared))
 
 
@@ -186,8 +205,8 @@ def _refusal(model: PreTrainedModel, why: str, shared: bool) -> str:
     return f"{type(model).__name__} ({model.config.model_type}) {why}: set --model.packing {unshared}padded"
 
 
-def _in_eval(model: PreTrainedModel, ids: Tensor, layout: Layout | None) -> Tensor:
-    with as_probed(model):
+def _in_eval(model: PreTrainedModel, ids: Tensor, layout: Layout | None, autocast: torch.dtype | None) -> Tensor:
+    with as_probed(model, autocast):
         return states_of(model, ids[None], layout)[0]
 
 

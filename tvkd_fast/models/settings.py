@@ -25,8 +25,8 @@ class ModelConfig:
     attn_implementation: str | None = None
     """transformers' attention: sdpa, eager, flash_attention_2 …; the model's default where not given."""
     packing: Literal["shared", "unshared", "padded"] = "shared"
-    """How pairs become rows: `shared` computes a pair's prompt once (sdpa, eager or flex attention), `unshared` packs
-    without padding, `padded` pads."""
+    """How pairs become rows: `shared` computes a pair's prompt once (sdpa, eager, flex or flash attention), `unshared`
+    packs without padding, `padded` pads."""
     activation_checkpointing: Recompute = "none"
     """What is computed again in the backward: nothing, all of a block but its products (`selective`), or all of it
     (`full`)."""
@@ -44,6 +44,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
+        if "flash" in (self.attn_implementation or "") and self.dtype == "float32" and self.autocast == "off":
+            raise ValueError(
+                f"{self.attn_implementation} computes in 16 bits, and the weights are of 32: set --model.autocast "
+                "bfloat16 to train, or --model.dtype bfloat16"
+            )
 
 
 @dataclass(kw_only=True)

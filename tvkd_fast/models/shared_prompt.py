@@ -2,25 +2,29 @@
 
 A row is [prompt | chosen | rejected], pair after pair. Prompt and chosen response are a causal sequence as they lie;
 the rejected one attends to its prompt and to itself. Two calls per pair, and no mask over the row: what a mask would
-take away is not computed. FlexAttention, on a GPU, is given the same as a mask by blocks. The function stands where
-transformers looks its attention up, by name; a call without a layout goes to the implementation that was there before.
+take away is not computed. flash-attn takes all pairs' sequences in one call, over keys among which the prompts stand
+twice, and FlexAttention, on a GPU, is given the same as a mask by blocks. The function stands where transformers looks
+its attention up, by name; a call without a layout goes to the implementation that was there before.
 
-Letters: P pairs, L tokens of a row, H heads, G key heads, E their size, T queries and S keys of one sequence.
+Letters: P pairs, L tokens of a row, H heads, G key heads, E their size, T queries and S keys of one sequence; N keys of
+all sequences and M tokens of prompts that stand twice among them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from tvkd_fast._compat import attention_of
+from tvkd_fast._compat import attention_of, flash_varlen, with_attention
 from tvkd_fast.transfer import to_device
 
 if TYPE_CHECKING:
@@ -28,9 +32,13 @@ if TYPE_CHECKING:
 
 Layout = Sequence[tuple[int, int, int, int]]
 """For each pair of a packed row, the starts of its prompt, chosen and rejected response, and its end."""
+FLASH = ("flash_attention_2", "flash_attention_3")
+HANDLED = ("sdpa", "eager", "flex_attention", *FLASH)
+WITH_SINKS = ", which the model has: set --model.attn_implementation eager and --model.packing padded"
 PREFIX = "tvkd_packed_"
-"""The prefix of the attention's name; the rest names the implementation for rows that are not packed."""
-HANDLED = ("sdpa", "eager", "flex_attention")
+# transformers would import a kernel by a name that has "flash" in it.
+NAMES = {before: PREFIX + before.replace("flash", "varlen") for before in HANDLED}
+"""The name under which attention over packed rows is registered, by the implementation for rows that are not packed."""
 
 
 class Held:
@@ -97,6 +105,139 @@ def causal(
     return weights.to(query.dtype) @ value
 
 
+@dataclass(frozen=True)
+class Twice:
+    """Which tokens of a row stand twice among the keys of its sequences, and where."""
+
+    tokens: Tensor
+    """(N,) the token of each key."""
+    first: Tensor
+    """(L,) the first place of each token among the keys."""
+    shared: Tensor
+    """(M,) the tokens that have a second place."""
+    second: Tensor
+    """(M,) that place."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A row's sequences as flash-attn's varlen function takes them, in the order of their queries in the row."""
+
+    queries: Tensor
+    """int32: the sequences' starts among the L queries, and L."""
+    keys: Tensor
+    """int32: the sequences' starts among the N keys, and N."""
+    longest_query: int
+    longest_key: int
+    twice: Twice | None
+    """None where every token is a key once, as it lies."""
+
+
+@lru_cache(maxsize=4)
+def sequences(layout: Layout, device: torch.device) -> Sequences:
+    """A row's sequences, without empty ones; the same ones serve every layer, and no layer asks the device for a size.
+
+    Two sequences per pair: prompt and chosen response by themselves, rejected response over prompt and itself.
+    """
+    lengths: list[tuple[int, int]] = []
+    tokens: list[int] = []
+    first: list[int] = []
+    shared: list[int] = []
+    second: list[int] = []
+    for prompt, chosen, rejected, end in layout:
+        lengths.append((rejected - prompt, rejected - prompt))
+        first += range(len(tokens), len(tokens) + rejected - prompt)
+        tokens += range(prompt, rejected)
+        lengths.append((end - rejected, chosen - prompt + end - rejected))
+        if end > rejected:
+            second += range(len(tokens), len(tokens) + chosen - prompt)
+            shared += range(prompt, chosen)
+            tokens += range(prompt, chosen)
+        first += range(len(tokens), len(tokens) + end - rejected)
+        tokens += range(rejected, end)
+    queries, keys = zip(*(length for length in lengths if length[0]), strict=True)
+
+    def starts(sizes: Sequence[int]) -> Tensor:
+        return to_device(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), device)
+
+    # What is made in inference mode could not be kept for a later backward.
+    with torch.inference_mode(False):
+        places = (tokens, first, shared, second)
+        twice = Twice(*(to_device(torch.tensor(x), device) for x in places)) if shared else None
+        return Sequences(starts(queries), starts(keys), max(queries), max(keys), twice)
+
+
+class _Repeated(torch.autograd.Function):
+    """x[twice.tokens]; (L, G, E) to (N, G, E).
+
+    The backward reads each token's one or two gradients, in this order. That of `index_select` would add all N of them
+    to zeros one by one, by atomics on a GPU; that of a concatenation is two small sums per pair.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, twice: Twice) -> Tensor:
+        ctx.twice = twice
+        return x.index_select(0, twice.tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        twice: Twice = ctx.twice
+        found = grad.index_select(0, twice.first)
+        sums = found.index_select(0, twice.shared) + grad.index_select(0, twice.second)
+        return found.index_copy_(0, twice.shared, sums), None
+
+
+def attend_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    implementation: str,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same as `attend` by one call of flash-attn's varlen function, which aligns queries to the last of their keys.
+
+    `sinks` (H,) are handed on. Raises ValueError where the flash-attn that is installed has no parameter for what the
+    layer asks for.
+    """
+    varlen, arguments = flash_varlen(implementation)
+    row = sequences(tuple(layout), query.device)
+    # The batch of one by a squeeze, whose gradient is a view: that of an index would be written.
+    query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    if row.twice is not None:
+        key, value = (_Repeated.apply(x, row.twice) for x in (key, value))
+    size, missing = value.shape[-1], key.shape[-1] - value.shape[-1]
+    if missing:
+        value = pad(value, [0, missing])
+    given = arguments(
+        query_length=query.shape[0],
+        key_length=row.longest_key,
+        is_causal=True,
+        dropout=0.0,
+        softmax_scale=scaling,
+        sliding_window=window,
+        softcap=softcap,
+        # Left open, it is what transformers reads from FLASH_ATTENTION_DETERMINISTIC.
+        deterministic=True if torch.are_deterministic_algorithms_enabled() else None,
+        s_aux=None if sinks is None else sinks.to(query.dtype),
+        max_seqlen_q=row.longest_query,
+        max_seqlen_k=row.longest_key,
+    )
+    narrow = window is not None and window < row.longest_key
+    for what, asked, name in (("sliding windows", narrow, "window_size"), ("softcaps", softcap is not None, "softcap")):
+        if asked and name not in given:
+            raise ValueError(f"{implementation} has no {what}: set --model.attn_implementation eager")
+    if sinks is not None and given.keys().isdisjoint({"s_aux", "learnable_sink"}):
+        raise ValueError(f"{implementation} has no attention sinks{WITH_SINKS}")
+    found = varlen(query, key, value, cu_seqlens_q=row.queries, cu_seqlens_k=row.keys, **given)
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return (out[..., :size] if missing else out).unsqueeze(0)
+
+
 @lru_cache(maxsize=4)
 def block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
     """FlexAttention's mask of a row; the same one serves every layer of a kind."""
@@ -127,7 +268,7 @@ def share_prompts(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     before = attention_of(model.config)
-    if before.startswith(PREFIX):
+    if before in NAMES.values():
         return
     if before not in HANDLED:
         raise ValueError(
@@ -141,23 +282,29 @@ def share_prompts(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has layers of {', '.join(odd)}, in which a response would see more than its own "
             "prompt and itself: set --model.packing unshared"
         )
-    AttentionInterface.register(PREFIX + before, _instead_of(before))
-    AttentionMaskInterface.register(PREFIX + before, AttentionMaskInterface()[before])
-    model.set_attn_implementation(PREFIX + before)
-    if attention_of(model.config) == before:
+    AttentionInterface.register(NAMES[before], _instead_of(before))
+    AttentionMaskInterface.register(NAMES[before], AttentionMaskInterface()[before])
+    model.set_attn_implementation(NAMES[before])
+    if attention_of(model.config) != NAMES[before]:
         raise ValueError(
             f"{type(model).__name__} does not look its attention up where transformers lets it be replaced: set "
             "--model.packing unshared or padded"
         )
 
 
+def unpacked_attention(config: Any) -> str:
+    """The name of a model's attention for rows that are not packed, which it was loaded with."""
+    name = attention_of(config)
+    return next((before for before, ours in NAMES.items() if name == ours), name)
+
+
 def keep_uncompiled(model: PreTrainedModel) -> None:
     """Let torch.compile step around the model's packed attention: its layout is other numbers in every batch."""
     from transformers import AttentionInterface
 
-    name = attention_of(model.config)
-    if name.startswith(PREFIX):
-        AttentionInterface.register(name, torch.compiler.disable(_instead_of(name.removeprefix(PREFIX))))
+    name, before = attention_of(model.config), unpacked_attention(model.config)
+    if name != before:
+        AttentionInterface.register(name, torch.compiler.disable(_instead_of(before)))
 
 
 def states_of(
@@ -194,7 +341,8 @@ def _instead_of(before: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if layout is None:
-            return _own_attention(module, before)(module, query, key, value, attention_mask, **options)
+            seen = with_attention(module, before) if before in FLASH else module
+            return _own_attention(module, before)(seen, query, key, value, attention_mask, **options)
         window = options.get("sliding_window")
         if window is None and _slides(module):
             raise ValueError(
@@ -203,10 +351,24 @@ def _instead_of(before: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if before == "flex_attention":
             mask = block_mask(tuple(layout.layout), window, query.device)
             return _own_attention(module, before)(module, query, key, value, mask, **options)
-        scaling, softcap = options.get("scaling"), options.get("softcap")
-        return attend(query, key, value, layout.layout, scaling=scaling, softcap=softcap, window=window), None
+        how = {"scaling": options.get("scaling"), "softcap": options.get("softcap"), "window": window}
+        sinks = options.get("s_aux")
+        if before in FLASH:
+            query, key, value = _in_16_bits(module, query, key, value)
+            return attend_flash(query, key, value, layout.layout, before, sinks=sinks, **how), None
+        if sinks is not None:
+            raise ValueError(f"shared prompts by {before} have no attention sinks{WITH_SINKS}")
+        return attend(query, key, value, layout.layout, **how), None
 
     return attention
+
+
+def _in_16_bits(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
+    """Cast as transformers does before its own call of flash-attn: norms or rotations may have left float32."""
+    from transformers.integrations.flash_attention import get_target_dtype
+
+    dtype = get_target_dtype(query, module)
+    return (query, key, value) if dtype is None else [x.to(dtype) for x in (query, key, value)]
 
 
 def _slides(module: nn.Module) -> bool:
