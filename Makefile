@@ -51,7 +51,7 @@ COMPAT := .venv-compat$(if $(TORCH),-torch$(TORCH))$(if $(TRITON),-triton$(TRITO
 # torch 2.11 brings Triton 3.6, whose interpreter takes no NumPy from 2.4 on.
 OLD_NUMPY := $(if $(filter 2.11.%,$(TORCH))$(filter 3.6.%,$(TRITON)),numpy<2.4)
 
-compat: ## run the first tier under other versions, in an environment beside .venv (TORCH=2.11.0 TRITON=3.6.0 TRANSFORMERS=5.17.0)
+compat: ## run the first tier under other versions, in an environment beside .venv (TORCH=2.11.0 TRITON=3.6.0 TRANSFORMERS=5.24.0)
 	@test -n "$(strip $(ASKED))" || { echo "Name the versions: make compat TORCH=2.11.0, TRITON=…, TRANSFORMERS=…; what is not named stays as pinned"; exit 1; }
 	@test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
 	@grep -vE '^($(CHOSEN))==' constraints.txt > $(COMPAT)/constraints.txt

@@ -2,7 +2,7 @@
 
     python -m bench.runs.compat --json FILE [PYTEST'S ARGUMENTS]
 
-`make compat TORCH=2.11.0 TRITON=3.6.0 TRANSFORMERS=5.17.0` makes an environment of these and runs it there. It ends
+`make compat TORCH=2.11.0 TRITON=3.6.0 TRANSFORMERS=5.24.0` makes an environment of these and runs it there. It ends
 with pytest's own status.
 """
 
