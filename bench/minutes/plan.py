@@ -21,7 +21,7 @@ class Step:
     jobs: int = 1
     """Processes at once: one where times are taken, more where kernels compile."""
     checks: bool = True
-    """Whether it is there to find mistakes: a case of it that was left out is then no case passed."""
+    """Whether it looks for mistakes: a case that was left out then counts as one that failed."""
     module: str | None = None
 
     @property

@@ -5,12 +5,12 @@ The tiles and the workspace are an H200's; nothing is computed.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from replaced import replace_everywhere
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,18 +55,15 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> Launches:
     def accumulate(*_: Any, **__: Any) -> None:
         counts.products += 1
 
-    stands_for = {
-        "launch": launch,
-        "accumulate": accumulate,
-        "target_of": lambda _: "sm_90",
-        "library_sums": lambda *_: True,
-        "workspace_bytes": lambda _: blocks.MOST_BYTES,
-        "operand": lambda tensor, *_: tensor,
-    }
-    for name, module in list(sys.modules.items()):
-        for attribute in stands_for.keys() & vars(module).keys() if name.startswith("tvkd_fast.") else ():
-            if callable(vars(module)[attribute]):
-                monkeypatch.setattr(module, attribute, stands_for[attribute])
+    replace_everywhere(
+        monkeypatch,
+        launch=launch,
+        accumulate=accumulate,
+        target_of=lambda _: "sm_90",
+        library_sums=lambda *_: True,
+        workspace_bytes=lambda _: blocks.MOST_BYTES,
+        operand=lambda tensor, *_: tensor,
+    )
     monkeypatch.setattr("tvkd_fast.ops.dispatch._no_triton", lambda *_: None)
     return counts
 

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packed_rows import GROUPED, HEADED, SHAPE
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -23,19 +24,6 @@ from tvkd_fast.models import FusedLMHead, HeadTransforms, PolicyWithHead, Teache
 from tvkd_fast.models.lent import adapters_off
 from tvkd_fast.ops import linear_lse
 
-SHAPE = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
-GROUPED = SHAPE | {"num_key_value_heads": 2}
-HEADED = GROUPED | {"head_dim": 8}
 FAMILIES = {
     "llama": LlamaConfig(**GROUPED, tie_word_embeddings=False),
     "llama tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from replaced import replace_everywhere
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
@@ -64,9 +65,7 @@ def walked(monkeypatch):
     from tvkd_fast.ops import triton_backend, triton_walk  # noqa: F401
 
     launched = []
-    for name, module in list(sys.modules.items()):
-        if name.startswith("tvkd_fast.kernels.") and hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    replace_everywhere(monkeypatch, launch=lambda kernel, *_, **__: launched.append(kernel))
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda _: None)
     return launched
 

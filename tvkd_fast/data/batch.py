@@ -101,8 +101,8 @@ def collate_pairs(
         states += range(s_0, s_0 + len(response) + 1)
         predicting += range(s_0, s_0 + len(response))
         labels += response
-    lengths = torch.tensor([0] + [len(response) for _, response in rows])
-    cu_seqlens = lengths.cumsum(0)
+    lengths = tuple(len(response) for _, response in rows)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     return PairBatch(
         pairs=torch.tensor(indices),
         input_ids=input_ids,
@@ -113,7 +113,7 @@ def collate_pairs(
         cu_states=cu_seqlens + torch.arange(len(rows) + 1),
         ended=torch.tensor(ended),
         num_tokens=sum(len(prompt) + len(response) for prompt, response in rows),
-        response_lengths=tuple(len(response) for _, response in rows),
+        response_lengths=lengths,
     )
 
 

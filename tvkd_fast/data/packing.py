@@ -184,8 +184,8 @@ def collate_packed(
     ended = [pair.chosen_ended for pair in pairs]
     if not chosen_only:
         ended += [pair.rejected_ended for pair in pairs]
-    lengths = torch.tensor([0] + [len(of_one) - 1 for of_one in states])
-    cu_seqlens = lengths.cumsum(0)
+    lengths = tuple(len(of_one) - 1 for of_one in states)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     input_ids = torch.tensor([ids])
     return PairBatch(
         pairs=torch.tensor(indices, dtype=torch.int64),
@@ -197,6 +197,6 @@ def collate_packed(
         cu_states=cu_seqlens + torch.arange(len(states) + 1),
         ended=torch.tensor(ended, dtype=torch.bool),
         num_tokens=len(ids) if pairs else 0,
-        response_lengths=tuple(len(of_one) - 1 for of_one in states),
+        response_lengths=lengths,
         layout=tuple(layout),
     )

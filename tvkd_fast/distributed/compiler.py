@@ -19,7 +19,7 @@ from tvkd_fast.distributed.shard import blocks_of
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.models.shared_prompt import keep_uncompiled
 
-WITHOUT = "or leave --model.compile out"
+REMEDY = "leave --model.compile out"
 
 
 def compile_blocks(policy: PolicyWithHead) -> None:
@@ -29,7 +29,7 @@ def compile_blocks(policy: PolicyWithHead) -> None:
     Gradients are the same to rounding. Raises ValueError where the backbone's blocks cannot be found.
     """
     keep_uncompiled(policy.model)
-    for block in blocks_of(policy, "leave --model.compile out"):
+    for block in blocks_of(policy, REMEDY):
         # In place, so that parameters keep their names.
         block.compile(dynamic=True)
 
@@ -41,15 +41,15 @@ def check_compiler(device: torch.device) -> None:
     else:
         named, usual = "CC", ["cc", "gcc", "clang"]
         if find_spec("triton") is None:
-            raise ValueError(f"torch.compile writes Triton for a {device.type} device: pip install triton, {WITHOUT}")
+            raise ValueError(f"torch.compile writes Triton for a {device.type} device: pip install triton, or {REMEDY}")
     given = os.environ.get(named)
     if not any(shutil.which(name) for name in ([given] if given else usual)):
         raise ValueError(
             f"torch.compile needs a compiler, and {given or usual[-1]} is not here: install it, or name another in "
-            f"{named}, {WITHOUT}"
+            f"{named}, or {REMEDY}"
         )
     include = sysconfig.get_path("include")
     if not (Path(include) / "Python.h").exists():
         raise ValueError(
-            f"torch.compile needs Python's headers, and {include} has no Python.h: install python3-dev, {WITHOUT}"
+            f"torch.compile needs Python's headers, and {include} has no Python.h: install python3-dev, or {REMEDY}"
         )
