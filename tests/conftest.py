@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from tvkd_fast.fused import known_op
 from tvkd_fast.ops import linear_logps, logps, reference, sparse_logps, values
 
 CHATML = (
@@ -251,6 +252,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "sparse_logps_gradients": sparse_logps._sparse_gradients,
     "linear_lse": values._lse,
     "linear_entropy": values._entropy,
+    "fused_linear_tvkd_known": known_op._known,
 }
 """The functions that the registered ops run."""
 

@@ -37,8 +37,8 @@ def test_every_row_is_checked_and_timed(tmp_path: Path) -> None:
     assert ", 2 threads, " in report["made_by"]["machine"]
     rows = {row["name"]: row for row in report["results"]}
     assert report["checked"] == "64 rows of dH, 2000 of dW"
-    made = "made states, 40 entries per token above 2^-14"
-    assert report["states"] == f"{made}, in responses as long as those of bundled:train"
+    states = "made states, 40 entries per token above 2^-14"
+    assert report["states"] == f"{states}, in responses as long as those of bundled:train"
     assert rows.pop("product")["over_floor"] == 1.0
     assert {"tvkd_fast, exact", "tvkd_fast, sparse 2^-14", "eager log-softmax"} <= set(rows)
     for name, row in rows.items():

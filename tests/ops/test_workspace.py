@@ -14,6 +14,8 @@ from tvkd_fast import HeadGradient, fused_linear_tvkd_loss
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops import linear_logps, logps
 from tvkd_fast.ops.tiles import exact, huge_pages
+from tvkd_fast.ops.tiles.block_walk import LINE
+from tvkd_fast.ops.tiles.forward_gradients import STATES
 
 
 def keeping(megabytes: int) -> Any:
@@ -108,22 +110,23 @@ def test_nothing_is_kept_where_nothing_is_learnt_or_the_head_is_frozen(kit: Simp
         assert asked[-1] == 1
 
 
-def test_the_fused_loss_keeps_them_too(kit: SimpleNamespace) -> None:
-    case = kit.case(12, 6, 50, ignored=0.0)
-    bounds = torch.tensor([0, 2, 5, 9, 12])
+def test_the_fused_losses_block_is_of_that_size(kit: SimpleNamespace) -> None:
+    case = kit.case(24, 6, 20000, ignored=0.0)
+    bounds, room = torch.tensor([0, 14, 24]), 2**20 // (4 * (20000 + STATES * 6))
+    assert room < LINE < 24
     found = []
-    for gradient in (HeadGradient(), HeadGradient(workspace_mb=1)):
+    # What does not fit is computed twice; what does is filled up to whole lines.
+    for megabytes, rows in ((1, 3 * 24 + 24 - room), (4, 3 * 2 * LINE)):
         hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
-        out = fused_linear_tvkd_loss(
-            hidden, weight, case.labels, bounds, ref_logps=torch.zeros(4), alpha=0.0, gradient=gradient
-        )
-        # Weights of the pairs that the forward does not know: it has made no gradient of this sum.
-        loss = out.losses @ torch.tensor([0.25, 0.75])
+        gradient = HeadGradient(workspace_mb=megabytes)
         with kit.Watch() as watch:
-            found.append((out.loss, *torch.autograd.grad(loss, (hidden, weight))))
-        assert watch.multiply_adds == (2 if gradient.workspace_mb else 3) * 12 * 6 * 50
-    for plain, kept in zip(*found, strict=True):
-        torch.testing.assert_close(kept, plain)
+            out = fused_linear_tvkd_loss(
+                hidden, weight, case.labels, bounds, ref_logps=torch.zeros(2), alpha=0.0, gradient=gradient
+            )
+        assert watch.multiply_adds == rows * 6 * 20000
+        found.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight))))
+    for small, large in zip(*found, strict=True):
+        torch.testing.assert_close(small, large)
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

@@ -51,6 +51,7 @@ def _known(
     logit_scale: float,
     ignore_index: int,
     impl: str,
+    workspace_mb: int,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -95,6 +96,7 @@ def _known(
         labels,
         Upstream(derivative_of(given), given.cu_seqlens),
         ignore_index=ignore_index,
+        workspace_mb=workspace_mb,
         impl=impl,
         wants=(want_hidden, want_weight, want_bias),
     )
@@ -115,7 +117,7 @@ known_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd_known", _known,
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    wanted = zip((hidden, weight, bias), args[4:7], strict=True)
+    wanted = zip((hidden, weight, bias), args[5:8], strict=True)
     grads = [hidden.new_empty(x.shape if want and x is not None else (0,)) for x, want in wanted]
     return *fake_numbers(hidden, labels, cu_seqlens), *grads
 

@@ -115,11 +115,11 @@ def fused_linear_tvkd_loss(
     Returns:
         `TVKDOutput`, float32 (float64 from a float64 policy). `loss` and `losses` are differentiable once by
         policy_hidden, policy_weight and policy_bias; what does not require a gradient costs none, and no gradient goes
-        to teacher or reference. On a CPU the exact gradient of `loss` is made in the forward, pair by pair in a
-        workspace of 128 MiB: three products and not four, two where head or states want none; that of `losses`, and of
-        a second backward, is recomputed. 16-bit gradients are summed in float32 beside it. Elsewhere, and with
-        `workspace_mb`, memory is bounded as in `linear_logps`. Nothing waits for a GPU. Traces whole under
-        `torch.compile`, each set of settings as a graph of its own.
+        to teacher or reference. In Triton, and on a CPU, the exact gradient of `loss` is made in the forward, pair by
+        pair in a block of `gradient.workspace_mb` MiB (0: 104 on a CPU; more rows take less time): three products and
+        not four, two where head or states want none; that of `losses`, and of a second backward, is recomputed.
+        16-bit gradients are summed in float32 beside it. Elsewhere memory is bounded as in `linear_logps`. Nothing
+        waits for a GPU. Traces whole under `torch.compile`, each set of settings as a graph of its own.
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit; a reference or a teacher that is missing or
@@ -209,8 +209,7 @@ def fused_linear_tvkd_loss(
         )
         return torch_epilogue(logps, given)[0]
     resolved = resolve(impl, hidden)
-    # A workspace keeps logits for whatever comes from above; without one the gradient of the mean is made at once.
-    if not gradient.workspace_mb and makes_in_forward(hidden, head, gradient, resolved):
+    if makes_in_forward(hidden, head, gradient, resolved):
         known = known_op(
             hidden,
             head.weight,
@@ -221,6 +220,7 @@ def fused_linear_tvkd_loss(
             head.logit_scale,
             ignore_index,
             resolved,
+            gradient.workspace_mb,
             hidden.requires_grad,
             head.weight.requires_grad,
             head.bias is not None and head.bias.requires_grad,

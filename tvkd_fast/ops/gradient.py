@@ -42,8 +42,9 @@ class HeadGradient:
     max_tail: float = 0.1
     """The limit of the mean probability that is left out; beyond it every row gets the exact gradient."""
     workspace_mb: int = 0
-    """MiB of logits, 4·V bytes per row, that exact gradients in torch may hold. In a training step on a CPU, a block's
-    while the forward makes the gradient (0: 104). Elsewhere from forward to backward, three products and not four."""
+    """MiB of logits, 4·V bytes per row, that exact gradients may hold. Where the forward makes the gradient (training
+    steps and fused losses), a block's while it does (0: 104 on a CPU, in Triton up to 1,024 as the device has memory).
+    Elsewhere in torch from forward to backward, three products and not four."""
 
     def __post_init__(self) -> None:
         if self.grad_mode not in GRAD_MODES:

@@ -18,7 +18,7 @@ from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.checks import check_finite, check_label_range, check_labels, check_transforms, waits
 from tvkd_fast.ops.dispatch import Impl, resolve
 from tvkd_fast.ops.gradient import HeadGradient
-from tvkd_fast.ops.inputs import as_head, head_input, is_differentiated
+from tvkd_fast.ops.inputs import as_head, head_input, is_differentiated, is_trained
 from tvkd_fast.ops.logps import gradients_op
 from tvkd_fast.ops.registered import Gradients, check_differentiated_once, wanted_gradients
 from tvkd_fast.ops.tiles.forward_gradients import Derivative, ForwardGradients, forward_gradients
@@ -57,10 +57,10 @@ class Upstream:
 
 def makes_in_forward(hidden: Tensor, head: Head, gradient: HeadGradient, impl: str = "auto") -> bool:
     """Whether a known upstream gradient saves the backward's recomputation: that of exact gradients, in Triton, and in
-    torch on a CPU."""
+    torch on a CPU where the head is trained. A frozen one streams hidden's gradient there, with no block to hold."""
     if gradient.grad_mode != "exact" or not is_differentiated(hidden, head):
         return False
-    return hidden.device.type == "cpu" or resolve(impl, hidden) == "triton"
+    return resolve(impl, hidden) == "triton" or (hidden.device.type == "cpu" and is_trained(head))
 
 
 def known_logps(
