@@ -29,12 +29,12 @@ def epilogues(census: dict[str, Any]) -> dict[tuple[str, str], int]:
 def text(found: list[Estimate]) -> str:
     lines = ["A model, not a measurement: " + "; ".join(ASSUMPTIONS) + "."]
     lines.append(
-        f"{'shape':<18}{'chip':<10}{'algorithm':<32}{'products':>9}{'forward':>9}{'backward':>9}{'/product':>9}"
+        f"{'shape':<18}{'chip':<10}{'algorithm':<37}{'products':>9}{'forward':>9}{'backward':>9}{'/product':>9}"
     )
     for x in found:
         shape = "x".join(map(str, x.shape))
         lines.append(
-            f"{shape:<18}{x.chip:<10}{x.algorithm:<32}{x.products:>9.1f}{x.forward_ms:>6.2f} ms{x.backward_ms:>6.2f} ms"
+            f"{shape:<18}{x.chip:<10}{x.algorithm:<37}{x.products:>9.1f}{x.forward_ms:>6.2f} ms{x.backward_ms:>6.2f} ms"
             f"{x.over_product:>9.2f}"
         )
     return "\n".join(lines)

@@ -81,22 +81,26 @@ def known(n: int, d: int, v: int) -> None:
     known_logps(hidden, head, labels, upstream, impl="triton")
 
 
-def unknown(n: int, d: int, v: int, *, frozen: bool = False) -> None:
+def unknown(n: int, d: int, v: int, *, frozen: bool = False, megabytes: int = 0) -> None:
     hidden, head, labels = inputs(n, d, v)
     with torch.no_grad():
-        sums, nothing = triton_backend.logps_forward(
-            hidden, head, labels, ignore_index=-100, workspace_mb=0, streamed=frozen
+        sums, left = triton_backend.logps_forward(
+            hidden, head, labels, ignore_index=-100, workspace_mb=megabytes, streamed=frozen
         )
         if not frozen:
             wants = {"want_hidden": True, "want_weight": True, "want_bias": False}
             grad_logps = torch.empty(n, device="meta")
             triton_backend.logps_gradients(
-                hidden, head, labels, sums, grad_logps, logits=nothing, ignore_index=-100, **wants
+                hidden, head, labels, sums, grad_logps, logits=left, ignore_index=-100, **wants
             )
 
 
 def frozen(n: int, d: int, v: int) -> None:
     unknown(n, d, v, frozen=True)
+
+
+def kept(n: int, d: int, v: int) -> None:
+    unknown(n, d, v, megabytes=2048)
 
 
 def values(n: int, d: int, v: int) -> None:
@@ -105,10 +109,10 @@ def values(n: int, d: int, v: int) -> None:
         triton_backend.head_sums(hidden, head)
 
 
-OPS = [known, unknown, frozen, values]
+OPS = [known, unknown, kept, frozen, values]
 
 
-@pytest.mark.parametrize(("op", "most"), zip(OPS, (8, 30, 30, 2), strict=True))
+@pytest.mark.parametrize(("op", "most"), list(zip(OPS, (8, 30, 10, 30, 2), strict=True)))
 def test_launches_over_the_vocabulary(h200: Launches, op: Any, most: int) -> None:
     """At 4096 x 4096 x 128,256, where 40 are allowed; beside them are operations on a number a row."""
     with h200:

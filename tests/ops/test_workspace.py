@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tvkd_fast import HeadGradient, fused_linear_tvkd_loss
 from tvkd_fast.kernels.records import Head
-from tvkd_fast.ops import linear_logps, logps
+from tvkd_fast.ops import linear_logps
 from tvkd_fast.ops.tiles import exact, huge_pages
 from tvkd_fast.ops.tiles.block_walk import LINE
 from tvkd_fast.ops.tiles.forward_gradients import STATES
@@ -134,13 +134,6 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         HeadGradient(workspace_mb=-1)
     with pytest.raises(ValueError, match="keeps logits for exact gradients, which grad_mode='sparse' is not"):
         HeadGradient(workspace_mb=1, grad_mode="sparse")
-
-
-def test_triton_keeps_no_logits(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps, "resolve", lambda *_: "triton")
-    case = kit.case(3, 4, 9)
-    with pytest.raises(ValueError, match=r"workspace_mb is the torch tiles': .*; leave it 0, or take impl='torch'"):
-        linear_logps(case.hidden, case.weight.requires_grad_(), case.labels, workspace_mb=1)
 
 
 def test_large_tensors_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:

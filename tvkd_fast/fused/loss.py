@@ -237,7 +237,7 @@ def fused_linear_tvkd_loss(
             label_smoothing,
         )
         return TVKDOutput(*known[:7])
-    workspace, streamed = left_for_backward(hidden, head, gradient, resolved)
+    workspace, streamed = left_for_backward(hidden, head, gradient)
     numbers = fused_op(
         hidden,
         head.weight,

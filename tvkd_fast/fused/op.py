@@ -102,7 +102,7 @@ fused_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd", _fused, mutat
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    return *fake_numbers(hidden, labels, cu_seqlens), fake_left(hidden, weight, *args[_STREAMED - 6 : _STREAMED - 4])
+    return *fake_numbers(hidden, labels, cu_seqlens), fake_left(hidden, weight, *args[_STREAMED - 7 : _STREAMED - 4])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -48,7 +48,7 @@ class Backend(Protocol):
         """`head_sums` with labels, and what the same pass leaves for the backward, in the dtype of the sums.
 
         Where `streamed`, dlogp_t/dh_t [N, D], 0 where a label is ignored; else logits [S, V] of as many rows as the
-        workspace holds.
+        workspace holds, of Triton's exponentials in hidden's dtype.
         """
 
     def logps_gradients(

@@ -44,3 +44,16 @@ def is_differentiated(hidden: Tensor, head: Head) -> bool:
 
 def is_trained(head: Head) -> bool:
     return head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+
+
+def packed_rows(x: Tensor) -> Tensor:
+    """x with contiguous rows, which is how the kernels read it."""
+    if x.stride(-1) == 1 and x.stride(0) >= x.shape[1]:
+        return x
+    # A size of 1 counts as contiguous whatever its stride is, and a descriptor wants the stride all the same.
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
+
+
+def packed(head: Head) -> Head:
+    bias = None if head.bias is None else head.bias.contiguous()
+    return replace(head, weight=packed_rows(head.weight), bias=bias)

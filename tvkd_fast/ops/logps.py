@@ -71,8 +71,9 @@ def linear_logps(
         seed: of the unbiased tail; None draws one per call from torch's generator (give one under `torch.compile`).
         max_tail: where the mean of what is left out passes this probability, every row gets the exact gradient.
         workspace_mb: MiB that an exact gradient may hold from forward to backward: logits of as many rows as fit, 4·V
-            bytes each, are kept and not computed again, which saves one of four products for them. On a CPU, or with
-            impl="torch"; whole blocks of up to 1,024 rows, or all rows.
+            bytes each, are kept and not computed again, which saves one of four products for them; in torch of whole
+            blocks of up to 1,024 rows, or of all rows. Triton keeps exponentials in hidden's dtype, in three quarters
+            of it, and makes them by the vendor's products.
         stats: a `HeadStats` that a sparse call adds its numbers to.
         impl: "triton" (CUDA and ROCm; no float64), "torch" (anywhere), or "auto": Triton where available. What
             "auto" took, and why, is logged once by the logger "tvkd_fast". Triton's sparse gradient is exact for up to
@@ -117,7 +118,7 @@ def linear_logps(
         if stats is not None:
             stats.add(numbers)
         return logps
-    workspace_mb, streamed = left_for_backward(hidden, head, settings, resolved)
+    workspace_mb, streamed = left_for_backward(hidden, head, settings)
     return _logps_op(
         hidden,
         head.weight,
@@ -132,16 +133,11 @@ def linear_logps(
     )[0]
 
 
-def left_for_backward(hidden: Tensor, head: Head, settings: HeadGradient, impl: str) -> tuple[int, bool]:
+def left_for_backward(hidden: Tensor, head: Head, settings: HeadGradient) -> tuple[int, bool]:
     """MiB of logits that the forward may keep; whether it streams, which makes hidden's gradient and keeps that alone.
 
-    It streams where only hidden is differentiated. `impl` is resolved.
+    It streams where only hidden is differentiated.
     """
-    if settings.workspace_mb and impl == "triton":
-        raise ValueError(
-            "workspace_mb is the torch tiles': the Triton kernels compute all logits again; leave it 0, or take "
-            "impl='torch'"
-        )
     if not is_differentiated(hidden, head):
         return 0, False
     return (settings.workspace_mb, False) if is_trained(head) else (0, True)
@@ -230,15 +226,17 @@ gradients_op.register_fake(fake_gradients)
 def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape, dtype = (hidden.shape[0],), accumulation_dtype(hidden.dtype)
     numbers = tuple(hidden.new_empty(shape, dtype=dtype) for _ in range(3))
-    return *numbers, fake_left(hidden, weight, *args[-2:])  # type: ignore[return-value]
+    return *numbers, fake_left(hidden, weight, *args[-3:])  # type: ignore[return-value]
 
 
-def fake_left(hidden: Tensor, weight: Tensor, workspace_mb: int, streamed: bool) -> Tensor:
+def fake_left(hidden: Tensor, weight: Tensor, impl: str, workspace_mb: int, streamed: bool) -> Tensor:
     """Return the unwritten tensor that `logps_forward` leaves for the backward."""
     dtype = accumulation_dtype(hidden.dtype)
     if streamed:
         return hidden.new_empty(hidden.shape, dtype=dtype)
     rows = torch.library.get_ctx().new_dynamic_size(min=0) if workspace_mb else 0
+    if impl == "triton" and workspace_mb:
+        dtype = hidden.dtype
     return hidden.new_empty((rows, weight.shape[0]), dtype=dtype)
 
 

@@ -5,15 +5,15 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from tvkd_fast.kernels import head_backward, head_dhidden, head_selection, head_stats, sparse_backward
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, SelectionRule
 from tvkd_fast.kernels.selected_lists import SelectedLists
+from tvkd_fast.ops import triton_walk
 from tvkd_fast.ops.autocast import without_autocast
+from tvkd_fast.ops.inputs import packed, packed_rows
 
 
 def head_sums(
@@ -37,7 +37,8 @@ def logps_forward(
     hidden, head, labels = packed_rows(hidden), packed(head), labels.contiguous()
     if streamed:
         return head_dhidden.head_dlogp_dhidden(hidden, head, labels, ignore_index=ignore_index)
-    assert workspace_mb == 0
+    if workspace_mb and len(hidden):
+        return triton_walk.kept_forward(hidden, head, labels, ignore_index=ignore_index, workspace_mb=workspace_mb)
     nothing = hidden.new_empty((0, head.vocab_size), dtype=torch.float32)
     return head_stats.head_sums(hidden, head, labels=labels, ignore_index=ignore_index), nothing
 
@@ -55,10 +56,16 @@ def logps_gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> HeadGradients:
+    hidden, head, labels = packed_rows(hidden), packed(head), labels.contiguous()
+    if len(logits):
+        wants = (want_hidden, want_weight, want_bias)
+        return triton_walk.kept_gradients(
+            hidden, head, labels, sums, grad_logps, logits, ignore_index=ignore_index, wants=wants
+        )
     return head_backward.head_gradients(
-        packed_rows(hidden),
-        packed(head),
-        labels.contiguous(),
+        hidden,
+        head,
+        labels,
         sums,
         grad_logps,
         ignore_index=ignore_index,
@@ -107,16 +114,3 @@ def sparse_gradients(
             want_weight=want_weight,
             want_bias=want_bias,
         )
-
-
-def packed_rows(x: Tensor) -> Tensor:
-    """x with contiguous rows, which is how the kernels read it."""
-    if x.stride(-1) == 1 and x.stride(0) >= x.shape[1]:
-        return x
-    # A size of 1 counts as contiguous whatever its stride is, and a descriptor wants the stride all the same.
-    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
-
-
-def packed(head: Head) -> Head:
-    bias = None if head.bias is None else head.bias.contiguous()
-    return replace(head, weight=packed_rows(head.weight), bias=bias)
