@@ -71,8 +71,8 @@ def of(head: Head, task: Task = "logps", **options: Any) -> Contender:
     return Contender(run=partial(TASKS[task], head), task=task, **options)
 
 
-def fused(grad_mode: GradMode = "exact", eps: float | None = None, **options: Any) -> Contender:
-    gradient = HeadGradient(grad_mode=grad_mode, eps=eps)
+def fused(grad_mode: GradMode = "exact", eps: float | None = None, workspace_mb: int = 0, **options: Any) -> Contender:
+    gradient = HeadGradient(grad_mode=grad_mode, eps=eps, workspace_mb=workspace_mb)
     return Contender(run=partial(fused_pairs, gradient=gradient), task="pairs", **options)
 
 
@@ -116,6 +116,7 @@ def on_cpu() -> dict[str, Contender]:
         "tvkd_fast, exact, logits kept": of(partial(linear_logps, workspace_mb=WORKSPACE)),
         "tvkd_fast, exact, frozen head": of(linear_logps, frozen=True),
         "tvkd_fast, fused loss, exact": fused(),
+        "tvkd_fast, fused loss, exact, 512 MiB": fused(workspace_mb=512),
         "tvkd_fast, fused loss, frozen head": fused(frozen=True),
         "tvkd_fast, fused loss, frozen backbone": fused(frozen_backbone=True),
         "tvkd_fast, fused loss, sparse 2^-14": fused("sparse", 2.0**-14, limit=LIMITS["2^-14"]),
