@@ -66,7 +66,7 @@ class Entries:
 
     @cached_property
     def m(self) -> Tensor:
-        return torch.lerp(self.p, self.q, self.beta)
+        return (1.0 - self.beta) * self.p + self.beta * self.q
 
     @cached_property
     def q_over_m(self) -> Tensor:
