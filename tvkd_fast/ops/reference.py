@@ -124,7 +124,11 @@ def linear_joint(
 ) -> dict[str, Tensor]:
     """The joint outputs of whole logits z and u [N, V], by name: (N,) float64 each, 0 where a label is ignored."""
     log_p, log_q = (z / temperature).log_softmax(-1), (u / temperature).log_softmax(-1)
-    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta)) if 0 < beta < 1 else (log_q if beta else log_p)
+    log_m = (
+        torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+        if 0 < beta < 1
+        else (log_q if beta else log_p)
+    )
     p, q = log_p.exp(), log_q.exp()
     kept = None if labels is None else labels != ignore_index
     found: dict[str, Tensor] = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
@@ -55,7 +54,7 @@ def linear_divergence(
 
     Args:
         hidden: [N, D] the student's states. bfloat16, float16, float32 or float64.
-        weight: [V, D] the student's head, of hidden's dtype and device; or a `Head`, with bias, softcap and logit_scale.
+        weight: [V, D] the student's head, of hidden's dtype and device; or a `Head`, which has the transforms with it.
         teacher_hidden: [N, D'] the teacher's states of the same tokens, of any width and its own dtype.
         teacher_weight: [V, D'] the teacher's head, or a `Head`.
         kind: the divergence, by the names above.
@@ -187,7 +186,9 @@ def linear_joint(
         teacher_logit_scale=teacher_logit_scale,
         teacher_index=teacher_index,
     )
-    of_teacher = (None, None, None) if teacher_head is None else (teacher_hidden, teacher_head.weight, teacher_head.bias)
+    of_teacher = (
+        (None, None, None) if teacher_head is None else (teacher_hidden, teacher_head.weight, teacher_head.bias)
+    )
     check_transforms("linear_joint", hidden, head.weight, head.bias, *of_teacher)
     check_numbers_per_row(hidden, teacher_lse=teacher_lse, rows=rows)
     if labels is not None:

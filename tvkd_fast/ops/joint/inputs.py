@@ -58,7 +58,9 @@ def pair_input(
             "tokens, row for row"
         )
     if teacher_hidden.device != hidden.device:
-        raise ValueError(f"hidden is on {hidden.device} and teacher_hidden on {teacher_hidden.device}: move one of them")
+        raise ValueError(
+            f"hidden is on {hidden.device} and teacher_hidden on {teacher_hidden.device}: move one of them"
+        )
     if (teacher_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
         raise ValueError(f"hidden is {hidden.dtype} and teacher_hidden {teacher_hidden.dtype}: cast one of them")
     _check_vocabularies(head, teacher_head, teacher_index, hidden)
@@ -105,7 +107,9 @@ def check_index_range(index: Tensor | None, teacher_vocab_size: int) -> None:
 def check_temperature(temperature: float) -> None:
     # Compared, since torch.compile traces a float that changes through comparisons and not through math.isfinite.
     if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive number, got {temperature}: both models' logits are divided by it")
+        raise ValueError(
+            f"temperature must be a positive number, got {temperature}: both models' logits are divided by it"
+        )
 
 
 def check_numbers_per_row(hidden: Tensor, **numbers: Tensor | None) -> None:
@@ -122,7 +126,11 @@ def check_numbers_per_row(hidden: Tensor, **numbers: Tensor | None) -> None:
 
 
 def check_joint_finite(
-    values: Tensor, names: tuple[str, ...], sums: RowSums, student: tuple[Tensor, Head], teacher: tuple[Tensor, Head] | None
+    values: Tensor,
+    names: tuple[str, ...],
+    sums: RowSums,
+    student: tuple[Tensor, Head],
+    teacher: tuple[Tensor, Head] | None,
 ) -> None:
     """Name the model and the rows behind a NaN in `values` [O, N], and a divergence that is infinite."""
     if not looks(values) or values.isfinite().all():

@@ -17,6 +17,7 @@ from tvkd_fast.ops.joint.inputs import check_index_range, check_joint_finite
 from tvkd_fast.ops.joint.outputs import Outputs, value_of
 from tvkd_fast.ops.registered import as_tensors, check_differentiated_once, wanted_gradients
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
+from tvkd_fast.ops.tiles.joint.walk import Task
 
 NAME = "linear_joint"
 SIX = 6
@@ -29,7 +30,7 @@ def outputs_of(names: str, beta: float, alpha: float) -> Outputs:
     return Outputs(tuple(names.split(",")), beta, alpha).resolved()
 
 
-def _task(
+def task_of(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -47,7 +48,8 @@ def _task(
     teacher_logit_scale: float,
     temperature: float,
     ignore_index: int,
-) -> Any:
+) -> Task:
+    """The walk of an op's arguments, whose contents are looked at."""
     head, teacher = Head(weight, bias, softcap, logit_scale), None
     if teacher_weight is not None:
         teacher = Head(teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
@@ -94,7 +96,7 @@ def _joint(
 ) -> tuple[Tensor, Tensor]:
     """The outputs [O, N], 0 in rows that are left out; for the backward the sums and moments, [4 + M, N]."""
     outputs = outputs_of(names, beta, alpha)
-    task = _task(
+    task = task_of(
         *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
         *(labels, teacher_index, teacher_lse, rows, outputs),
         *(softcap, logit_scale, teacher_softcap, teacher_logit_scale, temperature, ignore_index),
@@ -104,7 +106,7 @@ def _joint(
     return values, numbers.packed(values.dtype)
 
 
-def values_of(task: Any, numbers: backend.JointNumbers, left_in: Tensor | None) -> Tensor:
+def values_of(task: Task, numbers: backend.JointNumbers, left_in: Tensor | None) -> Tensor:
     """The outputs [O, N] of a task, looked at for NaN and for divergences that are infinite."""
     outputs, student, teacher = task.outputs, task.student, task.teacher
     dtype = accumulation_dtype(student.hidden.dtype)
@@ -149,7 +151,7 @@ def _joint_gradients(
     want_teacher_bias: bool,
 ) -> SixGradients:
     outputs = outputs_of(names, beta, alpha)
-    task = _task(
+    task = task_of(
         *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
         *(labels, teacher_index, teacher_lse, rows, outputs),
         *(softcap, logit_scale, teacher_softcap, teacher_logit_scale, temperature, ignore_index),

@@ -4,8 +4,8 @@ p is the student's softmax, q the teacher's, m = (1 − β)p + βq, w = log q/p.
 
     dz = p·(a + b·w + e·log p + f·p + j·log p/m + k·q/m + t·sign(p − q)) + d·q + r·p^α·q^(1−α) + l·1_y
 
-with one factor of each kind per token, so that any weighted mixture of outputs has one dz. The teacher's gradient is the
-student's with the two exchanged: KL(q‖p) for KL(p‖q), 1 − β for β, 1 − α for α.
+with one factor of each kind per token, so that any weighted mixture of outputs has one dz. The teacher's gradient is
+the student's with the two exchanged: KL(q‖p) for KL(p‖q), 1 − β for β, 1 − α for α.
 
 Letters: N tokens, O outputs.
 """
@@ -214,7 +214,7 @@ def check_outputs(names: Sequence[str], beta: float, alpha: float, *, labels: bo
         raise ValueError(f"beta must be in [0, 1], got {beta}: the teacher's share of the mixture (1 − beta)p + beta·q")
     if "alpha" in names and not 0.0 < alpha < 1.0:
         raise ValueError(
-            f"alpha must lie between 0 and 1, got {alpha}: at 0 and at 1 the sum is 1 whatever p and q are; the limits' "
-            "slopes there are the KLs, kind='forward_kl' and kind='reverse_kl'"
+            f"alpha must lie between 0 and 1, got {alpha}: at 0 and at 1 the sum is 1 whatever p and q are; take a KL, "
+            "kind='forward_kl' or kind='reverse_kl'"
         )
     return Outputs(names, float(beta), float(alpha))

@@ -138,4 +138,3 @@ def excess(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
 def _times(a: Tensor, x: Tensor) -> Tensor:
     """a·x, 0 where a is 0."""
     return torch.where(a > 0, a * x, 0.0)
-

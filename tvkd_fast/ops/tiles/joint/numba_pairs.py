@@ -107,7 +107,7 @@ def excess(a: Any, b: Any, w: Any) -> Any:
     s = s * x + f32(1.6666666667e-1)
     s = s * x + f32(0.5)
     far = (a * w if a > f32(0.0) else f32(0.0)) - a + b
-    return a * (s * (x * x)) if abs(w) <= f32(1.0) else far
+    return a * (s * (x * x)) if a > f32(0.0) and abs(w) <= f32(1.0) else far
 
 
 @njit(cache=True, fastmath={"contract"})
@@ -262,7 +262,9 @@ def walk(z: Any, u: Any, sums: Any, factors: Any, beta: Any, moments: Any, terms
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def visit(z: Any, u: Any, sums: Any, factors: Any, beta: float, moments: Any, terms: Any, wants: Any, found: Any) -> None:
+def visit(
+    z: Any, u: Any, sums: Any, factors: Any, beta: float, moments: Any, terms: Any, wants: Any, found: Any
+) -> None:
     """Moments into `found` (7, R) float64; where wants say so, z becomes the gradient of `factors` (7, R), and u p.
 
     `sums` (4, R) are the fields of `RowSums`; `moments` and `terms` (7,) bool say which are asked for.

@@ -55,9 +55,7 @@ class Pair:
         else:
             self._entries(z, u).gradient(factors, out)
 
-    def visit(
-        self, z: Tensor, u: Tensor | None, names: Sequence[str], factors: Numbers, *, late: bool
-    ) -> list[Tensor]:
+    def visit(self, z: Tensor, u: Tensor | None, names: Sequence[str], factors: Numbers, *, late: bool) -> list[Tensor]:
         """`moments`, while z becomes `gradient`; where `late`, u becomes p."""
         found = compiled.passes(z)
         if found is not None and found.knows(names, factors):

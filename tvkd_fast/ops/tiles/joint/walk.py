@@ -1,7 +1,7 @@
 """Two vocabularies in one walk: a block of rows goes through student's and teacher's head, entry by entry of both.
 
-The first pass makes both models' logits, tile by tile, and their log-sum-exps while a tile is in the cache; what divides
-by those takes a second pass over the block, which therefore stays in a workspace [V, R] for each model. Gradients are
+The first pass makes both models' logits, tile by tile, and their log-sum-exps while a tile is in the cache; what
+divides by those takes a second pass over the block, which therefore stays in a workspace [V, R] for each model. Gradients are
 made in the same pass or in one more, a tile at a time, each of which goes into its products at once.
 
 Letters: N tokens, K of them kept, R rows of a block, C entries of a tile, D hidden, V vocabulary, O outputs.
