@@ -23,6 +23,7 @@ SURFACE = {
     "fused_linear_distillation_loss",
     "fused_linear_tvkd_loss",
     "linear_divergence",
+    "linear_expected_score",
     "linear_joint",
     "linear_logps",
     "linear_soft_values",
@@ -39,6 +40,7 @@ OF_PAIR = (
 ARGUMENTS = {
     "linear_divergence": f"{PAIR} kind {OF_PAIR} impl",
     "linear_joint": f"{PAIR} labels outputs {OF_PAIR} ignore_index impl",
+    "linear_expected_score": "hidden weight heads temperature bias softcap logit_scale rows impl",
     "fused_linear_distillation_loss": f"{PAIR} labels mixture token_weights {OF_PAIR} ignore_index impl",
     "linear_logps": f"{HEAD} tail seed max_tail workspace_mb stats impl",
     "linear_soft_values": "hidden weight bias softcap logit_scale kappa value_scale value_from rows impl",

@@ -4,6 +4,7 @@ from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import unchecked
 from tvkd_fast.ops.gradient import HeadGradient, HeadStats
 from tvkd_fast.ops.joint.divergence import linear_divergence, linear_joint
+from tvkd_fast.ops.joint.expected_score import linear_expected_score
 from tvkd_fast.ops.known import Upstream, known_logps, makes_in_forward
 from tvkd_fast.ops.logps import linear_logps
 from tvkd_fast.ops.values import check_kappa, linear_entropy, linear_lse, linear_soft_values, soft_values
@@ -17,6 +18,7 @@ __all__ = [
     "known_logps",
     "linear_divergence",
     "linear_entropy",
+    "linear_expected_score",
     "linear_joint",
     "linear_logps",
     "linear_lse",

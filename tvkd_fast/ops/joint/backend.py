@@ -79,11 +79,11 @@ def task_of(
     if labels is not None and kept is None:
         # Where all rows are computed, those to ignore take any label: their numbers are dropped.
         labels = labels.masked_fill(labels == ignore_index, 0)
-    side = None
+    teachers: tuple[tuple[float, Side], ...] = ()
     if teacher_hidden is not None and teacher is not None and outputs.has_teacher:
         index = None if teacher_index is None else teacher_index.long()
-        side = Side(teacher_hidden, teacher, temperature, index)
-    return walk.Task(Side(hidden, head, temperature), side, outputs, labels, teacher_lse, kept)
+        teachers = ((1.0, Side(teacher_hidden, teacher, temperature, index)),)
+    return walk.Task(Side(hidden, head, temperature), teachers, outputs, labels, teacher_lse, kept)
 
 
 def joint_sums(task: walk.Task) -> JointNumbers:

@@ -52,6 +52,13 @@ def pair_input(
         teacher_hidden, teacher_head = head_input(
             teacher_hidden, as_head(teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
         )
+    check_same_tokens(hidden, teacher_hidden)
+    check_vocabularies(head, teacher_head, teacher_index, hidden)
+    return hidden, head, teacher_hidden, teacher_head
+
+
+def check_same_tokens(hidden: Tensor, teacher_hidden: Tensor) -> None:
+    """States of both models row for row, on one device; float64 of both or of neither."""
     if len(teacher_hidden) != len(hidden):
         raise ValueError(
             f"hidden has {len(hidden)} rows and teacher_hidden {len(teacher_hidden)}: both are states of the same "
@@ -63,11 +70,10 @@ def pair_input(
         )
     if (teacher_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
         raise ValueError(f"hidden is {hidden.dtype} and teacher_hidden {teacher_hidden.dtype}: cast one of them")
-    _check_vocabularies(head, teacher_head, teacher_index, hidden)
-    return hidden, head, teacher_hidden, teacher_head
 
 
-def _check_vocabularies(head: Head, teacher: Head, index: Tensor | None, hidden: Tensor) -> None:
+def check_vocabularies(head: Head, teacher: Head, index: Tensor | None, hidden: Tensor) -> None:
+    """Of one size, or with an index of the student's."""
     if index is None:
         if head.vocab_size != teacher.vocab_size:
             raise ValueError(

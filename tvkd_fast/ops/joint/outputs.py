@@ -2,7 +2,7 @@
 
 p is the student's softmax, q the teacher's, m = (1 − β)p + βq, w = log q/p. Every gradient by the student's logits is
 
-    dz = p·(a + b·w + e·log p + f·p + j·log p/m + k·q/m + t·sign(p − q)) + d·q + r·p^α·q^(1−α) + l·1_y
+    dz = p·(a + b·w + e·log p + f·p + j·log p/m + k·q/m + t·sign(p − q) + x·log q) + d·q + r·p^α·q^(1−α) + l·1_y
 
 with one factor of each kind per token, so that any weighted mixture of outputs has one dz. The teacher's gradient is
 the student's with the two exchanged: KL(q‖p) for KL(p‖q), 1 − β for β, 1 − α for α.
@@ -26,6 +26,8 @@ Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_rever
 Output = Literal["logps", "lse", "entropy", "log_sum_p2", "teacher_lse"] | Kind
 KINDS: tuple[str, ...] = get_args(Kind)
 OUTPUTS: tuple[str, ...] = (*get_args(get_args(Output)[0]), *KINDS)
+SCORE = "score"
+"""E_p[log q], of whatever the walk takes for the teacher's logits: `linear_expected_score`'s output."""
 OF_STUDENT_ALONE = ("logps", "lse", "entropy", "log_sum_p2")
 
 MOMENTS: dict[str, tuple[str, ...]] = {
@@ -41,9 +43,11 @@ MOMENTS: dict[str, tuple[str, ...]] = {
     "skew_reverse_kl": ("p_over_m", "overlap"),
     "tvd": ("distance", "sign"),
     "alpha": ("power",),
+    SCORE: ("score",),
 }
 """The sums over the vocabulary that an output takes: forward KL(q‖p), reverse KL(p‖q), entropy −Σ p log p, p2 Σ p²,
-p_over_m KL(p‖m), q_over_m KL(q‖m), overlap Σ p·q/m, distance ½Σ|p − q|, sign ½Σ p·sign(p − q), power Σ p^α·q^(1−α)."""
+p_over_m KL(p‖m), q_over_m KL(q‖m), overlap Σ p·q/m, distance ½Σ|p − q|, sign ½Σ p·sign(p − q), power Σ p^α·q^(1−α), score
+Σ p log q."""
 _FROM_FINISHED = ("log_sum_p2",)
 """The outputs whose dz holds a moment otherwise than as a factor of p."""
 _MIRRORED = {
@@ -161,6 +165,8 @@ def early_factors(outputs: Outputs, upstream: Tensor, moments: Numbers) -> dict[
             add(log_p_over_m=c, q_over_m=c * beta)
         elif name == "tvd":
             add(sign=0.5 * c)
+        elif name == SCORE:
+            add(log_q=c)
         elif name == "alpha":
             add(power=alpha * c)
     return found
@@ -183,6 +189,8 @@ def late_factor(outputs: Outputs, upstream: Tensor, moments: Numbers) -> Tensor 
             shares.append(-c * (moments["p_over_m"] + beta * moments["overlap"]))
         elif name == "tvd":
             shares.append(-c * moments["sign"])
+        elif name == SCORE:
+            shares.append(-c * moments["score"])
         elif name == "alpha":
             shares.append(-c * outputs.alpha * moments["power"])
     return None if not shares else torch.stack(shares).sum(0)

@@ -19,8 +19,8 @@ from tvkd_fast.ops.joint.records import Numbers, RowSums
 from tvkd_fast.ops.tiles import native
 
 _log = logging.getLogger("tvkd_fast")
-_MOMENTS = ("forward", "reverse", "entropy", "p2", "p_over_m", "q_over_m", "overlap")
-_TERMS = ("p", "q", "w", "log_p", "p2", "log_p_over_m", "q_over_m")
+_MOMENTS = ("forward", "reverse", "entropy", "p2", "p_over_m", "q_over_m", "overlap", "score")
+_TERMS = ("p", "q", "w", "log_p", "p2", "log_p_over_m", "q_over_m", "log_q")
 """The moments and terms in the kernels' order."""
 
 

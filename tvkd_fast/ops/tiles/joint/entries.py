@@ -89,6 +89,8 @@ class Entries:
             return -_times(self.p, self.log_p)
         if name == "p2":
             return self.p.square()
+        if name == "score":
+            return _times(self.p, self.log_q)
         if name == "p_over_m":
             return excess(self.p, self.m, self.log_p_over_m)
         if name == "q_over_m":

@@ -26,47 +26,72 @@ from tvkd_fast.ops.tiles.numba_passes import (
 )
 
 SLACK = 40.0
-"""As `exponentials.SLACK`."""
-FORWARD, REVERSE, ENTROPY, P2, P_OVER_M, Q_OVER_M, OVERLAP = range(7)
-MOMENTS = 7
+"""As `exponentials.SLACK`: nats by which a logit may lie above what is subtracted from it."""
+LARGE = float(np.exp(SLACK))
+HIGHEST = f32(80.0)
+"""Under float32's end, which is at 88."""
+FORWARD, REVERSE, ENTROPY, P2, P_OVER_M, Q_OVER_M, OVERLAP, SCORE = range(8)
+MOMENTS = 8
 """The places of the moments, and below those of the terms' factors."""
-BY_P, BY_Q, W, LOG_P, BY_P2, LOG_P_OVER_M, SHARE = range(7)
+BY_P, BY_Q, W, LOG_P, BY_P2, LOG_P_OVER_M, SHARE, LOG_Q = range(8)
 
 
 @njit(cache=True, fastmath={"contract"})
 def sum_exponentials(z: Any, shift: Any, sums: Any, total: Any) -> None:
+    """Σ e^(z − shift) of each row, where a logit counts for no more than `HIGHEST` above the shift."""
     total[:] = 0.0
     for b in range(0, z.shape[0], BLOCK):
         sums[:] = f32(0.0)
         for c in range(b, min(b + BLOCK, z.shape[0])):
             tile = z[c]
             for r in range(tile.shape[0]):
-                sums[r] += exponential(tile[r] - shift[r])
+                d = tile[r] - shift[r]
+                # Written so that NaN stays.
+                sums[r] += exponential(HIGHEST if d > HIGHEST else d)
         for r in range(sums.shape[0]):
             total[r] += sums[r]
 
 
-@njit(cache=True, parallel=True, nogil=True)
-def add_exponentials(z: Any, shift: Any, total: Any) -> None:
-    rows = z.shape[1]
-    part = max(BLOCK, PART // max(1, rows))
-    parts = -(-z.shape[0] // part)
-    tops, sums = np.empty((parts, rows), np.int32), np.empty((parts, rows), np.float32)
-    totals = np.empty((parts, rows), np.float64)
-    for p in prange(parts):
-        largest_by_row(z[p * part : (p + 1) * part], tops[p])
-    subtracted = np.empty(rows, np.float32)
-    for r in range(rows):
+@njit(cache=True)
+def raise_shift(tops: Any, shift: Any, subtracted: Any, total: Any) -> None:
+    """Where the largest logit of a tile's parts, (parts, R) `ordered`, is far above the shift it becomes the shift."""
+    for r in range(shift.shape[0]):
         top = tops[0, r]
-        for p in range(1, parts):
+        for p in range(1, tops.shape[0]):
             top = max(top, tops[p, r])
         new, old = floating(ordered(top)), shift[r]
         if new > old + f32(SLACK) or (old == -np.inf and new > old):
             total[r] *= np.exp(np.float64(old) - new)
             shift[r] = new
+        # A row without a finite logit has nothing to subtract.
         subtracted[r] = f32(0.0) if shift[r] == -np.inf else shift[r]
-    for p in prange(parts):
-        sum_exponentials(z[p * part : (p + 1) * part], subtracted, sums[p], totals[p])
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def add_exponentials(z: Any, shift: Any, total: Any) -> None:
+    rows = z.shape[1]
+    # Parts of one size, so that sums are the same whatever the number of threads.
+    part = max(BLOCK, PART // max(1, rows))
+    parts = -(-z.shape[0] // part)
+    sums, totals = np.empty((parts, rows), np.float32), np.empty((parts, rows), np.float64)
+    subtracted = shift.copy()
+    # Few tiles have a logit far above what came before: that is seen by the sums, and the tile taken again.
+    fits = True
+    for r in range(rows):
+        fits &= shift[r] > -np.inf
+    if fits:
+        for p in prange(parts):
+            sum_exponentials(z[p * part : (p + 1) * part], subtracted, sums[p], totals[p])
+        for p in range(parts):
+            for r in range(rows):
+                fits &= not totals[p, r] > LARGE
+    if not fits:
+        tops = np.empty((parts, rows), np.int32)
+        for p in prange(parts):
+            largest_by_row(z[p * part : (p + 1) * part], tops[p])
+        raise_shift(tops, shift, subtracted, total)
+        for p in prange(parts):
+            sum_exponentials(z[p * part : (p + 1) * part], subtracted, sums[p], totals[p])
     for p in range(parts):
         for r in range(rows):
             total[r] += totals[p, r]
@@ -131,9 +156,10 @@ def add_excess(a: Any, b: Any, w: Any, sign: Any, sums: Any) -> None:
 
 
 @njit(cache=True, fastmath={"contract"})
-def add_entropy(p: Any, log_p: Any, sums: Any) -> None:
+def add_means(p: Any, x: Any, sums: Any) -> None:
+    """Σ p·x, nothing where p is 0."""
     for r in range(sums.shape[0]):
-        sums[r] -= p[r] * log_p[r] if p[r] > f32(0.0) else f32(0.0)
+        sums[r] += p[r] * x[r] if p[r] > f32(0.0) else f32(0.0)
 
 
 @njit(cache=True, fastmath={"contract"})
@@ -224,7 +250,7 @@ def walk(z: Any, u: Any, sums: Any, factors: Any, beta: Any, moments: Any, terms
             if moments[REVERSE]:
                 add_excess(p, q, w, f32(-1.0), block[REVERSE])
             if moments[ENTROPY]:
-                add_entropy(p, log_p, block[ENTROPY])
+                add_means(p, log_p, block[ENTROPY])
             if moments[P2]:
                 add_products(p, p, block[P2])
             if moments[P_OVER_M]:
@@ -233,6 +259,8 @@ def walk(z: Any, u: Any, sums: Any, factors: Any, beta: Any, moments: Any, terms
                 add_teacher_mixed(p, q, x, w, beta, block[Q_OVER_M])
             if moments[OVERLAP]:
                 add_products(p, share, block[OVERLAP])
+            if moments[SCORE]:
+                add_means(p, log_q, block[SCORE])
             if write:
                 out = z[c]
                 if terms[BY_P] and terms[BY_Q]:
@@ -251,6 +279,8 @@ def walk(z: Any, u: Any, sums: Any, factors: Any, beta: Any, moments: Any, terms
                     add_weighted(p, p, factors[BY_P2], out)
                 if terms[LOG_P_OVER_M]:
                     add_weighted(p, x, factors[LOG_P_OVER_M], out)
+                if terms[LOG_Q]:
+                    add_weighted(p, log_q, factors[LOG_Q], out)
                 if terms[SHARE]:
                     add_weighted(p, share, factors[SHARE], out)
             if late:
@@ -259,15 +289,17 @@ def walk(z: Any, u: Any, sums: Any, factors: Any, beta: Any, moments: Any, terms
             if moments[k]:
                 for r in range(rows):
                     found[k, r] += block[k, r]
+    # What was summed is Σ p log p.
+    found[ENTROPY] *= -1.0
 
 
 @njit(cache=True, parallel=True, nogil=True)
 def visit(
     z: Any, u: Any, sums: Any, factors: Any, beta: float, moments: Any, terms: Any, wants: Any, found: Any
 ) -> None:
-    """Moments into `found` (7, R) float64; where wants say so, z becomes the gradient of `factors` (7, R), and u p.
+    """Moments into `found` (8, R) float64; where wants say so, z becomes the gradient of `factors` (8, R), and u p.
 
-    `sums` (4, R) are the fields of `RowSums`; `moments` and `terms` (7,) bool say which are asked for.
+    `sums` (4, R) are the fields of `RowSums`; `moments` and `terms` (8,) bool say which are asked for.
     """
     rows = z.shape[1]
     # Parts of one size, so that sums are the same whatever the number of threads.

@@ -1,15 +1,15 @@
 """Two vocabularies in one walk: a block of rows goes through student's and teacher's head, entry by entry of both.
 
 The first pass makes both models' logits, tile by tile, and their log-sum-exps while a tile is in the cache; what
-divides by those takes a second pass over the block, which therefore stays in a workspace [V, R] for each model. Gradients are
-made in the same pass or in one more, a tile at a time, each of which goes into its products at once.
+divides by those takes a second pass over the block, which therefore stays in a workspace [V, R] for each model.
+Gradients are made in the same pass or in one more, a tile at a time, each of which goes into its products at once.
 
 Letters: N tokens, K of them kept, R rows of a block, C entries of a tile, D hidden, V vocabulary, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,16 @@ class Task:
     """What is asked of which rows: `labels` (N,), `teacher_lse` (N,) if it is known, `kept` (K,) rows or all."""
 
     student: Side
-    teacher: Side | None
+    teachers: tuple[tuple[float, Side], ...]
+    """The models whose logits, by these factors, add up to the second tile: none, a teacher, or several for a score."""
     outputs: Outputs
     labels: Tensor | None = None
     teacher_lse: Tensor | None = None
     kept: Tensor | None = None
+
+    @property
+    def teacher(self) -> Side | None:
+        return self.teachers[0][1] if self.teachers else None
 
     @property
     def rows(self) -> Tensor:
@@ -63,9 +68,8 @@ class Block:
         self.filled = filled = self.filled_up(rows)
         self.student = task.student.hidden[filled].to(task.student.acc)
         self.scaled = task.student.scaled(self.student)
-        if task.teacher is not None:
-            self.teacher = task.teacher.hidden[filled].to(task.student.acc)
-            self.teacher_scaled = task.teacher.scaled(self.teacher)
+        self.teachers = [side.hidden[filled].to(task.student.acc) for _, side in task.teachers]
+        self.teachers_scaled = [side.scaled(h) for h, (_, side) in zip(self.teachers, task.teachers, strict=True)]
 
     def filled_up(self, rows: Tensor) -> Tensor:
         return torch.cat([rows, rows[:1].expand(self.width - len(rows))])
@@ -86,47 +90,61 @@ class Block:
             own = by_tile(labels[self.rows], size, entries)
             yield from zip(blocks(entries, size), own, strict=True)
 
-    def logits(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """z and u [C, R] of these entries, computed where they belong."""
+    def logits(
+        self, columns: slice, looked_at: Callable[[int, Tensor], None] = lambda model, tile: None
+    ) -> tuple[Tensor, Tensor | None]:
+        """z and u [C, R] of these entries, computed where they belong; each model's by itself is `looked_at` before."""
         z, u = self.tile(columns)
         task = self.task
         task.student.logits(task.student.rows(columns), self.scaled, columns, z)
-        if task.teacher is not None and u is not None:
-            task.teacher.logits(task.teacher.rows(columns), self.teacher_scaled, columns, u)
+        looked_at(0, z)
+        for i, (factor, side) in enumerate(task.teachers):
+            assert u is not None
+            tile = self.room.spare(u) if i else u
+            side.logits(side.rows(columns), self.teachers_scaled[i], columns, tile)
+            looked_at(i + 1, tile)
+            if factor != 1.0:
+                tile.mul_(factor)
+            if i:
+                u.add_(tile)
         return z, u
 
     def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
         """The room of z and u of these entries."""
-        found = [self.room.tile(i, columns, self.width) for i in range(1 if self.task.teacher is None else 2)]
+        found = [self.room.tile(i, columns, self.width) for i in range(self.room.tiles)]
         return found[0], found[1] if len(found) == 2 else None
 
     def sums(self) -> tuple[RowSums, Tensor | None]:
         """The first pass: log-sum-exps, and the labels' logits (R,)."""
         task, acc = self.task, self.task.student.acc
-        maximum = self.student.new_full((2, self.width), -torch.inf)
-        total = self.student.new_zeros((2, self.width), dtype=torch.float64)
+        models = 1 + len(task.teachers)
+        maximum = self.student.new_full((models, self.width), -torch.inf)
+        total = self.student.new_zeros((models, self.width), dtype=torch.float64)
         target = None if task.labels is None else self.student.new_full((self.width,), torch.nan)
         known = task.teacher_lse
+
+        def look(model: int, tile: Tensor) -> None:
+            if model == 0 or known is None:
+                add_exponentials(tile, maximum[model], total[model])
+
         for columns, (row, place) in self.tiles():
-            z, u = self.logits(columns)
+            z, _ = self.logits(columns, look)
             if target is not None and len(row):
                 target[row] = z[place, row]
-            add_exponentials(z, maximum[0], total[0])
-            if u is not None and known is None:
-                add_exponentials(u, maximum[1], total[1])
-        for side, states, sums in self._sides(total):
+        sides = (task.student, *(side for _, side in task.teachers))
+        for side, states, sums in zip(sides, (self.student, *self.teachers), total, strict=True):
             if side.head.softcap is not None:
                 # tanh makes an infinite logit finite: 0·inf = NaN lets a broken state show all the same.
                 sums += states.sum(1) * 0.0
-        log_total = total.log().to(acc)
+        log_total = total.log()
         if known is not None:
             maximum[1], log_total[1] = known[self.filled].to(acc), 0.0
-        return RowSums(maximum[0], log_total[0], maximum[1], log_total[1]), target
-
-    def _sides(self, total: Tensor) -> Iterator[tuple[Side, Tensor, Tensor]]:
-        yield self.task.student, self.student, total[0]
-        if self.task.teacher is not None:
-            yield self.task.teacher, self.teacher, total[1]
+        # Of a weighted sum of logits the same sum of log-sum-exps, in two parts that lose nothing.
+        factors = total.new_tensor([factor for factor, _ in task.teachers])[:, None]
+        of_maximum, rest = (factors * maximum[1:]).sum(0), (factors * log_total[1:]).sum(0)
+        rounded = of_maximum.to(acc)
+        rest += torch.where(rounded.isfinite(), of_maximum - rounded, 0.0)
+        return RowSums(maximum[0], log_total[0].to(acc), rounded, rest.to(acc)), target
 
     def moments(self, pair: Pair) -> dict[str, Tensor]:
         """The second pass over the workspace: moments (R,) float64."""
@@ -140,14 +158,19 @@ class Block:
 
 
 class Room:
-    """The memory of tiles: `held` rows' whole logits of each model, or one tile of each."""
+    """The memory of tiles: rows' whole logits of student and teacher, or one tile of each; a tile to spare."""
 
-    def __init__(self, task: Task, most: int, *, whole: bool, tiles: int) -> None:
+    def __init__(self, task: Task, most: int, *, whole: bool, spare: bool = False) -> None:
         self.most = most if most < LINE else most - most % LINE
         self.whole, self.entries = whole, task.student.entries
         held = min(self.most, self.width(len(task.rows)))
         size = self.entries if whole else self.columns(held)
-        self._memory = [large_empty(task.student.hidden, (size * held,), task.student.acc) for _ in range(tiles)]
+        self.tiles = 2 if task.teachers else 1
+        hidden, acc = task.student.hidden, task.student.acc
+        self._memory = [large_empty(hidden, (size * held,), acc) for _ in range(self.tiles)]
+        # A narrower block has more columns to its tile.
+        most_of_a_tile = max(TILE_FLOATS, held) if spare or len(task.teachers) > 1 else 0
+        self._spare = large_empty(hidden, (most_of_a_tile,), acc)
 
     def width(self, rows: int) -> int:
         return rows if self.most < LINE else -(-rows // LINE) * LINE
@@ -159,6 +182,9 @@ class Room:
         start = columns.start if self.whole else 0
         rows = columns.stop - columns.start
         return self._memory[which][start * width : (start + rows) * width].view(rows, width)
+
+    def spare(self, like: Tensor) -> Tensor:
+        return self._spare[: like.numel()].view(like.shape)
 
 
 def workspace_rows(task: Task, megabytes: int) -> int:
@@ -172,7 +198,7 @@ def joint_sums(task: Task) -> tuple[RowSums, dict[str, Tensor]]:
     """LSEs (K,) and moments (K,), "target" among them where there are labels."""
     whole = bool(task.outputs.moments)
     most = workspace_rows(task, WORKSPACE_MB) if whole else BACKWARD_ROWS
-    room = Room(task, most, whole=whole, tiles=1 if task.teacher is None else 2)
+    room = Room(task, most, whole=whole)
     numbers = _Collected(task)
     for rows in task.rows.split(room.most):
         block = Block(task, rows, room)
@@ -193,8 +219,7 @@ def joint_gradients(
     """The gradients of Σ upstream·outputs by student and teacher, [O, K] upstream, the logits computed again."""
     made = Gradients(task.student, wants)
     made_by_teacher = None if task.teacher is None or not any(teacher_wants) else Gradients(task.teacher, teacher_wants)
-    models = 1 if task.teacher is None else 2
-    room = Room(task, BACKWARD_ROWS, whole=False, tiles=models + (made_by_teacher is not None))
+    room = Room(task, BACKWARD_ROWS, whole=False, spare=made_by_teacher is not None)
     start = 0
     for rows in task.rows.split(room.most):
         block = Block(task, rows, room)
@@ -231,14 +256,14 @@ def _add_products(
         others, which = outputs.mirrored()
         c = numbers.upstream[which] * task.teacher.factor
         teachers = {term: x.to(acc) for term, x in factors_of(others, c, mirrored_moments(numbers.moments)).items()}
-        by_teacher.begin(block.rows, block.teacher)
+        by_teacher.begin(block.rows, block.teachers[0])
     made.begin(block.rows, block.student)
     for columns, own in block.tiles():
         z, u = block.logits(columns) if recompute else block.tile(columns)
         chain = task.student.chain(z)
         if by_teacher is not None and task.teacher is not None:
             assert u is not None
-            out = block.room.tile(2, slice(0, len(z)), block.width) if not block.room.whole else torch.empty_like(z)
+            out = block.room.spare(z)
             teacher_chain = task.teacher.chain(u)
             mirrored.gradient(u, z, teachers, out)
             if teacher_chain is not None:
@@ -260,12 +285,8 @@ def joint_known(
     """`joint_sums`, and in the same visit of every block the gradients under a known upstream, [O, K]."""
     made = Gradients(task.student, wants)
     by_teacher = None if task.teacher is None or not any(teacher_wants) else Gradients(task.teacher, teacher_wants)
-    room = Room(
-        task,
-        workspace_rows(task, workspace_mb or WORKSPACE_MB),
-        whole=True,
-        tiles=1 if task.teacher is None else 2,
-    )
+    most = workspace_rows(task, workspace_mb or WORKSPACE_MB)
+    room = Room(task, most, whole=True, spare=by_teacher is not None)
     numbers = _Collected(task)
     start = 0
     for rows in task.rows.split(room.most):
