@@ -16,6 +16,7 @@ from tvkd_fast.ops import (
     linear_joint,
     linear_logps,
     linear_soft_values,
+    linear_sparse_divergence,
 )
 from tvkd_fast.version import __version__
 
@@ -35,6 +36,7 @@ __all__ = [
     "linear_joint",
     "linear_logps",
     "linear_soft_values",
+    "linear_sparse_divergence",
     "sft_loss",
     "shaping_returns",
     "tvkd_loss",

@@ -46,8 +46,8 @@ MOMENTS: dict[str, tuple[str, ...]] = {
     SCORE: ("score",),
 }
 """The sums over the vocabulary that an output takes: forward KL(q‖p), reverse KL(p‖q), entropy −Σ p log p, p2 Σ p²,
-p_over_m KL(p‖m), q_over_m KL(q‖m), overlap Σ p·q/m, distance ½Σ|p − q|, sign ½Σ p·sign(p − q), power Σ p^α·q^(1−α), score
-Σ p log q."""
+p_over_m KL(p‖m), q_over_m KL(q‖m), overlap Σ p·q/m, distance ½Σ|p − q|, sign ½Σ p·sign(p − q), power Σ p^α·q^(1−α),
+score Σ p log q."""
 _FROM_FINISHED = ("log_sum_p2",)
 """The outputs whose dz holds a moment otherwise than as a factor of p."""
 _MIRRORED = {
