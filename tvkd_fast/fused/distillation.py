@@ -19,8 +19,8 @@ from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.joint.backend import left_in, resolve_joint
-from tvkd_fast.ops.joint.inputs import check_numbers_per_row, check_temperature, pair_input
 from tvkd_fast.ops.joint.outputs import check_outputs
+from tvkd_fast.ops.joint.pair_input import check_numbers_per_row, check_temperature, pair_input
 
 
 class DistillationOutput(NamedTuple):

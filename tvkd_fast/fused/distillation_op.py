@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import HeadGradients
 from tvkd_fast.ops.joint import backend
-from tvkd_fast.ops.joint.op import SIX, fake_six, joint_gradients_op, outputs_of, six_of, task_of, values_of
+from tvkd_fast.ops.joint.joint_op import SIX, fake_six, joint_gradients_op, outputs_of, six_of, task_of, values_of
 from tvkd_fast.ops.registered import check_differentiated_once, wanted_gradients
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 

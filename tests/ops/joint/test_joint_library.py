@@ -11,7 +11,7 @@ from joint_case import JointCase, assert_close
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tvkd_fast.ops.joint import op
+from tvkd_fast.ops.joint import joint_op as op
 from tvkd_fast.ops.joint.divergence import linear_divergence, linear_joint
 
 SHAPE = (9, 5, 6, 30)

@@ -15,7 +15,7 @@ from tvkd_fast.kernels.records import Head, HeadGradients
 from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.dispatch import check_impl
 from tvkd_fast.ops.joint.outputs import Outputs
-from tvkd_fast.ops.joint.records import RowSums
+from tvkd_fast.ops.joint.row_numbers import RowSums
 from tvkd_fast.ops.tiles.joint import walk
 from tvkd_fast.ops.tiles.joint.sides import Side
 

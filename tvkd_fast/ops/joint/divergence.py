@@ -13,9 +13,9 @@ from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.joint.backend import resolve_joint
-from tvkd_fast.ops.joint.inputs import check_numbers_per_row, check_temperature, pair_input
-from tvkd_fast.ops.joint.op import joint_op
+from tvkd_fast.ops.joint.joint_op import joint_op
 from tvkd_fast.ops.joint.outputs import KINDS, OF_STUDENT_ALONE, Kind, Output, check_outputs
+from tvkd_fast.ops.joint.pair_input import check_numbers_per_row, check_temperature, pair_input
 
 
 def linear_divergence(

@@ -18,7 +18,8 @@ from tvkd_fast.ops.checks import check_transforms
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.inputs import as_head, head_input
 from tvkd_fast.ops.joint import backend
-from tvkd_fast.ops.joint.inputs import (
+from tvkd_fast.ops.joint.outputs import SCORE, Outputs
+from tvkd_fast.ops.joint.pair_input import (
     check_joint_finite,
     check_numbers_per_row,
     check_same_tokens,
@@ -26,7 +27,6 @@ from tvkd_fast.ops.joint.inputs import (
     check_vocabularies,
     naming,
 )
-from tvkd_fast.ops.joint.outputs import SCORE, Outputs
 from tvkd_fast.ops.registered import (
     Gradients,
     Kept,

@@ -14,7 +14,7 @@ from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.checks import check_finite
 from tvkd_fast.ops.joint.backend import kept_rows
-from tvkd_fast.ops.joint.records import RowSums
+from tvkd_fast.ops.joint.row_numbers import RowSums
 from tvkd_fast.ops.registered import (
     Gradients,
     as_tensors,

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tvkd_fast.ops.joint.records import Numbers, RowSums
+from tvkd_fast.ops.joint.row_numbers import Numbers, RowSums
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"]
 Output = Literal["logps", "lse", "entropy", "log_sum_p2", "teacher_lse"] | Kind

@@ -15,8 +15,8 @@ from tvkd_fast.ops.checks import check_transforms, looks
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.inputs import as_head, head_input
 from tvkd_fast.ops.joint.backend import resolve_joint
-from tvkd_fast.ops.joint.inputs import check_numbers_per_row, check_temperature
 from tvkd_fast.ops.joint.listed_op import NAME, listed_op
+from tvkd_fast.ops.joint.pair_input import check_numbers_per_row, check_temperature
 
 SparseKind = Literal["forward_kl", "reverse_kl", "tvd"]
 RestOfTeacher = Literal["even", "bucket"]

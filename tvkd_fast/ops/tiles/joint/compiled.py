@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.ops.joint.records import Numbers, RowSums
+from tvkd_fast.ops.joint.row_numbers import Numbers, RowSums
 from tvkd_fast.ops.tiles import native
 
 _log = logging.getLogger("tvkd_fast")

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tvkd_fast.ops.joint.records import Numbers, RowSums
+from tvkd_fast.ops.joint.row_numbers import Numbers, RowSums
 
 _TERMS = 14
 """The order of the series of w + e^(−w) − 1, enough for float64 at |w| ≤ 1 to within 1e-12."""

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import HeadGradients
 from tvkd_fast.ops.joint.outputs import Outputs
-from tvkd_fast.ops.joint.records import RowSums
+from tvkd_fast.ops.joint.row_numbers import RowSums
 from tvkd_fast.ops.tiles.block_walk import by_tile
 from tvkd_fast.ops.tiles.exact import blocks
 from tvkd_fast.ops.tiles.joint import walk
+from tvkd_fast.ops.tiles.joint.gradient_products import Gradients
 from tvkd_fast.ops.tiles.joint.passes import Pair, add_exponentials
-from tvkd_fast.ops.tiles.joint.products import Gradients
 from tvkd_fast.ops.tiles.joint.sides import Side
 
 _OUTPUTS = Outputs(("lse",))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tvkd_fast.ops.joint.records import Numbers, RowSums
+from tvkd_fast.ops.joint.row_numbers import Numbers, RowSums
 from tvkd_fast.ops.tiles.joint import compiled
 from tvkd_fast.ops.tiles.joint.entries import Entries, moments_of
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import HeadGradients
 from tvkd_fast.ops.joint.outputs import Outputs, early_factors, factors_of, late_factor, mirrored_moments
-from tvkd_fast.ops.joint.records import Numbers, RowSums
+from tvkd_fast.ops.joint.row_numbers import Numbers, RowSums
 from tvkd_fast.ops.tiles.block_walk import LINE, by_tile
 from tvkd_fast.ops.tiles.exact import blocks
 from tvkd_fast.ops.tiles.huge_pages import large_empty
+from tvkd_fast.ops.tiles.joint.gradient_products import Gradients
 from tvkd_fast.ops.tiles.joint.passes import Pair, add_exponentials
-from tvkd_fast.ops.tiles.joint.products import Gradients
 from tvkd_fast.ops.tiles.joint.sides import Side
 
 WORKSPACE_MB = 96

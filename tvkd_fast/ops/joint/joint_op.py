@@ -13,8 +13,8 @@ from torch import Tensor
 from tvkd_fast.kernels.records import Head, HeadGradients
 from tvkd_fast.ops.checks import check_label_range
 from tvkd_fast.ops.joint import backend
-from tvkd_fast.ops.joint.inputs import check_index_range, check_joint_finite
 from tvkd_fast.ops.joint.outputs import Outputs, value_of
+from tvkd_fast.ops.joint.pair_input import check_index_range, check_joint_finite
 from tvkd_fast.ops.registered import as_tensors, check_differentiated_once, wanted_gradients
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 from tvkd_fast.ops.tiles.joint.walk import Task

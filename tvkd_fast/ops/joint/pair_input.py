@@ -15,7 +15,7 @@ from torch import Tensor
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import check_finite, looks
 from tvkd_fast.ops.inputs import as_head, head_input
-from tvkd_fast.ops.joint.records import RowSums
+from tvkd_fast.ops.joint.row_numbers import RowSums
 
 
 @contextmanager
