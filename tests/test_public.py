@@ -12,6 +12,7 @@ import tvkd_fast
 from tvkd_fast import integrations, losses
 
 SURFACE = {
+    "DistillationOutput",
     "FusedLinearTVKDLoss",
     "Head",
     "HeadGradient",
@@ -19,15 +20,30 @@ SURFACE = {
     "TVKDOutput",
     "__version__",
     "dpo_loss",
+    "fused_linear_distillation_loss",
     "fused_linear_tvkd_loss",
+    "linear_divergence",
+    "linear_expected_score",
+    "linear_joint",
     "linear_logps",
     "linear_soft_values",
+    "linear_sparse_divergence",
     "sft_loss",
     "shaping_returns",
     "tvkd_loss",
 }
 HEAD = "hidden weight labels bias softcap logit_scale ignore_index grad_mode eps row_cap"
+PAIR = "hidden weight teacher_hidden teacher_weight"
+OF_PAIR = (
+    "beta alpha temperature bias softcap logit_scale teacher_bias teacher_softcap teacher_logit_scale teacher_index "
+    "teacher_lse rows"
+)
 ARGUMENTS = {
+    "linear_divergence": f"{PAIR} kind {OF_PAIR} impl",
+    "linear_joint": f"{PAIR} labels outputs {OF_PAIR} ignore_index impl",
+    "linear_expected_score": "hidden weight heads temperature bias softcap logit_scale rows impl",
+    "linear_sparse_divergence": "hidden weight ids probs tail kind temperature bias softcap logit_scale rows impl",
+    "fused_linear_distillation_loss": f"{PAIR} labels mixture token_weights {OF_PAIR} ignore_index impl",
     "linear_logps": f"{HEAD} tail seed max_tail workspace_mb stats impl",
     "linear_soft_values": "hidden weight bias softcap logit_scale kappa value_scale value_from rows impl",
     "shaping_returns": "values cu_states gamma terminal ended",

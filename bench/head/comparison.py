@@ -158,12 +158,15 @@ def entries(states: States) -> dict[str, dict[str, float]]:
     return found
 
 
-def prepared_states(shape: tuple[int, int, int], *, model: str, data: str, entries: float = 300.0) -> Path:
-    """A file of states, made by a process of its own where it does not exist yet."""
+def prepared_states(
+    shape: tuple[int, int, int], *, model: str, data: str, entries: float = 300.0, layers: int | None = None
+) -> Path:
+    """A file of states, made by a process of its own where it does not exist yet; of so many of a model's layers."""
     n, d, v = shape
     options = ["--model", model, "--data", data]
     if (d, v) == PACKAGED:
         options += ["--tokens", str(n)]
+        options += [] if layers is None else ["--layers", str(layers)]
     else:
         options += ["--shape", f"{n}x{d}x{v}", "--entries", str(entries)]
     file = FOLDER / f"states-{sha256(' '.join([*options, *TENSORS]).encode()).hexdigest()[:12]}.safetensors"

@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "census": {"harness"},
     "roofline": {"harness", "census"},
     "head": {"harness"},
+    "divergence": {"harness", "head"},
     "gpu": {"harness", "head"},
     "minutes": {"harness", "head", "gpu", "step", "tables"},
     "step": {"harness", "head"},

@@ -162,7 +162,7 @@ def test_either_layout_of_the_hidden_gradient(monkeypatch: pytest.MonkeyPatch, d
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * D * 10)
     found = []
     for intel in (True, False):
-        monkeypatch.setattr(tiles, "_is_intel", lambda intel=intel: intel)
+        monkeypatch.setattr(tiles, "is_intel", lambda intel=intel: intel)
         found.append(grads_of(known_logps(hidden, head, labels, upstream()), hidden, head.weight, head.bias))
     close(*found, tolerance=torch.finfo(dtype).eps * 4)
 

@@ -3,6 +3,9 @@
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import unchecked
 from tvkd_fast.ops.gradient import HeadGradient, HeadStats
+from tvkd_fast.ops.joint.divergence import linear_divergence, linear_joint
+from tvkd_fast.ops.joint.expected_score import linear_expected_score
+from tvkd_fast.ops.joint.sparse_divergence import linear_sparse_divergence
 from tvkd_fast.ops.known import Upstream, known_logps, makes_in_forward
 from tvkd_fast.ops.logps import linear_logps
 from tvkd_fast.ops.values import check_kappa, linear_entropy, linear_lse, linear_soft_values, soft_values
@@ -14,10 +17,14 @@ __all__ = [
     "Upstream",
     "check_kappa",
     "known_logps",
+    "linear_divergence",
     "linear_entropy",
+    "linear_expected_score",
+    "linear_joint",
     "linear_logps",
     "linear_lse",
     "linear_soft_values",
+    "linear_sparse_divergence",
     "makes_in_forward",
     "soft_values",
     "unchecked",

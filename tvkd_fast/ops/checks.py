@@ -132,12 +132,17 @@ def waits(x: Tensor) -> bool:
     return _LOOKS.get() or x.device.type == "cpu"
 
 
+def looks(result: Tensor) -> bool:
+    """Return whether NaN and inf of a result are looked for: on a CPU, unless `unchecked`."""
+    return _LOOKS.get() and result.device.type == "cpu"
+
+
 def check_finite(result: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Name the rows behind a NaN or inf in `result`. One look at N floats; the inputs are searched only when needed.
 
     An infinite result is no error by itself: a bias of -inf takes a token out of the vocabulary.
     """
-    if not _LOOKS.get() or result.device.type != "cpu" or result.isfinite().all():
+    if not looks(result) or result.isfinite().all():
         return
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         # aminmax hands NaN and inf through and, unlike a mask or a float64 sum, makes no copy of a head in memory.

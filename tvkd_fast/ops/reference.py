@@ -5,6 +5,9 @@ Letters: N tokens, M states, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -106,3 +109,49 @@ def linear_entropy(
 ) -> Tensor:
     """−Σ p log p with p = softmax(z) and 0·log 0 = 0: (M,) float64."""
     return torch.special.entr(logits(hidden, weight, bias, softcap, logit_scale).softmax(-1)).sum(-1)
+
+
+def linear_joint(
+    z: Tensor,
+    u: Tensor,
+    labels: Tensor | None = None,
+    *,
+    outputs: Sequence[str],
+    beta: float = 0.5,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> dict[str, Tensor]:
+    """The joint outputs of whole logits z and u [N, V], by name: (N,) float64 each, 0 where a label is ignored."""
+    log_p, log_q = (z / temperature).log_softmax(-1), (u / temperature).log_softmax(-1)
+    log_m = (
+        torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+        if 0 < beta < 1
+        else (log_q if beta else log_p)
+    )
+    p, q = log_p.exp(), log_q.exp()
+    kept = None if labels is None else labels != ignore_index
+    found: dict[str, Tensor] = {
+        "lse": (z / temperature).logsumexp(-1),
+        "teacher_lse": (u / temperature).logsumexp(-1),
+        "entropy": -_mean(p, log_p),
+        "log_sum_p2": (2 * log_p).logsumexp(-1),
+        "forward_kl": _mean(q, log_q - log_p),
+        "reverse_kl": _mean(p, log_p - log_q),
+        "skew_forward_kl": _mean(q, log_q - log_m),
+        "skew_reverse_kl": _mean(p, log_p - log_m),
+        "tvd": 0.5 * (p - q).abs().sum(-1),
+        "alpha": (p**alpha * q ** (1 - alpha)).sum(-1),
+    }
+    # GKD's special cases: the formula itself is 0 at both ends.
+    ends = {0.0: found["forward_kl"], 1.0: found["reverse_kl"]}
+    found["jsd"] = ends.get(beta, beta * found["skew_forward_kl"] + (1 - beta) * found["skew_reverse_kl"])
+    if labels is not None and kept is not None:
+        found["logps"] = log_p.gather(1, labels.where(kept, 0)[:, None])[:, 0]
+        found = {name: torch.where(kept, x, 0.0) for name, x in found.items()}
+    return {name: found[name] for name in outputs}
+
+
+def _mean(p: Tensor, x: Tensor) -> Tensor:
+    """Σ p·x over the vocabulary, where an entry of probability 0 counts as 0."""
+    return (p * x.masked_fill(p == 0, 0.0)).sum(-1)

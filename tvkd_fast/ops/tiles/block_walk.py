@@ -71,7 +71,7 @@ class BlockWalk:
         size = max(1, min(PRODUCT_COLUMNS, TILE_BYTES // max(1, self.acc.itemsize * len(h))))
         found = Exponentials(z, len(h), self.head.softcap)
         target = z.new_full((len(rows),), torch.nan)
-        own = _by_tile(self.labels[rows], size, self.head.vocab_size)
+        own = by_tile(self.labels[rows], size, self.head.vocab_size)
         for columns, (row, place) in zip(exact.blocks(self.head.vocab_size, size), own, strict=True):
             tile = torch.mm(self.head.weight[columns].to(self.acc), h.T, out=z[columns])
             exact.transform_(tile.T, self.head, columns)
@@ -114,7 +114,7 @@ class BlockWalk:
 
     def _by_state(self, e: Tensor, out: Tensor) -> Tensor:
         """Σ_j e_tj·w_j, (R, D) of exponentials [V, R], in `out` as it suits the machine's library."""
-        by_rows = _is_intel()
+        by_rows = is_intel()
         found = out if by_rows else out.view(out.shape[1], out.shape[0])
         for columns in self._columns():
             w, part, beta = self.head.weight[columns].to(self.acc), e[columns], 1 if columns.start else 0
@@ -139,7 +139,7 @@ class BlockWalk:
 
 
 @lru_cache
-def _is_intel() -> bool:
+def is_intel() -> bool:
     """Whether MKL takes its AVX-512 kernels, which make [R, D] in 0.8 to 0.9 of the time of [D, R].
 
     What it takes on AMD makes [D, R] of a narrow block in the lesser time.
@@ -158,7 +158,7 @@ def _rows_of(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     return found.copy_(x[rows])
 
 
-def _by_tile(labels: Tensor, size: int, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+def by_tile(labels: Tensor, size: int, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
     """For every tile of so many columns, which of the labels (R,) lie in it, and in which of its columns."""
     tiles = -(-vocab_size // size)
     rows = labels.argsort()

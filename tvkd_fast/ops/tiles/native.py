@@ -105,13 +105,17 @@ class Passes:
         return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(third)
 
     def _run(self, kernel: str, *args: Any) -> Any:
+        return self.call(getattr(self._kernels, kernel), *args)
+
+    def call(self, kernel: Any, *args: Any) -> Any:
+        """A compiled kernel of tensors, on as many threads as torch has."""
         import numba
 
         arrays = [x.numpy() if isinstance(x, Tensor) else x for x in args]
         # The simplest of numba's thread pools ends the process where two threads enter it at once.
         with self._one_at_a_time:
             numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-            return getattr(self._kernels, kernel)(*arrays)
+            return kernel(*arrays)
 
 
 def passes(z: Tensor) -> Passes | None:

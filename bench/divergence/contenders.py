@@ -1,0 +1,124 @@
+"""The divergences that are compared, each the mean over all tokens: ours and its peers', as they are called.
+
+Letters: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from bench.harness import contenders as registry
+from tvkd_fast import fused_linear_distillation_loss, linear_divergence
+from tvkd_fast.ops.tiles import native
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+_BETA_OF_TRL = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""Student's states and weight, the teacher's, to the mean () to go backward from, and values (N,) if it has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender(registry.Contender[Divergence]):
+    kind: str
+    compiles: bool = False
+    """Whether it compiles for a shape, so that its first call is not timed."""
+
+
+def known(kind: str) -> Divergence:
+    def run(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:
+        out = fused_linear_distillation_loss(hidden, weight, teacher, teacher_weight, mixture={kind: 1.0})
+        return out.loss, out.outputs[kind]
+
+    return run
+
+
+def unknown(kind: str) -> Divergence:
+    def run(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:
+        values = linear_divergence(hidden, weight, teacher, teacher_weight, kind=kind)  # type: ignore[arg-type]
+        return values.mean(), values.detach()
+
+    return run
+
+
+def in_torch(run: Divergence) -> Divergence:
+    """Without the numba extra, in a process that runs nothing else."""
+
+    def without(*args: Tensor) -> tuple[Tensor, Tensor | None]:
+        native.passes = lambda z: None
+        return run(*args)
+
+    return without
+
+
+def whole(kind: str, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+    """(N,) of whole logits."""
+    log_p, log_q = (hidden @ weight.T).log_softmax(-1), (teacher @ teacher_weight.T).log_softmax(-1)
+    if kind == "forward_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    if kind == "reverse_kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    return 0.5 * ((log_q.exp() * (log_q - log_m)).sum(-1) + (log_p.exp() * (log_p - log_m)).sum(-1))
+
+
+def eager(kind: str) -> Divergence:
+    def run(*args: Tensor) -> tuple[Tensor, Tensor]:
+        values = whole(kind, *args)
+        return values.mean(), values.detach()
+
+    return run
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(whole, dynamic=False)
+
+
+def compiled(kind: str) -> Divergence:
+    def run(*args: Tensor) -> tuple[Tensor, Tensor]:
+        values = _compiled()(kind, *args)
+        return values.mean(), values.detach()
+
+    return run
+
+
+def trl(kind: str) -> Divergence:
+    def run(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        beta = _BETA_OF_TRL[kind]
+        values, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, beta)
+        return values.mean(), values.detach()
+
+    return run
+
+
+def liger(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> tuple[Tensor, None]:
+    """JSD at β = ½, without the hard loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
+    labels = torch.zeros(len(hidden), dtype=torch.int64)
+    return loss(hidden, weight, teacher, teacher_weight, labels), None
+
+
+def on_cpu() -> dict[str, Contender]:
+    """Forward and backward, by name."""
+    found: dict[str, Contender] = {}
+    for kind in KINDS:
+        of = partial(Contender, kind=kind)
+        found |= {
+            f"tvkd_fast, {kind}, known coefficients": of(run=known(kind)),
+            f"tvkd_fast, {kind}": of(run=unknown(kind)),
+            f"tvkd_fast, {kind}, known coefficients, without numba": of(run=in_torch(known(kind)), by_name=True),
+            f"eager, {kind}": of(run=eager(kind)),
+            f"torch.compile, {kind}": of(run=compiled(kind), needs="g++", compiles=True),
+            f"TRL, chunked divergence, {kind}": of(run=trl(kind), needs="trl"),
+        }
+    found["Liger, fused linear JSD, jsd"] = Contender(run=liger, needs="liger_kernel", kind="jsd", compiles=True)
+    return found

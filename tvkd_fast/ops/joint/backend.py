@@ -1,0 +1,131 @@
+"""The joint walk's implementation for a call: one function for the numbers, one for the gradients, one for both.
+
+Letters: N tokens, K of them kept, V vocabulary, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tvkd_fast.kernels.records import Head, HeadGradients
+from tvkd_fast.ops.autocast import without_autocast
+from tvkd_fast.ops.dispatch import check_impl
+from tvkd_fast.ops.joint.outputs import Outputs
+from tvkd_fast.ops.joint.row_numbers import RowSums
+from tvkd_fast.ops.tiles.joint import walk
+from tvkd_fast.ops.tiles.joint.sides import Side
+
+
+@dataclass(frozen=True)
+class JointNumbers:
+    """A forward's numbers of all N tokens, 0 of those that are left out."""
+
+    sums: RowSums
+    moments: dict[str, Tensor]
+
+    def packed(self, dtype: torch.dtype) -> Tensor:
+        """[4 + moments, N], the sums first."""
+        return torch.stack([x.to(dtype) for x in (*vars(self.sums).values(), *self.moments.values())])
+
+
+def unpacked(numbers: Tensor, outputs: Outputs) -> JointNumbers:
+    """What `packed` made one tensor of, whose moments' names are the outputs'; "target" is left out."""
+    return JointNumbers(RowSums(*numbers[:4]), dict(zip(outputs.moments, numbers[4:], strict=False)))
+
+
+def resolve_joint(impl: str) -> str:
+    """ "torch", whatever the device; "triton" has no joint walk yet."""
+    check_impl(impl)
+    if impl == "triton":
+        raise ValueError("impl='triton' cannot be had: the joint walk has no Triton kernels here; take impl='torch'")
+    return "torch"
+
+
+def kept_rows(labels: Tensor | None, rows: Tensor | None, ignore_index: int) -> Tensor | None:
+    """(K,) the rows to compute, or None for all; all of them on a GPU, which would have to wait for the count."""
+    kept = left_in(labels, rows, ignore_index)
+    if kept is None or kept.device.type != "cpu" or kept.all():
+        return None
+    return kept.nonzero()[:, 0]
+
+
+def left_in(labels: Tensor | None, rows: Tensor | None, ignore_index: int) -> Tensor | None:
+    """(N,) bool, true of rows to compute; None where all are."""
+    if labels is None:
+        return rows
+    kept = labels != ignore_index
+    return kept if rows is None else kept & rows
+
+
+def task_of(
+    hidden: Tensor,
+    head: Head,
+    teacher_hidden: Tensor | None,
+    teacher: Head | None,
+    outputs: Outputs,
+    *,
+    temperature: float,
+    labels: Tensor | None,
+    teacher_index: Tensor | None,
+    teacher_lse: Tensor | None,
+    rows: Tensor | None,
+    ignore_index: int,
+) -> walk.Task:
+    kept = kept_rows(labels, rows, ignore_index)
+    if labels is not None and kept is None:
+        # Where all rows are computed, those to ignore take any label: their numbers are dropped.
+        labels = labels.masked_fill(labels == ignore_index, 0)
+    teachers: tuple[tuple[float, Side], ...] = ()
+    if teacher_hidden is not None and teacher is not None and outputs.has_teacher:
+        index = None if teacher_index is None else teacher_index.long()
+        teachers = ((1.0, Side(teacher_hidden, teacher, temperature, index)),)
+    return walk.Task(Side(hidden, head, temperature), teachers, outputs, labels, teacher_lse, kept)
+
+
+def joint_sums(task: walk.Task) -> JointNumbers:
+    with without_autocast(task.student.hidden):
+        return _spread(task, *walk.joint_sums(task))
+
+
+def joint_gradients(
+    task: walk.Task,
+    numbers: JointNumbers,
+    upstream: Tensor,
+    wants: Sequence[bool],
+    teacher_wants: Sequence[bool],
+) -> tuple[HeadGradients, HeadGradients]:
+    """Gradients of Σ upstream·outputs, [O, N] upstream, by the student's hidden, weight and bias, and the teacher's."""
+    with without_autocast(task.student.hidden):
+        kept = task.kept
+        if kept is not None:
+            numbers = JointNumbers(numbers.sums.of(kept), {name: x[kept] for name, x in numbers.moments.items()})
+            upstream = upstream[:, kept]
+        return walk.joint_gradients(task, numbers.sums, numbers.moments, upstream, wants, teacher_wants)
+
+
+def joint_known(
+    task: walk.Task, upstream: Tensor, wants: Sequence[bool], teacher_wants: Sequence[bool], workspace_mb: int = 0
+) -> tuple[JointNumbers, HeadGradients, HeadGradients]:
+    """Both of the above in one visit of every block, `upstream` [O, N] being known."""
+    with without_autocast(task.student.hidden):
+        known = upstream if task.kept is None else upstream[:, task.kept]
+        sums, moments, *grads = walk.joint_known(task, known, wants, teacher_wants, workspace_mb)
+        return _spread(task, sums, moments), *grads
+
+
+def _spread(task: walk.Task, sums: RowSums, moments: dict[str, Tensor]) -> JointNumbers:
+    """The kept rows' numbers at their places among all, 0 elsewhere."""
+    kept, n = task.kept, task.student.hidden.shape[0]
+    if kept is None:
+        return JointNumbers(sums, moments)
+
+    def spread(x: Tensor) -> Tensor:
+        return x.new_zeros(n).index_copy(0, kept, x)
+
+    return JointNumbers(
+        RowSums(*(spread(x) for x in vars(sums).values())), {name: spread(x) for name, x in moments.items()}
+    )

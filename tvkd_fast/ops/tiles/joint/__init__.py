@@ -1,0 +1,1 @@
+"""The joint walk over two vocabularies in tiles, on any device."""
