@@ -148,4 +148,5 @@ def run(config: ScoreConfig) -> None:
     print(f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): {config.output_dir}")
     if config.teacher is None:
         plain = [name for name, cls in objectives().items() if cls().needs & SCORED == {Need.REFERENCE}]
-        print(f"no --teacher was given: this is the reference alone, for --objective {' or '.join(plain)}")
+        names = f"{', '.join(plain[:-1])} or {plain[-1]}"
+        print(f"no --teacher was given: this is the reference alone, for --objective {names}")
