@@ -81,8 +81,8 @@ def margins_of(
     With a `limit`, of the first pairs alone.
     """
 
-    def columns(batch: PairBatch, token_logps: torch.Tensor) -> torch.Tensor:
-        logps = segment_sums(token_logps, batch.cu_seqlens)
+    def columns(batch: PairBatch) -> torch.Tensor:
+        logps = segment_sums(policy(batch), batch.cu_seqlens)
         known = reference.of(batch).ref_logps
         assert known is not None
         (chosen, rejected), (was_chosen, was_rejected) = logps.chunk(2), known.chunk(2)

@@ -102,6 +102,9 @@ def test_yaml_gives_options_and_the_command_line_overrides_them(files, tmp_path,
             "a setting of tvkd, and dpo has --loss.beta, --loss.",
         ),
         (["--objective", "sft", "--loss.beta", "1"], "and sft has none"),
+        (["--objective", "robst"], "got 'robst'. Did you mean robust?"),
+        (["--objective", "dadpo", "--loss.beta", "1"], "and dadpo has --loss.beta_ref, --loss.beta_teacher."),
+        (["--objective", "dpo", "--loss.gap_scale", "1"], "a setting of m_dpo, and dpo has --loss.beta, --loss."),
         (["--per_device_train_batch_size=2"], "Did you mean --pairs_per_micro_batch?"),
     ],
 )
@@ -149,7 +152,9 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
 def test_scores_without_a_teacher_say_so(files, tmp_path, capsys):
     options = ["--policy", files["policy"], "--data.train", files["data"]]
     main(["score", *options, "--output_dir", str(tmp_path / "scores")])
-    assert "this is the reference alone, for --objective dpo" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "this is the reference alone, for --objective d_dpo, dpo, " in printed
+    assert "tvkd" not in printed.partition("--objective")[2]
 
 
 def test_an_unknown_recipe_lists_the_known(capsys):

@@ -78,7 +78,7 @@ def test_dpo_runs_on_a_reference_scored_alone(make_config, make_scores, run, fil
     cached = replace(config, output_dir=str(files / "cached"), scores=scores)
     run(cached)
     assert losses(cached) == pytest.approx(losses(config), abs=1e-6)
-    with pytest.raises(ValueError, match="do not hold the teacher's log-sum-exps: run `tvkd score`"):
+    with pytest.raises(ValueError, match="do not hold the teacher's log-sum-exps: add them with `tvkd score"):
         run(replace(cached, objective="tvkd", loss=TVKD(), teacher=None, output_dir=str(files / "other")))
 
 
@@ -209,7 +209,7 @@ def test_a_teachers_rewards_are_scored_and_cached_like_values(make_config, make_
     run(cached)
     assert losses(cached) == pytest.approx(losses(online), abs=1e-6)
     assert losses(online)[0] != pytest.approx(0.6931472, abs=1e-4)
-    with pytest.raises(ValueError, match="do not hold the teacher's log-sum-exps: run `tvkd score`"):
+    with pytest.raises(ValueError, match="do not hold the teacher's log-sum-exps: add them with `tvkd score"):
         run(replace(cached, loss=replace(cached.loss, value_from="logits", kappa=0.3)))
     other = replace(online, teacher_reference=model_folder(seed=6), scores=scores, output_dir=str(files / "other"))
     with pytest.raises(ValueError, match="made with another teacher_reference"):

@@ -16,8 +16,14 @@ every = pytest.mark.parametrize("name", objectives())
 
 
 def settings_of(name: str, config: Any) -> dict[str, Any]:
-    """The models that the objective needs, and no others."""
-    return {} if objectives()[name]().needs & TEACHER else {"teacher": None}
+    """The models and columns that the objective needs, and no others."""
+    needs = objectives()[name]().needs
+    if Need.REWARDS in needs:
+        for source in (config.data.train, config.data.eval):
+            rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
+            rewarded = [row | {"score_chosen": 1.0 + i % 3, "score_rejected": 0.5} for i, row in enumerate(rows)]
+            Path(source).write_text("".join(json.dumps(row) + "\n" for row in rewarded))
+    return {} if needs & TEACHER else {"teacher": None}
 
 
 @every
@@ -52,6 +58,7 @@ def test_a_policy_is_evaluated_by_it(name: str, make_config: Any) -> None:
     config = make_config(objective=name)
     reference = config.policy if needs & SCORED else None
     teacher = config.teacher if needs & TEACHER else None
+    settings_of(name, config)
     found = evaluate_policy(
         EvalConfig(policy=config.policy, reference=reference, teacher=teacher, data=config.data, objective=name)
     )

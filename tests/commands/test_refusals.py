@@ -92,6 +92,17 @@ def test_places_are_refused_by_both(make_config, files):
     refused(make_config(), "is a file, where a folder is to be")
 
 
+def test_what_an_objective_needs_and_has_not_is_named(make_config):
+    refused(make_config(objective="d_dpo", teacher=None), r"row 0: missing reward columns .*--data\.rewards \[NAME\]")
+    refused(make_config(objective="dadpo", teacher=None), r"dadpo needs a teacher: set --teacher, .*; --objective dpo")
+    with pytest.raises(
+        ValueError, match=r"d_dpo reads one reward and --data\.rewards names 2: name one, such as \[a\]"
+    ):
+        make_config(objective="d_dpo", data_rewards=["a", "b"])
+    with pytest.raises(ValueError, match=r"dpo reads no rewards: leave --data\.rewards out"):
+        make_config(objective="dpo", data_rewards=["a"])
+
+
 def test_a_dry_run_leaves_nothing_behind(make_config, files):
     before = sorted(Path(files).rglob("*"))
     plan(make_config(output_dir=str(files / "in" / "it")))

@@ -109,8 +109,9 @@ def write_recipe(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Call
     return write
 
 
-def rows() -> Iterator[dict[str, str]]:
+def rows() -> Iterator[dict[str, str | float]]:
     words = ["red", "green", "blue", "sun", "moon", "sea", "tree"]
     for i in range(30):
         word, other = words[i % 7], words[(i * 3 + 1) % 7]
-        yield {"prompt": f"{i}: say {word}.", "chosen": word, "rejected": f"{other} " * (1 + i % 4) + "no"}
+        rewards = {"score_chosen": 1.0 + i % 3, "score_rejected": 0.5}
+        yield {"prompt": f"{i}: say {word}.", "chosen": word, "rejected": f"{other} " * (1 + i % 4) + "no", **rewards}

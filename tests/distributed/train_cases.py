@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from tvkd_fast.cli.parser import load_recipe
+from tvkd_fast.commands.models import of_teacher
 from tvkd_fast.commands.score import ScoreConfig, _score
 from tvkd_fast.commands.train import _train
 from tvkd_fast.distributed import init_distributed
@@ -22,6 +23,7 @@ def main() -> None:
             if config.scores is not None:
                 config.scores = f"{config.output_dir}-scores"
                 made = {name: getattr(config, name) for name in ("policy", "teacher", "data")}
+                made["keep"] = list(of_teacher(config.loss.needs))
                 _score(ScoreConfig(output_dir=config.scores, pairs_per_shard=8, **made), world, verbose=False)
                 config.teacher = None
             _train(config, world, show_progress=False)

@@ -64,26 +64,26 @@ def example(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_REGISTERED", dict(registry.objectives()))
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     yield tmp_path
-    sys.modules.pop("tvkd_fast.objectives.cpo", None)
-    vars(package).pop("cpo", None)
+    sys.modules.pop("tvkd_fast.objectives.slic", None)
+    vars(package).pop("slic", None)
 
 
 def test_the_objective_of_contributing_is_one(example):
     from tvkd_fast.cli.parser import load_recipe
     from tvkd_fast.objectives import objective_named
 
-    cpo = objective_named("cpo")
+    slic = objective_named("slic")
     folder = ROOT / "tests" / "objectives"
     made = run_path(str(folder / "conftest.py"))
-    fixtures = {"found": cpo(), "batch_of": made["make_batch"], "numbers_of": made["make_numbers"]}
+    fixtures = {"found": slic(), "batch_of": made["make_batch"], "numbers_of": made["make_numbers"]}
     contract = run_path(str(folder / "test_contract.py"))
     held = [f for name, f in contract.items() if name.startswith("test_") and "found" in signature(f).parameters]
     assert held
     for promise in held:
         promise(**{name: fixtures[name] for name in signature(promise).parameters})
-    run_path(str(example / "test_cpo.py"))["test_the_loss_is_the_formula"]()
-    config = load_recipe(str(example / "demo-cpo.yaml"))
-    assert config.loss == cpo()
+    run_path(str(example / "test_slic.py"))["test_the_loss_is_the_formula"]()
+    config = load_recipe(str(example / "slic-smollm2-135m.yaml"))
+    assert config.loss == slic()
 
 
 def test_every_objective_and_recipe_has_its_row():

@@ -79,7 +79,7 @@ def test_numbers_come_in_the_datasets_order_however_it_is_packed(pairs):
     dataset, policy = pairs
     for tokens in (60, 2048):
         places = measure(
-            policy, dataset, lambda batch, logps: batch.pairs[None].double(), batching=MicroBatching(tokens=tokens)
+            policy, dataset, lambda batch: batch.pairs[None].double(), batching=MicroBatching(tokens=tokens)
         )
         assert places[0].tolist() == list(range(len(dataset)))
 

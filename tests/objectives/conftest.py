@@ -1,19 +1,29 @@
 """Numbers of responses that objectives are computed from."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tvkd_fast.data import PairBatch, TokenizedPair, collate_packed
+from tvkd_fast.commands.models import of_teacher
+from tvkd_fast.data import MicroBatching, PairBatch, TokenizedPair, build_dataset, collate_packed, packed_length
+from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 from tvkd_fast.objectives import PolicyNumbers
-from tvkd_fast.scoring import Scores
+from tvkd_fast.scoring import OnlineScorer, Scores
+from tvkd_fast.training.step import train_step
+
+Rewards = tuple[tuple[float, float], ...]
 
 
-def make_batch(lengths: list[tuple[int, int]], *, chosen_only: bool = False) -> PairBatch:
-    pairs = [TokenizedPair([1, 2], [3] * c, [4] * r, True, True, "row") for c, r in lengths]
+def make_batch(
+    lengths: list[tuple[int, int]], *, chosen_only: bool = False, rewards: Rewards = ((1.0, 0.25), (0.5, 2.0))
+) -> PairBatch:
+    pairs = [TokenizedPair([1, 2], [3] * c, [4] * r, True, True, "row", rewards=rewards) for c, r in lengths]
     return collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
 
 
@@ -27,7 +37,8 @@ def make_numbers(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
     responses, states = len(batch.lengths), int(batch.cu_states[-1])
     logps = (-10 + normal(responses)).requires_grad_()
     lse = 5 + normal(states)
-    return PolicyNumbers(logps, batch.lengths), Scores(-10 + normal(responses), lse, lse, normal(states))
+    scores = Scores(-10 + normal(responses), lse, lse, normal(states), teacher_logps=-10 + normal(responses))
+    return PolicyNumbers(logps, batch.lengths, -9 + normal(responses)), scores
 
 
 @pytest.fixture
@@ -40,18 +51,30 @@ def numbers_of() -> Callable[[PairBatch], tuple[PolicyNumbers, Scores]]:
     return make_numbers
 
 
+Response = dict[str, Any]
+Formula = Callable[[Response, Response], Tensor]
+
+
 @pytest.fixture
 def is_its_formula(batch_of: Any, numbers_of: Any) -> Callable[..., None]:
     """Checks losses and gradients of an objective against a formula of one pair, in float64.
 
-    The formula is given dicts of the chosen and of the rejected response: logp, ref_logp and length.
+    The formula is given dicts of the chosen and of the rejected response: logp, ref_logp, teacher_logp, length, rewards
+    and log_collisions.
     """
 
-    def check(found: Any, formula: Callable[[dict[str, Any], dict[str, Any]], Tensor]) -> None:
+    def check(found: Any, formula: Formula) -> None:
         batch = batch_of([(3, 5), (2, 2), (7, 1)])
         policy, scores = numbers_of(batch)
         responses = [
-            {"logp": policy.logps[i], "ref_logp": scores.ref_logps[i], "length": int(batch.lengths[i])}
+            {
+                "logp": policy.logps[i],
+                "ref_logp": scores.ref_logps[i],
+                "teacher_logp": scores.teacher_logps[i],
+                "length": int(batch.lengths[i]),
+                "rewards": batch.rewards[:, i].tolist(),
+                "log_collisions": policy.log_collisions[i],
+            }
             for i in range(6)
         ]
         wanted = torch.stack([formula(responses[i], responses[i + 3]) for i in range(3)])
@@ -61,3 +84,57 @@ def is_its_formula(batch_of: Any, numbers_of: Any) -> Callable[..., None]:
         torch.testing.assert_close(ours, twin, rtol=1e-12, atol=1e-12)
 
     return check
+
+
+@pytest.fixture
+def is_its_formula_from_logits(files: Path, chatml: Any, tiny_model: Any, in_float64: Any) -> Callable[..., None]:
+    """Checks a training step, in one micro-batch and in four, against a formula of whole float64 logits, row by row.
+
+    The formula is that of `is_its_formula`. Loss and the gradient of every weight are compared.
+    """
+
+    def check(found: Any, formula: Formula) -> None:
+        dataset = build_dataset(files / "train.jsonl", chatml, limit=4, max_length=40)
+        pairs = [replace(pair, rewards=((1.0 + i, 0.5), (0.25, 0.125 * i))) for i, pair in enumerate(dataset)]
+        models = [in_float64(tiny_model(seed)) for seed in range(3)]
+        policy = models[0]
+        wanted = torch.stack([formula(*(long_way(models, pair, side) for side in (0, 1))) for pair in pairs]).mean()
+        wanted.backward()
+        gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
+        before = deepcopy(policy.state_dict())
+        reference, teacher = (model.eval() for model in models[1:])
+        scorer = OnlineScorer(
+            PolicyWithHead(reference, packing="shared"),
+            TeacherWithHead(teacher, packing="shared"),
+            of_teacher=of_teacher(found.needs),
+        )
+        for tokens, count in ((2048, 1), (max(packed_length(pair) for pair in pairs), 4)):
+            policy.load_state_dict(before)
+            policy.zero_grad()
+            batches = list(MicroBatching(tokens=tokens).batches(pairs, range(4)))
+            assert len(batches) == count
+            optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+            out = train_step(PolicyWithHead(policy, packing="shared"), scorer, batches, optimizer, found, clip_norm=0.0)
+            torch.testing.assert_close(out.loss, wanted.detach(), rtol=1e-10, atol=1e-12)
+            for name, parameter in policy.named_parameters():
+                torch.testing.assert_close(before[name] - parameter, gradients[name], rtol=1e-7, atol=1e-10)
+
+    return check
+
+
+def long_way(models: list[Any], pair: TokenizedPair, side: int) -> Response:
+    """The numbers of a pair's chosen (0) or rejected (1) response from the logits of policy, reference and teacher."""
+    response = (pair.chosen_ids, pair.rejected_ids)[side]
+    logps = []
+    for model in models:
+        logits = model(input_ids=torch.tensor([pair.prompt_ids + response]), use_cache=False).logits
+        logps.append(logits[0, len(pair.prompt_ids) - 1 : -1].log_softmax(-1))
+    of_tokens = [x.gather(1, torch.tensor(response)[:, None]).sum() for x in logps]
+    return {
+        "logp": of_tokens[0],
+        "ref_logp": of_tokens[1].detach(),
+        "teacher_logp": of_tokens[2].detach(),
+        "length": len(response),
+        "rewards": [column[side] for column in pair.rewards],
+        "log_collisions": logps[0].detach().exp().square().sum(-1).log().sum(),
+    }

@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,11 +11,20 @@ import torch
 from tvkd_fast.data import MicroBatching, build_dataset, collate_packed, micro_batches
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 from tvkd_fast.objectives import Need
+from tvkd_fast.objectives.cpo import CPO
+from tvkd_fast.objectives.dadpo import DaDPO
 from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.objectives.dpo_norm import DPONorm
 from tvkd_fast.objectives.ipo import IPO
+from tvkd_fast.objectives.orpo import ORPO
+from tvkd_fast.objectives.rewards.d_dpo import DistilledDPO
+from tvkd_fast.objectives.rewards.e_dpo import EnsembleDPO
+from tvkd_fast.objectives.rewards.m_dpo import MDPO
+from tvkd_fast.objectives.robust import Robust
 from tvkd_fast.objectives.sft import SFT
 from tvkd_fast.objectives.simpo import SimPO
 from tvkd_fast.objectives.tvkd import TVKD
+from tvkd_fast.objectives.wpo import WPO
 from tvkd_fast.ops import known as known_ops
 from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher
@@ -181,12 +191,15 @@ def test_an_empty_micro_batch_adds_nothing_and_goes_through_everything(models, d
     assert all(p.grad is not None and not p.grad.count_nonzero() for p in policy.parameters())
 
 
-OBJECTIVES = [SFT(), DPO(label_smoothing=0.1), TVKD(gamma=0.9), SimPO(), IPO()]
+OTHERS = [SimPO, IPO, CPO, ORPO, Robust, DPONorm, DaDPO, WPO, DistilledDPO, EnsembleDPO, MDPO]
+OBJECTIVES = [SFT(), DPO(label_smoothing=0.1), TVKD(gamma=0.9), *(make() for make in OTHERS)]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
 @pytest.mark.parametrize("packing", ["padded", "shared"])
 def test_the_head_makes_its_gradient_in_the_forward(objective, packing, models, dataset, monkeypatch):
+    dataset = [replace(pair, rewards=((1.0, 0.5), (2.0, 0.0))) for pair in dataset]
+
     def backward(*args):
         raise AssertionError("logits were computed again")
 
@@ -194,7 +207,11 @@ def test_the_head_makes_its_gradient_in_the_forward(objective, packing, models, 
     found = []
     for known in (True, False):
         policy, reference, teacher = map(deepcopy, models)
-        scorer = OnlineScorer(PolicyWithHead(reference, packing=packing), TeacherWithHead(teacher, packing=packing))
+        scorer = OnlineScorer(
+            PolicyWithHead(reference, packing=packing),
+            TeacherWithHead(teacher, packing=packing),
+            of_teacher=("values", "logps"),
+        )
         with monkeypatch.context() as patch:
             if known:
                 patch.setattr(known_ops, "gradients_op", backward)

@@ -18,9 +18,11 @@ from tvkd_fast.data import MicroBatching, build_dataset
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.ipo import IPO
+from tvkd_fast.objectives.orpo import ORPO
 from tvkd_fast.objectives.sft import SFT
 from tvkd_fast.objectives.simpo import SimPO
 from tvkd_fast.objectives.tvkd import TVKD
+from tvkd_fast.objectives.wpo import WPO
 from tvkd_fast.ops import known
 from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer
@@ -76,7 +78,9 @@ def dataset(files, chatml):
 
 
 @pytest.mark.parametrize("packing", ["shared", "unshared", "padded"])
-@pytest.mark.parametrize("objective", [DPO(), TVKD(), IPO(), SimPO(), SFT()], ids=lambda objective: objective.name)
+@pytest.mark.parametrize(
+    "objective", [DPO(), TVKD(), IPO(), SimPO(), SFT(), ORPO(), WPO()], ids=lambda objective: objective.name
+)
 def test_a_step_waits_for_nothing(walked, tiny_model, dataset, objective, packing, monkeypatch):
     """Of shared prompts; where transformers makes the mask it looks once whether a row holds several sequences."""
     if packing != "shared":

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
 """The fields of a score cache that describe the teacher."""
 
+ADDED_BY = {
+    Need.TEACHER_SUMS: "--teacher MODEL",
+    Need.TEACHER_REWARDS: "--teacher MODEL --teacher_reference MODEL",
+    Need.TEACHER_LOGPS: "--teacher MODEL --keep [logps]",
+}
+"""The options of `tvkd score` that add a number to a folder of scores."""
+
 
 def expected_of_models(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, models: FrozenModels, policy_at_start: str
@@ -69,9 +76,10 @@ def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected
     if missing:
         without = config.loss.without(missing)
         other = "" if without is None else f", or train with --objective {without.name}"
+        (need,) = missing
         raise ValueError(
-            f"the scores at {folder} do not hold {' and '.join(need.value for need in missing)}: run `tvkd score` with "
-            f"--teacher (and --teacher_reference for rewards){other}"
+            f"the scores at {folder} do not hold {need.value}: add them with `tvkd score --output_dir {folder} "
+            f"{ADDED_BY[need]}` and the other settings as before{other}"
         )
     return cache
 
@@ -101,4 +109,5 @@ def manifest_of(
         states=scorer.layout(dataset).num_states,
         versions={"tvkd_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         teacher_tokens=scorer.teacher_reads(dataset),
+        numbers=scorer.names,
     )

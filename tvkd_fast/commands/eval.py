@@ -11,6 +11,7 @@ from tvkd_fast.commands.models import (
     check_readable,
     load_frozen,
     load_policy,
+    of_teacher,
     sharing_of,
     world_of,
 )
@@ -26,8 +27,8 @@ from tvkd_fast.models import (
     load_tokenizer,
 )
 from tvkd_fast.models.settings import ModelConfig
-from tvkd_fast.objectives import DEFAULT, Objective, settings_of
-from tvkd_fast.objectives.contract import check_teacher_reference
+from tvkd_fast.objectives import DEFAULT, SCORED, Need, Objective, settings_of
+from tvkd_fast.objectives.contract import check_rewards, check_teacher_reference
 from tvkd_fast.ranges import at_least, check_numbers, number
 from tvkd_fast.training.train_config import micro_batching
 
@@ -82,6 +83,7 @@ class EvalConfig:
         self.loss = settings_of(self.objective, self.loss)
         check_numbers(self)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
+        check_rewards(self.data.rewards, self.loss)
         if self.tabled and self.teacher is not None:
             raise ValueError("a table of models tells who is right, and has no shaping: leave out --teacher")
 
@@ -102,16 +104,27 @@ def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evalua
 def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("eval", config.data, tokenizer, micro_batching(config), stop_ids=stops, verbose=verbose)
+    needs = config.loss.needs
+    dataset = load_dataset(
+        "eval",
+        config.data,
+        tokenizer,
+        micro_batching(config),
+        stop_ids=stops,
+        verbose=verbose,
+        read=config.data.reader(rewards=Need.REWARDS in needs),
+    )
     sharing = sharing_of(config, world)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
     check_readable(dataset, policy, "policy")
-    models = load_frozen(config, tokenizer, kappa=config.loss.teacher_kappa, sharing=sharing)
+    models = load_frozen(
+        config, tokenizer, kappa=config.loss.teacher_kappa, of_teacher=of_teacher(needs), sharing=sharing
+    )
     return evaluate(
         policy,
         dataset,
         scorer=models.scorer(dataset, config, verbose=verbose),
-        objective=config.loss.without(config.loss.needs - models.known()),
+        objective=config.loss.without(needs & SCORED - models.known()),
         batching=micro_batching(config),
         world=world,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +43,7 @@ from tvkd_fast.models import (
 )
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import Need
-from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher, TeacherTokens
+from tvkd_fast.scoring.scorer import VALUES, OnlineScorer, RewardTeacher, Teacher, TeacherNumbers, TeacherTokens
 from tvkd_fast.training.train_config import micro_batching
 from tvkd_fast.training.usage import return_freed_memory
 
@@ -95,7 +95,9 @@ class FrozenModels:
     tokenizer: PreTrainedTokenizerBase
     """The policy's."""
     reference: PolicyWithHead | WithoutAdapters | None = None
-    teacher: TeacherWithHead | RewardTeacher | None = None
+    teacher: Teacher | None = None
+    of_teacher: tuple[TeacherNumbers, ...] = VALUES
+    """What the teacher is asked for."""
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """None where the teacher reads the policy's tokens."""
     world: World | None = None
@@ -106,8 +108,10 @@ class FrozenModels:
         found = {Need.REJECTED}
         if self.reference is not None:
             found.add(Need.REFERENCE)
-        if self.teacher is not None:
+        if self.teacher is not None and "values" in self.of_teacher:
             found.add(Need.TEACHER_REWARDS if isinstance(self.teacher, RewardTeacher) else Need.TEACHER_SUMS)
+        if self.teacher is not None and "logps" in self.of_teacher:
+            found.add(Need.TEACHER_LOGPS)
         return frozenset(found)
 
     def scorer(self, dataset: PairDataset, config: RunConfig, *, verbose: bool = False) -> OnlineScorer:
@@ -129,11 +133,11 @@ class FrozenModels:
                 tokens = None
             elif verbose:
                 print(tokens.dataset.report, file=sys.stderr)
-        return OnlineScorer(self.reference, self.teacher, tokens, self.world)
+        return OnlineScorer(self.reference, self.teacher, tokens, self.world, of_teacher=self.of_teacher)
 
     def _tokens(
         self,
-        teacher: TeacherWithHead | RewardTeacher,
+        teacher: Teacher,
         tokenizer: PreTrainedTokenizerBase,
         dataset: PairDataset,
         config: RunConfig,
@@ -163,6 +167,16 @@ class FrozenModels:
         }
 
 
+def of_teacher(needs: Collection[Need]) -> tuple[TeacherNumbers, ...]:
+    """Return what a teacher has to be asked for."""
+    found: list[TeacherNumbers] = []
+    if not {Need.TEACHER_SUMS, Need.TEACHER_REWARDS}.isdisjoint(needs):
+        found.append("values")
+    if Need.TEACHER_LOGPS in needs:
+        found.append("logps")
+    return tuple(found)
+
+
 def load_policy(
     name: str,
     config: ModelConfig,
@@ -184,18 +198,22 @@ def load_frozen(
     tokenizer: PreTrainedTokenizerBase,
     *,
     kappa: float,
-    with_teacher: bool = True,
+    of_teacher: Collection[TeacherNumbers] = VALUES,
     sharing: Sharing | None = None,
 ) -> FrozenModels:
-    """The reference and the teacher that the config names, with what each must read."""
+    """The reference and the teacher that the config names, with what each must read.
+
+    `of_teacher` is what the teacher is asked for, nothing for no teacher.
+    """
     found = FrozenModels(tokenizer, world=None if sharing is None else sharing.world)
     if config.reference is not None:
         found.reference = _load_reference(config.reference, config.model, tokenizer, sharing, whose="policy")
-    if config.teacher is None or not with_teacher:
+    if config.teacher is None or not of_teacher:
         return found
     theirs = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code)
     if theirs.get_vocab() != tokenizer.get_vocab():
         found.teacher_tokenizer = theirs
+    found.of_teacher = tuple(of_teacher)
     if config.teacher_reference is not None:
         own = _load_reference(config.teacher_reference, config.model, theirs, sharing, whose="teacher")
         teacher = load_policy(config.teacher, config.model, sharing=sharing, frozen=True)

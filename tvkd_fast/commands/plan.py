@@ -194,7 +194,8 @@ def _read(
     """Read the pairs, and check that every model of the run that is on this machine can read them."""
     trust = config.model.trust_remote_code
     stops = load_stop_ids(config.policy, trust_remote_code=trust)
-    dataset = load_dataset(which, config.data, tokenizer, micro_batching(config), stop_ids=stops)
+    read = config.data.reader(rewards=Need.REWARDS in config.loss.needs)
+    dataset = load_dataset(which, config.data, tokenizer, micro_batching(config), stop_ids=stops, read=read)
     check_token_ids(dataset, policy.vocab)
     check_positions(dataset, policy.positions, "policy")
     if not config.loss.needs & SCORED:

@@ -18,6 +18,7 @@ from tvkd_fast.commands.models import (
     frozen_copy,
     load_frozen,
     load_policy,
+    of_teacher,
     precision,
     sharing_of,
 )
@@ -56,10 +57,11 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     batching = micro_batching(config)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose)
+    read = config.data.reader(rewards=Need.REWARDS in config.loss.needs)
+    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose, read=read)
     held_out = None
     if config.data.eval:
-        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose)
+        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose, read=read)
     policy = _policy(config, world)
     for pairs in (dataset, held_out):
         if pairs is not None:
@@ -68,6 +70,8 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
         "policy": fingerprint_model(policy.model),
         "precision": precision(config.model, world),
     }
+    if Need.REWARDS in config.loss.needs:
+        identity["rewards"] = dataset.rewards_fingerprint
     scorer: Scorer = OnlineScorer(None, None)
     held_out_scorer = None
     if verbose and config.unkept_evaluations:
@@ -116,7 +120,7 @@ def frozen_models(
     """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
     needs, sharing = config.loss.needs, sharing_of(config, world)
     models = load_frozen(
-        config, tokenizer, kappa=config.loss.teacher_kappa, with_teacher=bool(needs & TEACHER), sharing=sharing
+        config, tokenizer, kappa=config.loss.teacher_kappa, of_teacher=of_teacher(needs), sharing=sharing
     )
     if models.reference is None and config.scores is None and Need.REFERENCE in needs:
         models.reference = policy_at_start(config, policy, world)

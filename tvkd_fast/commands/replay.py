@@ -17,11 +17,10 @@ from tvkd_fast.commands.models import (
 from tvkd_fast.commands.prepare import prepare
 from tvkd_fast.data import PairDataset
 from tvkd_fast.distributed import World
-from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import (
     PolicyWithHead,
 )
-from tvkd_fast.objectives import Need, PolicyNumbers
+from tvkd_fast.objectives import Need
 from tvkd_fast.ops import unchecked
 from tvkd_fast.scoring.scorer import Scorer
 from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state
@@ -100,8 +99,8 @@ def replay_pairs(
         (batch,) = micro_batching(replace(config, pairs_per_micro_batch=1)).batches(dataset, [i])
         batch = batch.to(world.device)
         with unchecked():
-            numbers = PolicyNumbers(segment_sums(policy(batch), batch.cu_seqlens), batch.lengths)
-            out = config.loss.loss(numbers, scorer.of(batch), batch)
+            scores = scorer.of(batch)
+            out = config.loss.loss(config.loss.numbers(policy, scores, batch), scores, batch)
             out.losses.sum().backward()
         norms = [p.grad.norm() for p in policy.parameters() if p.grad is not None]
         found.append(

@@ -29,8 +29,9 @@ from tvkd_fast.models import (
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import SCORED, Need, objectives
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
+from tvkd_fast.scoring.adding import joined, leave_out, scores_to_keep
 from tvkd_fast.scoring.cache import ScoreCache, check_score_folder
-from tvkd_fast.scoring.scorer import score_to_disk
+from tvkd_fast.scoring.scorer import TeacherNumbers, score_to_disk
 from tvkd_fast.training.train_config import micro_batching
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class ScoreConfig:
     """As in `tvkd train`: the reference is the policy pruned to so many layers."""
     kappa: float = number(1.0, POSITIVE)
     """κ of the soft values; alpha, gamma, terminal and value_scale can be chosen later."""
+    keep: list[TeacherNumbers] = field(default_factory=lambda: ["values"])
+    """The teacher's numbers to keep: `values` (sums, or rewards with teacher_reference), `logps` of the responses, or
+    both. What a folder holds already of the same data and models is kept and not computed again."""
     which: Literal["train", "eval"] = "train"
     """Which of data.train and data.eval to score."""
     value_dtype: Literal["float32", "float16"] = "float32"
@@ -76,6 +80,8 @@ class ScoreConfig:
         check_numbers(self)
         if self.teacher_reference is not None and self.teacher is None:
             raise ValueError("--teacher_reference is the reference of a teacher: set --teacher")
+        if not self.keep:
+            raise ValueError("keep names nothing: set --keep [values], [logps] or [values,logps]")
 
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
@@ -91,7 +97,9 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
     dataset = load_dataset(
         config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, verbose=verbose
     )
-    models = load_frozen(config, tokenizer, kappa=config.kappa, sharing=sharing_of(config, world))
+    models = load_frozen(
+        config, tokenizer, kappa=config.kappa, of_teacher=config.keep, sharing=sharing_of(config, world)
+    )
     if models.reference is None:
         models.reference = load_policy(
             config.policy, config.model, layers=config.student_layers, sharing=sharing_of(config, world), frozen=True
@@ -108,15 +116,21 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
         kappa=config.kappa,
         model=config.model,
     )
+    manifest = replace(manifest, value_dtype=config.value_dtype)
+    held = scores_to_keep(config.output_dir, dataset, manifest) if world.first else None
+    names, manifest = world.broadcast(((), manifest) if held is None else (held.numbers, joined(held, manifest)))
+    if not leave_out(scorer, names):
+        return ScoreCache.load(config.output_dir, dataset)
     return score_to_disk(
         dataset,
         scorer,
-        replace(manifest, value_dtype=config.value_dtype),
+        manifest,
         config.output_dir,
         pairs_per_shard=config.pairs_per_shard,
         batching=micro_batching(config),
         world=world,
         progress=verbose,
+        held=held,
     )
 
 
@@ -134,4 +148,5 @@ def run(config: ScoreConfig) -> None:
     print(f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): {config.output_dir}")
     if config.teacher is None:
         plain = [name for name, cls in objectives().items() if cls().needs & SCORED == {Need.REFERENCE}]
-        print(f"no --teacher was given: this is the reference alone, for --objective {' or '.join(plain)}")
+        names = f"{', '.join(plain[:-1])} or {plain[-1]}"
+        print(f"no --teacher was given: this is the reference alone, for --objective {names}")

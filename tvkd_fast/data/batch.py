@@ -49,6 +49,8 @@ class PairBatch:
     response_lengths: tuple[int, ...]
     """(2P,) tokens of each response, on the host."""
     layout: Layout | None = None
+    rewards: Tensor | None = None
+    """[K, 2P] float32 numbers of the responses by each of K columns of the data, where they were read."""
 
     @property
     def attention_mask(self) -> None:
@@ -114,7 +116,17 @@ def collate_pairs(
         ended=torch.tensor(ended),
         num_tokens=sum(len(prompt) + len(response) for prompt, response in rows),
         response_lengths=lengths,
+        rewards=rewards_of(pairs, chosen_only=chosen_only),
     )
+
+
+def rewards_of(pairs: Sequence[TokenizedPair], *, chosen_only: bool) -> Tensor | None:
+    """[K, 2P] rewards of the pairs' responses, chosen ones first; None where they have none."""
+    if not pairs or not pairs[0].rewards:
+        return None
+    sides = 1 if chosen_only else 2
+    columns = zip(*(pair.rewards for pair in pairs), strict=True)
+    return torch.tensor([[one[side] for side in range(sides) for one in column] for column in columns])
 
 
 def micro_batches(

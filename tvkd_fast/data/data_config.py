@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.data import MicroBatching, PairDataset, build_dataset
 from tvkd_fast.data.reading.formats import ReadRow, to_preference
+from tvkd_fast.data.reading.rewards import with_rewards
 from tvkd_fast.files import at_home
 from tvkd_fast.ranges import at_least, check_numbers, number
 
@@ -47,10 +48,19 @@ class DataConfig:
     """`auto` writes conversations with the tokenizer's template, `never` as plain text."""
     teacher_chat_template: Literal["auto", "never"] = "auto"
     """The same for a teacher with another tokenizer; one with the policy's reads what the policy reads."""
+    rewards: list[str] | None = None
+    """Rewards of the answers, such as [score] for columns score_chosen and score_rejected, or chosen_score and
+    rejected_score: those an objective over rewards reads; where not given the one that there is."""
 
     def __post_init__(self) -> None:
         at_home(self)
         check_numbers(self, "data")
+        if self.rewards is not None and (not self.rewards or len(set(self.rewards)) < len(self.rewards)):
+            raise ValueError(f"rewards must be names, each once, got {self.rewards}: set --data.rewards [score]")
+
+    def reader(self, *, rewards: bool) -> ReadRow:
+        """What makes a pair of a row, with its rewards or without."""
+        return with_rewards(self.rewards) if rewards else to_preference
 
 
 def load_dataset(

@@ -108,6 +108,12 @@ class PairDataset(Sequence[TokenizedPair]):
         return digest.hexdigest()
 
     @cached_property
+    def rewards_fingerprint(self) -> str:
+        """SHA-256 (hex) of the pairs' rewards, in their order."""
+        numbers = [[list(column) for column in pair.rewards] for pair in self._pairs]
+        return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
+
+    @cached_property
     def pair_digests(self) -> list[int]:
         """63 bits for each pair, of what `fingerprint` is made of: enough to find the first pair that differs."""
         return [int.from_bytes(hashlib.sha256(_in_bytes(pair)).digest()[:8]) >> 1 for pair in self._pairs]
@@ -264,7 +270,7 @@ def _load(
 ) -> LoadedPreferences:
     if not (isinstance(source, str) and source.startswith("bundled:")):
         return load_preferences(source, split=split, subset=subset, limit=limit, bad_pairs=bad_pairs, read=read)
-    from tvkd_fast.synthetic.bundled import preference_rows
+    from tvkd_fast.synthetic.bundled import rewarded_rows
 
     matched = re.fullmatch(r"bundled:(train|eval)(?::([1-9]\d*))?", source)
     if matched is None:
@@ -272,7 +278,7 @@ def _load(
             f"{source!r} is no bundled set: use bundled:train or bundled:eval, with a count bundled:train:200"
         )
     count = int(matched[2]) if matched[2] else None
-    rows = preference_rows("train" if matched[1] == "train" else "eval", count)[:limit]
+    rows = rewarded_rows("train" if matched[1] == "train" else "eval", count)[:limit]
     pairs = [pair for i, row in enumerate(rows) for pair in read_row(read, row, f"{source} row {i}")]
     return LoadedPreferences(pairs, {}, source)
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from tvkd_fast.data.batch import PairBatch, micro_batches
+from tvkd_fast.data.batch import PairBatch, micro_batches, rewards_of
 from tvkd_fast.data.reading.formats import BadPair
 from tvkd_fast.data.tokenization import TokenizedPair
 
@@ -199,4 +199,5 @@ def collate_packed(
         num_tokens=len(ids) if pairs else 0,
         response_lengths=lengths,
         layout=tuple(layout),
+        rewards=rewards_of(pairs, chosen_only=chosen_only),
     )

@@ -48,7 +48,8 @@ class Preference:
 
     `template` is what the row gives the chat template beside the messages: `tools`, `documents` and its
     `chat_template_kwargs`. `unread` names the row's other columns, so that a template that asks for one is noticed.
-    `from_text` says that the row's prompt is a text, which was made the user's turn.
+    `from_text` says that the row's prompt is a text, which was made the user's turn. `rewards` are the numbers that the
+    row has for the chosen and the rejected answer, two per reward that was asked for.
     """
 
     prompt: str | list[Message]
@@ -59,6 +60,7 @@ class Preference:
     template: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = field(default=(), compare=False)
     from_text: bool = field(default=False, compare=False)
+    rewards: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         if len({isinstance(part, str) for part in (self.prompt, self.chosen, self.rejected)}) > 1:

@@ -45,6 +45,8 @@ class TokenizedPair:
     """The tokenizer merges the prompt's end with the beginning of a response."""
     written_before: bool = False
     """The text holds special tokens or an end of its own, as a chat template writes them."""
+    rewards: tuple[tuple[float, float], ...] = ()
+    """As in `Preference`."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class PairTokenizer:
             pair.row,
             merged=border < len(alone),
             written_before=by_itself or (not templated and self.written_before(prompt)),
+            rewards=pair.rewards,
         )
 
     def prompt_ids(self, prompt: str | list[Message], row: str, given: Mapping[str, Any] | None = None) -> list[int]:

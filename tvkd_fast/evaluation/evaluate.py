@@ -65,22 +65,25 @@ def evaluate(
     if objective is not None and Need.REJECTED not in objective.needs:
         objective = None
 
-    def columns(batch: PairBatch, token_logps: Tensor) -> Tensor:
-        policy = PolicyNumbers(segment_sums(token_logps, batch.cu_seqlens), batch.lengths)
+    def columns(batch: PairBatch) -> Tensor:
         scores = scorer.of(batch)
+        if objective is None:
+            numbers = PolicyNumbers(segment_sums(policy(batch), batch.cu_seqlens), batch.lengths)
+        else:
+            numbers = objective.numbers(policy, scores, batch)
         if batch.num_pairs == 0:
-            return policy.logps.new_empty(7, 0)
-        missing = frozenset() if objective is None else objective.needs - known(scores)
+            return numbers.logps.new_empty(7, 0)
+        missing = frozenset() if objective is None else objective.needs - known(scores, batch)
         shown = None if objective is None else objective.without(missing)
-        out = None if shown is None else shown.loss(policy, scores, batch)
-        chosen, rejected = policy.logps.chunk(2)
+        out = None if shown is None else shown.loss(numbers, scores, batch)
+        chosen, rejected = numbers.logps.chunk(2)
         flags = torch.tensor([[out is not None], [out is not None and not missing]])
         nothing = torch.zeros_like(chosen)
-        numbers = [nothing, nothing, nothing] if out is None else [out.losses, out.margins, out.shaping_margins]
+        shown_of = [nothing, nothing, nothing] if out is None else [out.losses, out.margins, out.shaping_margins]
         return torch.stack(
             [
                 (chosen - rejected).double(),
-                *((nothing if x is None else x).double() for x in numbers),
+                *((nothing if x is None else x).double() for x in shown_of),
                 batch.length_differences.double(),
                 *flags.expand(2, batch.num_pairs).double().to(chosen.device),
             ]
@@ -121,14 +124,14 @@ def shaping_metrics(margins: torch.Tensor, shaping_margins: torch.Tensor, length
 def measure(
     policy: PolicyWithHead,
     dataset: PairDataset,
-    columns: Callable[[PairBatch, Tensor], Tensor],
+    columns: Callable[[PairBatch], Tensor],
     *,
     batching: MicroBatching | None = None,
     world: World | None = None,
 ) -> Tensor:
     """[K, P] float64 numbers of every pair, in the dataset's order.
 
-    `columns` makes [K, pairs] of a batch and the policy's (N,) log-probabilities of its response tokens.
+    `columns` makes [K, pairs] of a batch, for which it calls the policy.
 
     Over the processes of `world`, where there are several: each pair in one of them, and the numbers in all. Every
     process calls `columns` equally often, with a batch of no pairs where it has none left.
@@ -139,7 +142,7 @@ def measure(
     with in_eval(policy):
         for batch in batching.share(dataset, range(len(dataset)), rank=world.rank, size=world.size):
             batch = batch.to(world.device)
-            found.append(columns(batch, policy(batch)).double().cpu())
+            found.append(columns(batch).double().cpu())
             places.append(batch.pairs.cpu())
     gathered = world.all_gather((torch.cat(found, 1), torch.cat(places)))
     numbers = torch.cat([numbers for numbers, _ in gathered], 1)

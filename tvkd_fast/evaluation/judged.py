@@ -54,7 +54,8 @@ def judge_pairs(
     sum, or the negative Euclidean norm, which are RewardBench's `avg`, `sum` and `norm`. ValueError where one is NaN.
     """
 
-    def columns(batch: PairBatch, token_logps: Tensor) -> Tensor:
+    def columns(batch: PairBatch) -> Tensor:
+        token_logps = policy(batch)
         if reference is not None:
             ref_logps = reference.of(batch).ref_logps
             assert ref_logps is not None

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from tvkd_fast.losses.margins import sigmoid_losses
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def tvkd_loss(
         psi_chosen, psi_rejected = psi.detach().to(margins.dtype).chunk(2)
         shaping_margins = alpha * (psi_chosen - psi_rejected)
     shaped = margins - shaping_margins
-    losses = -(1 - label_smoothing) * F.logsigmoid(shaped) - label_smoothing * F.logsigmoid(-shaped)
+    losses = sigmoid_losses(shaped, label_smoothing=label_smoothing)
     margins = margins.detach()
     return TVKDOutput(
         loss=losses.mean(),

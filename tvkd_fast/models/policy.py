@@ -5,6 +5,7 @@ Letters: P pairs, L row length, N response tokens, M response states, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -87,13 +88,30 @@ class PolicyWithHead(nn.Module):
                 probe_head(model, required)
         self.model = model
 
-    def forward(self, batch: ModelBatch, upstream: Upstream | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: ModelBatch,
+        upstream: Upstream | Callable[[Tensor], Upstream | None] | None = None,
+        *,
+        collisions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(N,) float32 log-probabilities of `batch.labels`; only response positions reach the head.
 
         `upstream` is what the loss will hand down to them, where that is known: the head then makes its gradient here.
+        With `collisions` a second (N,) stands beside them, log Σ_v p(v)² of every token's distribution, without a
+        gradient and by one more product; `upstream` may then be a function of it.
         """
         with self.precision():
-            return self.head(self.hidden(batch, batch.predicting), batch.labels, upstream=upstream)
+            hidden, of_squares = self.hidden(batch, batch.predicting), None
+            if collisions:
+                with torch.no_grad():
+                    lse, lse_2 = self.head(hidden.detach(), kappa=2.0)
+                of_squares = lse_2 - 2 * lse
+            if callable(upstream):
+                assert of_squares is not None
+                upstream = upstream(of_squares)
+            logps = self.head(hidden, batch.labels, upstream=upstream)
+        return logps if of_squares is None else (logps, of_squares)
 
     @property
     def head(self) -> FusedLMHead:
@@ -129,7 +147,11 @@ class PolicyWithHead(nn.Module):
 
 
 class TeacherWithHead(PolicyWithHead):
-    """A frozen teacher: `forward(batch)` returns LSE(z) and LSE(κz) of every response state, two (M,) float32."""
+    """A frozen teacher: `forward(batch)` returns LSE(z) and LSE(κz) of every response state, two (M,) float32.
+
+    Where `logps` is given, true or false, `values` says whether they are computed, and behind them stand the (N,)
+    log-probabilities of the response tokens, by one more product, or None.
+    """
 
     def __init__(self, model: PreTrainedModel, *, kappa: float = 1.0, **options: Any) -> None:
         super().__init__(model, **options)
@@ -141,6 +163,13 @@ class TeacherWithHead(PolicyWithHead):
         """The models that this teacher calls."""
         return (self,)
 
-    def forward(self, batch: ModelBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, batch: ModelBatch, *, values: bool = True, logps: bool | None = None
+    ) -> tuple[Tensor | None, ...]:
+        states = batch.states if values else batch.states[:0]
+        tokens = batch.predicting if logps else batch.predicting[:0]
         with self.precision():
-            return self.head(self.hidden(batch, batch.states), kappa=self.kappa)
+            hidden = self.hidden(batch, torch.cat([states, tokens]))
+            sums = self.head(hidden[: len(states)], kappa=self.kappa) if values else ()
+            own = self.head(hidden[len(states) :], batch.labels) if logps else None
+        return (*sums,) if logps is None else (*sums, own)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.data import PairBatch
+from tvkd_fast.losses import segment_sums
+from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import Upstream
 from tvkd_fast.scoring.layout import Scores
 
@@ -25,9 +27,12 @@ class Need(Enum):
     REFERENCE = "the reference's log-probabilities"
     TEACHER_SUMS = "the teacher's log-sum-exps"
     TEACHER_REWARDS = "the teacher's rewards over its own reference"
+    TEACHER_LOGPS = "the teacher's log-probabilities"
+    REWARDS = "rewards, which are columns of the data"
+    COLLISIONS = "the policy's log Σp², by one more product of its head"
 
 
-TEACHER = frozenset({Need.TEACHER_SUMS, Need.TEACHER_REWARDS})
+TEACHER = frozenset({Need.TEACHER_SUMS, Need.TEACHER_REWARDS, Need.TEACHER_LOGPS})
 SCORED = TEACHER | {Need.REFERENCE}
 """Needs for which frozen models are run, or a cache is read."""
 
@@ -40,6 +45,18 @@ class PolicyNumbers:
     """(2P,) log-probabilities summed over each response's tokens, nats, differentiable; (P,) of the chosen alone."""
     lengths: Tensor
     """The same shape, int64: tokens of each response."""
+    log_collisions: Tensor | None = None
+    """The same shape: Σ_t log Σ_v π_θ(v|s_t)² of each response, nats, without a gradient; under `Need.COLLISIONS`."""
+
+    @property
+    def means(self) -> Tensor:
+        """The log-probabilities per token, differentiable."""
+        return self.logps / self.lengths
+
+    def log_ratios(self, scores: Scores) -> Tensor:
+        """ρ = log π_θ(y) − log π_ref(y), differentiable by the policy alone."""
+        assert scores.ref_logps is not None
+        return self.logps - scores.ref_logps.to(self.logps.dtype)
 
 
 @dataclass(frozen=True)
@@ -57,23 +74,33 @@ class ObjectiveOutput:
     shaping_margins: Tensor | None = None
     """(P,): what shaping takes from the margin. None without shaping."""
 
+    @classmethod
+    def of(cls, losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> ObjectiveOutput:
+        """The output of a loss over rewards, which are detached here."""
+        chosen, rejected = chosen_rewards.detach(), rejected_rewards.detach()
+        return cls(losses, chosen - rejected, chosen, rejected)
+
 
 @dataclass(kw_only=True)
 class Objective:
     """The base of all objectives: each is a dataclass of its settings, in a file of its own, with `@objective(name)`.
 
     Whoever adds one defines `needs` and `loss`; scoring, caches, metrics, evaluation, the plan and the command line
-    follow from them.
+    follow from them. The first paragraph of its docstring is the formula of a pair's loss.
     """
 
     name: ClassVar[str]
     """The name on the command line and in recipes; `@objective` sets it."""
+    source: ClassVar[str]
+    """The place where the formula was read, such as "arXiv 2305.18290"; likewise."""
     divided_by: ClassVar[Literal["pairs", "tokens"]] = "pairs"
     """The divisor of the summed losses: the pairs of the step, or the response tokens of the step."""
     per_pair: ClassVar[bool] = True
     """Whether the loss of a pair depends on no other pair: then the head makes its gradient in the forward, pair by
     pair. Where it is True and wrong, the gradient is computed twice on a CPU, and a step on a GPU, which looks at no
     number, is refused as not finite."""
+    several_rewards: ClassVar[bool] = False
+    """Whether, under `Need.REWARDS`, it takes more than one column of them."""
 
     @property
     def teacher_kappa(self) -> float:
@@ -89,9 +116,25 @@ class Objective:
         """The losses of a batch with P ≥ 1 pairs, whose `scores` hold what `needs` names."""
         raise NotImplementedError
 
-    def upstream(self, scores: Scores, batch: PairBatch) -> Upstream | None:
+    def numbers(
+        self, policy: PolicyWithHead, scores: Scores, batch: PairBatch, factor: Tensor | None = None
+    ) -> PolicyNumbers:
+        """What the loss wants of the policy, which is called once. With `factor`, (), by which the summed losses are
+        going to be multiplied, the head makes its gradient in that call where the loss allows it."""
+
+        def upstream(log_collisions: Tensor | None = None) -> Upstream | None:
+            found = None if factor is None else self.upstream(scores, batch, log_collisions)
+            return None if found is None or factor is None else found.times(factor)
+
+        if Need.COLLISIONS not in self.needs:
+            return PolicyNumbers(segment_sums(policy(batch, upstream()), batch.cu_seqlens), batch.lengths)
+        logps, per_token = policy(batch, lambda x: upstream(segment_sums(x, batch.cu_seqlens)), collisions=True)
+        sums = segment_sums(per_token, batch.cu_seqlens)
+        return PolicyNumbers(segment_sums(logps, batch.cu_seqlens), batch.lengths, sums)
+
+    def upstream(self, scores: Scores, batch: PairBatch, log_collisions: Tensor | None = None) -> Upstream | None:
         """The derivative of the summed losses by responses' log-probabilities, as the head asks for it before all of
-        the batch are known; None where a pair's needs other pairs."""
+        the batch are known; None where a pair's needs other pairs. `log_collisions` as in `PolicyNumbers`."""
         if not self.per_pair or not batch.num_pairs:
             return None
         lengths, paired = batch.lengths, Need.REJECTED in self.needs
@@ -101,7 +144,7 @@ class Objective:
             unknown = -lengths.to(logps.dtype)
             everything = unknown.index_put((responses,), logps.detach()).requires_grad_()
             with torch.enable_grad():
-                losses = self.loss(PolicyNumbers(everything, lengths), scores, batch).losses
+                losses = self.loss(PolicyNumbers(everything, lengths, log_collisions), scores, batch).losses
                 # In rising order the chosen ones come first, and their places are their pairs'.
                 pairs = responses[: len(responses) // 2] if paired else responses
                 (grad,) = torch.autograd.grad(losses[pairs].sum(), everything)
@@ -122,15 +165,19 @@ class Objective:
         return asdict(self)
 
 
-def known(scores: Scores) -> frozenset[Need]:
-    """The needs that these scores meet."""
-    found = {Need.REJECTED}
+def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
+    """The needs that these scores, the batch's own columns, and any policy meet."""
+    found = {Need.REJECTED, Need.COLLISIONS}
     if scores.ref_logps is not None:
         found.add(Need.REFERENCE)
     if scores.lse is not None and scores.lse_kappa is not None:
         found.add(Need.TEACHER_SUMS)
     if scores.reward is not None:
         found.add(Need.TEACHER_REWARDS)
+    if scores.teacher_logps is not None:
+        found.add(Need.TEACHER_LOGPS)
+    if batch is not None and batch.rewards is not None:
+        found.add(Need.REWARDS)
     return frozenset(found)
 
 
@@ -145,4 +192,16 @@ def check_teacher_reference(teacher: str | None, teacher_reference: str | None, 
     if teacher_reference is not None and not (wanted and teacher is not None):
         raise ValueError(
             "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
+        )
+
+
+def check_rewards(names: list[str] | None, objective: Objective) -> None:
+    """Raise ValueError where rewards are named that the objective does not read, or more than it takes."""
+    if names is None:
+        return
+    if Need.REWARDS not in objective.needs:
+        raise ValueError(f"{objective.name} reads no rewards: leave --data.rewards out, or choose another --objective")
+    if len(names) > 1 and not objective.several_rewards:
+        raise ValueError(
+            f"{objective.name} reads one reward and --data.rewards names {len(names)}: name one, such as [{names[0]}]"
         )

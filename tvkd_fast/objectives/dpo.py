@@ -15,10 +15,13 @@ from tvkd_fast.ranges import POSITIVE, Range, check_numbers, number
 from tvkd_fast.scoring.layout import Scores
 
 
-@objective("dpo")
+@objective("dpo", source="arXiv 2305.18290")
 @dataclass(kw_only=True)
 class DPO(Objective):
-    """−(1−λ) log σ(m) − λ log σ(−m), m = β[ρ_w − ρ_l], ρ = log π_θ(y) − log π_ref(y)."""
+    """−(1−λ) log σ(m) − λ log σ(−m), m = βΔρ.
+
+    With λ > 0 it is conservative DPO (cDPO).
+    """
 
     beta: float = number(0.1, POSITIVE)
     """β > 0: strength of the KL term."""

@@ -1,4 +1,4 @@
-"""IPO: Identity Preference Optimization (arXiv 2310.12036), over log-ratios per token as TRL computes it.
+"""IPO: Identity Preference Optimization (arXiv 2310.12036), over log-ratios per token or summed.
 
 Letters: P pairs, 2P responses, chosen first.
 """
@@ -14,13 +14,18 @@ from tvkd_fast.ranges import POSITIVE, check_numbers, number
 from tvkd_fast.scoring.layout import Scores
 
 
-@objective("ipo")
+@objective("ipo", source="arXiv 2310.12036")
 @dataclass(kw_only=True)
 class IPO(Objective):
-    """(r_w − r_l − 1/(2β))², r = ρ(y)/|y|: the mean log-ratio per token. The paper sums and does not divide by |y|."""
+    """(Δr − 1/(2β))², r = ρ/|y|.
+
+    With per_token false r = ρ, as the paper writes it; its authors told TRL that its results divide by |y|.
+    """
 
     beta: float = number(0.1, POSITIVE)
     """β > 0: the smaller, the larger the margin that is asked for, 1/(2β)."""
+    per_token: bool = True
+    """Whether a log-ratio is divided by its response's tokens, as TRL does; the paper's formula sums."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "loss")
@@ -30,9 +35,7 @@ class IPO(Objective):
         return frozenset({Need.REJECTED, Need.REFERENCE})
 
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
-        assert scores.ref_logps is not None
-        ratios = (policy.logps - scores.ref_logps.to(policy.logps.dtype)) / policy.lengths
-        chosen, rejected = ratios.chunk(2)
+        ratios = policy.log_ratios(scores)
+        chosen, rejected = (ratios / policy.lengths if self.per_token else ratios).chunk(2)
         losses = (chosen - rejected - 1 / (2 * self.beta)).square()
-        rewards = self.beta * ratios.detach()
-        return ObjectiveOutput(losses, self.beta * (chosen - rejected).detach(), *rewards.chunk(2))
+        return ObjectiveOutput.of(losses, self.beta * chosen, self.beta * rejected)

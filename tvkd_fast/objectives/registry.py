@@ -1,4 +1,4 @@
-"""The objectives by name: every file of this folder with `@objective(name)`."""
+"""The objectives by name: every file of this folder, and of those in it, with `@objective(name)`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import TypeVar
 
 from tvkd_fast.objectives.contract import Objective
@@ -18,14 +18,14 @@ DEFAULT = "tvkd"
 _REGISTERED: dict[str, type[Objective]] = {}
 
 
-def objective(name: str) -> Callable[[T], T]:
-    """Makes a class the objective of this name."""
+def objective(name: str, *, source: str = "–") -> Callable[[T], T]:
+    """Makes a class the objective of this name, whose formula was read at `source`."""
 
     def register(cls: T) -> T:
         other = _REGISTERED.get(name)
         if other is not None and other.__qualname__ != cls.__qualname__:
             raise ValueError(f"there are two objectives {name!r}: {other.__module__} and {cls.__module__}; rename one")
-        cls.name = name
+        cls.name, cls.source = name, source
         _REGISTERED[name] = cls
         return cls
 
@@ -35,8 +35,9 @@ def objective(name: str) -> Callable[[T], T]:
 def objectives() -> Mapping[str, type[Objective]]:
     """All of them, in the order of their names."""
     package = import_module(__package__)
-    for module in iter_modules(package.__path__, f"{__package__}."):
-        import_module(module.name)
+    for module in walk_packages(package.__path__, f"{__package__}."):
+        if not module.name.endswith(".__main__"):
+            import_module(module.name)
     return dict(sorted(_REGISTERED.items()))
 
 

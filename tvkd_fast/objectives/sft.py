@@ -16,7 +16,7 @@ from tvkd_fast.scoring.layout import Scores
 @objective("sft")
 @dataclass(kw_only=True)
 class SFT(Objective):
-    """−log π_θ(y_w), divided by tokens: the mean negative log-likelihood per token of the chosen responses."""
+    """−log π(y_w), divided by tokens and not by pairs."""
 
     divided_by = "tokens"
 

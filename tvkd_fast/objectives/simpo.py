@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.nn import functional as F
-
 from tvkd_fast.data import PairBatch
+from tvkd_fast.losses import sigmoid_losses
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
 from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, check_numbers, number
 from tvkd_fast.scoring.layout import Scores
 
 
-@objective("simpo")
+@objective("simpo", source="arXiv 2405.14734")
 @dataclass(kw_only=True)
 class SimPO(Objective):
-    """−log σ(β(r_w − r_l − γ/β)), r = log π_θ(y)/|y|: the mean log-probability per token. No reference."""
+    """−log σ(β(Δr − γ/β)), r = log π/|y|."""
 
     beta: float = number(2.0, POSITIVE)
     """β > 0: scale of the reward; its authors use 2 to 2.5."""
@@ -34,7 +33,6 @@ class SimPO(Objective):
         return frozenset({Need.REJECTED})
 
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
-        chosen, rejected = (self.beta * policy.logps / policy.lengths).chunk(2)
-        margins = chosen - rejected
-        losses = -F.logsigmoid(margins - self.beta * self.gamma_beta_ratio)
-        return ObjectiveOutput(losses, margins.detach(), chosen.detach(), rejected.detach())
+        chosen, rejected = (self.beta * policy.means).chunk(2)
+        losses = sigmoid_losses(chosen - rejected - self.beta * self.gamma_beta_ratio)
+        return ObjectiveOutput.of(losses, chosen, rejected)

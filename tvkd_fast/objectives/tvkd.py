@@ -21,10 +21,10 @@ from tvkd_fast.ranges import FINITE, POSITIVE, SHARE, Range, check_numbers, numb
 from tvkd_fast.scoring.layout import Scores
 
 
-@objective("tvkd")
+@objective("tvkd", source="arXiv 2509.16965")
 @dataclass(kw_only=True)
 class TVKD(Objective):
-    """−(1−λ) log σ(m) − λ log σ(−m), m = β[ρ_w − ρ_l] − α[Ψ_w − Ψ_l], Ψ(y) = Σ_t γ V(s_{t+1}) − V(s_t)."""
+    """−(1−λ) log σ(m) − λ log σ(−m), m = βΔρ − αΔΨ, Ψ = Σ_t γV(s_{t+1}) − V(s_t)."""
 
     beta: float = number(0.1, POSITIVE)
     """β > 0: strength of the KL term."""

@@ -122,6 +122,8 @@ class Footprint:
         answers = config.pairs_per_step * self.tokens.responses(compares(config))
         trained = 6 if config.lora.rank == 0 else 4
         total = trained * (policy.blocks * tokens + policy.head * answers)
+        if Need.COLLISIONS in config.loss.needs:
+            total += 2 * policy.head * answers
         if not config.loss.needs & SCORED or config.scores is not None:
             return total
         if Need.REFERENCE in config.loss.needs:

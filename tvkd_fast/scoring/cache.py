@@ -61,6 +61,25 @@ class ScoreCache:
         whole = {name: torch.cat(parts) for name, parts in found.items()}
         return Scores(**{name: x.float() if x.is_floating_point() else x for name, x in whole.items()})
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of what it holds."""
+        return tuple(name for name in NAMES if getattr(self.pieces[0], name) is not None)
+
+    def between(self, first: int, last: int) -> Scores:
+        """The scores of the pairs first..last−1, laid out as in a dataset."""
+        found = {name: [getattr(self.pieces[0], name)[:0]] for name in self.numbers}
+        for piece, start in zip(self.pieces, self._firsts, strict=False):
+            for name, parts in found.items():
+                x, of_pairs = getattr(piece, name), (max(first - start, 0), max(last - start, 0))
+                low, high = of_pairs
+                if name in STATE_NAMES:
+                    low, high = (
+                        self.layout.between(start, min(start + place, self.layout.num_pairs)) for place in of_pairs
+                    )
+                parts.append(x[low:high])
+        return Scores(**{name: torch.cat(parts) for name, parts in found.items()})
+
     @classmethod
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
         """Map a folder that a `ScoreWriter` finished, for the dataset it was made of.
@@ -195,8 +214,12 @@ def describe(folder: str | Path) -> str:
         f"{size:,} bytes"
     )
     lines["made by"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    for name, what in zip(
-        ("ref_logps", *STATE_NAMES), ("reference logps", "LSE(z)", "LSE(kappa z)", "teacher's reward"), strict=True
+    for name, what in (
+        ("ref_logps", "reference logps"),
+        ("teacher_logps", "teacher's logps"),
+        ("lse", "LSE(z)"),
+        ("lse_kappa", "LSE(kappa z)"),
+        ("reward", "teacher's reward"),
     ):
         found = [x for piece in pieces if (x := getattr(piece, name)) is not None]
         if found and (name != "lse_kappa" or manifest.kappa != 1.0):
@@ -219,6 +242,7 @@ def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
         "ref_logps": (shard.pairs, 2),
         "teacher_states": (shard.pairs, 2),
         "teacher_ended": (shard.pairs, 2),
+        "teacher_logps": (shard.pairs, 2),
         **dict.fromkeys(STATE_NAMES, (shard.states,)),
     }
     fits = all(x is None or x.shape == shapes[name] for name, x in vars(scores).items())

@@ -32,12 +32,18 @@ class Scores:
     own and M counts them; None where they are the policy's."""
     teacher_ended: Tensor | None = None
     """The same shape, bool: whether the response ends in the teacher's tokens."""
+    teacher_logps: Tensor | None = None
+    """[P, 2] float32 in a dataset, (2P,) in a batch: summed log-probabilities under the teacher, of its own tokens."""
 
     def boundaries(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """(2P+1,) boundaries of the responses in the teacher's states, and (2P,) which of them ended."""
         if self.teacher_states is None or self.teacher_ended is None:
             return batch.cu_states, batch.ended
         return torch.cat([self.teacher_states.new_zeros(1), self.teacher_states.cumsum(0)]), self.teacher_ended
+
+    def teacher_lengths(self, batch: PairBatch) -> Tensor:
+        """(2P,) tokens of each response as the teacher reads it."""
+        return batch.lengths if self.teacher_states is None else self.teacher_states - 1
 
 
 class ScoreLayout:

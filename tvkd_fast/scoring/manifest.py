@@ -9,7 +9,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
-FORMAT = 3
+FORMAT = 4
+"""Format 3 did not say which numbers are kept, and is read as well."""
 
 MANIFEST = "manifest.json"
 
@@ -50,6 +51,8 @@ class ScoreManifest:
     """The fingerprint of the teacher's own reference, where its rewards are kept and not its sums."""
     teacher_tokens: str | None = None
     """The fingerprint of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
+    numbers: tuple[str, ...] | None = None
+    """The names of the kept numbers, in their order; None in format 3."""
     shards: tuple[Shard, ...] = ()
     format: int = FORMAT
 
@@ -69,6 +72,8 @@ class ScoreManifest:
     def text(self) -> str:
         """Return the manifest file's exact text, with a checksum of its own: a file that differs is damaged."""
         body = asdict(self)
+        if self.format == 3:
+            del body["numbers"]
         checksum = sha256(json.dumps(body).encode()).hexdigest()
         return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
 
@@ -82,11 +87,13 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
     try:
         text = path.read_bytes().decode()
         body = json.loads(text)
-        if isinstance(body, dict) and body.get("format") != FORMAT:
+        if isinstance(body, dict) and body.get("format") not in (3, FORMAT):
             raise ValueError(
-                f"{path} is of format {body.get('format')}, this library reads {FORMAT}: run `tvkd score` again"
+                f"{path} is of format {body.get('format')}, this library reads 3 and {FORMAT}: run `tvkd score` again"
             )
         del body["checksum"]
+        numbers = body.get("numbers")
+        body["numbers"] = None if numbers is None else tuple(numbers)
         manifest = ScoreManifest(**body | {"shards": tuple(Shard(**shard) for shard in body["shards"])})
         if manifest.text() != text:
             raise TypeError("it is not what was written")

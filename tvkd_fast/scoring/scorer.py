@@ -5,8 +5,9 @@ Letters: P pairs, M response states.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Scorer(Protocol):
-    """Answers with (2P,) reference log-probabilities and (M,) teacher sums; None for what it has no model of."""
+    """Answers with the numbers of reference and teacher; None for what it has no model of."""
 
     def of(self, batch: PairBatch) -> Scores: ...
 
@@ -34,7 +35,8 @@ class Scorer(Protocol):
 class RewardTeacher(nn.Module):
     """The teacher of `value_from="implicit_reward"`: what it gained over its own reference, up to every response state.
 
-    `forward(batch)` returns Σ_{k<t} log π_φ(y_{k+1}|s_k) − log π_φref(y_{k+1}|s_k), (M,) float32; 0 at s_0.
+    `forward(batch)` returns Σ_{k<t} log π_φ(y_{k+1}|s_k) − log π_φref(y_{k+1}|s_k), (M,) float32, 0 at s_0, unless
+    `values` is false, and the (N,) log π_φ(y_{k+1}|s_k), which are None unless `logps`.
     """
 
     def __init__(self, teacher: PolicyWithHead, reference: PolicyWithHead) -> None:
@@ -53,8 +55,15 @@ class RewardTeacher(nn.Module):
     def vocab_size(self) -> int:
         return min(policy.vocab_size for policy in self.policies)
 
-    def forward(self, batch: PairBatch) -> Tensor:
-        return running_sums(self.teacher(batch) - self.reference(batch), batch.cu_seqlens)
+    def forward(self, batch: PairBatch, *, values: bool = True, logps: bool = False) -> tuple[Tensor | None, ...]:
+        own = self.teacher(batch)
+        rewards = [running_sums(own - self.reference(batch), batch.cu_seqlens)] if values else []
+        return *rewards, own if logps else None
+
+
+Teacher = TeacherWithHead | RewardTeacher
+TeacherNumbers = Literal["values", "logps"]
+VALUES: tuple[TeacherNumbers, ...] = ("values",)
 
 
 @dataclass(frozen=True)
@@ -66,17 +75,38 @@ class TeacherTokens:
 
 
 class OnlineScorer:
-    """Runs the frozen models on every batch; the teacher on tokens of its own, where it is given some."""
+    """Runs the frozen models on every batch; the teacher on tokens of its own, where it is given some.
+
+    `of_teacher` is what it is asked for: its values (sums, or rewards of a `RewardTeacher`), the responses'
+    log-probabilities, or both in one pass.
+    """
 
     def __init__(
         self,
         reference: PolicyWithHead | WithoutAdapters | None,
-        teacher: TeacherWithHead | RewardTeacher | None,
+        teacher: Teacher | None,
         teacher_tokens: TeacherTokens | None = None,
         world: World | None = None,
+        *,
+        of_teacher: Collection[TeacherNumbers] = VALUES,
     ) -> None:
         self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
-        self.world = world
+        self.world, self.of_teacher = world, of_teacher
+
+    def names_of(self, kind: TeacherNumbers) -> tuple[str, ...]:
+        """The names in `Scores` of what the teacher is asked for."""
+        if kind == "logps":
+            return ("teacher_logps",)
+        return ("reward",) if isinstance(self.teacher, RewardTeacher) else ("lse", "lse_kappa")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the numbers that it answers with, in the order of `Scores`."""
+        found = set() if self.reference is None else {"ref_logps"}
+        if self.teacher is not None:
+            found.update(*(self.names_of(kind) for kind in self.of_teacher))
+            found.update(() if self.teacher_tokens is None else ("teacher_states", "teacher_ended"))
+        return tuple(name for name in NAMES if name in found)
 
     def layout(self, dataset: PairDataset) -> ScoreLayout:
         """Return the layout of the numbers that it computes for a dataset."""
@@ -99,11 +129,11 @@ class OnlineScorer:
         return replace(self._in_its_own_tokens(batch, self.teacher_tokens), ref_logps=ref_logps)
 
     def _of_teacher(self, batch: PairBatch) -> Scores:
-        if isinstance(self.teacher, RewardTeacher):
-            return Scores(reward=self.teacher(batch))
         assert self.teacher is not None
-        lse, lse_kappa = self.teacher(batch)
-        return Scores(lse=lse, lse_kappa=lse_kappa)
+        values, logps = (name in self.of_teacher for name in ("values", "logps"))
+        *found, of_tokens = self.teacher(batch, values=values, logps=logps)
+        scores = Scores(**dict(zip(self.names_of("values"), found, strict=False)))
+        return replace(scores, teacher_logps=segment_sums(of_tokens, batch.cu_seqlens)) if logps else scores
 
     def _in_its_own_tokens(self, batch: PairBatch, tokens: TeacherTokens) -> Scores:
         """The teacher's rows are packed anew: of the same pairs it may have more tokens than fit one row."""
@@ -115,10 +145,12 @@ class OnlineScorer:
         for own in tokens.batching.filled(
             rows, len(rows) if self.world is None else self.world.all_reduce_max(len(rows))
         ):
-            places = layout.states(own.pairs)
+            places = {True: layout.states(own.pairs), False: layout.responses(own.pairs)}
+            sizes = {True: layout.num_states, False: 2 * len(pairs)}
             for name, numbers in vars(self._of_teacher(own.to(batch.labels.device))).items():
                 if numbers is not None:
-                    found.setdefault(name, numbers.new_zeros(layout.num_states))[places] = numbers
+                    a_state = name in STATE_NAMES
+                    found.setdefault(name, numbers.new_zeros(sizes[a_state]))[places[a_state]] = numbers
         all_pairs = torch.arange(len(pairs))
         order = layout.states(all_pairs)
         ended = torch.tensor([[pair.chosen_ended, pair.rejected_ended] for pair in pairs], dtype=torch.bool)
@@ -126,8 +158,8 @@ class OnlineScorer:
             "teacher_states": layout.bounds.diff()[layout.responses(all_pairs)],
             "teacher_ended": ended.view(len(pairs), 2).T.flatten(),
         }
-        of_states = {name: found[name][order] if name in found else None for name in STATE_NAMES}
-        return Scores(**of_states, **{name: to_device(x, batch.labels.device) for name, x in of_responses.items()})
+        numbers = {name: x[order if name in STATE_NAMES else layout.responses(all_pairs)] for name, x in found.items()}
+        return Scores(**numbers, **{name: to_device(x, batch.labels.device) for name, x in of_responses.items()})
 
 
 class CachedScorer:
@@ -171,10 +203,12 @@ def score_to_disk(
     batching: MicroBatching,
     world: World,
     progress: bool = False,
+    held: ScoreCache | None = None,
 ) -> ScoreCache:
     """Score the dataset shard by shard into a folder, which the first process writes.
 
-    A rerun after a kill resumes after the last whole shard.
+    A rerun after a kill resumes after the last whole shard. `held`, of the first process, are scores of the same
+    dataset that are written beside those of the scorer, which computes the others alone.
     """
     layout = scorer.layout(dataset)
     writer = ScoreWriter(folder, manifest, layout, dataset.pair_digests) if world.first else None
@@ -184,7 +218,7 @@ def score_to_disk(
             pairs = range(first, min(first + pairs_per_shard, len(dataset)))
             scores = _score_pairs(dataset, layout, pairs, scorer, batching, world, bar)
             if writer is not None:
-                writer.write(scores)
+                writer.write(scores if held is None else _beside(held.between(pairs.start, pairs.stop), scores))
     if writer is not None:
         writer.finish()
     world.barrier()
@@ -218,6 +252,11 @@ def _score_pairs(
     summed = {name: sum(parts[1:], start=parts[0]) for name, parts in _by_name(world.all_gather(kept)).items()}
     summed = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in summed.items()}
     return Scores(**{name: summed.get(name) for name in NAMES})
+
+
+def _beside(held: Scores, scores: Scores) -> Scores:
+    """Both in one; of numbers that are in both, those that were held."""
+    return replace(scores, **{name: x for name, x in vars(held).items() if x is not None})
 
 
 def _by_name(found: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:

@@ -8,6 +8,7 @@ it scores any answer, also one that a model wrote. The two splits share no quest
 import hashlib
 import random
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,7 @@ __all__ = [
     "max_rows",
     "pairs",
     "preference_rows",
+    "rewarded_rows",
 ]
 
 Split = Literal["train", "eval"]
@@ -80,6 +82,17 @@ def preference_rows(split: Split, n: int | None = None) -> list[dict[str, Any]]:
             "task": pair.task,
         }
         for pair in pairs(split, n)
+    ]
+
+
+def rewarded_rows(split: Split, n: int | None = None) -> list[dict[str, Any]]:
+    """`preference_rows` with two rewards of each answer: `score`, the rule's verdict, 1 or 0; and `closeness`, the
+    share of its text that it has in common with the good one."""
+    return [
+        row
+        | {"score_chosen": 1.0, "score_rejected": 0.0}
+        | {"closeness_chosen": 1.0, "closeness_rejected": SequenceMatcher(None, pair.chosen, pair.rejected).ratio()}
+        for row, pair in zip(preference_rows(split, n), pairs(split, n), strict=True)
     ]
 
 

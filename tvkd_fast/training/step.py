@@ -22,9 +22,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from tvkd_fast.data import PairBatch
 from tvkd_fast.distributed import World, full_tensor, sync_gradients
-from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.objectives import Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.objectives import Objective, ObjectiveOutput
 from tvkd_fast.ops import unchecked
 from tvkd_fast.scoring import Scorer
 from tvkd_fast.training.optim import update
@@ -87,9 +86,7 @@ def train_step(
             sync_gradients(policy, now=i == len(batches) - 1)
             scores = scorer.of(batch)
             # The loss says beforehand what it will hand down, so that the head makes its gradient in the forward.
-            upstream = objective.upstream(scores, batch)
-            logps = policy(batch, None if upstream is None else upstream.times(factor))
-            numbers = PolicyNumbers(segment_sums(logps, batch.cu_seqlens), batch.lengths)
+            numbers = objective.numbers(policy, scores, batch, factor)
             if batch.num_pairs:
                 out = objective.loss(numbers, scores, batch)
                 # Summed, then divided once by the whole step's: micro-batches of any size weigh as their pairs do.

@@ -11,7 +11,7 @@ from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.files import at_home
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import DEFAULT, TEACHER, Need, Objective, settings_of
-from tvkd_fast.objectives.contract import check_teacher_reference
+from tvkd_fast.objectives.contract import check_rewards, check_teacher_reference
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
 from tvkd_fast.training.optim import OptimConfig
@@ -98,6 +98,7 @@ class TrainConfig:
         if self.data.eval is None and (self.eval_every or self.eval_scores):
             raise ValueError("eval_every and eval_scores need held-out pairs: set --data.eval")
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
+        check_rewards(self.data.rewards, self.loss)
 
     def check_keep_best(self) -> None:
         """Raise ValueError where no step is both evaluated and saved, or no evaluation has the figure."""

@@ -1,0 +1,185 @@
+"""Numbers that are added to a folder of scores: what it holds is kept, and what it lacks is named with a command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tvkd_fast.commands.score import ScoreConfig, score
+from tvkd_fast.data.data_config import load_dataset
+from tvkd_fast.models import load_model, load_tokenizer
+from tvkd_fast.objectives.dadpo import DaDPO
+from tvkd_fast.objectives.rewards.m_dpo import MDPO
+from tvkd_fast.scoring import scorer as scorer_module
+from tvkd_fast.scoring.cache import describe
+from tvkd_fast.scoring.manifest import MANIFEST, read_manifest
+from tvkd_fast.training.metrics import read_metrics
+
+
+def losses(config):
+    return [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture
+def scored(make_config, files):
+    """Scores the training pairs into one folder; what the pass is asked to compute is noted."""
+
+    def make(**changes):
+        config = make_config()
+        settings = {
+            "output_dir": str(files / "scores"),
+            "policy": config.policy,
+            "teacher": config.teacher,
+            "data": config.data,
+            "pairs_per_shard": 7,
+        }
+        return score(ScoreConfig(**(settings | changes)), show_progress=False)
+
+    return make
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The names of the numbers that were computed, batch by batch."""
+    names, of = [], scorer_module.OnlineScorer.of
+
+    def noted(self, batch):
+        scores = of(self, batch)
+        names.append({name for name, x in vars(scores).items() if x is not None})
+        return scores
+
+    monkeypatch.setattr(scorer_module.OnlineScorer, "of", noted)
+    return names
+
+
+def contents(cache):
+    whole = cache.of(torch.arange(cache.layout.num_pairs))
+    return {name: x for name, x in vars(whole).items() if x is not None}
+
+
+def test_numbers_are_added_and_nothing_is_computed_twice(scored, computed, model_folder, files):
+    first = contents(scored(teacher=None))
+    assert set().union(*computed) == {"ref_logps"}
+    computed.clear()
+    scored(keep=["logps"])
+    assert set().union(*computed) == {"teacher_logps"}
+    computed.clear()
+    scored(kappa=0.7)
+    assert set().union(*computed) == {"lse", "lse_kappa"}
+    computed.clear()
+    cache = scored(keep=["values", "logps"], kappa=0.7)
+    assert computed == []
+    assert (cache.manifest.kappa, cache.manifest.numbers) == (0.7, ("ref_logps", "lse", "lse_kappa", "teacher_logps"))
+    cache = scored(teacher_reference=model_folder(seed=4), kappa=0.7)
+    assert set().union(*computed) == {"reward"}
+    found = contents(cache)
+    assert torch.equal(found["ref_logps"], first["ref_logps"])
+    whole = contents(scored(output_dir=str(files / "whole"), keep=["values", "logps"], kappa=0.7))
+    for name in ("ref_logps", "lse", "lse_kappa", "teacher_logps"):
+        torch.testing.assert_close(found[name], whole[name])
+    assert "teacher's logps" in describe(files / "scores")
+
+
+def test_log_probabilities_are_the_teachers(scored, make_config, files):
+    config = make_config()
+    model = load_model(config.teacher).double()
+    cache = scored(keep=["logps"])
+    found, dataset = contents(cache)["teacher_logps"], load_dataset("train", config.data, load_tokenizer(config.policy))
+    for i in (0, 5, 23):
+        for side, ids in enumerate((dataset[i].chosen_ids, dataset[i].rejected_ids)):
+            logits = model(input_ids=torch.tensor([dataset[i].prompt_ids + ids])).logits[
+                0, len(dataset[i].prompt_ids) - 1 : -1
+            ]
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum()
+            assert float(found[i + side * len(dataset)]) == pytest.approx(float(wanted.detach()), abs=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"kappa": 0.5}, {"value_dtype": "float16"}, {"other": True}])
+def test_under_other_settings_or_models_a_folder_is_made_anew(change, scored, computed, model_folder):
+    scored(keep=["values", "logps"])
+    computed.clear()
+    if change.pop("other", False):
+        change = {"teacher": model_folder(seed=7)}
+    cache = scored(**change)
+    assert set().union(*computed) == {"ref_logps", "lse", "lse_kappa"}
+    assert "teacher_logps" not in cache.numbers
+
+
+def test_other_settings_of_values_do_not_matter_to_log_probabilities(scored, computed):
+    scored(kappa=0.7, value_dtype="float16")
+    computed.clear()
+    cache = scored(keep=["logps"])
+    assert set().union(*computed) == {"teacher_logps"}
+    assert (cache.manifest.kappa, cache.manifest.value_dtype) == (0.7, "float16")
+
+
+def test_a_killed_addition_leaves_the_old_scores_and_is_gone_on_with(scored, computed, monkeypatch, files):
+    before = contents(scored())
+    computed.clear()
+    write = scorer_module.ScoreWriter.write
+
+    def killed(self, scores):
+        if self.pairs >= 14:
+            raise KeyboardInterrupt
+        write(self, scores)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scorer_module.ScoreWriter, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            scored(keep=["logps"])
+    assert read_manifest(files / "scores").numbers == ("ref_logps", "lse", "lse_kappa")
+    computed.clear()
+    found = contents(scored(keep=["logps"]))
+    assert len(computed) <= 2
+    assert all(torch.equal(found[name], x) for name, x in before.items())
+    assert found["teacher_logps"].isfinite().all()
+    assert found["teacher_logps"].all()
+
+
+def test_scores_of_format_3_are_read_and_added_to(scored, computed, files):
+    scored()
+    manifest = files / "scores" / MANIFEST
+    old = replace(read_manifest(files / "scores"), numbers=None, format=3)
+    manifest.write_text(old.text())
+    assert "numbers" not in json.loads(manifest.read_text())
+    computed.clear()
+    assert scored(keep=["logps"]).manifest.format == 4
+    assert set().union(*computed) == {"teacher_logps"}
+
+
+@pytest.mark.parametrize("loss", [DaDPO(), MDPO(score_from="perplexity")], ids=lambda loss: loss.name)
+def test_a_run_on_scores_is_the_online_run(loss, scored, make_config, run, files):
+    online = make_config(objective=loss.name, output_dir=str(files / "online"))
+    online = replace(online, loss=loss)
+    cached = replace(online, teacher=None, scores=str(files / "scores"), output_dir=str(files / "cached"))
+    cached = replace(cached, data=replace(cached.data, eval=None))
+    scored()
+    with pytest.raises(
+        ValueError, match=r"do not hold the teacher's log-probabilities: add them with `tvkd score"
+    ) as bad:
+        run(cached)
+    assert f"--output_dir {files / 'scores'} --teacher MODEL --keep [logps]`" in str(bad.value)
+    assert "or train with --objective dpo" in str(bad.value)
+    scored(keep=["logps"])
+    run(online)
+    run(cached)
+    assert losses(cached) == pytest.approx(losses(online), abs=1e-6)
+
+
+def test_a_teacher_with_other_tokens_has_a_log_probability_of_each_response(
+    scored, computed, model_folder, train_tokenizer
+):
+    merged = train_tokenizer(["say red green blue sun moon sea tree bread stone"] * 9)
+    own = model_folder(seed=1, tokenizer=merged, vocab_size=404)
+    scored(teacher=own)
+    computed.clear()
+    cache = scored(teacher=own, keep=["logps"])
+    assert set().union(*computed) == {"teacher_logps", "teacher_states", "teacher_ended"}
+    assert contents(cache)["teacher_logps"].isfinite().all()
+
+
+def test_nothing_to_keep_is_refused():
+    with pytest.raises(ValueError, match=r"keep names nothing: set --keep \[values\], \[logps\] or \[values,logps\]"):
+        ScoreConfig(output_dir="x", policy="y", keep=[])

@@ -1,0 +1,32 @@
+"""A recipe of each objective learns the batch that it is trained on, in ten steps of the packaged model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tvkd_fast.cli.parser import load_recipe, recipes
+from tvkd_fast.commands.train import train
+from tvkd_fast.training.metrics import METRICS, read_metrics
+
+OURS = [name for name in recipes() if name.endswith("-smollm2-135m") and not name.startswith("hh-")]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", [*OURS, "ipo", "simpo"])
+def test_ten_steps_on_one_batch_lower_its_loss(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    config = replace(
+        recipe,
+        output_dir=str(tmp_path / name),
+        data=replace(recipe.data, train_limit=2, eval=None, max_length=128),
+        optim=replace(recipe.optim, lr=1e-5, warmup_steps=0),
+        max_steps=10,
+        pairs_per_step=2,
+        eval_every=0,
+        save_every=-1,
+    )
+    train(config, show_progress=False)
+    losses = [line["loss"] for line in read_metrics(tmp_path / name / METRICS) if "loss" in line]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]

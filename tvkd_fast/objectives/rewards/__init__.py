@@ -1,0 +1,1 @@
+"""Objectives over rewards that the data has for both responses."""
