@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.blocks import in_workspace, plan, slices
+from tvkd_fast.kernels.configs import TileConfig
 from tvkd_fast.kernels.dlogits import dlogits
 from tvkd_fast.kernels.products import library_sums, product
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
@@ -51,60 +52,51 @@ def head_gradients(
     vocabulary that `sums` are over.
     """
     walk = _Walk(hidden, head, labels, sums, coefficients, ignore_index, elsewhere)
-    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-    grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
-    grad_bias = None if head.bias is None or not want_bias else torch.empty_like(head.bias)
-
-    def fill(budget: int) -> None:
-        want_columns = want_weight or want_bias
-        together = want_columns and (walk.wide or hidden.numel() * 4 * HIDDEN_SUM_SHARE <= budget)
-        if grad_hidden is not None and not together:
-            walk.by_rows(grad_hidden, budget)
-        if want_columns:
-            walk.by_columns(grad_hidden if together else None, grad_weight, grad_bias, budget)
-
-    in_workspace(hidden, fill)
-    return HeadGradients(grad_hidden, grad_weight, grad_bias)
+    return walk.gradients(want_hidden=want_hidden, want_weight=want_weight, want_bias=want_bias)
 
 
-class _Walk:
-    """Blocks of dlogits over [N, V], and the products that read them."""
+class BlockWalk:
+    """Blocks of dlogits over [N, V], and the products that read them: the walk of any loss of the logits.
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        sums: HeadSums,
-        coefficients: Tensor,
-        ignore_index: int,
-        elsewhere: bool,
-    ) -> None:
-        self.hidden, self.head, self.labels, self.sums, self.ignore_index = hidden, head, labels, sums, ignore_index
+    A kind of it makes a block: its gradient by a = h·w + bias, over `alpha` and `scale`.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, tiles_of_dlogits: TileConfig, largest: Tensor, alpha: float) -> None:
+        """Set out over hidden [N, D]; `largest` (N,) float32 bounds a row's entries before they are rounded."""
+        self.hidden, self.head, self.alpha = hidden, head, alpha
         self.count, self.size = hidden.shape
         self.wide = hidden.dtype == torch.float32
-        self.tiles = tiles(
-            "dlogits",
-            hidden,
-            head.weight,
-            self.count,
-            heavy=head.softcap is not None,
-            bias=head.bias is not None,
-        )
+        self.tiles = tiles_of_dlogits
         self.product_tiles = tiles("product", hidden, head.weight, self.count)
-        coefficients = coefficients.float()
-        if not elsewhere:
-            # A label that no row of weight holds has no logp, and must not get a gradient that looks like one.
-            nowhere = (labels < 0) | (labels >= head.vocab_size)
-            coefficients = coefficients.masked_fill(nowhere, torch.nan)
-        self.coefficients = coefficients.masked_fill(labels == ignore_index, 0.0).contiguous()
-        self.scale = self.coefficients.new_ones(1)
+        self.scale = largest.new_ones(1)
         if hidden.dtype == torch.float16 and self.count:
             # c/scale uses float16's range down to 2⁻²⁸ of the largest c; the division is undone in float32.
-            largest = torch.where(self.coefficients.isfinite(), self.coefficients.abs(), 0.0).max()
-            self.scale *= (largest * _FLOAT16_SCALE).clamp_min(torch.finfo(torch.float32).tiny)
+            most = torch.where(largest.isfinite(), largest, 0.0).max()
+            self.scale *= (most * _FLOAT16_SCALE).clamp_min(torch.finfo(torch.float32).tiny)
         # The products read whole steps of block_k from the zeros that dlogits wrote past the end.
         assert self.tiles.block_m % self.product_tiles.block_k == 0 == self.tiles.block_n % self.product_tiles.block_k
+
+    def dlogits(self, rows: slice, columns: slice, buffer: Tensor, *, want_bias: bool = False) -> Tensor | None:
+        """Fill the buffer with a block, whole tiles of it; return the sums of its columns where the bias wants them."""
+        raise NotImplementedError
+
+    def gradients(self, *, want_hidden: bool, want_weight: bool, want_bias: bool) -> HeadGradients:
+        """Walk; with dW column by column, and else row by row."""
+        hidden, head = self.hidden, self.head
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+        grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
+        grad_bias = None if head.bias is None or not want_bias else torch.empty_like(head.bias)
+
+        def fill(budget: int) -> None:
+            want_columns = grad_weight is not None or grad_bias is not None
+            together = want_columns and (self.wide or hidden.numel() * 4 * HIDDEN_SUM_SHARE <= budget)
+            if grad_hidden is not None and not together:
+                self.by_rows(grad_hidden, budget)
+            if want_columns:
+                self.by_columns(grad_hidden if together else None, grad_weight, grad_bias, budget)
+
+        in_workspace(hidden, fill)
+        return HeadGradients(grad_hidden, grad_weight, grad_bias)
 
     def blocks(self, budget: int, *, row_sums: int = 0, column_sums: int = 0) -> tuple[int, int, Tensor]:
         """R, C, and the buffer [R, C] for dlogits."""
@@ -119,22 +111,6 @@ class _Walk:
         )
         return blocks.rows, blocks.columns, self.hidden.new_empty((blocks.rows, blocks.columns))
 
-    def dlogits(self, rows: slice, columns: slice, buffer: Tensor, *, want_bias: bool = False) -> Tensor | None:
-        sums = HeadSums(self.sums.maximum[rows], self.sums.log_total[rows])
-        return dlogits(
-            self.hidden[rows],
-            self.head.columns(columns.start, columns.stop),
-            self.labels[rows],
-            sums,
-            self.coefficients[rows],
-            self.scale,
-            buffer,
-            self.tiles,
-            first_column=columns.start,
-            ignore_index=self.ignore_index,
-            want_bias=want_bias,
-        )
-
     def add(self, left: Tensor, right: Tensor, total: _Sum, *, transposed: bool = False) -> None:
         """total += left·right, and the gradient where this was the last block of it."""
         product(
@@ -145,7 +121,7 @@ class _Walk:
             transposed=transposed,
             previous=total.previous,
             scale=self.scale,
-            alpha=-self.head.logit_scale,
+            alpha=self.alpha,
             last=total.last,
         )
 
@@ -191,8 +167,49 @@ class _Walk:
             if grad_weight is not None and not self.count:
                 grad_weight[columns] = 0
             if grad_bias is not None:
-                scaled = 0 if bias_total is None else bias_total.mul_(self.scale).mul_(-self.head.logit_scale)
+                scaled = 0 if bias_total is None else bias_total.mul_(self.scale).mul_(self.alpha)
                 grad_bias[columns] = scaled
+
+
+class _Walk(BlockWalk):
+    """The walk of log-probabilities."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        sums: HeadSums,
+        coefficients: Tensor,
+        ignore_index: int,
+        elsewhere: bool,
+    ) -> None:
+        self.labels, self.sums, self.ignore_index = labels, sums, ignore_index
+        demand = {"heavy": head.softcap is not None, "bias": head.bias is not None}
+        coefficients = coefficients.float()
+        if not elsewhere:
+            # A label that no row of weight holds has no logp, and must not get a gradient that looks like one.
+            nowhere = (labels < 0) | (labels >= head.vocab_size)
+            coefficients = coefficients.masked_fill(nowhere, torch.nan)
+        self.coefficients = coefficients.masked_fill(labels == ignore_index, 0.0).contiguous()
+        chosen = tiles("dlogits", hidden, head.weight, hidden.shape[0], **demand)
+        super().__init__(hidden, head, chosen, self.coefficients.abs(), alpha=-head.logit_scale)
+
+    def dlogits(self, rows: slice, columns: slice, buffer: Tensor, *, want_bias: bool = False) -> Tensor | None:
+        sums = HeadSums(self.sums.maximum[rows], self.sums.log_total[rows])
+        return dlogits(
+            self.hidden[rows],
+            self.head.columns(columns.start, columns.stop),
+            self.labels[rows],
+            sums,
+            self.coefficients[rows],
+            self.scale,
+            buffer,
+            self.tiles,
+            first_column=columns.start,
+            ignore_index=self.ignore_index,
+            want_bias=want_bias,
+        )
 
 
 @dataclass
