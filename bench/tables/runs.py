@@ -98,7 +98,7 @@ def compat_table(report: dict[str, Any]) -> str:
     rows = []
     for row in report["rows"]:
         found = row["versions"]
-        names = [found["torch"], found["triton"], found["transformers"], found["numpy"]]
-        rows.append([*map(str, names), f"{row['passed']:,}", str(row["failed"]), str(row["skipped"])])
-    head = ["torch", "Triton", "transformers", "NumPy", "passed", "failed", "skipped"]
+        names = [found[name] for name in ("torch", "triton", "transformers", "peft", "numpy")]
+        rows.append([*map(str, names), f"{row['passed']:,}", *(str(row[x]) for x in ("failed", "skipped", "refused"))])
+    head = ["torch", "Triton", "transformers", "peft", "NumPy", "passed", "failed", "skipped", "refused"]
     return markdown(head, rows) + "\n" + provenance(report["rows"][-1]["made_by"], "the first tier of tests")
