@@ -194,7 +194,8 @@ def _read(
     """Read the pairs, and check that every model of the run that is on this machine can read them."""
     trust = config.model.trust_remote_code
     stops = load_stop_ids(config.policy, trust_remote_code=trust)
-    dataset = load_dataset(which, config.data, tokenizer, micro_batching(config), stop_ids=stops)
+    paired = which == "eval" or Need.REJECTED in config.loss.needs
+    dataset = load_dataset(which, config.data, tokenizer, micro_batching(config), stop_ids=stops, paired=paired)
     check_token_ids(dataset, policy.vocab)
     check_positions(dataset, policy.positions, "policy")
     if not config.loss.needs & SCORED:

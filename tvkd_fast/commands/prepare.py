@@ -56,7 +56,8 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     batching = micro_batching(config)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose)
+    paired = Need.REJECTED in config.loss.needs
+    dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose, paired=paired)
     held_out = None
     if config.data.eval:
         held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.data import MicroBatching, PairDataset, build_dataset
-from tvkd_fast.data.reading.formats import ReadRow, to_preference
+from tvkd_fast.data.reading.formats import ReadRow, to_preference, to_response
 from tvkd_fast.files import at_home
 from tvkd_fast.ranges import at_least, check_numbers, number
 
@@ -61,13 +61,15 @@ def load_dataset(
     *,
     stop_ids: Collection[int] = (),
     verbose: bool = False,
-    read: ReadRow = to_preference,
+    paired: bool = True,
+    read: ReadRow | None = None,
 ) -> PairDataset:
     """The training ("train") or held-out ("eval") pairs that the config names, tokenized, truncated, and fit to be
     batched so.
 
     `stop_ids` are `models.load_stop_ids` of the model that reads them; `verbose` prints on stderr what was cut and what
-    was dropped; `read` makes a pair of a row, as in `load_preferences`."""
+    was dropped; without `paired`, rows of one response are read too; `read` makes a pair of a row, as in
+    `load_preferences`."""
     source = config.train if which == "train" else config.eval
     if source is None:
         raise ValueError(
@@ -87,7 +89,7 @@ def load_dataset(
         chat_template=config.chat_template,
         stop_ids=stop_ids,
         batching=batching,
-        read=read,
+        read=read or (to_preference if paired else to_response),
     )
     if verbose:
         print(f"{which}: {dataset.report}", file=sys.stderr)

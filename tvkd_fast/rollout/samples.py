@@ -72,6 +72,14 @@ class SampleCounts:
             self.unfinished += not sample.ended
             self.empty += sample.empty
 
+    def merge(self, other: SampleCounts) -> None:
+        """Add what was counted elsewhere."""
+        self.samples += other.samples
+        self.tokens += other.tokens
+        self.longest = max(self.longest, other.longest)
+        self.unfinished += other.unfinished
+        self.empty += other.empty
+
     @property
     def mean_length(self) -> float:
         """Tokens per response."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from os.path import expanduser
 from pathlib import Path
 from typing import Literal
+
+from tvkd_fast.files import signed_json
 
 FORMAT = 3
 
@@ -68,9 +69,7 @@ class ScoreManifest:
 
     def text(self) -> str:
         """Return the manifest file's exact text, with a checksum of its own: a file that differs is damaged."""
-        body = asdict(self)
-        checksum = sha256(json.dumps(body).encode()).hexdigest()
-        return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
+        return signed_json(asdict(self))
 
 
 def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest:
