@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig, MambaConfig
+from transformers import GenerationConfig, MambaConfig, RwkvConfig
 
 from tvkd_fast.data import MicroBatching, TokenizedPair
 from tvkd_fast.distributed import checkpoint_activations
@@ -184,7 +184,12 @@ def test_weights_that_are_not_finite_are_named(tiny_model, prompts):
         ModelSampler(model, [2]).sample(prompts, Sampling(), seed=0)
 
 
-def test_a_family_without_such_a_cache_is_refused(tiny_model, prompts):
+def test_a_state_is_continued_as_keys_and_values_are(tiny_model, prompts):
     config = MambaConfig(vocab_size=262, hidden_size=16, num_hidden_layers=1, state_size=4)
+    test_greedy_is_transformers_own(ModelSampler(tiny_model(config=config).eval(), [2]), prompts)
+
+
+def test_a_family_without_such_a_cache_is_refused(tiny_model, prompts):
+    config = RwkvConfig(vocab_size=262, hidden_size=16, num_hidden_layers=2, context_length=64)
     with pytest.raises(ValueError, match="no cache of keys and values that can be continued"):
         ModelSampler(tiny_model(config=config), [2]).sample(prompts, Sampling(), seed=0)

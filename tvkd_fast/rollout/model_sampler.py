@@ -80,6 +80,7 @@ class ModelSampler:
         positions = longest_sequence(model.config)
         self.max_length = positions if max_length is None else min(max_length, positions)
         self._taken = inspect.signature(model.forward).parameters
+        self._cache = "cache_params" if "cache_params" in self._taken else "past_key_values"
         self._noise: RaceNoise | None = None
 
     @torch.no_grad()
@@ -166,7 +167,7 @@ class ModelSampler:
         mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in order.values()], device=device)
         places = (mask.cumsum(1) - 1).clamp_(min=0)
         out = self._call(ids, mask, places, None)
-        cache, logits = out.get("past_key_values"), self._logits(out)
+        cache, logits = out.get(self._cache), self._logits(out)
         if not hasattr(cache, "reorder_cache"):
             raise ValueError(
                 f"{type(self.model).__name__} returns no cache of keys and values that can be continued: sample from a "
@@ -182,8 +183,8 @@ class ModelSampler:
         return self.model(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache: cache},
             **{name: value for name, value in given.items() if name in self._taken},
         )
 
