@@ -76,7 +76,7 @@ WITHOUT_OPTIONS: dict[str, Callable[[list[str]], None]] = {
 }
 """Commands that are given a folder or a file."""
 
-BENCHMARKS = {"head": "bench.head", "values": "bench.head.values", "step": "bench.step"}
+BENCHMARKS = {"head": "bench.head", "values": "bench.head.values", "step": "bench.step", "rollout": "bench.rollout"}
 """The modules of the checkout's bench/ that `tvkd bench` runs, by name."""
 
 

@@ -186,9 +186,9 @@ def _rows(
         for m, responder in enumerate(responders)
     ]
     counts = {name: SampleCounts() for name in (POLICY, REJECTED)[: len(responders)]}
-    for name, of_one in zip(counts, found, strict=True):
-        for samples in of_one:
-            counts[name].add(samples)
+    for name, of_model in zip(counts, found, strict=True):
+        for of_prompt in of_model:
+            counts[name].add(of_prompt)
     tokenizers = [responder.tokenizer for responder in responders]
     one_tokenizer = len({fingerprint_tokenizer(tokenizer) for tokenizer in tokenizers}) == 1
     maker = RowMaker(tokenizers[0], keep_unfinished=config.unfinished == "keep", keep_ids=one_tokenizer)
