@@ -89,7 +89,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "generate": lambda: generate(model, prompts, stops, arguments.new_tokens),
         "generate, first token": lambda: generate(model, prompts, stops, 1),
     }
-    timers = {name: lambda run=run: seconds(run) for name, run in runs.items()}  # type: ignore[misc]
+    timers = {name: lambda run=run: seconds(run) for name, run in runs.items()}
     taken = {name: median(x for _, x in of_one) for name, of_one in interleaved(timers, arguments.rounds).items()}
     rates, traffic = measured_rates(model.dtype), traffic_of(model)
     memory, arithmetic = least_seconds(traffic, rates, [len(prompt.ids) for prompt in prompts], samples)

@@ -105,16 +105,13 @@ class ModelSampler:
             for p, prompt in enumerate(prompts)
             for i in range(sampling.n)
         ]
-        found: list[list[Sample]] = [[] for _ in prompts]
-        done: dict[int, Sample] = {}
         with in_eval(self.model):
             for batch in self._batches(rows):
                 self._run(batch, sampling)
-                made = [_sample(row, sampling) for row in batch]
-                done |= {id(row): sample for row, sample in zip(batch, made, strict=True)}
-                finished(made)
+                finished([_sample(row, sampling) for row in batch])
+        found: list[list[Sample]] = [[] for _ in prompts]
         for row in rows:
-            found[row.prompt].append(done[id(row)])
+            found[row.prompt].append(_sample(row, sampling))
         return found
 
     def room(self, prompt: SamplePrompt, sampling: Sampling) -> int:
