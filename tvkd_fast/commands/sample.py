@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tvkd_fast.commands.models import load_policy, precision, resolve_device
-from tvkd_fast.commands.prompts import Prompts, load_prompts
 from tvkd_fast.commands.refusals import check_device
 from tvkd_fast.data import Preference, fingerprint_tokenizer
 from tvkd_fast.data.data_config import DataConfig
@@ -28,6 +27,7 @@ from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.ranges import at_least, number
 from tvkd_fast.rollout import ModelSampler, Sample, SampleCounts, SamplePrompt, Sampling
 from tvkd_fast.rollout.model_sampler import TOKENS_AT_ONCE
+from tvkd_fast.rollout.prompts import Prompts, load_prompts
 from tvkd_fast.rollout.sample_rows import RowMaker, best_and_worst
 from tvkd_fast.rollout.sample_shards import SampleWriter, check_sample_folder
 from tvkd_fast.synthetic.bundled import judge

@@ -61,8 +61,8 @@ class Preference:
 
     `template` is what the row gives the chat template beside the messages: `tools`, `documents` and its
     `chat_template_kwargs`. `unread` names the row's other columns, so that a template that asks for one is noticed.
-    `from_text` says that the row's prompt is a text, which was made the user's turn. A row of one response, which is
-    compared with none, has an empty `rejected`.
+    `from_text` says that the row's prompt is a text, which was made the user's turn. `single` says that there is one
+    response, which is compared with none; `rejected` is empty then.
     """
 
     prompt: str | list[Message]
@@ -73,12 +73,8 @@ class Preference:
     template: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = field(default=(), compare=False)
     from_text: bool = field(default=False, compare=False)
+    single: bool = False
     sampled: SampledIds | None = field(default=None, compare=False)
-
-    @property
-    def single(self) -> bool:
-        """Whether there is one response alone."""
-        return not self.rejected
 
     def __post_init__(self) -> None:
         if len({isinstance(part, str) for part in (self.prompt, self.chosen, self.rejected)}) > 1:

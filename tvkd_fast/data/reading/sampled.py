@@ -71,4 +71,4 @@ def with_stand_ins(record: Mapping[str, Any], row: str) -> dict[str, Any]:
 
 def without_stand_in(pair: Preference, sampled: SampledIds | None) -> Preference:
     """The one response of such a row."""
-    return replace(pair, rejected="" if isinstance(pair.prompt, str) else [], sampled=sampled)
+    return replace(pair, rejected="" if isinstance(pair.prompt, str) else [], single=True, sampled=sampled)

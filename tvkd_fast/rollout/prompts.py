@@ -1,4 +1,4 @@
-"""The prompts that a command has answered, in the tokens of each model that answers."""
+"""The prompts that are to be answered, in the tokens of each model that answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.data.dataset import load_rows
 from tvkd_fast.data.reading.formats import Preference, to_prompt
 from tvkd_fast.data.tokenization import PairTokenizer
-from tvkd_fast.rollout import ModelSampler, SamplePrompt
+from tvkd_fast.rollout.model_sampler import ModelSampler
+from tvkd_fast.rollout.samples import SamplePrompt
 
 
 @dataclass(frozen=True)
