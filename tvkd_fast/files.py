@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -138,6 +139,26 @@ def _refused(target: Path, what: str, error: Exception) -> ValueError:
     return ValueError(f"could not save {what} to {target}: {error}. Free some space and run it again{kept}")
 
 
+def to_disk(path: Path) -> None:
+    """Flush a file to disk, so that it survives a power failure."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is the old or the new one, whatever happens meanwhile, and that survives a power failure."""
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text)
+    to_disk(fresh)
+    os.replace(fresh, path)
+
+
+def signed_json(body: dict[str, Any]) -> str:
+    """The text of a JSON file with a checksum of its own: a file that differs from it is damaged."""
+    checksum = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
+
+
 def sha256_of(path: Path) -> str:
     """The file's SHA-256 in hex."""
     with path.open("rb") as file:
@@ -156,6 +177,7 @@ PATHS = frozenset(
         "policy",
         "recipe",
         "reference",
+        "rejected_policy",
         "scores",
         "teacher",
         "teacher_reference",

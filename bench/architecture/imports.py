@@ -17,6 +17,7 @@ LAYERS = (
     "planning",
     "training",
     "evaluation",
+    "rollout",
     "objectives",
     "scoring",
     "distributed",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.learning.arms import KAPPA, Potential
-from tvkd_fast.commands.final import FINAL, save_final
 from tvkd_fast.commands.score import ScoreConfig, score
 from tvkd_fast.commands.train import train
 from tvkd_fast.data import PairDataset
@@ -19,6 +18,7 @@ from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.scorer import CachedScorer
 from tvkd_fast.synthetic.bundled import max_rows, preference_rows
+from tvkd_fast.training.final import FINAL, save_final
 from tvkd_fast.training.optim import OptimConfig
 from tvkd_fast.training.train_config import TrainConfig
 

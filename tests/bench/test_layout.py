@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "gpu": {"harness", "head"},
     "minutes": {"harness", "head", "gpu", "step", "tables"},
     "step": {"harness", "head"},
+    "rollout": {"harness"},
     "runs": {"harness"},
     "learning": {"harness", "head", "tables"},
 }

@@ -145,7 +145,9 @@ def test_a_missing_option_is_named(capsys):
 
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert "Did you mean train?" in error_of(capsys, "trian")
-    assert "There are score, train, eval, explain, demo, scores, replay, plot, bench" in error_of(capsys, "help")
+    assert "There are score, train, sample, eval, explain, demo, scores, replay, plot, bench" in error_of(
+        capsys, "help"
+    )
     assert "usage: tvkd" in error_of(capsys)
 
 
@@ -239,7 +241,7 @@ def test_a_plan_counts_local_data_and_writes_nothing(files, tmp_path, capsys):
 
 
 def test_a_benchmark_that_is_not_there_is_named(capsys):
-    assert "name one of head, values, step; tvkd bench head --help" in error_of(capsys, "bench")
+    assert "name one of head, values, step, rollout; tvkd bench head --help" in error_of(capsys, "bench")
     assert "name one of head" in error_of(capsys, "bench", "nothing")
 
 

@@ -7,15 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tvkd_fast.data.dataset import (
-    PairDataset,
-    TokenReport,
-    build_dataset,
-    check_token_ids,
-    fingerprint_tokenizer,
-)
+from tvkd_fast.data.dataset import PairDataset, TokenReport, build_dataset, check_token_ids
 from tvkd_fast.data.reading.formats import BadPair
 from tvkd_fast.data.tokenization import TokenizedPair
+from tvkd_fast.data.tokenizer_fingerprint import fingerprint_tokenizer
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 WriteJsonl = Callable[..., Path]

@@ -113,3 +113,18 @@ def test_an_error_of_the_user_is_a_line_from_each_and_status_2(
     assert done.returncode == 2
     assert "3 replicas do not divide 2 processes: give a divisor of 2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.e2e
+def test_two_processes_sample_what_one_does(tmp_path: Path, model_folder: Callable[..., str], tvkd: Tvkd) -> None:
+    policy, rows = model_folder(seed=0), []
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        options = ["--data", "bundled:eval:5", "--n", "2", "--max_new_tokens", "6", "--prompts_per_shard", "3"]
+        done = tvkd("sample", "--policy", policy, *options, "--nproc", processes, "--output_dir", str(folder))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("10 responses of ") == 1
+        lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+        rows.append([json.loads(line) for line in lines])
+    assert [row["completion_ids"] for row in rows[0]] == [row["completion_ids"] for row in rows[1]]
+    assert [(row["source"], row["sample"]) for row in rows[0]] == [(row["source"], row["sample"]) for row in rows[1]]

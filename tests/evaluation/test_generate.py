@@ -1,14 +1,12 @@
 """Greedy answers: what a model is asked with, and where its answers stop."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig
 
 from tvkd_fast.data.reading.formats import Preference, to_preference
 from tvkd_fast.evaluation.generate import answers
 from tvkd_fast.models import load_model
+from tvkd_fast.rollout import ModelSampler, Sample
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Say red.", "A rather longer one, which is to say blue?")]
 
@@ -55,15 +53,12 @@ def test_an_answer_stops_at_any_stop_of_the_models_own(endless, chatml):
     assert answers(endless, chatml, PROMPTS[:1], max_new_tokens=8) == [chatml.decode(ids[:stop]).strip()]
 
 
-def test_an_answer_stops_where_the_template_ends_turns(model, make_tokenizer):
+def test_an_answer_stops_where_the_template_ends_turns(model, make_tokenizer, asked):
     tokenizer = make_tokenizer(eos="<|endoftext|>")
-    seen = {}
-    model.generate = lambda **given: seen.update(given) or given["input_ids"]
     model.generation_config.eos_token_id = 3
     answers(model, tokenizer, PROMPTS)
-    assert seen["generation_config"].eos_token_id == sorted(
-        tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|eot_id|>"])
-    )
+    ((sampler, _),) = asked
+    assert sampler.stops == set(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|eot_id|>"]))
 
 
 def test_a_prompt_that_a_template_wrote_is_asked_as_it_stands(endless, chatml):
@@ -100,22 +95,28 @@ def test_what_the_model_has_no_positions_for_is_refused_by_prompt(model_folder, 
 
 
 @pytest.fixture
-def echo():
+def asked(monkeypatch):
+    """The samplers that are asked, and the prompts; every answer is empty."""
+    seen = []
+
+    def sample(sampler, prompts, sampling, *, seed):
+        seen.append((sampler, prompts))
+        return [[Sample([min(sampler.stops)], True, [0.0])] for _ in prompts]
+
+    monkeypatch.setattr(ModelSampler, "sample", sample)
+    return seen
+
+
+@pytest.fixture
+def echo(model, asked):
     """The text that a model is asked with."""
 
-    def asked(tokenizer, prompt, **options):
-        seen = []
-
-        def generate(input_ids, **_):
-            seen.append(tokenizer.decode(input_ids[0]))
-            return torch.cat([input_ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
-
-        model = SimpleNamespace(device="cpu", eval=lambda: None, modules=lambda: [], generate=generate)
-        model.config, model.generation_config = LlamaConfig(), GenerationConfig()
+    def written(tokenizer, prompt, **options):
         assert answers(model, tokenizer, [prompt], **options) == [""]
-        return seen[0]
+        _, (seen,) = asked[-1]
+        return tokenizer.decode(seen.ids)
 
-    return asked
+    return written
 
 
 def test_a_prompt_is_asked_with_its_rows_tools_and_variables(make_tokenizer, echo):

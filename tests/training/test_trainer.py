@@ -264,7 +264,7 @@ def test_a_full_disk_keeps_the_old_final_model(make_config, run, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tvkd_fast.commands.final.save_model", full)
+    monkeypatch.setattr("tvkd_fast.training.final.save_model", full)
     with pytest.raises(ValueError, match=r"could not save the model to .*Free some space .*final is as it was"):
         run(config)
     assert same(weights(config), before)

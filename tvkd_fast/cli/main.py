@@ -1,4 +1,4 @@
-"""`tvkd score | train | eval | explain | demo | bench`: a config is a command's options, a recipe a YAML of them."""
+"""`tvkd score | train | sample | eval | …`: a config is a command's options, a recipe a YAML of them."""
 
 from __future__ import annotations
 

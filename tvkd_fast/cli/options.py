@@ -74,6 +74,7 @@ ELSEWHERE = {
         "num_processes"
     ),
     "loss.value_from": "value_type",
+    "n": "best_of num_generations num_return_sequences num_samples",
     "max_new_tokens": "max_completion_length max_tokens",
     "compare": "models",
 }

@@ -18,6 +18,7 @@ from tvkd_fast.cli.options import hint, in_options
 from tvkd_fast.commands.demo import DemoConfig
 from tvkd_fast.commands.eval import EvalConfig
 from tvkd_fast.commands.explain import ExplainConfig
+from tvkd_fast.commands.sample import SampleConfig
 from tvkd_fast.commands.score import ScoreConfig
 from tvkd_fast.distributed import print_once
 from tvkd_fast.objectives import DEFAULT, Objective, objective_named, objectives, settings_names
@@ -27,6 +28,7 @@ from tvkd_fast.version import __version__
 COMMANDS: dict[str, tuple[type, str]] = {
     "score": (ScoreConfig, "run teacher and reference once over the data and keep one float per state"),
     "train": (TrainConfig, "train a policy by an objective"),
+    "sample": (SampleConfig, "sample responses, or pairs of them, from a model: data for train and score"),
     "eval": (EvalConfig, "evaluate a policy, or several (--model A --model B), on preference pairs (--data PAIRS)"),
     "explain": (ExplainConfig, "draw what a teacher's value does, token by token, over the two responses of a pair"),
     "demo": (DemoConfig, "the whole method on this machine: teacher, student, scores, TVKD and DPO, table, picture"),
@@ -244,6 +246,9 @@ def expand(arguments: list[str]) -> list[str]:
     """Add the value of bare switches, and replace names of recipes by their paths."""
     if arguments[:1] == ["eval"]:
         arguments = _renamed(arguments)
+    if arguments[:1] == ["sample"]:
+        # It reads one set of prompts, and has no other.
+        arguments = [re.sub(r"^--data(?==|$)", "--data.train", argument) for argument in arguments]
     expanded: list[str] = []
     for i, argument in enumerate(arguments):
         expanded.append(argument)

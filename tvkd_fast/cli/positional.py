@@ -81,6 +81,7 @@ BENCHMARKS = {
     "values": "bench.head.values",
     "step": "bench.step",
     "divergence": "bench.divergence",
+    "rollout": "bench.rollout",
 }
 """The modules of the checkout's bench/ that `tvkd bench` runs, by name."""
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tvkd_fast.commands.final import FINAL, save_final
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.commands.plot import plot_curves
 from tvkd_fast.commands.score import ScoreConfig, score
@@ -35,6 +34,7 @@ from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer
 from tvkd_fast.synthetic.bundled import judge, preference_rows
+from tvkd_fast.training.final import FINAL, save_final
 from tvkd_fast.training.metrics import read_metrics
 from tvkd_fast.training.optim import OptimConfig
 from tvkd_fast.training.train_config import TrainConfig, micro_batching

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from tvkd_fast.commands.final import save_final
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.distributed import World, full_weights
 from tvkd_fast.files import ready_folder
 from tvkd_fast.models import fingerprint_model, is_adapter, load_tokenizer, merged
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.training.checkpoint import Checkpoints, read_state
+from tvkd_fast.training.final import save_final
 from tvkd_fast.training.record import from_record
 from tvkd_fast.training.summary import model_card
 from tvkd_fast.training.train_config import TrainConfig

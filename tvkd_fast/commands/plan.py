@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from tvkd_fast.commands.caches import expected_of_settings, open_scores
-from tvkd_fast.commands.final import ADAPTER, FINAL
 from tvkd_fast.commands.models import check_same_tokenizer
 from tvkd_fast.commands.refusals import check_family, check_run
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, pairs_of_epochs
@@ -31,6 +30,7 @@ from tvkd_fast.models import (
 from tvkd_fast.models.load import PACKAGED
 from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.planning.footprint import Footprint, PairTokens, compares
+from tvkd_fast.training.final import ADAPTER, FINAL
 from tvkd_fast.training.train_config import TrainConfig, micro_batching
 from tvkd_fast.training.usage import process_bytes
 
@@ -194,7 +194,8 @@ def _read(
     """Read the pairs, and check that every model of the run that is on this machine can read them."""
     trust = config.model.trust_remote_code
     stops = load_stop_ids(config.policy, trust_remote_code=trust)
-    read = config.data.reader(rewards=Need.REWARDS in config.loss.needs)
+    needs = config.loss.needs
+    read = config.data.reader(rewards=Need.REWARDS in needs, paired=which == "eval" or Need.REJECTED in needs)
     dataset = load_dataset(which, config.data, tokenizer, micro_batching(config), stop_ids=stops, read=read)
     check_token_ids(dataset, policy.vocab)
     check_positions(dataset, policy.positions, "policy")

@@ -57,10 +57,12 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     batching = micro_batching(config)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    read = config.data.reader(rewards=Need.REWARDS in config.loss.needs)
+    needs = config.loss.needs
+    read = config.data.reader(rewards=Need.REWARDS in needs, paired=Need.REJECTED in needs)
     dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose, read=read)
     held_out = None
     if config.data.eval:
+        read = config.data.reader(rewards=Need.REWARDS in needs)
         held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose, read=read)
     policy = _policy(config, world)
     for pairs in (dataset, held_out):

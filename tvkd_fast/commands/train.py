@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tvkd_fast.commands.final import ADAPTER, EXPORTED, FINAL, save_trained
 from tvkd_fast.commands.models import world_of
 from tvkd_fast.commands.plan import plan
 from tvkd_fast.commands.prepare import prepare
@@ -17,6 +16,7 @@ from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.evaluation.evaluate import Evaluation
 from tvkd_fast.files import ready_folder, written
 from tvkd_fast.training.checkpoint import Checkpoints
+from tvkd_fast.training.final import ADAPTER, EXPORTED, FINAL, save_trained
 from tvkd_fast.training.metrics import METRICS, RESUMES, read_metrics
 from tvkd_fast.training.signals import Stopped, StopSignal
 from tvkd_fast.training.summary import model_card, summary

@@ -7,13 +7,13 @@ from tvkd_fast.data.dataset import (
     build_dataset,
     check_positions,
     check_token_ids,
-    fingerprint_tokenizer,
 )
 from tvkd_fast.data.order import pairs_of_epochs, pairs_of_step
 from tvkd_fast.data.packing import MicroBatching, Packing, collate_packed, first_fit, packed_length
 from tvkd_fast.data.reading.formats import BadPair, Preference, load_preferences
 from tvkd_fast.data.retokenize import retokenize
 from tvkd_fast.data.tokenization import TokenizedPair, tokenize_pair, truncate_pair
+from tvkd_fast.data.tokenizer_fingerprint import fingerprint_tokenizer
 
 __all__ = [
     "BadPair",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.data import MicroBatching, PairDataset, build_dataset
-from tvkd_fast.data.reading.formats import ReadRow, to_preference
+from tvkd_fast.data.reading.formats import ReadRow, to_preference, to_response
 from tvkd_fast.data.reading.rewards import with_rewards
 from tvkd_fast.files import at_home
 from tvkd_fast.ranges import at_least, check_numbers, number
@@ -58,9 +58,11 @@ class DataConfig:
         if self.rewards is not None and (not self.rewards or len(set(self.rewards)) < len(self.rewards)):
             raise ValueError(f"rewards must be names, each once, got {self.rewards}: set --data.rewards [score]")
 
-    def reader(self, *, rewards: bool) -> ReadRow:
-        """What makes a pair of a row, with its rewards or without."""
-        return with_rewards(self.rewards) if rewards else to_preference
+    def reader(self, *, rewards: bool, paired: bool = True) -> ReadRow:
+        """What makes a pair of a row, with its rewards or without. Unless `paired`, of a row of one response too."""
+        if rewards:
+            return with_rewards(self.rewards)
+        return to_preference if paired else to_response
 
 
 def load_dataset(

@@ -54,6 +54,8 @@ class TokenReport:
     rejected_tokens: int = 0
     merged: int = 0
     """Pairs in which the tokenizer merges the prompt's end with the beginning of a response, which has the token."""
+    sampled: int = 0
+    """Pairs in the very tokens that they were sampled in."""
     written_before: int = 0
     """Plain pairs that a chat template had written already: their text holds special tokens or an end of its own."""
 
@@ -66,6 +68,8 @@ class TokenReport:
         parts += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.dropped_bad.items())]
         if self.merged:
             parts.append(f"{self.merged:,} whose prompt ends in a token that a response begins with, which has it")
+        if self.sampled:
+            parts.append(f"{self.sampled:,} in the tokens that they were sampled in")
         if self.written_before:
             parts.append(f"{self.written_before:,} with special tokens in their text, which are not written twice")
         if self.pairs:
@@ -97,7 +101,7 @@ class PairDataset(Sequence[TokenizedPair]):
     @cached_property
     def vocab_size_needed(self) -> int:
         """The largest token id plus one."""
-        return 1 + max(max(max(p.prompt_ids), max(p.chosen_ids), max(p.rejected_ids)) for p in self._pairs)
+        return 1 + max(max(p.prompt_ids + p.chosen_ids + p.rejected_ids) for p in self._pairs)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,7 +169,7 @@ def build_dataset(
     if overlong not in ("error", "drop"):
         raise ValueError(f"overlong is {overlong!r}: give 'error' or 'drop'")
     to_tokens = PairTokenizer(tokenizer, chat_template=chat_template, stop_ids=stop_ids)
-    loaded = _load(source, split, subset, limit, bad_pairs, read)
+    loaded = load_rows(source, split, subset, limit, bad_pairs, read)
     dropped = Counter(loaded.dropped)
     dropped_overlong = 0
     first_dropped: BadPair | None = None
@@ -216,6 +220,7 @@ def report_of(pairs: Sequence[TokenizedPair], **counts: Any) -> TokenReport:
         chosen_tokens=sum(len(p.chosen_ids) for p in pairs),
         rejected_tokens=sum(len(p.rejected_ids) for p in pairs),
         merged=sum(p.merged for p in pairs),
+        sampled=sum(p.sampled for p in pairs),
         written_before=sum(p.written_before for p in pairs),
         **counts,
     )
@@ -224,7 +229,7 @@ def report_of(pairs: Sequence[TokenizedPair], **counts: Any) -> TokenReport:
 def check_token_ids(dataset: Sequence[TokenizedPair], vocab_size: int) -> None:
     """Raises a ValueError that names the first row with a token id outside `range(vocab_size)`."""
     for pair in dataset:
-        largest = max(max(pair.prompt_ids), max(pair.chosen_ids), max(pair.rejected_ids))
+        largest = max(pair.prompt_ids + pair.chosen_ids + pair.rejected_ids)
         if largest >= vocab_size:
             raise ValueError(
                 f"{pair.row} has token id {largest}, but the model's vocabulary ends at {vocab_size - 1}: the "
@@ -243,24 +248,7 @@ def check_positions(dataset: Sequence[TokenizedPair], positions: int, whose: str
             )
 
 
-def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of what decides a tokenizer's ids: vocabulary, special tokens, chat template, and for fast
-    tokenizers the whole pipeline with its merges. Its name, path and padding or truncation state leave it unchanged.
-    """
-    content: dict[str, object] = {
-        "vocab": sorted(tokenizer.get_vocab().items()),
-        "special_tokens": tokenizer.special_tokens_map,
-        "chat_template": tokenizer.chat_template,
-    }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        pipeline = json.loads(backend.to_str())
-        content["pipeline"] = {key: pipeline[key] for key in pipeline if key not in ("truncation", "padding")}
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _load(
+def load_rows(
     source: str | Path,
     split: str,
     subset: str | None,
@@ -268,6 +256,7 @@ def _load(
     bad_pairs: Literal["error", "drop"],
     read: ReadRow,
 ) -> LoadedPreferences:
+    """The rows of a source of `build_dataset`, not tokenized yet."""
     if not (isinstance(source, str) and source.startswith("bundled:")):
         return load_preferences(source, split=split, subset=subset, limit=limit, bad_pairs=bad_pairs, read=read)
     from tvkd_fast.synthetic.bundled import rewarded_rows

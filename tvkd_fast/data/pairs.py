@@ -39,6 +39,19 @@ class BadPair(ValueError):  # noqa: N818  the row is what is bad
 
 
 @dataclass(frozen=True)
+class SampledIds:
+    """The token ids in which a row's responses were sampled, which are not made anew of its text."""
+
+    tokenizer: str
+    """`fingerprint_tokenizer` of the tokenizer whose ids they are."""
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+    """Chosen and rejected, or the one response."""
+    ended: tuple[bool, ...]
+    """Whether each ends with a stop id."""
+
+
+@dataclass(frozen=True)
 class Preference:
     """One prompt, the preferred answer and the other one.
 
@@ -49,7 +62,8 @@ class Preference:
     `template` is what the row gives the chat template beside the messages: `tools`, `documents` and its
     `chat_template_kwargs`. `unread` names the row's other columns, so that a template that asks for one is noticed.
     `from_text` says that the row's prompt is a text, which was made the user's turn. `rewards` are the numbers that the
-    row has for the chosen and the rejected answer, two per reward that was asked for.
+    row has for the chosen and the rejected answer, two per reward that was asked for. `single` says that there is one
+    response, which is compared with none; `rejected` is empty then.
     """
 
     prompt: str | list[Message]
@@ -61,6 +75,8 @@ class Preference:
     unread: tuple[str, ...] = field(default=(), compare=False)
     from_text: bool = field(default=False, compare=False)
     rewards: tuple[tuple[float, float], ...] = ()
+    single: bool = False
+    sampled: SampledIds | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len({isinstance(part, str) for part in (self.prompt, self.chosen, self.rejected)}) > 1:

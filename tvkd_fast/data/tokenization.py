@@ -15,9 +15,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from tvkd_fast.data.chat_template import tail_behind
+from tvkd_fast.data.pairs import SampledIds
 from tvkd_fast.data.reading.formats import BadPair, Message, Preference
 from tvkd_fast.data.reading.template_columns import check_columns, check_without_template, variables_of, write_messages
 from tvkd_fast.data.response_end import ResponseEnds
+from tvkd_fast.data.tokenizer_fingerprint import fingerprint_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +33,8 @@ _HH_NAMES = {"user": "Human", "assistant": "Assistant"}
 class TokenizedPair:
     """Token ids of a prompt and of two responses to it.
 
-    `chosen_ended` and `rejected_ended` say whether the response's last id is the end of a sequence or of a turn; it is
-    not where truncation cut the response. `row` names the pair's source.
+    A row of one response has no `rejected_ids`. `chosen_ended` and `rejected_ended` say whether the response's last id
+    is the end of a sequence or of a turn; it is not where truncation cut the response. `row` names the pair's source.
     """
 
     prompt_ids: list[int]
@@ -47,6 +49,8 @@ class TokenizedPair:
     """The text holds special tokens or an end of its own, as a chat template writes them."""
     rewards: tuple[tuple[float, float], ...] = ()
     """As in `Preference`."""
+    sampled: bool = False
+    """The ids are those that were sampled, and not made of text."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,10 @@ class PairTokenizer:
         """Ids of one pair; see `tokenize_pair`.
 
         A response that is declared not to have ended has no end, and nothing of what the template writes behind an
-        answer.
+        answer. Ids that this tokenizer's model has sampled are taken as they are.
         """
+        if pair.sampled is not None and pair.sampled.tokenizer == self._fingerprint:
+            return _as_sampled(pair, pair.sampled)
         templated = self.uses_template and not isinstance(pair.prompt, str)
         if templated and pair.from_text:
             self._refuse_written(pair)
@@ -106,14 +112,14 @@ class PairTokenizer:
         if not alone:
             raise BadPair(pair.row, "prompt without tokens")
         sequences = []
-        for name, text, ends in zip(("chosen", "rejected"), texts, ended, strict=True):
+        for name, text, ends in zip(("chosen", "rejected"), texts, ended, strict=False):
             sequences.append(self._sequence(alone, opening, prompt, text, templated, ends))
             if sequences[-1].empty:
                 raise BadPair(pair.row, "response without tokens", name)
         border = min(sequence.border for sequence in sequences)
         if border == 0:
             raise BadPair(pair.row, "prompt without tokens", "the tokenizer merges all of it with a response")
-        chosen_ids, rejected_ids = (sequence.ids[border:] for sequence in sequences)
+        chosen_ids, rejected_ids = ([sequence.ids[border:] for sequence in sequences] + [[]])[:2]
         if chosen_ids == rejected_ids:
             raise BadPair(pair.row, "chosen equals rejected", "both responses have the same tokens")
         by_itself = any(sequence.ended_by_itself for sequence in sequences)
@@ -122,12 +128,20 @@ class PairTokenizer:
             chosen_ids,
             rejected_ids,
             chosen_ended,
-            rejected_ended,
+            rejected_ended and not pair.single,
             pair.row,
             merged=border < len(alone),
             written_before=by_itself or (not templated and self.written_before(prompt)),
             rewards=pair.rewards,
         )
+
+    def prompt_of(self, pair: Preference) -> list[int]:
+        """Returns the ids of a row's prompt alone, for generation. Raises BadPair as for the whole pair."""
+        if self.uses_template and not isinstance(pair.prompt, str):
+            check_columns(pair, self._variables)
+            if pair.from_text:
+                self._refuse_written(pair)
+        return self.prompt_ids(pair.prompt, pair.row, pair.template)
 
     def prompt_ids(self, prompt: str | list[Message], row: str, given: Mapping[str, Any] | None = None) -> list[int]:
         """Returns the ids of a prompt alone, for generation; `given` is what its row gives the template."""
@@ -154,6 +168,10 @@ class PairTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint_tokenizer(self.tokenizer)
 
     @cached_property
     def _written(self) -> re.Pattern[str]:
@@ -199,14 +217,14 @@ class PairTokenizer:
         border = _alike(alone, ids)
         return _Sequence(ids, border, empty=len(ids) == border + 1)
 
-    def _render(self, pair: Preference, ended: tuple[bool, bool]) -> tuple[str, str, str]:
+    def _render(self, pair: Preference, ended: tuple[bool, bool]) -> tuple[str, ...]:
         assert isinstance(pair.prompt, list)
         assert isinstance(pair.chosen, list)
         assert isinstance(pair.rejected, list)
         check_columns(pair, self._variables)
         prompt = self._template(pair.prompt, pair.row, pair.template, add_generation_prompt=True)
         responses = []
-        for answer, ends in zip((pair.chosen, pair.rejected), ended, strict=True):
+        for answer, ends in zip((pair.chosen, pair.rejected)[: 2 - pair.single], ended, strict=False):
             messages = [*pair.prompt, *answer]
             whole = self._template(messages, pair.row, pair.template, add_generation_prompt=False)
             if not whole.startswith(prompt):
@@ -220,7 +238,7 @@ class PairTokenizer:
             responses.append(
                 response if ends else response.removesuffix(tail_behind(self.tokenizer, messages, **pair.template))
             )
-        return prompt, responses[0], responses[1]
+        return prompt, *responses
 
     def _template(
         self, messages: list[Message], row: str, given: Mapping[str, Any], *, add_generation_prompt: bool
@@ -313,15 +331,20 @@ def truncate_pair(
     return cut, True
 
 
-def _render_plain(pair: Preference) -> tuple[str, str, str]:
+def _as_sampled(pair: Preference, sampled: SampledIds) -> TokenizedPair:
+    chosen, rejected = (*sampled.responses, [])[:2]
+    chosen_ended, rejected_ended = (*sampled.ended, False)[:2]
+    if chosen == rejected:
+        raise BadPair(pair.row, "chosen equals rejected", "both responses have the same tokens")
+    return TokenizedPair(sampled.prompt, chosen, rejected, chosen_ended, rejected_ended, pair.row, sampled=True)
+
+
+def _render_plain(pair: Preference) -> tuple[str, ...]:
+    answers = (pair.chosen, pair.rejected)[: 2 - pair.single]
     if isinstance(pair.prompt, str):
-        assert isinstance(pair.chosen, str)
-        assert isinstance(pair.rejected, str)
-        return pair.prompt, pair.chosen, pair.rejected
-    assert isinstance(pair.chosen, list)
-    assert isinstance(pair.rejected, list)
+        return pair.prompt, *(answer for answer in answers if isinstance(answer, str))
     check_without_template(pair)
-    return _asked(pair.prompt), _answer(pair.chosen), _answer(pair.rejected)
+    return _asked(pair.prompt), *(_answer(answer) for answer in answers if not isinstance(answer, str))
 
 
 def _asked(messages: list[Message]) -> str:

@@ -8,7 +8,6 @@ Letters: P pairs, M response states; responses are stored pair by pair, chosen t
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from tvkd_fast.data.dataset import PairDataset
 from tvkd_fast.data.tokenization import TokenizedPair
-from tvkd_fast.files import put_in_place, refuse_place, sha256_of, unfinished
+from tvkd_fast.files import put_in_place, refuse_place, sha256_of, to_disk, unfinished, write_whole
 from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, states_of
 from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
 
@@ -168,23 +167,17 @@ class ScoreWriter:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             save_file({k: x.to(dtype) if k in STATE_NAMES else x for k, x in tensors.items()}, path)
-            _to_disk(path)
+            to_disk(path)
             states = self.layout.between(self.pairs, self.pairs + count)
             shard = Shard(path.name, count, states, sha256_of(path))
             self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
             self.pairs += count
-            self._write_manifest()
+            write_whole(self.partial / MANIFEST, self.manifest.text())
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"could not save scores to {self.partial}: {error}. Free some space and run it again to resume at "
                 f"pair {self.pairs:,} of {self.manifest.pairs:,}"
             ) from error
-
-    def _write_manifest(self) -> None:
-        fresh = self.partial / f".{MANIFEST}"
-        fresh.write_text(self.manifest.text())
-        _to_disk(fresh)
-        os.replace(fresh, self.partial / MANIFEST)
 
     def _drop_unnamed(self) -> None:
         """Torn shards, and those of another pass."""
@@ -273,12 +266,6 @@ def check_score_folder(folder: Path) -> None:
 
 def _only_scores(folder: Path) -> bool:
     return all(path.name == MANIFEST or path.match("scores*.safetensors") for path in folder.iterdir())
-
-
-def _to_disk(path: Path) -> None:
-    """Flush a file to disk, so that it survives a power failure."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _kind(fingerprint: object) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from os.path import expanduser
 from pathlib import Path
 from typing import Literal
+
+from tvkd_fast.files import signed_json
 
 FORMAT = 4
 """Format 3 did not say which numbers are kept, and is read as well."""
@@ -74,8 +75,7 @@ class ScoreManifest:
         body = asdict(self)
         if self.format == 3:
             del body["numbers"]
-        checksum = sha256(json.dumps(body).encode()).hexdigest()
-        return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
+        return signed_json(body)
 
 
 def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest:

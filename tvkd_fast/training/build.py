@@ -8,7 +8,7 @@ __getattr__ = moved(
         "evaluate_policy": "tvkd_fast.commands.eval",
         "load_dataset": "tvkd_fast.data.data_config",
         "replay": "tvkd_fast.commands.replay",
-        "save_final": "tvkd_fast.commands.final",
+        "save_final": "tvkd_fast.training.final",
         "score": "tvkd_fast.commands.score",
         "train": "tvkd_fast.commands.train",
     },

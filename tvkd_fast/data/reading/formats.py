@@ -25,6 +25,14 @@ from tvkd_fast.data.reading.messages import (
     read_messages,
     strings,
 )
+from tvkd_fast.data.reading.sampled import (
+    ANSWERS,
+    COMPLETION,
+    is_single,
+    sampled_ids,
+    with_stand_ins,
+    without_stand_in,
+)
 from tvkd_fast.data.reading.sources import records
 
 __all__ = [
@@ -36,6 +44,8 @@ __all__ = [
     "load_preferences",
     "read_row",
     "to_preference",
+    "to_prompt",
+    "to_response",
 ]
 
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
@@ -92,9 +102,29 @@ def to_preference(record: Mapping[str, Any], row: str) -> Preference:
     else:
         kinds = f"chosen is {type(chosen).__name__}, rejected is {type(rejected).__name__}"
         raise BadPair(row, "wrong type", f"{kinds}; both must be strings or both lists of messages")
-    pair = replace(_with_system(pair, given), template=given.template, unread=given.unread)
+    ids = sampled_ids(record, ANSWERS, row)
+    pair = replace(_with_system(pair, given), template=given.template, unread=given.unread, sampled=ids)
     _check(pair)
     return pair
+
+
+def to_response(record: Mapping[str, Any], row: str) -> Preference:
+    """A row of one response (`prompt`, `completion`), or the preference that another row is, for whoever reads chosen
+    responses alone."""
+    if not is_single(record):
+        return to_preference(record, row)
+    pair = to_preference(with_stand_ins(record, row), row)
+    return without_stand_in(pair, sampled_ids(record, (COMPLETION,), row))
+
+
+def to_prompt(record: Mapping[str, Any], row: str) -> Preference:
+    """The same of a row that may have no response at all: of which the prompt alone is read."""
+    try:
+        return to_response(record, row)
+    except BadPair as bad:
+        if bad.reason != "missing column" or record.get("prompt") is None:
+            raise
+    return without_stand_in(to_preference(with_stand_ins(record, row), row), None)
 
 
 def read_row(read: ReadRow, record: Mapping[str, Any], row: str) -> list[Preference]:

@@ -11,6 +11,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tvkd_fast.data.reading.sample_folder import SAMPLES, sample_files
 from tvkd_fast.data.reading.splits import FILE_SUFFIXES, JSON_SUFFIXES, files_of_split, folder_of_subset
 from tvkd_fast.data.reading.tables import dataset_rows, parquet_rows
 
@@ -99,6 +100,8 @@ def _numbered(rows: Iterable[Any], name: str) -> Rows:
 
 
 def _folder_records(folder: Path, split: str, subset: str | None) -> Rows:
+    if (folder / SAMPLES).is_file():
+        return (record for file in sample_files(folder) for record in _file_records(file, file.name))
     if subset is not None:
         folder, subset = folder_of_subset(folder, subset)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():

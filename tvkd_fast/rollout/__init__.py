@@ -1,0 +1,7 @@
+"""Sampling from a policy, and what is kept of a sample."""
+
+from tvkd_fast.rollout.model_sampler import ModelSampler
+from tvkd_fast.rollout.samples import Sample, SampleCounts, SamplePrompt, Sampler
+from tvkd_fast.rollout.sampling import Sampling
+
+__all__ = ["ModelSampler", "Sample", "SampleCounts", "SamplePrompt", "Sampler", "Sampling"]
