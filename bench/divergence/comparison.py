@@ -83,7 +83,7 @@ def measure(
         if contender.refusal:
             rows[name]["refused"] = contender.refusal
             continue
-        job = meter.start(partial(call, contender, student, teacher), partial(check, contender.kind, reference))
+        job: Job = meter.start(partial(call, contender, student, teacher), partial(check, contender.kind, reference))
         before = unit.seconds()
         try:
             rows[name] |= job.check() | {"peak_mb": (job.peak_bytes() - held) / 2**20}

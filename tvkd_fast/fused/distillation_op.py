@@ -56,18 +56,23 @@ def _distillation(
     task = task_of(
         *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
         *(labels, teacher_index, teacher_lse, rows, outputs),
-        *(softcap, logit_scale, teacher_softcap, teacher_logit_scale, temperature, ignore_index),
+        softcap,
+        logit_scale,
+        teacher_softcap,
+        teacher_logit_scale,
+        temperature,
+        ignore_index,
     )
     wants = (want_hidden, want_weight, want_bias)
     teacher_wants = (want_teacher_hidden, want_teacher_weight, want_teacher_bias)
     nothing = HeadGradients(None, None, None)
     if any((*wants, *teacher_wants)):
-        numbers, *grads = backend.joint_known(task, upstream, wants, teacher_wants)
+        numbers, student, teacher = backend.joint_known(task, upstream, wants, teacher_wants)
     else:
-        numbers, grads = backend.joint_sums(task), [nothing, nothing]
+        numbers, student, teacher = backend.joint_sums(task), nothing, nothing
     values = values_of(task, numbers, backend.left_in(labels, rows, ignore_index))
     loss = (values.double() * upstream.double()).sum().to(values.dtype)
-    return loss, values, numbers.packed(values.dtype), *six_of(*grads, hidden, teacher_hidden)
+    return loss, values, numbers.packed(values.dtype), *six_of(student, teacher, hidden, teacher_hidden)
 
 
 distillation_op = torch.library.custom_op("tvkd_fast::fused_linear_distillation", _distillation, mutates_args=())

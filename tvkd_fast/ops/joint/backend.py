@@ -113,8 +113,8 @@ def joint_known(
     """Both of the above in one visit of every block, `upstream` [O, N] being known."""
     with without_autocast(task.student.hidden):
         known = upstream if task.kept is None else upstream[:, task.kept]
-        sums, moments, *grads = walk.joint_known(task, known, wants, teacher_wants, workspace_mb)
-        return _spread(task, sums, moments), *grads
+        sums, moments, student, teacher = walk.joint_known(task, known, wants, teacher_wants, workspace_mb)
+        return _spread(task, sums, moments), student, teacher
 
 
 def _spread(task: walk.Task, sums: RowSums, moments: dict[str, Tensor]) -> JointNumbers:

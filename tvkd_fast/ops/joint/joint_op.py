@@ -99,7 +99,12 @@ def _joint(
     task = task_of(
         *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
         *(labels, teacher_index, teacher_lse, rows, outputs),
-        *(softcap, logit_scale, teacher_softcap, teacher_logit_scale, temperature, ignore_index),
+        softcap,
+        logit_scale,
+        teacher_softcap,
+        teacher_logit_scale,
+        temperature,
+        ignore_index,
     )
     numbers = backend.joint_sums(task)
     values = values_of(task, numbers, backend.left_in(labels, rows, ignore_index))
@@ -154,7 +159,12 @@ def _joint_gradients(
     task = task_of(
         *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
         *(labels, teacher_index, teacher_lse, rows, outputs),
-        *(softcap, logit_scale, teacher_softcap, teacher_logit_scale, temperature, ignore_index),
+        softcap,
+        logit_scale,
+        teacher_softcap,
+        teacher_logit_scale,
+        temperature,
+        ignore_index,
     )
     left_in = backend.left_in(labels, rows, ignore_index)
     if left_in is not None:

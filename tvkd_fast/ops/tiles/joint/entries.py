@@ -45,7 +45,7 @@ class Entries:
     @cached_property
     def w(self) -> Tensor:
         """log q/p; 0 where both are 0."""
-        return torch.where((self.p > 0) | (self.q > 0), self.log_q - self.log_p, 0.0)
+        return torch.where((self.p == 0) & (self.q == 0), 0.0, self.log_q - self.log_p)
 
     @cached_property
     def _smaller(self) -> Tensor:

@@ -146,7 +146,8 @@ def probabilities(z: Any, maximum: Any, log_total: Any, logs: Any, p: Any) -> No
 @njit(cache=True, fastmath={"contract"})
 def ratios(log_p: Any, log_q: Any, p: Any, q: Any, w: Any) -> None:
     for r in range(w.shape[0]):
-        w[r] = log_q[r] - log_p[r] if p[r] + q[r] > f32(0.0) else f32(0.0)
+        # Written so that NaN stays.
+        w[r] = f32(0.0) if p[r] + q[r] == f32(0.0) else log_q[r] - log_p[r]
 
 
 @njit(cache=True, fastmath={"contract"})
@@ -163,13 +164,14 @@ def add_means(p: Any, x: Any, sums: Any) -> None:
 
 
 @njit(cache=True, fastmath={"contract"})
-def mix(w: Any, beta: Any, x: Any) -> None:
-    """log p/m."""
+def mix(w: Any, beta: Any, larger: Any, x: Any) -> None:
+    """log of the larger of p and q over m, and log p/m."""
     for r in range(x.shape[0]):
         size = abs(w[r])
         share = f32(1.0) - beta if w[r] > f32(0.0) else beta
         y = -logarithm(f32(1.0) - share * (f32(1.0) - exponential(-size)))
-        y = y if y < size else size
+        y = size if y > size else y
+        larger[r] = y
         x[r] = y - w[r] if w[r] > f32(0.0) else y
 
 
@@ -181,10 +183,10 @@ def add_mixed(p: Any, q: Any, x: Any, beta: Any, sums: Any) -> None:
 
 
 @njit(cache=True, fastmath={"contract"})
-def add_teacher_mixed(p: Any, q: Any, x: Any, w: Any, beta: Any, sums: Any) -> None:
+def add_teacher_mixed(p: Any, q: Any, larger: Any, w: Any, beta: Any, sums: Any) -> None:
     """KL(q‖m)'s."""
     for r in range(sums.shape[0]):
-        y = x[r] + w[r] if q[r] > f32(0.0) else f32(0.0)
+        y = larger[r] if w[r] > f32(0.0) else larger[r] + w[r]
         sums[r] += excess(q[r], (f32(1.0) - beta) * p[r] + beta * q[r], y)
 
 
@@ -230,7 +232,7 @@ def walk(z: Any, u: Any, sums: Any, factors: Any, beta: Any, moments: Any, terms
     rows = z.shape[1]
     log_p, log_q = np.empty(rows, np.float32), np.empty(rows, np.float32)
     p, q, w = np.empty(rows, np.float32), np.zeros(rows, np.float32), np.empty(rows, np.float32)
-    x, share = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    larger, x, share = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, np.float32)
     block = np.empty((found.shape[0], rows), np.float32)
     found[:] = 0.0
     for b in range(0, z.shape[0], BLOCK):
@@ -242,7 +244,7 @@ def walk(z: Any, u: Any, sums: Any, factors: Any, beta: Any, moments: Any, terms
             if needs_w:
                 ratios(log_p, log_q, p, q, w)
             if needs_mix:
-                mix(w, beta, x)
+                mix(w, beta, larger, x)
             if needs_share:
                 share_of_teacher(p, q, beta, share)
             if moments[FORWARD]:
@@ -256,7 +258,7 @@ def walk(z: Any, u: Any, sums: Any, factors: Any, beta: Any, moments: Any, terms
             if moments[P_OVER_M]:
                 add_mixed(p, q, x, beta, block[P_OVER_M])
             if moments[Q_OVER_M]:
-                add_teacher_mixed(p, q, x, w, beta, block[Q_OVER_M])
+                add_teacher_mixed(p, q, larger, w, beta, block[Q_OVER_M])
             if moments[OVERLAP]:
                 add_products(p, share, block[OVERLAP])
             if moments[SCORE]:
