@@ -183,3 +183,15 @@ def test_a_teacher_with_other_tokens_has_a_log_probability_of_each_response(
 def test_nothing_to_keep_is_refused():
     with pytest.raises(ValueError, match=r"keep names nothing: set --keep \[values\], \[logps\] or \[values,logps\]"):
         ScoreConfig(output_dir="x", policy="y", keep=[])
+
+
+def test_a_folder_of_both_kinds_of_values_serves_both(scored, make_config, model_folder, run, files):
+    """Its held-out pairs' folder has the one kind that the run reads."""
+    own = model_folder(seed=4)
+    scored()
+    scored(teacher_reference=own)
+    scored(output_dir=str(files / "held-out"), which="eval")
+    config = make_config(scores=str(files / "scores"), eval_scores=str(files / "held-out"), max_steps=1, eval_every=1)
+    run(replace(config, teacher=None))
+    config = make_config(loss_value_from="implicit_reward", teacher_reference=own, scores=config.scores, max_steps=1)
+    run(replace(config, output_dir=str(files / "rewards"), data=replace(config.data, eval=None)))

@@ -89,7 +89,10 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
         expected["teacher_tokens"] = online.teacher_reads(dataset)
         if config.scores is not None:
             cache = fitting_cache(config.scores, config, dataset, expected, online)
-            expected |= {name: getattr(cache.manifest, name) for name in OF_TEACHER}
+            # A folder may hold rewards beside what this run reads, and the held-out pairs' need not.
+            own = Need.TEACHER_REWARDS in config.loss.needs
+            compared = [name for name in OF_TEACHER if own or name != "teacher_reference"]
+            expected |= {name: getattr(cache.manifest, name) for name in compared}
             scorer = CachedScorer(cache)
         if held_out is not None:
             held_out_scorer = held_out_scorer_of(config, policy, models, held_out, tokenizer, expected, world, verbose)

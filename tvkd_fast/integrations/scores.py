@@ -17,16 +17,25 @@ from torch import Tensor
 from tvkd_fast.data import PairDataset, TokenizedPair, TokenReport, collate_pairs
 from tvkd_fast.integrations.teacher import ShapingSettings
 from tvkd_fast.scoring.cache import ScoreCache
-from tvkd_fast.scoring.manifest import MANIFEST, read_manifest
+from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, read_manifest
 from tvkd_fast.scoring.score_pairs import first_difference
 
 AT_ONCE = 256
 """Pairs that are looked up together."""
 
+_IN_WORDS = {"reward": "rewards", "lse": "sums", "teacher_logps": "log-probabilities"}
+
 
 def is_score_folder(name: str | PathLike[str]) -> bool:
     """Return whether it is a folder that `tvkd score` wrote, and no model."""
     return (Path(expanduser(name)) / MANIFEST).is_file()
+
+
+def numbers_of(manifest: ScoreManifest) -> tuple[str, ...]:
+    """Return the names of what a folder holds of its teacher, which format 3 said by its fingerprints alone."""
+    if manifest.numbers is not None:
+        return manifest.numbers
+    return ("lse",) if manifest.teacher_reference is None else ("reward",)
 
 
 class CachedReturns:
@@ -36,11 +45,11 @@ class CachedReturns:
         self.settings, self.folders = settings, list(folders)
         self.manifests = [read_manifest(folder) for folder in folders]
         for folder, manifest in zip(folders, self.manifests, strict=True):
-            rewards = manifest.teacher_reference is not None
+            rewards, numbers = settings.value_from == "implicit_reward", numbers_of(manifest)
             if manifest.teacher is None:
                 raise ValueError(f"{folder} holds no teacher's numbers: run `tvkd score --teacher …`")
-            if rewards != (settings.value_from == "implicit_reward"):
-                held = "rewards" if rewards else "sums"
+            if ("reward" if rewards else "lse") not in numbers:
+                held = " and ".join(text for name, text in _IN_WORDS.items() if name in numbers)
                 raise ValueError(
                     f"{folder} holds a teacher's {held}, which value_from={settings.value_from!r} is not made of: run "
                     "`tvkd score` with --teacher_reference for 'implicit_reward', without it for the others"

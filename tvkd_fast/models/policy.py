@@ -167,10 +167,12 @@ class TeacherWithHead(PolicyWithHead):
     def forward(  # type: ignore[override]
         self, batch: ModelBatch, *, values: bool = True, logps: bool | None = None
     ) -> tuple[Tensor | None, ...]:
-        states = batch.states if values else batch.states[:0]
-        tokens = batch.predicting if logps else batch.predicting[:0]
         with self.precision():
-            hidden = self.hidden(batch, torch.cat([states, tokens]))
-            sums = self.head(hidden[: len(states)], kappa=self.kappa) if values else ()
-            own = self.head(hidden[len(states) :], batch.labels) if logps else None
-        return (*sums,) if logps is None else (*sums, own)
+            if not logps:
+                sums = self.head(self.hidden(batch, batch.states), kappa=self.kappa) if values else ()
+                return sums if logps is None else (*sums, None)
+            if not values:
+                return (self.head(self.hidden(batch, batch.predicting), batch.labels),)
+            hidden = self.hidden(batch, torch.cat([batch.states, batch.predicting]))
+            of_states, of_tokens = hidden.split([len(batch.states), len(batch.predicting)])
+            return (*self.head(of_states, kappa=self.kappa), self.head(of_tokens, batch.labels))
