@@ -273,8 +273,7 @@ def hold_at(place: str, reached: Path) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     from tvkd_fast import files
-    from tvkd_fast.commands import final
-    from tvkd_fast.training import checkpoint
+    from tvkd_fast.training import checkpoint, final
 
     def hold() -> None:
         reached.touch()
