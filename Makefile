@@ -45,7 +45,7 @@ coverage: $(STAMP) ## run the first tier, and then the rest, and print which lin
 	@TVKD_DRAWS=all $(PYTEST) -m "$(REST)" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
 
 # What the versions that are asked for choose themselves, and constraints.txt would hold back.
-CHOSEN := torch|triton|sympy|networkx|setuptools|transformers|tokenizers|huggingface[_-]hub|safetensors|numpy|numba|llvmlite
+CHOSEN := torch|triton|sympy|networkx|setuptools|transformers|peft|tokenizers|huggingface[_-]hub|safetensors|numpy|numba|llvmlite
 ASKED := $(if $(TORCH),torch==$(TORCH)) $(if $(TRITON),triton==$(TRITON)) $(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))
 COMPAT := .venv-compat$(if $(TORCH),-torch$(TORCH))$(if $(TRITON),-triton$(TRITON))$(if $(TRANSFORMERS),-transformers$(TRANSFORMERS))
 # torch 2.11 brings Triton 3.6, whose interpreter takes no NumPy from 2.4 on.
@@ -55,7 +55,7 @@ compat: ## run the first tier under other versions, in an environment beside .ve
 	@test -n "$(strip $(ASKED))" || { echo "Name the versions: make compat TORCH=2.11.0, TRITON=…, TRANSFORMERS=…; what is not named stays as pinned"; exit 1; }
 	@test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
 	@grep -vE '^($(CHOSEN))==' constraints.txt > $(COMPAT)/constraints.txt
-	@for pinned in $(if $(TORCH),,torch) $(if $(TORCH)$(TRITON),,triton) $(if $(TRANSFORMERS),,transformers); do \
+	@for pinned in $(if $(TORCH),,torch) $(if $(TORCH)$(TRITON),,triton) $(if $(TRANSFORMERS),,transformers peft); do \
 		grep -E "^$$pinned==" constraints.txt >> $(COMPAT)/constraints.txt; done
 	@echo "Installing $(strip $(ASKED)) into $(COMPAT) (some minutes the first time)"
 	@$(COMPAT)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(PIP_ARGS) \

@@ -39,7 +39,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
-        "transformers>=5.23,<6",
+        "transformers>=5.17",
         "datasets>=5,<6",
         "safetensors>=0.8",
         "jsonargparse[signatures]>=4.50,<5",

@@ -183,7 +183,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 class Wider:
     """torch, as a family's module sees it, in which float32 is float64."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

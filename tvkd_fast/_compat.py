@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -113,6 +114,20 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 def attention_of(config: Any) -> str:
     """The name of the attention that a model of transformers runs; "" where the config is of none."""
     return getattr(config, "_attn_implementation", None) or ""
+
+
+@cache
+def sdpa_drops_softcaps() -> bool:
+    """Whether transformers' `sdpa` leaves a layer's softcap out and says nothing, as in 5.17; later releases refuse."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # One query of two keys: without a cap all weight is the second's, with it 1/(1 + exp(−tanh 100)).
+    query, keys, values = (torch.tensor(x).view(1, 1, -1, 1) for x in ([10.0], [0.0, 10.0], [0.0, 1.0]))
+    try:
+        found, _ = sdpa_attention_forward(nn.Module(), query, keys, values, None, scaling=1.0, softcap=1.0)
+    except ValueError:
+        return False
+    return bool(found.flatten()[0] > 0.9)
 
 
 class _SeenWith:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer, merged, save_model
@@ -147,3 +147,12 @@ def test_what_four_bits_cannot_be_is_refused(changes, message, make_config, run)
 def test_four_bits_without_adapters_are_refused():
     with pytest.raises(ValueError, match=r"does not learn, adapters beside it do: set --lora\.rank"):
         LoraConfig(quantize="nf4")
+
+
+def test_a_peft_that_transformers_does_not_take_is_named(make_config, run, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("The version of PEFT you are using is not compatible, please use a version >= 0.99.0")
+
+    monkeypatch.setattr(PreTrainedModel, "add_adapter", refuse)
+    with pytest.raises(ValueError, match=r"version >= 0\.99\.0, as transformers [\d.]+ asks for"):
+        run(make_config(lora=LoraConfig(rank=2)))

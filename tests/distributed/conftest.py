@@ -28,7 +28,14 @@ SIZES = {
 FAMILIES = {
     "tied": LlamaConfig(vocab_size=262, **SIZES, tie_word_embeddings=True),
     "untied": LlamaConfig(vocab_size=262, **SIZES, tie_word_embeddings=False),
-    "gemma2": Gemma2Config(vocab_size=262, **SIZES, head_dim=8, sliding_window=8, final_logit_softcapping=5.0),
+    "gemma2": Gemma2Config(
+        vocab_size=262,
+        **SIZES,
+        head_dim=8,
+        sliding_window=8,
+        final_logit_softcapping=5.0,
+        attn_implementation="eager",
+    ),
 }
 IMPORTED = [
     "tvkd_fast.cli.main",

@@ -26,7 +26,9 @@ SIZES = {
 CONFIGS = {
     "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama, untied": LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=4, final_logit_softcapping=5.0),
+    "gemma2": Gemma2Config(
+        **SIZES, head_dim=8, sliding_window=4, final_logit_softcapping=5.0, attn_implementation="eager"
+    ),
 }
 PAIRS = 6
 

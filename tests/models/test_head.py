@@ -30,7 +30,7 @@ FAMILIES = {
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**HEADED),
     "mistral": MistralConfig(**GROUPED),
-    "gemma2": Gemma2Config(**HEADED, final_logit_softcapping=3.0),
+    "gemma2": Gemma2Config(**HEADED, final_logit_softcapping=3.0, attn_implementation="eager"),
     "gemma3": Gemma3TextConfig(**HEADED, final_logit_softcapping=3.0),
     "cohere": CohereConfig(**SHAPE, logit_scale=0.25),
     "granite": GraniteConfig(**GROUPED, logits_scaling=4.0),

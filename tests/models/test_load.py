@@ -1,11 +1,22 @@
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from packed_rows import FAMILIES
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2PreTrainedModel
 
-from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer, save_model
+from tvkd_fast._compat import sdpa_drops_softcaps
+from tvkd_fast.models import (
+    PolicyWithHead,
+    fingerprint_weights,
+    load_model,
+    load_tokenizer,
+    probe,
+    save_model,
+)
+from tvkd_fast.models.load import empty_model
 
 
 def test_a_folder_comes_back_as_it_was_saved(tiny_model, chatml, tmp_path):
@@ -65,6 +76,44 @@ def test_trust_remote_code_is_off_unless_asked_for(monkeypatch):
         load_model("org/name")
     assert seen["trust_remote_code"] is False
     assert seen["use_safetensors"] is True
+
+
+def test_attention_without_the_softcap_is_never_run(tiny_model, chatml, monkeypatch, tmp_path):
+    """As transformers 5.17 would: it takes sdpa where none is named, and leaves the cap out."""
+    capped = tiny_model(config=copy.deepcopy(FAMILIES["gemma2"]))
+    save_model(capped, chatml, tmp_path)
+    monkeypatch.setattr(probe, "sdpa_drops_softcaps", lambda: True)
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    assert load_model(tmp_path).config._attn_implementation == "eager"
+    assert empty_model(tmp_path).model.config._attn_implementation == "eager"
+    asked = load_model(tmp_path, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM caps .* set --model\.attn_implementation eager"):
+        PolicyWithHead(asked)
+    # Families without a cap keep what they have.
+    PolicyWithHead(tiny_model())
+
+
+def test_whether_sdpa_drops_softcaps_is_asked_of_transformers(monkeypatch):
+    from transformers.integrations import sdpa_attention
+
+    def forward(factor):
+        def attend(module, query, key, value, mask, *, scaling, softcap):
+            scores = query @ key.transpose(2, 3) * scaling
+            return (factor(scores, softcap).softmax(-1) @ value).transpose(1, 2), None
+
+        return attend
+
+    def refuses(*args, **kwargs):
+        raise ValueError("no softcap")
+
+    drops = sdpa_drops_softcaps.__wrapped__
+    for attend, answer in (
+        (forward(lambda scores, cap: scores), True),
+        (forward(lambda scores, cap: cap * torch.tanh(scores / cap)), False),
+        (refuses, False),
+    ):
+        monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", attend)
+        assert drops() is answer
 
 
 def test_a_folder_without_a_tokenizer_is_named(tiny_model, tmp_path):

@@ -41,7 +41,10 @@ FAMILIES = {
     "qwen3": Qwen3Config(**HEADED),
     "mistral": MistralConfig(**GROUPED, sliding_window=None),
     "mistral, sliding": MistralConfig(**GROUPED, sliding_window=3),
-    "gemma2": Gemma2Config(**HEADED, **SLIDING, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
+    # transformers 5.17 would choose sdpa, which has no softcap.
+    "gemma2": Gemma2Config(
+        **HEADED, **SLIDING, final_logit_softcapping=3.0, attn_logit_softcapping=2.0, attn_implementation="eager"
+    ),
     "gemma3": Gemma3TextConfig(**HEADED, **SLIDING),
     "phi3": Phi3Config(**GROUPED),
     "phi3, sliding": Phi3Config(**GROUPED, sliding_window=3),

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tvkd_fast.models.adapter_folder import AdapterFolder, adapter_folder, has_tokenizer, merge_adapter
+from tvkd_fast.models.probe import loses_softcap
 from tvkd_fast.models.quantized import keep_packed, nf4_options
 from tvkd_fast.models.tied import are_equal, config_as_tied, tied_names
 
@@ -121,6 +122,7 @@ def _load_whole(
     except (OSError, ImportError) as error:
         raise ValueError(unreadable("model", name, error)) from error
     config_as_tied(model)
+    _keep_softcap(model, how["attn_implementation"])
     if nf4 is not None:
         keep_packed(model)
         return model
@@ -165,9 +167,16 @@ def empty_model(
         raise ValueError(unreadable("model", name, error)) from error
     if not _holds(files, model):
         return None
+    _keep_softcap(model, attn_implementation)
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(source.name)
     return EmptyModel(model.eval(), {name: (file, name) for name, file in files.items()})
+
+
+def _keep_softcap(model: PreTrainedModel, attn_implementation: str | None) -> None:
+    """Where none was asked for, the attention that computes what the config says, as newer transformers choose it."""
+    if attn_implementation is None and loses_softcap(model):
+        model.set_attn_implementation("eager")
 
 
 def _weight_files(name: str) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,12 @@ def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
             policy.requires_grad_(False)
             model.add_adapter(LoraConfig(**options), ADAPTER)
     except ValueError as error:
-        raise ValueError(f"{str(error).splitlines()[0]} Set --lora.targets to names of linear layers") from error
+        said = str(error).splitlines()[0]
+        if "version of PEFT" in said:
+            raise ValueError(
+                f"{said}, as transformers {version('transformers')} asks for, or an older one of it"
+            ) from error
+        raise ValueError(f"{said} Set --lora.targets to names of linear layers") from error
     _check_can_merge(model)
     draw_adapters(model)
     _check_runs(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tvkd_fast.models.head import FusedLMHead, answering_layer, fuse_head
 from tvkd_fast.models.lent import undone
-from tvkd_fast.models.probe import probe_head, probe_packing, required_autocast, states_alone
+from tvkd_fast.models.probe import probe_head, probe_packing, refuse_lost_softcap, required_autocast, states_alone
 from tvkd_fast.models.prune import disable_dropout, few_layers
 from tvkd_fast.models.shared_prompt import Layout, share_prompts, states_of
 from tvkd_fast.ops import Upstream
@@ -69,6 +69,7 @@ class PolicyWithHead(nn.Module):
     ) -> None:
         super().__init__()
         self.packing, self.autocast = packing, autocast
+        refuse_lost_softcap(model)
         self.required_autocast = required = required_autocast(model, autocast)
         self.reduce_always = False
         if probe and model.device.type == "meta":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tvkd_fast._compat import forward_hooks
+from tvkd_fast._compat import forward_hooks, sdpa_drops_softcaps
 from tvkd_fast.models.head import FusedLMHead, answering_layer, head_transforms
 from tvkd_fast.models.lent import in_eval
 from tvkd_fast.models.shared_prompt import Layout, states_of, unpacked_attention
@@ -44,6 +44,21 @@ class OwnAnswer:
     """The autocast dtype that its own forward sets, None where it sets none."""
     calls_head: bool
     """Whether its logits are what its output embeddings returned."""
+
+
+def loses_softcap(model: PreTrainedModel) -> bool:
+    """Return whether the model's attention would be computed without the softcap that its config has."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return softcap is not None and unpacked_attention(model.config) == "sdpa" and sdpa_drops_softcaps()
+
+
+def refuse_lost_softcap(model: PreTrainedModel) -> None:
+    """Raise ValueError where a model's numbers would be those of attention without its softcap."""
+    if loses_softcap(model):
+        raise ValueError(
+            f"{type(model).__name__} caps its attention's scores, which the installed transformers' sdpa leaves out "
+            "without a word: set --model.attn_implementation eager, or install a newer transformers"
+        )
 
 
 def required_autocast(model: PreTrainedModel, autocast: torch.dtype | None) -> torch.dtype | None:
