@@ -99,6 +99,7 @@ def compat_table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         found = row["versions"]
         names = [found[name] for name in ("torch", "triton", "transformers", "peft", "numpy")]
-        rows.append([*map(str, names), f"{row['passed']:,}", *(str(row[x]) for x in ("failed", "skipped", "refused"))])
+        counts = [f"{row.get(name, 0):,}" for name in ("passed", "failed", "skipped", "refused")]
+        rows.append([*map(str, names), *counts])
     head = ["torch", "Triton", "transformers", "peft", "NumPy", "passed", "failed", "skipped", "refused"]
     return markdown(head, rows) + "\n" + provenance(report["rows"][-1]["made_by"], "the first tier of tests")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from packed_rows import FAMILIES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2PreTrainedModel
 
 from tvkd_fast._compat import sdpa_drops_softcaps
 from tvkd_fast.models import (
@@ -83,7 +83,7 @@ def test_attention_without_the_softcap_is_never_run(tiny_model, chatml, monkeypa
     capped = tiny_model(config=copy.deepcopy(FAMILIES["gemma2"]))
     save_model(capped, chatml, tmp_path)
     monkeypatch.setattr(probe, "sdpa_drops_softcaps", lambda: True)
-    monkeypatch.setattr(type(capped), "_supports_sdpa", True)
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
     assert load_model(tmp_path).config._attn_implementation == "eager"
     assert empty_model(tmp_path).model.config._attn_implementation == "eager"
     asked = load_model(tmp_path, attn_implementation="sdpa")
