@@ -23,9 +23,18 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import TritonError
 
-from tvkd_fast.kernels.configs import BULK_TARGETS, CANDIDATES, Demand, Kernel, TileConfig, choose
+from tvkd_fast.kernels.configs import BULK_TARGETS, Demand, Kernel, TileConfig, choose
 from tvkd_fast.kernels.launch import aligned, say_unaligned, target_of
 from tvkd_fast.kernels.records import Head, SelectionRule
+
+CANDIDATES = tuple(
+    TileConfig(m, n, k, warps, stages, bulk)
+    for m, n in ((128, 256), (256, 128), (128, 128), (128, 64), (64, 128), (64, 64))
+    for k in (32, 64)
+    for warps, stages in ((4, 3), (8, 3), (8, 4))
+    for bulk in (True, False)
+)
+"""The tiles that are timed, among them tiles that some devices cannot hold."""
 
 TILE_MAX = 256
 BLOCK_COLUMNS = 4096
@@ -35,13 +44,27 @@ def tiles(
     kernel: Kernel, left: Tensor, right: Tensor, rows: int, *, heavy: bool = False, bias: bool = False
 ) -> TileConfig:
     """The tiles of a launch over `rows` rows of left [·, D] and right [V, D]."""
-    target = target_of(left)
     demand = Demand(left.dtype == torch.float32, heavy, bias, aligned(left, right))
+    return _chosen(kernel, left, right, demand, (rows, right.shape[1], right.shape[0]))
+
+
+def joint_tiles(
+    kernel: Kernel, states: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], *, heavy: bool, bias: bool
+) -> TileConfig:
+    """The tiles of a launch over two heads: weights [V, D] and [V, D'], states [N, D] and [N, D']."""
+    demand = Demand(states[0].dtype == torch.float32, heavy, bias, aligned(*states, *weights))
+    unaligned = next((side for side in (0, 1) if not aligned(states[side], weights[side])), 0)
+    width = sum(state.shape[1] for state in states)
+    return _chosen(kernel, states[unaligned], weights[unaligned], demand, (len(states[0]), width, len(weights[0])))
+
+
+def _chosen(kernel: Kernel, left: Tensor, right: Tensor, demand: Demand, shape: tuple[int, int, int]) -> TileConfig:
+    target = target_of(left)
     if target == "interpreter":
         return choose(kernel, target, demand)
     if not demand.aligned:
         say_unaligned(tuple(left.shape[1:]), tuple(right.shape))
-    tuned = _tuned(cache_file()).get(key(kernel, left, demand, (rows, right.shape[1], right.shape[0])))
+    tuned = _tuned(cache_file()).get(key(kernel, left, demand, shape))
     return tuned or choose(kernel, target, demand)
 
 
@@ -102,6 +125,9 @@ def tune(
     from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
     from tvkd_fast.kernels.head_selection import select_entries
     from tvkd_fast.kernels.head_stats import head_sums
+    from tvkd_fast.kernels.joint_dlogits import Factors, joint_dlogits
+    from tvkd_fast.kernels.joint_stats import joint_sums
+    from tvkd_fast.kernels.joint_values import joint_values
     from tvkd_fast.kernels.products import product
 
     n, d, v = shape
@@ -132,6 +158,17 @@ def tune(
         product(buffer, weight[:width], out, config, scale=ones[:1], alpha=1.0, last=True)
         return out
 
+    # The other side is as wide, as a teacher of the student's size is, and another model.
+    two_heads = (hidden, head, hidden.flip(0), head)
+    joint = joint_sums(*two_heads)
+    factors = Factors(ones, -ones)
+
+    def joint_gradient(config: TileConfig) -> object:
+        block = (hidden, head.columns(0, width), two_heads[2], head.columns(0, width), None, joint)
+        of_factors = (factors.stacked(), factors.flags, buffer, config)
+        options = {"beta": None, "alpha": None, "first_column": 0, "ignore_index": -100, "want_bias": False}
+        return joint_dlogits(*block, *of_factors, **options)
+
     target = target_of(hidden)
     demand = Demand(wide=dtype == torch.float32, aligned=aligned(hidden, weight))
     candidates = [x for x in CANDIDATES if not x.bulk or (target in BULK_TARGETS and demand.aligned)]
@@ -141,9 +178,15 @@ def tune(
         "exponentials": dhidden,
         "dlogits": gradient,
         "product": multiply,
+        "joint_stats": lambda config: joint_sums(*two_heads, config=config),
+        "joint_values": lambda config: joint_values(*two_heads, joint, beta=0.5, config=config),
+        "joint_dlogits": joint_gradient,
     }
+    widths = {kernel: 2 * d if kernel.startswith("joint") else d for kernel in runs}
     return {
-        key(kernel, hidden, demand, shape): fastest(candidates, lambda config, run=run: seconds(lambda: run(config)))  # type: ignore[misc]
+        key(kernel, hidden, demand, (n, widths[kernel], v)): fastest(
+            candidates, lambda config, run=run: seconds(lambda: run(config))
+        )  # type: ignore[misc]
         for kernel, run in runs.items()
     }
 

@@ -11,7 +11,16 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-Kernel = Literal["head_stats", "selection_bits", "exponentials", "dlogits", "product"]
+Kernel = Literal[
+    "head_stats",
+    "selection_bits",
+    "exponentials",
+    "dlogits",
+    "product",
+    "joint_stats",
+    "joint_values",
+    "joint_dlogits",
+]
 
 
 # Passed with every launch and in the census: the default changes between releases (Triton 3.9 fuses and warns that 3.10
@@ -266,6 +275,79 @@ TABLE = (
     Row("product", "gfx942", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 54, 16),
     Row("product", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=2), 64, 16),
     Row("product", "gfx942", "plain", TileConfig(128, 128, 64, warps=8, stages=2), 130, 32),
+    # joint_stats. With labels 128×128×64 spills 33 times on sm_90; a second stage spills scalar registers on gfx942.
+    Row("joint_stats", "sm_80", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 235, 6),
+    Row("joint_stats", "sm_80", "wide heavy", TileConfig(64, 32, 32, warps=8, stages=2), 255, 12),
+    Row("joint_stats", "sm_80", "wide", TileConfig(64, 64, 16, warps=8, stages=4), 172, 24),
+    Row("joint_stats", "sm_80", "heavy", TileConfig(64, 64, 64, warps=8, stages=3), 217, 32),
+    Row("joint_stats", "sm_80", "plain", TileConfig(128, 64, 64, warps=8, stages=3), 234, 48),
+    Row("joint_stats", "sm_86", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 239, 6),
+    Row("joint_stats", "sm_86", "wide heavy", TileConfig(64, 32, 32, warps=8, stages=2), 255, 12),
+    Row("joint_stats", "sm_86", "wide", TileConfig(64, 64, 16, warps=8, stages=4), 172, 24),
+    Row("joint_stats", "sm_86", "heavy", TileConfig(64, 64, 64, warps=8, stages=3), 234, 32),
+    Row("joint_stats", "sm_86", "plain", TileConfig(128, 64, 64, warps=8, stages=3), 246, 48),
+    Row("joint_stats", "sm_90", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 198, 12),
+    Row("joint_stats", "sm_90", "wide", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 237, 89),
+    Row("joint_stats", "sm_90", "heavy", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 233, 97),
+    Row("joint_stats", "sm_90", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 255, 129),
+    Row("joint_stats", "sm_100", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 151, 11),
+    Row("joint_stats", "sm_100", "wide", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 254, 89),
+    Row("joint_stats", "sm_100", "plain", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 255, 97),
+    Row("joint_stats", "gfx942", "unaligned", TileConfig(64, 32, 16, warps=8, stages=1), 166, 4),
+    Row("joint_stats", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=2), 186, 8),
+    Row("joint_stats", "gfx942", "heavy", TileConfig(128, 64, 64, warps=8, stages=1), 186, 16),
+    Row("joint_stats", "gfx942", "plain", TileConfig(128, 128, 64, warps=8, stages=2), 238, 32),
+    # joint_values. What would not fit: 128×64×64 spills 95 times on sm_90 where all sums are asked for.
+    Row("joint_values", "sm_80", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 238, 6),
+    Row("joint_values", "sm_80", "wide heavy", TileConfig(64, 32, 32, warps=8, stages=2), 255, 12),
+    Row("joint_values", "sm_80", "wide", TileConfig(64, 64, 16, warps=8, stages=4), 255, 24),
+    Row("joint_values", "sm_80", "heavy", TileConfig(64, 64, 64, warps=8, stages=3), 243, 32),
+    Row("joint_values", "sm_80", "plain", TileConfig(128, 64, 64, warps=8, stages=3), 255, 48),
+    Row("joint_values", "sm_86", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 220, 6),
+    Row("joint_values", "sm_86", "wide heavy", TileConfig(64, 32, 32, warps=8, stages=2), 225, 12),
+    Row("joint_values", "sm_86", "wide", TileConfig(64, 64, 16, warps=8, stages=4), 243, 24),
+    Row("joint_values", "sm_86", "heavy", TileConfig(64, 64, 64, warps=8, stages=3), 245, 32),
+    Row("joint_values", "sm_86", "plain", TileConfig(128, 64, 64, warps=8, stages=3), 255, 48),
+    Row("joint_values", "sm_90", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 204, 12),
+    Row("joint_values", "sm_90", "wide heavy", TileConfig(64, 64, 32, warps=8, stages=4, bulk=True), 211, 65),
+    Row("joint_values", "sm_90", "wide", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 243, 89),
+    Row("joint_values", "sm_90", "heavy", TileConfig(64, 64, 64, warps=8, stages=4, bulk=True), 191, 65),
+    Row("joint_values", "sm_90", "plain", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 205, 97),
+    Row("joint_values", "sm_100", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 128, 11),
+    Row("joint_values", "sm_100", "wide heavy", TileConfig(64, 64, 32, warps=8, stages=4, bulk=True), 148, 65),
+    Row("joint_values", "sm_100", "wide", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 194, 89),
+    Row("joint_values", "sm_100", "heavy", TileConfig(64, 64, 64, warps=8, stages=4, bulk=True), 148, 65),
+    Row("joint_values", "sm_100", "plain", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 198, 97),
+    Row("joint_values", "gfx942", "unaligned", TileConfig(64, 32, 16, warps=8, stages=1), 172, 4),
+    Row("joint_values", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=1), 166, 4),
+    Row("joint_values", "gfx942", "heavy", TileConfig(128, 64, 64, warps=8, stages=1), 196, 16),
+    Row("joint_values", "gfx942", "plain", TileConfig(128, 64, 64, warps=8, stages=1), 166, 16),
+    # joint_dlogits. What would not fit: 128×128×32 spills 6 times on sm_80 with logarithms and biases.
+    Row("joint_dlogits", "sm_80", "unaligned", TileConfig(64, 32, 32, warps=8, stages=2), 251, 12),
+    Row("joint_dlogits", "sm_80", "wide heavy", TileConfig(64, 32, 32, warps=8, stages=2), 229, 12),
+    Row("joint_dlogits", "sm_80", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 185, 36),
+    Row("joint_dlogits", "sm_80", "heavy", TileConfig(64, 64, 64, warps=8, stages=3), 146, 32),
+    Row("joint_dlogits", "sm_80", "plain", TileConfig(128, 64, 64, warps=8, stages=3), 190, 48),
+    Row("joint_dlogits", "sm_86", "unaligned", TileConfig(64, 32, 32, warps=8, stages=2), 251, 12),
+    Row("joint_dlogits", "sm_86", "wide heavy", TileConfig(64, 32, 32, warps=8, stages=2), 229, 12),
+    Row("joint_dlogits", "sm_86", "wide", TileConfig(64, 128, 16, warps=8, stages=4), 192, 36),
+    Row("joint_dlogits", "sm_86", "heavy", TileConfig(64, 64, 64, warps=8, stages=3), 150, 32),
+    Row("joint_dlogits", "sm_86", "plain", TileConfig(128, 64, 64, warps=8, stages=3), 210, 48),
+    Row("joint_dlogits", "sm_90", "unaligned", TileConfig(64, 32, 32, warps=8, stages=2), 142, 20),
+    Row("joint_dlogits", "sm_90", "wide heavy", TileConfig(64, 64, 32, warps=8, stages=4, bulk=True), 187, 65),
+    Row("joint_dlogits", "sm_90", "wide", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 213, 89),
+    Row("joint_dlogits", "sm_90", "heavy", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 191, 97),
+    Row("joint_dlogits", "sm_90", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 254, 129),
+    Row("joint_dlogits", "sm_100", "unaligned", TileConfig(64, 32, 32, warps=8, stages=2), 121, 21),
+    Row("joint_dlogits", "sm_100", "wide heavy", TileConfig(64, 64, 32, warps=8, stages=3, bulk=True), 136, 49),
+    Row("joint_dlogits", "sm_100", "wide", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 175, 89),
+    Row("joint_dlogits", "sm_100", "heavy", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 245, 97),
+    Row("joint_dlogits", "sm_100", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 247, 129),
+    Row("joint_dlogits", "gfx942", "unaligned", TileConfig(64, 32, 32, warps=8, stages=2), 198, 12),
+    Row("joint_dlogits", "gfx942", "wide heavy", TileConfig(64, 32, 16, warps=4, stages=2), 200, 6),
+    Row("joint_dlogits", "gfx942", "wide", TileConfig(64, 64, 16, warps=4, stages=2), 132, 8),
+    Row("joint_dlogits", "gfx942", "heavy", TileConfig(128, 64, 64, warps=8, stages=2), 198, 24),
+    Row("joint_dlogits", "gfx942", "plain", TileConfig(128, 128, 64, warps=8, stages=2), 198, 32),
 )
 # fmt: on
 
@@ -281,16 +363,6 @@ def row_of(kernel: Kernel, target: str, demand: Demand) -> Row:
 def choose(kernel: Kernel, target: str, demand: Demand) -> TileConfig:
     """The shipped tiles of a kernel on a target."""
     return INTERPRETED if target == "interpreter" else row_of(kernel, target, demand).tiles
-
-
-CANDIDATES = tuple(
-    TileConfig(m, n, k, warps, stages, bulk)
-    for m, n in ((128, 256), (256, 128), (128, 128), (128, 64), (64, 128), (64, 64))
-    for k in (32, 64)
-    for warps, stages in ((4, 3), (8, 3), (8, 4))
-    for bulk in (True, False)
-)
-"""The tiles that `kernels/autotune.py` times, among them tiles that some devices cannot hold."""
 
 
 GATHERED_FLOATS = 16

@@ -39,6 +39,11 @@ class Head:
         """The head of a slice of the vocabulary."""
         return replace(self, weight=self.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop])
 
+    def at_temperature(self, temperature: float) -> Head:
+        """The head of z/temperature: a scale and a softcap hold it, so that kernels need no temperature."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, logit_scale=self.logit_scale / temperature, softcap=softcap)
+
 
 @dataclass(frozen=True)
 class HeadSums:
@@ -71,6 +76,76 @@ class HeadSums:
         """log softmax(z) at the label."""
         assert self.target is not None
         return (self.target - self.maximum).sub_(self.log_total)
+
+
+@dataclass(frozen=True)
+class JointSums:
+    """Statistics of two softmaxes p and q over one vocabulary, from one walk over both; (N,) float32 each, nats."""
+
+    own: HeadSums
+    """Of p, the student's."""
+    other: HeadSums
+    """Of q, the teacher's: maximum and log_total."""
+    forward_kl: Tensor
+    """KL(q‖p)"""
+    reverse_kl: Tensor
+    """KL(p‖q)"""
+    log_squares: Tensor | None = None
+    """log Σ p²"""
+
+    def swapped(self) -> JointSums:
+        """The same with p and q in each other's place, without what is known of p alone."""
+        own = HeadSums(self.own.maximum, self.own.log_total)
+        return JointSums(self.other, own, forward_kl=self.reverse_kl, reverse_kl=self.forward_kl)
+
+
+@dataclass(frozen=True)
+class JointValues:
+    """What a second walk over p and q sums once both are normalized; (N,) float32 each, None where not asked for.
+
+    m = (1 − β')p + β'q.
+    """
+
+    beta: float | None = None
+    """β' in (0, 1)."""
+    alpha: float | None = None
+    """In (0, 1)."""
+    other_to_mixture: Tensor | None = None
+    """KL(q‖m), never negative."""
+    own_to_mixture: Tensor | None = None
+    """KL(p‖m), never negative."""
+    overlap: Tensor | None = None
+    """Σ pq/m"""
+    total_variation: Tensor | None = None
+    """½ Σ |p − q|"""
+    excess: Tensor | None = None
+    """Σ p·sign(p − q)"""
+    power: Tensor | None = None
+    """Σ p^α·q^{1−α}"""
+
+    @property
+    def jsd(self) -> Tensor:
+        """β'·KL(q‖m) + (1 − β')·KL(p‖m)."""
+        assert self.beta is not None
+        assert self.other_to_mixture is not None
+        assert self.own_to_mixture is not None
+        return self.beta * self.other_to_mixture + (1.0 - self.beta) * self.own_to_mixture
+
+    def swapped(self) -> JointValues:
+        """The same with p and q in each other's place."""
+        excess = None
+        if self.total_variation is not None and self.excess is not None:
+            excess = 2.0 * self.total_variation - self.excess
+        return JointValues(
+            None if self.beta is None else 1.0 - self.beta,
+            None if self.alpha is None else 1.0 - self.alpha,
+            other_to_mixture=self.own_to_mixture,
+            own_to_mixture=self.other_to_mixture,
+            overlap=self.overlap,
+            total_variation=self.total_variation,
+            excess=excess,
+            power=self.power,
+        )
 
 
 @dataclass(frozen=True)

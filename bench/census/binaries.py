@@ -53,6 +53,9 @@ from tvkd_fast.kernels.head_dhidden import (
     rescale_kernel,
 )
 from tvkd_fast.kernels.head_stats import MERGE_AT_ONCE, MERGE_ROWS, head_stats_kernel, merge_splits_kernel
+from tvkd_fast.kernels.joint_dlogits import joint_dlogits_kernel
+from tvkd_fast.kernels.joint_stats import joint_merge_kernel, joint_stats_kernel
+from tvkd_fast.kernels.joint_values import joint_values_kernel
 from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue_kernel
 from tvkd_fast.kernels.products import product_kernel
 from tvkd_fast.kernels.selected_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
@@ -91,8 +94,13 @@ KERNELS = {
     "dlogp_dhidden": dlogp_dhidden_kernel,
     "block_exponentials": block_exponentials_kernel,
     "preference_epilogue": preference_epilogue_kernel,
+    "joint_stats": joint_stats_kernel,
+    "joint_merge": joint_merge_kernel,
+    "joint_values": joint_values_kernel,
+    "joint_dlogits": joint_dlogits_kernel,
 }
-PRODUCTS = ("head_stats", "selection_bits", "dlogits", "product", "exponentials")
+JOINT = ("joint_stats", "joint_values", "joint_dlogits")
+PRODUCTS = ("head_stats", "selection_bits", "dlogits", "product", "exponentials", *JOINT)
 """Kernels with a matrix product in them; the others have no main loop of loads and no tensor cores to use."""
 
 _INTEGERS = {"ended": "i1", "is_sparse": "i8"}
@@ -100,8 +108,8 @@ _INTEGERS |= dict.fromkeys(("labels", "cu_seqlens", "cu_states", "starts", "coun
 _INTEGERS |= dict.fromkeys(
     ("words", "sparse_words", "columns", "rows", "row_hashes", "column_hashes", "spread_over"), "i32"
 )
-_MATRICES = ("hidden", "weight", "left", "right")
-_OPERANDS = (*_MATRICES, "bias", "dlogits", "exponentials", "grad_hidden", "grad_weight", "grad_bias")
+_MATRICES = ("hidden", "weight", "left", "right", "other_hidden", "other_weight")
+_OPERANDS = (*_MATRICES, "bias", "other_bias", "dlogits", "exponentials", "grad_hidden", "grad_weight", "grad_bias")
 _BLOCK_SUMS = ("shift", "total", "target")
 _EPILOGUE_FLOATS = ("beta", "alpha", "gamma", "label_smoothing")
 _ASKED = {
@@ -114,8 +122,33 @@ _ASKED = {
 }
 _ROWS = {"": (True, True), "odd D": (True, False), "unaligned": (False, False)}
 """Whether rows are aligned, as `launch.aligned` has it, and whether D is whole steps (tiles) and no load is masked."""
+_JOINT_ASKED: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
+    "joint_stats": {
+        "light": {"divergences": ()},
+        "heavy": {"all": ("LABELS", "ENTROPY", "SQUARES", "BIAS", "SOFTCAP")},
+    },
+    "joint_values": {
+        "light": {"mixture, biases": ("LABELS", "MIXTURE", "BIAS")},
+        "heavy": {"all": ("LABELS", "MIXTURE", "VARIATION", "POWER", "BIAS", "SOFTCAP")},
+    },
+    "joint_dlogits": {
+        "light": {"differences": (), "logs, biases": ("LABELS", "LOGS", "BIAS", "COLUMN_SUMS")},
+        "heavy": {"all": ("LABELS", "LOGS", "MIXTURE", "VARIATION", "POWER", "BIAS", "SOFTCAP", "COLUMN_SUMS")},
+    },
+}
+"""Of a kernel over two heads, by its demand: the switches of the most code, and of the plainest walk the least."""
+_JOINT_SWITCHES = {
+    "joint_stats": ("LABELS", "ENTROPY", "SQUARES"),
+    "joint_values": ("LABELS", "MIXTURE", "VARIATION", "POWER"),
+    "joint_dlogits": ("LABELS", "LOGS", "MIXTURE", "VARIATION", "POWER", "COLUMN_SUMS"),
+}
+_OF_EITHER_HEAD = ("BIAS", "SOFTCAP")
 _FLOATS = ("logit_scale", "softcap", "kappa", "alpha", "eps")
+_FLOATS += ("other_logit_scale", "other_softcap", "beta", "log_beta", "log_rest")
 _SIZES = ("N", "V", "D", "M", "K", "R", "C", "W", "splits", "tiles", "vocab_start", "ignore_index", "first_column")
+_SIZES += ("OTHER_D",)
+_NUMBERS_PER_ROW = ("partials_stride", "factors_stride")
+"""Strides of rows by rows, which are of any number."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +206,8 @@ def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = 
     """All builds that ship, by target, dtype and set of switches.
 
     Where D is whole steps, each set of switches that an op can ask for is built. Where loads are masked, or narrow, the
-    heaviest sets stand for the others: tests/kernels/test_census.py says why they may, and that they do.
+    heaviest sets stand for the others: tests/kernels/test_census.py says why they may, and that they do. Of the kernels
+    over two heads, whose sets are hundreds, the lightest and the heaviest are built at every tile.
     """
     for target, dtype in product(targets, dtypes):
         yield from _head_stats(target, dtype)
@@ -183,6 +217,7 @@ def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = 
         yield from _selection_bits(target, dtype)
         yield from _gathers(target, dtype)
         yield from _block_softmax(target, dtype)
+        yield from _two_heads(target, dtype)
     for target in targets:
         yield from _merges(target)
         yield Build("count", target, "fp32", "plain", {"BLOCK": COUNT_WORDS})
@@ -211,6 +246,10 @@ def rejected() -> Iterator[Build]:
         ("product", "dW, sum", "bf16", "sm_100", replace(long, stages=3)),
         ("product", "dW, sum", "bf16", "sm_80", TileConfig(128, 256, 32, warps=8, stages=3)),
         ("product", "dW, sum", "bf16", "sm_86", replace(square, stages=5)),
+        ("joint_stats", "divergences", "bf16", "sm_100", replace(square, bulk=True, stages=4)),
+        ("joint_stats", "all", "bf16", "sm_90", replace(square, bulk=True, stages=4)),
+        ("joint_values", "all", "bf16", "sm_90", replace(square, block_n=64, bulk=True, stages=4)),
+        ("joint_dlogits", "logs, biases", "bf16", "sm_80", replace(square, block_k=32, stages=4)),
     )
     for kernel, variant, dtype, target, config in tried:
         named = (x for x in builds((target,)) if (x.kernel, x.variant, x.dtype) == (kernel, variant, dtype))
@@ -292,6 +331,22 @@ def _selection_bits(target: str, dtype: str) -> Iterator[Build]:
         yield from _tiled("selection_bits", target, dtype, variant, switches, config, rows)
 
 
+def _two_heads(target: str, dtype: str) -> Iterator[Build]:
+    for kernel, demand, rows in product(JOINT, ("light", "heavy"), _ROWS):
+        sets = _JOINT_ASKED[kernel][demand]
+        if rows:
+            # Unaligned rows have one tile for either demand.
+            sets = {} if rows == "unaligned" and demand == "light" else dict([list(sets.items())[-1]])
+        for asked, on in sets.items():
+            config = _config(kernel, target, dtype, rows, heavy=demand == "heavy", bias="BIAS" in on)
+            switches: dict[str, Any] = {f"HAS_{name}": name in on for name in _JOINT_SWITCHES[kernel]}
+            for name in _OF_EITHER_HEAD:
+                switches |= {f"HAS_{name}": name in on, f"HAS_OTHER_{name}": name in on}
+            if kernel != "joint_dlogits":
+                switches["SPLIT_TILES"] = config.split_tiles
+            yield from _tiled(kernel, target, dtype, _named(asked, rows), switches, config, rows)
+
+
 def _block_softmax(target: str, dtype: str) -> Iterator[Build]:
     of = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     for bias, softcap, aligned in _flags(3):
@@ -356,6 +411,10 @@ def _merges(target: str) -> Iterator[Build]:
         asked = dict(zip(("HAS_LABELS", "HAS_KAPPA", "HAS_ENTROPY"), on, strict=True))
         variant = _named(*(name.removeprefix("HAS_").lower() for name in asked if asked[name])) or "plain"
         yield Build("merge_splits", target, "fp32", variant, {"ROWS": MERGE_ROWS, "AT_ONCE": MERGE_AT_ONCE} | asked)
+    for on in product((False, True), repeat=3):
+        asked = dict(zip(("HAS_LABELS", "HAS_ENTROPY", "HAS_SQUARES"), on, strict=True))
+        variant = _named(*(name.removeprefix("HAS_").lower() for name in asked if asked[name])) or "plain"
+        yield Build("joint_merge", target, "fp32", variant, {"ROWS": MERGE_ROWS, "AT_ONCE": MERGE_AT_ONCE} | asked)
 
 
 def _epilogues(target: str) -> Iterator[Build]:
@@ -383,11 +442,12 @@ def binary(build: Build) -> Any:
     if config is not None:
         switches = config.switches | {"PRECISION": precision(DTYPES[build.dtype], TARGETS[build.target][0])} | switches
     signature = {name: "constexpr" if name in switches else _type(name, build) for name in kernel.arg_names}
-    multiples = ("D", "N") if build.kernel == "product" else ("D",)
+    multiples = ("D", "N") if build.kernel == "product" else ("D", "OTHER_D")
+    multiples += tuple(name for name in kernel.arg_names if name.endswith("_stride") and name not in _NUMBERS_PER_ROW)
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if build.aligned and (signature[name].startswith("*") or name in multiples or name.endswith("_stride"))
+        if build.aligned and (signature[name].startswith("*") or name in multiples)
     }
     source = ASTSource(kernel, signature, switches, aligned)
     return triton.compile(source, target=TARGETS[build.target][1], options=build.options)
@@ -421,6 +481,8 @@ def _block(name: str, config: TileConfig, build: Build) -> str:
     sides = {
         "hidden": (config.block_m, config.block_k),
         "weight": (config.block_n, config.block_k),
+        "other_hidden": (config.block_m, config.block_k),
+        "other_weight": (config.block_n, config.block_k),
         "left": (config.block_m, config.block_k),
         "right": (config.block_k, config.block_n),
     }

@@ -295,6 +295,32 @@ def sparse_ops_of_a_head(dtype: torch.dtype, d: int, bias: bool, softcap: float 
     linear_logps(hidden, weight, torch.randint(v, (20,)), bias=offsets, softcap=softcap, **options).sum().backward()
 
 
+def joint_ops_of_two_heads(dtype: torch.dtype, d: int, other_d: int, bias: bool, softcap: float | None) -> None:
+    from tvkd_fast.kernels.joint_backward import JointWeights, joint_gradients
+    from tvkd_fast.kernels.joint_stats import joint_sums
+    from tvkd_fast.kernels.joint_values import joint_values
+    from tvkd_fast.kernels.records import Head
+
+    n, v = 5, 40
+    hidden, other_hidden = torch.randn(n, d).to(dtype), torch.randn(n, other_d).to(dtype)
+    head = Head(torch.randn(v, d).to(dtype), torch.randn(v).to(dtype) if bias else None, softcap)
+    sides = (hidden, head, other_hidden, Head(torch.randn(v, other_d).to(dtype)))
+    labels, ones = torch.randint(v, (n,)), torch.ones(n)
+    wants = {"want_hidden": True, "want_weight": True, "want_bias": True}
+    for asked in (None, labels):
+        for entropy, squares in product((False, True), repeat=2):
+            sums = joint_sums(*sides, labels=asked, entropy=entropy, squares=squares)
+        given = {"labels": asked}
+        values = joint_values(*sides, sums, beta=0.5, **given)
+        joint_values(*sides, sums, variation=True, **given)
+        mixed = JointWeights(forward_kl=ones, own_to_mixture=ones)
+        for weights in (JointWeights(forward_kl=ones), JointWeights(reverse_kl=ones, log_squares=ones), mixed):
+            joint_gradients(*sides, asked, sums, weights, values, **wants)
+    values = joint_values(*sides, sums, labels=labels, beta=0.5, variation=True, alpha=0.5)
+    everything = JointWeights(**dict.fromkeys(("logps", "entropy", "own_to_mixture", "total_variation", "power"), ones))
+    joint_gradients(*sides, labels, sums, everything, values, **wants)
+
+
 def epilogues() -> None:
     from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue
 
@@ -316,8 +342,9 @@ def test_launches_name_their_arguments_and_pointers_say_so() -> None:
     with recording("fp32", launches):
         ops_of_a_head(torch.float32, 3, 16, 40, "none", None)
         sparse_ops_of_a_head(torch.float32, 16, True, None, "unbiased", "both")
+        joint_ops_of_two_heads(torch.float32, 16, 32, True, None)
         epilogues()
-    assert len({x.kernel for x in launches}) == 14
+    assert len({x.kernel for x in launches}) == 18
 
 
 @cache
@@ -335,6 +362,8 @@ def recorded() -> tuple[Launch, ...]:
                 for bias, softcap in product((False, True), (None, 5.0)):  # type: ignore[assignment]
                     for tail in ("even", "unbiased") if d == 64 else ("even",):
                         sparse_ops_of_a_head(dtype, d, bias, softcap, tail, "both")
+                for bias, softcap in ((False, None), (True, None), (True, 5.0)):  # type: ignore[assignment]
+                    joint_ops_of_two_heads(dtype, d, 64, bias, softcap)
     with recording("fp32", launches):
         epilogues()
     # The interpreter refuses bfloat16, which is launched as float16 is.
@@ -377,9 +406,12 @@ SIZES = (
 )
 """Compile-time arguments that follow from the target, the dtype and the row of the table."""
 
-ADDS = ("LABELS", "KAPPA", "ENTROPY", "BIAS", "SOFTCAP", "COLUMN_SUMS", "PREVIOUS", "GRAD", "START")
+OF_TWO_HEADS = ("OTHER_BIAS", "OTHER_SOFTCAP", "SQUARES", "LOGS", "MIXTURE", "VARIATION", "POWER")
+ADDS = ("LABELS", "KAPPA", "ENTROPY", "BIAS", "SOFTCAP", "COLUMN_SUMS", "PREVIOUS", "GRAD", "START", *OF_TWO_HEADS)
 GATHERS = ("sparse_rows", "sparse_columns")
 """Kernels of every D: all sets of switches are built at one, and a light and a heavy one at the others."""
+JOINT = ("joint_stats", "joint_values", "joint_dlogits")
+"""Kernels over two heads, which have hundreds of sets of switches: of each tile the one with the most code is built."""
 
 MORE = {"EVEN_K": False, "EVEN_N": False, "UNBIASED": True} | {f"HAS_{name}": True for name in ADDS}
 """The value of a switch that adds code to a kernel and takes none away."""
@@ -417,7 +449,7 @@ def stands_for(build: Any, launch: Launch, family: str) -> bool:
     if (build.kernel, build.config, build.aligned) != (launch.kernel, config, aligned):
         return False
     made, wanted = (live(launch.kernel, x.switches, config, aligned) for x in (build, launch))
-    if aligned and wanted.get("EVEN_K", True) and wanted.get("EVEN_N", True) and launch.kernel not in GATHERS:
+    if aligned and wanted.get("EVEN_K", True) and wanted.get("EVEN_N", True) and launch.kernel not in GATHERS + JOINT:
         return made == wanted
     return made.keys() == wanted.keys() and all(x in (wanted[name], MORE.get(name)) for name, x in made.items())
 
@@ -454,6 +486,11 @@ def test_every_launch_is_built(launches: tuple[Launch, ...], census: ModuleType)
         ("exponentials", "bias"),
         ("product", "dH, last, odd D"),
         ("preference_epilogue", "values, eos, ref tokens"),
+        ("joint_stats", "all"),
+        ("joint_merge", "labels"),
+        ("joint_values", "mixture, biases"),
+        ("joint_dlogits", "logs, biases"),
+        ("joint_dlogits", "all, odd D"),
     ],
 )
 def test_a_launch_that_is_not_is_found(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tvkd_fast.kernels import dense_columns, selected_lists
-from tvkd_fast.kernels.configs import CANDIDATES, INTERPRETED
+from tvkd_fast.kernels.autotune import CANDIDATES
+from tvkd_fast.kernels.configs import INTERPRETED
 from tvkd_fast.kernels.hash_uniform import HashUniform
 from tvkd_fast.kernels.head_selection import select_entries
 from tvkd_fast.kernels.records import Head, SelectionRule
