@@ -166,8 +166,9 @@ def tune(
     def joint_gradient(config: TileConfig) -> object:
         block = (hidden, head.columns(0, width), two_heads[2], head.columns(0, width), None, joint)
         of_factors = (factors.stacked(), factors.flags, buffer, config)
-        options = {"beta": None, "alpha": None, "first_column": 0, "ignore_index": -100, "want_bias": False}
-        return joint_dlogits(*block, *of_factors, **options)
+        return joint_dlogits(
+            *block, *of_factors, beta=None, alpha=None, first_column=0, ignore_index=-100, want_bias=False
+        )
 
     target = target_of(hidden)
     demand = Demand(wide=dtype == torch.float32, aligned=aligned(hidden, weight))
@@ -185,8 +186,9 @@ def tune(
     widths = {kernel: 2 * d if kernel.startswith("joint") else d for kernel in runs}
     return {
         key(kernel, hidden, demand, (n, widths[kernel], v)): fastest(
-            candidates, lambda config, run=run: seconds(lambda: run(config))
-        )  # type: ignore[misc]
+            candidates,
+            lambda config, run=run: seconds(lambda: run(config)),  # type: ignore[misc]
+        )
         for kernel, run in runs.items()
     }
 
