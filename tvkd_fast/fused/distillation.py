@@ -96,7 +96,7 @@ def fused_linear_distillation_loss(
         ... )
         >>> out.loss.backward()
         >>> out.loss.detach(), hidden.grad.shape
-        (tensor(0.9524), torch.Size([2, 4]))
+        (tensor(0.9525), torch.Size([2, 4]))
     """
     if not isinstance(mixture, Mapping):
         raise ValueError(f"mixture must map outputs to weights, {{'forward_kl': 1.0}}, got a {type(mixture).__name__}")

@@ -214,7 +214,7 @@ def fake_six(inputs: Any, wants: Any) -> SixGradients:
         (like if x is None else x).new_empty(x.shape if want and x is not None else (0,))
         for x, want in zip(inputs, wants, strict=True)
     ]
-    return tuple(found)  # type: ignore[return-value]
+    return tuple(found)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
