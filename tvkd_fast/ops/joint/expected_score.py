@@ -239,13 +239,9 @@ def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     grads = score_gradients_op(
         upstream, hidden, weight, bias, states, weights, biases, rows, numbers, *ctx.settings, *wants
     )
-    # A list's gradient is a list, of numbers too.
+    # The gradient of a list of tensors is a list.
     of_lists = [[None] * count for _ in range(3)]
-    return (*wanted_gradients(grads, wants), *of_lists, None, *_none_like(ctx.settings))
-
-
-def _none_like(settings: Sequence[Any]) -> list[Any]:
-    return [[None] * len(x) if isinstance(x, list) else None for x in settings]
+    return (*wanted_gradients(grads, wants), *of_lists, None, *[None] * len(ctx.settings))
 
 
 score_op.register_autograd(_backward, setup_context=_keep)

@@ -145,6 +145,6 @@ def _check_value(value: Tensor, kind: str) -> None:
         return
     row = int((~value.isfinite()).nonzero()[0])
     raise ValueError(
-        f"{kind} is {float(value.detach()[row])} in row {row}: one model's probability of a token, or of the tail, is 0 "
-        "where the other's is not, and the divergence has no gradient"
+        f"{kind} is {float(value.detach()[row])} in row {row}: one model's probability of a token, or of the tail, is "
+        "0 where the other's is not, and the divergence has no gradient"
     )
