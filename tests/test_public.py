@@ -51,6 +51,8 @@ ARGUMENTS = {
     "dpo_loss": "policy_logps ref_logps beta label_smoothing",
     "sft_loss": "policy_logps num_tokens",
 }
+INPUTS = {"teacher_hidden", "teacher_weight", "labels"}
+"""Tensors that may be left out and are no settings."""
 EXPLAINED = [(tvkd_fast, name) for name in sorted(SURFACE - {"__version__"})]
 EXPLAINED += [(integrations, name) for name in ("patch_lm_head", "unpatch_lm_head")]
 EXPLAINED += [(losses, "segment_sums")]
@@ -73,7 +75,7 @@ def test_arguments_stay_in_their_order(name: str) -> None:
     found = inspect.signature(getattr(tvkd_fast, name)).parameters
     assert list(found) == ARGUMENTS[name].split()
     # Settings are named where they are given, so that one more can stand anywhere among them.
-    optional = [p for p in found.values() if p.default is not p.empty]
+    optional = [p for p in found.values() if p.default is not p.empty and p.name not in INPUTS]
     assert all(p.kind is p.KEYWORD_ONLY for p in optional)
 
 

@@ -82,7 +82,7 @@ def fused_linear_distillation_loss(
         `DistillationOutput`. `loss` is differentiable once by hidden, weight and bias of the student, and by the
         teacher's where they require a gradient. On a CPU the gradient is made in the forward: four products for a
         teacher of the student's width, three where hidden or weight wants none. A second backward recomputes it.
-        Memory beyond inputs and gradients is bounded by 128 MB, float32 sums of 16-bit gradients apart.
+        Memory beyond inputs and gradients is 128 MB by count, float32 sums of 16-bit gradients apart.
 
     Raises:
         ValueError, RuntimeError: as `linear_joint`.
@@ -96,7 +96,7 @@ def fused_linear_distillation_loss(
         ... )
         >>> out.loss.backward()
         >>> out.loss.detach(), hidden.grad.shape
-        (tensor(0.9524), torch.Size([2, 4]))
+        (tensor(0.9525), torch.Size([2, 4]))
     """
     if not isinstance(mixture, Mapping):
         raise ValueError(f"mixture must map outputs to weights, {{'forward_kl': 1.0}}, got a {type(mixture).__name__}")

@@ -230,7 +230,8 @@ def test_a_token_that_the_teacher_lacks(kind: str, passes: str) -> None:
 
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd", "tvd"])
 def test_an_index_into_a_larger_vocabulary(kind: str) -> None:
-    case = JointCase.draw((9, 5, 6, 40))
+    # Of models that part on nearly every token TVD has hardly a gradient, and float32 little of that.
+    case = JointCase.draw((9, 5, 6, 40), spread=0.5)
     index = torch.randperm(40, generator=torch.Generator().manual_seed(3))[:31]
     for name in ("weight", "bias"):
         x = case.leaves[name]

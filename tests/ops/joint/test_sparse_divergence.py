@@ -31,7 +31,7 @@ def twin(case: JointCase, ids: Tensor, probs: Tensor, tail: str, kind: str, temp
     """By the whole q, or by the outcomes "each of the ids" and "any other"."""
     log_p, v = (case.logits()[0] / temperature).log_softmax(-1), case.logits()[0].shape[1]
     there = ids >= 0
-    listed = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, ids.clamp_min(0), there)
+    listed = torch.zeros(log_p.shape, dtype=torch.int64).scatter_add(1, ids.clamp_min(0), there.long()) > 0
     q = torch.zeros_like(log_p).scatter_add(1, ids.clamp_min(0), probs.double() * there)
     left = (1 - q.sum(1, keepdim=True)).clamp_min(0)
     if tail == "even":

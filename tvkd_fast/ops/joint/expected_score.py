@@ -29,10 +29,10 @@ from tvkd_fast.ops.joint.pair_input import (
 )
 from tvkd_fast.ops.registered import (
     Gradients,
-    Kept,
     as_tensors,
-    differentiate,
+    check_differentiated_once,
     fake_gradients,
+    wanted_gradients,
 )
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 from tvkd_fast.ops.tiles.joint.sides import Side
@@ -81,7 +81,7 @@ def linear_expected_score(
         >>> import torch
         >>> hidden, weight = torch.eye(2, 4), torch.eye(5, 4)
         >>> linear_expected_score(hidden, weight, heads=[(1.0, hidden, weight), (-1.0, torch.zeros(2, 4), weight)])
-        tensor([0.1365, 0.1365])
+        tensor([0.1092, 0.1092])
     """
     check_temperature(temperature)
     with naming("policy"):
@@ -224,22 +224,24 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty((5, hidden.shape[0]), dtype=dtype)
 
 
-def _keep(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
-    hidden, weight, bias, states, weights, biases, rows, *settings = inputs
-    count = len(states)
-    return (hidden, weight, bias, rows, output[1], *states, *weights, *biases), (count, *settings)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, states, weights, biases, rows, *ctx.settings = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.count = len(states)
+    ctx.save_for_backward(hidden, weight, bias, rows, output[1], *states, *weights, *biases)
 
 
-def _derivative(
-    upstream: Tensor, kept: Sequence[Any], settings: Sequence[Any], wants: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    hidden, weight, bias, rows, numbers, *lists = kept
-    count, *settings = settings
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    check_differentiated_once(NAME)
+    hidden, weight, bias, rows, numbers, *lists = ctx.saved_tensors
+    count, wants = ctx.count, ctx.needs_input_grad[:3]
     states, weights, biases = (lists[i * count : (i + 1) * count] for i in range(3))
-    grads: Gradients = score_gradients_op(
-        upstream, hidden, weight, bias, states, weights, biases, rows, numbers, *settings, *wants
+    grads = score_gradients_op(
+        upstream, hidden, weight, bias, states, weights, biases, rows, numbers, *ctx.settings, *wants
     )
-    return grads
+    # The gradient of a list of tensors is a list.
+    of_lists = [[None] * count for _ in range(3)]
+    return (*wanted_gradients(grads, wants), *of_lists, None, *[None] * len(ctx.settings))
 
 
-differentiate(score_op, _keep, _derivative, name=NAME)
+score_op.register_autograd(_backward, setup_context=_keep)
