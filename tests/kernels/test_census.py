@@ -449,8 +449,11 @@ def stands_for(build: Any, launch: Launch, family: str) -> bool:
     if (build.kernel, build.config, build.aligned) != (launch.kernel, config, aligned):
         return False
     made, wanted = (live(launch.kernel, x.switches, config, aligned) for x in (build, launch))
-    if aligned and wanted.get("EVEN_K", True) and wanted.get("EVEN_N", True) and launch.kernel not in GATHERS + JOINT:
-        return made == wanted
+    if aligned and wanted.get("EVEN_K", True) and wanted.get("EVEN_N", True):
+        if launch.kernel not in GATHERS + JOINT:
+            return made == wanted
+        if not made.get("EVEN_K", True):
+            return False
     return made.keys() == wanted.keys() and all(x in (wanted[name], MORE.get(name)) for name, x in made.items())
 
 
