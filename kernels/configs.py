@@ -7,9 +7,11 @@ multiply-add. docs/kernels.md shows what each row compiles to, and the larger ti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import triton
 
 Kernel = Literal["head_stats", "selection_bits", "exponentials", "dlogits", "product"]
 
@@ -269,18 +271,57 @@ TABLE = (
 )
 # fmt: on
 
-_ROWS = {(row.kernel, row.target, row.shape): row for row in TABLE}
+Release = tuple[int, int]
+"""A release of Triton: its major and its minor number."""
+CENSUS_RELEASE = (3, 9)
+"""The release that TABLE and its census are of."""
+RELEASES: tuple[Release, ...] = ((3, 6), (3, 7), CENSUS_RELEASE)
+"""Releases under which the binaries nearest to a spill were compiled (`python -m bench.census.tritons`)."""
+RELEASE: Release = tuple(int(part) for part in triton.__version__.split(".")[:2])  # type: ignore[assignment]
+"""The release that is installed."""
+
+# fmt: off
+OLDER: dict[Release, tuple[Row, ...]] = {
+    # The table spills 42 times on sm_90 under 3.6 and 58 under 3.7, 2 to 13 times in float32, and 6 times on 12.0.
+    # 3.8 was not compiled.
+    (3, 8): (
+        Row("selection_bits", "sm_80", "wide heavy", TileConfig(128, 64, 16, warps=8, stages=4), 235, 36),
+        Row("selection_bits", "sm_86", "wide heavy", TileConfig(128, 64, 16, warps=8, stages=4), 240, 36),
+        Row("selection_bits", "sm_86", "plain", TileConfig(128, 128, 32, warps=8, stages=4), 255, 48),
+        Row("selection_bits", "sm_90", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 203, 129),
+    ),
+}
+# fmt: on
+"""Rows in place of TABLE's, or beside them, by the last release that needs them: an older compiler holds less."""
 
 
-def row_of(kernel: Kernel, target: str, demand: Demand) -> Row:
+@cache
+def _rows(release: Release) -> dict[tuple[Kernel, str, Shape], Row]:
+    older = (row for last, rows in sorted(OLDER.items(), reverse=True) if release <= last for row in rows)
+    return {(row.kernel, row.target, row.shape): row for row in (*TABLE, *older)}
+
+
+def row_of(kernel: Kernel, target: str, demand: Demand, release: Release = RELEASE) -> Row:
     """The first row in the order of SHAPES that lists the kernel and target and names nothing beyond the demand."""
+    rows = _rows(release)
     fitting = (shape for shape in SHAPES if shape == "plain" or demand.names.issuperset(shape.split()))
-    return next(_ROWS[kernel, target, shape] for shape in fitting if (kernel, target, shape) in _ROWS)
+    return next(rows[kernel, target, shape] for shape in fitting if (kernel, target, shape) in rows)
 
 
-def choose(kernel: Kernel, target: str, demand: Demand) -> TileConfig:
-    """The shipped tiles of a kernel on a target."""
-    return INTERPRETED if target == "interpreter" else row_of(kernel, target, demand).tiles
+def choose(kernel: Kernel, target: str, demand: Demand, release: Release = RELEASE) -> TileConfig:
+    """The shipped tiles of a kernel on a target, under a release of Triton."""
+    return INTERPRETED if target == "interpreter" else row_of(kernel, target, demand, release).tiles
+
+
+def untried() -> str | None:
+    """What to say where the installed Triton is none that the tiles were compiled with; None where it is one."""
+    if RELEASE in RELEASES:
+        return None
+    tried = ", ".join(f"{major}.{minor}" for major, minor in RELEASES)
+    return (
+        f"tiles were compiled with Triton {tried}, and {triton.__version__} is installed, under which some may spill: "
+        "from a checkout, python -m bench.census.tritons says which"
+    )
 
 
 CANDIDATES = tuple(
@@ -295,21 +336,28 @@ CANDIDATES = tuple(
 
 GATHERED_FLOATS = 16
 """Floats per thread of a program's tile of gathered rows, in registers."""
+GATHERED_WHOLE = 8192
+"""Largest D of which a program of `sparse_rows` holds a row's state, two sums and a gathered row at once."""
+GATHERED_TILE = 4096
+"""Of wider rows, what it holds of them at a time."""
 
 
 @dataclass(frozen=True)
 class GatherConfig:
-    """Rows of D floats, padded to a power of 2, that a program gathers at a time."""
+    """Rows of D floats, padded to a power of 2, that a program gathers at a time; very wide ones in tiles."""
 
     block_e: int
     block_d: int
     warps: int
+    tiles: int = 1
+    """Tiles of block_d that make a row."""
 
     @staticmethod
     def of(size: int) -> GatherConfig:
-        width = 1 << (size - 1).bit_length()
-        warps = 4 if width <= 1024 else 8
-        return GatherConfig(max(1, 32 * warps * GATHERED_FLOATS // width), width, warps)
+        whole = size <= GATHERED_WHOLE
+        width = 1 << (size - 1).bit_length() if whole else GATHERED_TILE
+        warps = 4 if width <= 1024 else 8 if width <= 4096 else 16
+        return GatherConfig(max(1, 32 * warps * GATHERED_FLOATS // width), width, warps, -(-size // width))
 
     @property
     def options(self) -> dict[str, int]:
@@ -317,7 +365,7 @@ class GatherConfig:
 
     @property
     def switches(self) -> dict[str, int]:
-        return {"BLOCK_E": self.block_e, "BLOCK_D": self.block_d}
+        return {"BLOCK_E": self.block_e, "BLOCK_D": self.block_d, "TILES": self.tiles}
 
 
 def precision(dtype: torch.dtype, target: str) -> str:

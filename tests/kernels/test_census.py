@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tvkd_fast.kernels import configs
 from tvkd_fast.kernels.configs import FP_FUSION, INTERPRETED, Demand, Kernel, TileConfig, choose
 from tvkd_fast.ops import Upstream, known_logps, linear_entropy, linear_logps, linear_lse
 
@@ -295,6 +296,15 @@ def sparse_ops_of_a_head(dtype: torch.dtype, d: int, bias: bool, softcap: float 
     linear_logps(hidden, weight, torch.randint(v, (20,)), bias=offsets, softcap=softcap, **options).sum().backward()
 
 
+def rows_in_tiles(dtype: torch.dtype) -> None:
+    """A sparse gradient of rows that no program holds whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GATHERED_WHOLE", "GATHERED_TILE"):
+            patch.setattr(configs, name, 16)
+        for bias, wants in product((False, True), ("both", "both, none dense")):
+            sparse_ops_of_a_head(dtype, 48, bias, None, "even", wants)
+
+
 def epilogues() -> None:
     from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue
 
@@ -316,8 +326,9 @@ def test_launches_name_their_arguments_and_pointers_say_so() -> None:
     with recording("fp32", launches):
         ops_of_a_head(torch.float32, 3, 16, 40, "none", None)
         sparse_ops_of_a_head(torch.float32, 16, True, None, "unbiased", "both")
+        rows_in_tiles(torch.float32)
         epilogues()
-    assert len({x.kernel for x in launches}) == 14
+    assert len({x.kernel for x in launches}) == 15
 
 
 @cache
@@ -335,6 +346,7 @@ def recorded() -> tuple[Launch, ...]:
                 for bias, softcap in product((False, True), (None, 5.0)):  # type: ignore[assignment]
                     for tail in ("even", "unbiased") if d == 64 else ("even",):
                         sparse_ops_of_a_head(dtype, d, bias, softcap, tail, "both")
+            rows_in_tiles(dtype)
     with recording("fp32", launches):
         epilogues()
     # The interpreter refuses bfloat16, which is launched as float16 is.
@@ -367,6 +379,7 @@ SIZES = (
     "BLOCK_K",
     "BLOCK_E",
     "BLOCK_D",
+    "TILES",
     "GROUP",
     "BULK",
     "SPLIT_TILES",
@@ -378,7 +391,7 @@ SIZES = (
 """Compile-time arguments that follow from the target, the dtype and the row of the table."""
 
 ADDS = ("LABELS", "KAPPA", "ENTROPY", "BIAS", "SOFTCAP", "COLUMN_SUMS", "PREVIOUS", "GRAD", "START")
-GATHERS = ("sparse_rows", "sparse_columns")
+GATHERS = ("sparse_rows", "wide_rows", "sparse_columns")
 """Kernels of every D: all sets of switches are built at one, and a light and a heavy one at the others."""
 
 MORE = {"EVEN_K": False, "EVEN_N": False, "UNBIASED": True} | {f"HAS_{name}": True for name in ADDS}
