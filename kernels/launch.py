@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tvkd_fast.kernels.configs import FP_FUSION, TileConfig
+from tvkd_fast.kernels.releases import untried
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels; Triton decides it when they are imported, and so does this."""
@@ -49,7 +50,14 @@ def target_of(tensor: Tensor) -> str:
 
 
 @lru_cache
+def _say_untried() -> None:
+    if (said := untried()) is not None:
+        _log.warning(said)
+
+
+@lru_cache
 def _device_target(device: int) -> str:
+    _say_untried()
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         target = _AMD.get(name)

@@ -1,20 +1,23 @@
-"""dW and the bias's gradient of a sparse gradient, a program per column: its entries by row, summed in order.
+"""dW and the bias's gradient of a sparse gradient, a program per column (a tile of it, where D is very wide): its
+entries by row, summed in order.
 
 Letters: N tokens, D hidden, V vocabulary, E selected entries.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tvkd_fast.kernels.configs import GatherConfig
+from tvkd_fast.kernels.gathers import GatherConfig
 from tvkd_fast.kernels.launch import launch
 from tvkd_fast.kernels.records import Head, HeadGradients
 from tvkd_fast.kernels.selected_lists import SelectedLists
-from tvkd_fast.kernels.sparse_rows import DROPPED
+from tvkd_fast.kernels.sparse_rows import DROPPED, gathered
 
 
 @triton.jit
@@ -36,14 +39,15 @@ def sparse_columns_kernel(
     grad_stride,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
 ):
     # 1. The column's entries, by row.
-    column = tl.program_id(0).to(tl.int64)
+    column, tile = tl.program_id(0).to(tl.int64) // TILES, tl.program_id(0) % TILES
     start, stop = tl.load(edges_ptr + column), tl.load(edges_ptr + column + 1)
-    inner = tl.arange(0, BLOCK_D)
+    inner = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = inner < D
     total = tl.zeros((BLOCK_D,), tl.float32)
     bias_total = tl.zeros((BLOCK_E,), tl.float32)
@@ -60,9 +64,8 @@ def sparse_columns_kernel(
         bias_total += g
         # 3. Times the states, gathered.
         if HAS_GRAD:
-            gathered = hidden_ptr + row[:, None] * hidden_stride + inner[None, :]
-            h = tl.load(gathered, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            total += tl.sum(g[:, None] * h, 0)
+            h = gathered(hidden_ptr, row, hidden_stride, inner, there[:, None] & inside[None, :])
+            total += tl.sum(g[:, None] * h.to(tl.float32), 0)
     # 4. −u of all rows, as one vector, for columns whose gradient is not made elsewhere.
     is_sparse = tl.load(is_sparse_ptr + column) != 0
     if HAS_GRAD:
@@ -71,7 +74,7 @@ def sparse_columns_kernel(
         if HAS_START:
             total += tl.load(out, mask=inside, other=0.0).to(tl.float32)
         tl.store(out, total, mask=inside)
-    if HAS_BIAS:
+    if HAS_BIAS and tile == 0:
         g = tl.sum(bias_total, 0) - tl.where(is_sparse, tl.load(even_sum_ptr), 0.0)
         if HAS_START:
             g += tl.load(grad_bias_ptr + column).to(tl.float32)
@@ -108,9 +111,11 @@ def sparse_columns(
         grad_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
     if want_bias and grad_bias is None and head.bias is not None:
         grad_bias = torch.empty_like(head.bias)
+    # A program per column serves the bias, whatever D is.
+    config = config if want_weight else replace(config, tiles=1)
     launch(
         sparse_columns_kernel,
-        vocab,
+        vocab * config.tiles,
         on=hidden,
         options=config.options,
         hidden_ptr=hidden,

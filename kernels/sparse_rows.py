@@ -3,7 +3,8 @@
 Letters: N tokens, D hidden, V vocabulary, E selected entries.
 
 A program has w_j in registers, so it takes z from it anew: nothing but places was kept. It drops what was selected but
-lies below ε, and leaves each entry's J·(p − δ) for `sparse_columns.py`.
+lies below ε, and leaves each entry's J·(p − δ) for `sparse_columns.py`. Rows that registers do not hold are read in
+tiles for z, and once more, by a program per tile, for dH.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tvkd_fast.kernels.configs import GatherConfig
+from tvkd_fast.kernels.gathers import GatherConfig
 from tvkd_fast.kernels.hash_uniform import HashUniform
 from tvkd_fast.kernels.launch import launch
 from tvkd_fast.kernels.records import Head, HeadSums, SelectionRule
@@ -22,6 +23,12 @@ from tvkd_fast.kernels.selection_bits import uniform
 
 # No J·(p − δ) is as large.
 DROPPED = tl.constexpr(2.0)
+
+
+@triton.jit
+def gathered(matrix_ptr, rows, stride, inner, mask):
+    """[BLOCK_E, BLOCK_D] of a matrix: its columns `inner` in rows of a list."""
+    return tl.load(matrix_ptr + rows.to(tl.int64)[:, None] * stride + inner[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -52,6 +59,7 @@ def sparse_rows_kernel(
     eps,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     UNBIASED: tl.constexpr,
@@ -72,15 +80,41 @@ def sparse_rows_kernel(
     lost = tl.zeros((BLOCK_E,), tl.float32)
     count = tl.zeros((BLOCK_E,), tl.int32)
     if start < stop:
-        h = tl.load(hidden_ptr + row * hidden_stride + inner, mask=inside, other=0.0).to(tl.float32)
+        h_ptr = hidden_ptr + row * hidden_stride
+        if TILES == 1:
+            h = tl.load(h_ptr + inner, mask=inside, other=0.0).to(tl.float32)
+        # A program that has one row of the head at a time asks for the next one, and for the place after, before it
+        # computes: several rows at once wait together.
+        if BLOCK_E == 1:
+            place = start + tl.arange(0, BLOCK_E)
+            next_column = tl.load(columns_ptr + place)
+            if TILES == 1:
+                next_w = gathered(weight_ptr, next_column, weight_stride, inner, inside[None, :])
         for first in range(start, stop, BLOCK_E):
             # 2. Rows of the head, gathered, and z of their entries from them: only places were kept.
             place = first + tl.arange(0, BLOCK_E)
             there = place < stop
-            column = tl.load(columns_ptr + place, mask=there, other=0)
-            gathered = weight_ptr + column.to(tl.int64)[:, None] * weight_stride + inner[None, :]
-            w = tl.load(gathered, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            z = tl.sum(w * h[None, :], 1)
+            if BLOCK_E == 1:
+                column, later = next_column, place + 1 < stop
+                next_column = tl.load(columns_ptr + place + 1, mask=later, other=0)
+            else:
+                column = tl.load(columns_ptr + place, mask=there, other=0)
+            if TILES == 1:
+                if BLOCK_E == 1:
+                    w = next_w.to(tl.float32)
+                    next_w = gathered(weight_ptr, next_column, weight_stride, inner, later[:, None] & inside[None, :])
+                else:
+                    w = gathered(weight_ptr, column, weight_stride, inner, there[:, None] & inside[None, :])
+                    w = w.to(tl.float32)
+                z = tl.sum(w * h[None, :], 1)
+            else:
+                products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+                for tile in range(TILES):
+                    at = tile * BLOCK_D + inner
+                    h = tl.load(h_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+                    w = gathered(weight_ptr, column, weight_stride, at, there[:, None] & (at < D)[None, :])
+                    products += w.to(tl.float32) * h[None, :]
+                z = tl.sum(products, 1)
             if HAS_BIAS:
                 z += tl.load(bias_ptr + column, mask=there, other=0.0).to(tl.float32)
             z *= logit_scale
@@ -119,6 +153,48 @@ def sparse_rows_kernel(
         if HAS_START:
             grad += tl.load(out, mask=inside, other=0.0).to(tl.float32)
         tl.store(out, grad, mask=inside)
+
+
+@triton.jit
+def wide_rows_kernel(
+    weight_ptr,
+    columns_ptr,
+    starts_ptr,
+    coefficients_ptr,
+    weight_sum_ptr,
+    entries_ptr,
+    even_ptr,
+    grad_hidden_ptr,
+    D,
+    weight_stride,
+    grad_stride,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
+    HAS_START: tl.constexpr,
+):
+    # 1. A tile of a row of dH, whose entries and u are known: −u over all columns.
+    row, tile = tl.program_id(0).to(tl.int64) // TILES, tl.program_id(0) % TILES
+    start, stop = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
+    inner = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = inner < D
+    c, u = tl.load(coefficients_ptr + row), tl.load(even_ptr + row)
+    grad = -u * tl.load(weight_sum_ptr + inner, mask=inside, other=0.0)
+    # 2. The kept entries' own, less the −u that they were given.
+    place = start + tl.arange(0, BLOCK_E)
+    next_column = tl.load(columns_ptr + place, mask=place < stop, other=0)
+    for first in range(start, stop, BLOCK_E):
+        place = first + tl.arange(0, BLOCK_E)
+        there = place < stop
+        column = next_column
+        next_column = tl.load(columns_ptr + place + BLOCK_E, mask=place + BLOCK_E < stop, other=0)
+        w = gathered(weight_ptr, column, weight_stride, inner, there[:, None] & inside[None, :]).to(tl.float32)
+        entry = tl.load(entries_ptr + place, mask=there, other=DROPPED)
+        grad += tl.sum(tl.where(entry < DROPPED, u - c * entry, 0.0)[:, None] * w, 0)
+    out = grad_hidden_ptr + row * grad_stride + inner
+    if HAS_START:
+        grad += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out, grad, mask=inside)
 
 
 def sparse_rows(
@@ -182,7 +258,27 @@ def sparse_rows(
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
         UNBIASED=uniforms is not None,
-        HAS_GRAD=want_hidden,
+        HAS_GRAD=want_hidden and config.tiles == 1,
         HAS_START=start is not None,
     )
+    if grad_hidden is not None and config.tiles > 1:
+        launch(
+            wide_rows_kernel,
+            n * config.tiles,
+            on=hidden,
+            options=config.options,
+            weight_ptr=head.weight,
+            columns_ptr=selected.columns,
+            starts_ptr=selected.starts,
+            coefficients_ptr=coefficients,
+            weight_sum_ptr=weight_sum,
+            entries_ptr=entries,
+            even_ptr=even,
+            grad_hidden_ptr=grad_hidden,
+            D=d,
+            weight_stride=head.weight.stride(0),
+            grad_stride=grad_hidden.stride(0),
+            **config.switches,
+            HAS_START=start is not None,
+        )
     return entries, even, grad_hidden

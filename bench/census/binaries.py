@@ -37,13 +37,13 @@ from tvkd_fast.kernels.configs import (
     SHARED_KIB,
     UNTILED,
     Demand,
-    GatherConfig,
     Kernel,
     TileConfig,
     choose,
     precision,
 )
 from tvkd_fast.kernels.dlogits import dlogits_kernel
+from tvkd_fast.kernels.gathers import GatherConfig
 from tvkd_fast.kernels.head_dhidden import (
     DHIDDEN_COLUMNS,
     DHIDDEN_ROWS,
@@ -61,7 +61,7 @@ from tvkd_fast.kernels.products import product_kernel
 from tvkd_fast.kernels.selected_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
 from tvkd_fast.kernels.selection_bits import selection_bits_kernel
 from tvkd_fast.kernels.sparse_columns import sparse_columns_kernel
-from tvkd_fast.kernels.sparse_rows import sparse_rows_kernel
+from tvkd_fast.kernels.sparse_rows import sparse_rows_kernel, wide_rows_kernel
 
 TARGETS = {
     "sm_80": ("sm_80", GPUTarget("cuda", 80, 32)),
@@ -77,6 +77,8 @@ TARGETS = {
 HEAD_SIZES = (576, 2048, 4096)
 """Hidden sizes that share the binaries over the vocabulary: multiples of 16 and of every step of the inner dimension.
 576 is not whole tiles wide: where products read by pointer, its own are those for an odd D."""
+WIDE_SIZES = (8192, 16384)
+"""Further sizes of the gathers, whose binaries are of one size each: the widest whole rows, and rows in tiles."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
@@ -86,6 +88,7 @@ KERNELS = {
     "count": count_kernel,
     "list": list_kernel,
     "sparse_rows": sparse_rows_kernel,
+    "wide_rows": wide_rows_kernel,
     "sparse_columns": sparse_columns_kernel,
     "dlogits": dlogits_kernel,
     "product": product_kernel,
@@ -358,16 +361,20 @@ def _block_softmax(target: str, dtype: str) -> Iterator[Build]:
 def _gathers(target: str, dtype: str) -> Iterator[Build]:
     """Yield one build per D, since a program holds whole rows; at one D for every head and side."""
     everything = [dict(zip(("HAS_BIAS", "HAS_SOFTCAP", "UNBIASED"), on, strict=True)) for on in _flags(3)]
-    for size in HEAD_SIZES:
+    for size in (*HEAD_SIZES, *WIDE_SIZES):
         config = GatherConfig.of(size)
-        whole = size == HEAD_SIZES[1]
-        heads = [(x, True, True) for x in (everything if whole else (everything[0], everything[-1]))]
+        whole, wide = size == HEAD_SIZES[1], config.tiles > 1
+        heads = [(x, not wide, True) for x in (everything if whole else (everything[0], everything[-1]))]
         heads += [(everything[0], True, False), (everything[0], False, False)] * whole
         for head, grad, start in heads:
             names = [name.removeprefix("HAS_").lower() for name in head if head[name]]
             variant = _named(f"D = {size}", *names, "" if grad else "no dH", "sum" * start)
             switches = config.switches | head | {"HAS_GRAD": grad, "HAS_START": start}
             yield Build("sparse_rows", target, dtype, variant, switches, warps=config.warps)
+        for start in (False, True) if wide else ():
+            switches = config.switches | {"HAS_START": start}
+            variant = _named(f"D = {size}", "sum" * start)
+            yield Build("wide_rows", target, dtype, variant, switches, warps=config.warps)
         sides = [(grad, bias, start) for grad, bias, start in _flags(3) if grad or bias]
         for grad, bias, start in sides if whole else ((True, False, True), (True, True, True)):
             variant = _named(f"D = {size}", "bias" * bias, "" if grad else "no dW", "sum" * start)

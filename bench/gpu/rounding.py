@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,14 +42,22 @@ class RoundingChecker:
         return self._known[task]
 
     def row(self, contender: Contender, jobs: Mapping[str, Job]) -> dict[str, Any]:
+        """`judged` of what jobs find when they are run once."""
+        return self.judged(contender, {name: job.check() for name, job in jobs.items()})
+
+    def judged(self, contender: Contender, numbers: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
         """Errors of values and gradients, and what they may be at most; "wrong" where one is more.
 
-        A frozen head is asked for no gradient by weight, and its forward alone is checked where it is not frozen.
+        `numbers` are of `both`, forward and backward, and of `forward` alone where that is to be checked too. A frozen
+        head is asked for no gradient by weight. A fused loss gives rewards, and is compared by its gradients, which
+        are those of DPO over the same pairs.
         """
-        reference, limits = self.of(contender.task)
-        errors = reference.errors(dict(zip(contender.numbers, jobs["both"].check(), strict=True)))
-        if "forward" in jobs:
-            (values,) = jobs["forward"].check()
+        of_loss = contender.task == "pairs"
+        reference, limits = self.of("preference" if of_loss else contender.task)
+        named = dict(zip(contender.numbers, numbers["both"], strict=True))
+        errors = reference.errors({name: x for name, x in named.items() if name in GRADIENTS or not of_loss})
+        if "forward" in numbers:
+            (values,) = numbers["forward"]
             errors |= {"logps of forward only": reference.errors({"logps": values})["logps"]}
         limits = limits | {"logps of forward only": limits["logps"]}
         if contender.skips:

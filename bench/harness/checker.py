@@ -30,14 +30,16 @@ class Reference:
     def _error(self, name: str, got: Tensor) -> float:
         if name in self.rows:
             got = got[self.rows[name]]
-        return (relative if name in GRADIENTS else nats)(got, self.numbers[name])
+        return (relative if name in GRADIENTS else largest)(got, self.numbers[name])
 
 
-def nats(got: Tensor, want: Tensor) -> float:
-    return float((_alike(got, want).double() - want).abs().max())
+def largest(got: Tensor, want: Tensor) -> float:
+    """The largest absolute difference; NaN where either is, 0 where there is nothing to compare."""
+    return float((_alike(got, want).double() - want.double()).abs().max()) if want.numel() else 0.0
 
 
 def relative(got: Tensor, want: Tensor) -> float:
+    """The difference over what is wanted, in Frobenius' norm; NaN where a number is."""
     return float((_alike(got, want).double() - want).norm() / want.norm())
 
 

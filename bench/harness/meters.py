@@ -113,14 +113,18 @@ def _answer(request: str, call: Call, measure: Measure) -> Any:
 
 
 class GpuMeter:
-    """Times by CUDA events, and memory by the allocator."""
+    """Times by CUDA events, each from a cache that holds nothing of the call's, and memory by the allocator."""
 
     def start(self, make: Make, measure: Measure) -> GpuJob:
         return GpuJob(make(), measure)
 
 
 class GpuJob:
-    WARM_UP = 3
+    WARM_UP, WARM_UP_SECONDS = 3, 0.1
+    """Calls, and seconds: clocks are slow to rise after a compiler kept the device waiting."""
+    FLUSHED = 2**28
+    """Bytes written before each timed call, several times an L2 cache. While they are, the host queues the call: the
+    first event would otherwise come as soon as it is recorded, and the launch be timed with the kernel."""
 
     def __init__(self, call: Call, measure: Measure) -> None:
         self.call, self.measure = call, measure
@@ -129,11 +133,16 @@ class GpuJob:
         return self.measure(self.call())
 
     def warm_up(self) -> None:
-        for _ in range(self.WARM_UP):
+        since, calls = time.perf_counter(), 0
+        while calls < self.WARM_UP or time.perf_counter() - since < self.WARM_UP_SECONDS:
             self.call()
+            torch.cuda.synchronize()
+            calls += 1
 
     def seconds(self) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Freed before the call, of whose memory it would be a part.
+        torch.empty(self.FLUSHED, dtype=torch.uint8, device="cuda").zero_()
         start.record()
         self.call()
         stop.record()

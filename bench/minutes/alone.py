@@ -17,8 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
+from bench.harness.checker import largest, relative
 from bench.minutes.alone_sparse import SPARSE
-from bench.minutes.cases import Case, Row, Scale, judged, off, short
+from bench.minutes.cases import Case, Row, Scale, judged, short
 from bench.minutes.guards import Guarded
 from tvkd_fast.kernels import products
 from tvkd_fast.kernels.autotune import tiles
@@ -123,11 +124,6 @@ def guarded(scale: Scale, dtype: torch.dtype, run: Callable[[Problem], Row]) -> 
     return row
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """Relative error in Frobenius' norm; NaN where a number is NaN."""
-    return float((got.double() - want).norm() / want.norm())
-
-
 def head_stats(of: Problem) -> Row:
     sums = head_sums(of.hidden, of.head, labels=of.labels, kappa=KAPPA, entropy=True)
     assert sums.target is not None
@@ -135,11 +131,11 @@ def head_stats(of: Problem) -> Row:
     assert sums.entropy is not None
     kept, z = of.kept, of.z[of.kept]
     errors = {
-        "lse": off(sums.lse[kept], z.logsumexp(1)),
-        "target": off(sums.target[kept], z.gather(1, of.own[kept])[:, 0]),
-        "lse_kappa": off(sums.lse_kappa[kept], (KAPPA * z).logsumexp(1)),
-        "entropy": off(sums.entropy[kept], torch.special.entr(z.softmax(1)).sum(1)),
-        "ignored rows": off(sums.lse[~kept], torch.zeros_like(sums.lse[~kept])),
+        "lse": largest(sums.lse[kept], z.logsumexp(1)),
+        "target": largest(sums.target[kept], z.gather(1, of.own[kept])[:, 0]),
+        "lse_kappa": largest(sums.lse_kappa[kept], (KAPPA * z).logsumexp(1)),
+        "entropy": largest(sums.entropy[kept], torch.special.entr(z.softmax(1)).sum(1)),
+        "ignored rows": largest(sums.lse[~kept], torch.zeros_like(sums.lse[~kept])),
     }
     return judged(errors, NATS)
 
@@ -153,7 +149,7 @@ def merged_splits(of: Problem) -> Row:
     partials = {"maximum": maximum, "log_total": total}
     merge_splits(partials, sums, SPLITS, labels=None, ignore_index=-100, kappa=1.0)
     want = (maximum.double() + total.double().log()).view(SPLITS, n).logsumexp(0)
-    return judged({"lse": off(sums["maximum"].double() + sums["log_total"].double(), want)}, NATS)
+    return judged({"lse": largest(sums["maximum"].double() + sums["log_total"].double(), want)}, NATS)
 
 
 def dlogits_of_a_block(of: Problem) -> Row:
@@ -171,7 +167,7 @@ def dlogits_of_a_block(of: Problem) -> Row:
     errors = {
         "dlogits": relative(out[:n, :v], want),
         "column sums": relative(column_sums, want.sum(0)),
-        "past the end": off(rest, torch.zeros_like(rest)),
+        "past the end": largest(rest, torch.zeros_like(rest)),
     }
     return judged(errors, {"dlogits": of.rounding, "column sums": of.rounding, "past the end": 0.0})
 
@@ -199,8 +195,8 @@ def exponentials(of: Problem) -> Row:
     k, totals = (x.flatten()[: used * n].view(used, n).double() for x in (walk.exponents, walk.totals))
     written = (walk.exponentials[:n, :v].double() / walk.scale).log() + LN2 * k.repeat_interleave(width, 0)[:v].T
     errors = {
-        "totals": off((totals.log() + LN2 * k).logsumexp(0)[of.kept], of.others[of.kept]),
-        "exponentials": off(written.logsumexp(1)[of.kept], of.others[of.kept]),
+        "totals": largest((totals.log() + LN2 * k).logsumexp(0)[of.kept], of.others[of.kept]),
+        "exponentials": largest(written.logsumexp(1)[of.kept], of.others[of.kept]),
     }
     return judged(errors, {"totals": NATS, "exponentials": of.rounding})
 
@@ -213,8 +209,8 @@ def rescale(of: Problem) -> Row:
     base = LN2 * after[rows].double()
     written = walk.exponentials[rows, columns].double().sum(1) / walk.scale
     errors = {
-        "total": off((walk.held_total[rows].double().log() + base)[of.kept], of.others[of.kept]),
-        "exponentials": off((written.log() + base)[of.kept], of.others[of.kept]),
+        "total": largest((walk.held_total[rows].double().log() + base)[of.kept], of.others[of.kept]),
+        "exponentials": largest((written.log() + base)[of.kept], of.others[of.kept]),
     }
     return judged(errors, {"total": NATS, "exponentials": of.rounding})
 
@@ -223,7 +219,7 @@ def dlogp_dhidden(of: Problem) -> Row:
     """w_y − Σ_j p_j·w_j, by all four kernels of a frozen head."""
     sums, derivatives = head_dlogp_dhidden(of.hidden, of.head, of.labels)
     errors = {
-        "lse": off(sums.lse[of.kept], of.z[of.kept].logsumexp(1)),
+        "lse": largest(sums.lse[of.kept], of.z[of.kept].logsumexp(1)),
         "derivatives": relative(derivatives, -(of.delta @ of.weight.double())),
     }
     return judged(errors, {"lse": NATS, "derivatives": of.rounding})
@@ -263,8 +259,8 @@ def exponentials_of_products(of: Problem) -> Row:
     shift, total = found.shift.double(), found.total.double()
     want = (of.z - shift[:, None]).exp().scatter(1, of.own, -total[:, None])
     errors = {
-        "sum": off(shift + total.log(), of.others),
-        "target": off(found.target, of.z.gather(1, of.own)[:, 0]),
+        "sum": largest(shift + total.log(), of.others),
+        "target": largest(found.target, of.z.gather(1, of.own)[:, 0]),
         "exponentials": relative(out.double() / SCALE[of.dtype], want),
     }
     return judged(errors, {"sum": NATS, "target": NATS, "exponentials": of.rounding})
@@ -291,7 +287,7 @@ def epilogue(of: Problem) -> Row:
     margins = BETA * (chosen - rejected)
     slope = -BETA * torch.sigmoid(-margins)
     errors = {
-        "losses": off(found.losses, -torch.nn.functional.logsigmoid(margins)),
-        "coefficients": off(found.coefficients, torch.cat([slope, -slope]).repeat_interleave(lengths)),
+        "losses": largest(found.losses, -torch.nn.functional.logsigmoid(margins)),
+        "coefficients": largest(found.coefficients, torch.cat([slope, -slope]).repeat_interleave(lengths)),
     }
     return judged(errors, 1e-5)

@@ -17,7 +17,8 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+
+from bench.harness.checker import checked
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -87,15 +88,6 @@ def short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
-def off(got: Tensor, want: Tensor) -> float:
-    """The largest absolute difference; NaN where either is."""
-    return float((got.double() - want.double()).abs().max()) if got.numel() else 0.0
-
-
 def judged(errors: Mapping[str, float], limits: Mapping[str, float] | float) -> Row:
-    """Errors, what they may be at most, and `wrong` where one is more or is no number."""
-    allowed = dict.fromkeys(errors, limits) if isinstance(limits, float | int) else {x: limits[x] for x in errors}
-    row: Row = {"errors": dict(errors), "limits": allowed}
-    if beyond := [f"{x} {errors[x]:.2g}, allowed {allowed[x]:.2g}" for x in errors if not errors[x] <= allowed[x]]:
-        row["wrong"] = "; ".join(beyond)
-    return row
+    """`checked` of errors whose limits may be one number for all."""
+    return checked(errors, dict.fromkeys(errors, limits) if isinstance(limits, float | int) else limits)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.minutes.cases import Row, judged, off
+from bench.harness.checker import largest
+from bench.minutes.cases import Row, judged
 
 COLUMNS = 8192
 """Of a slice: at 4,097 tokens its float64 logits take a quarter of a GiB."""
@@ -128,8 +129,8 @@ def compared(call: Call, ours: Mapping[str, Tensor | None]) -> Row:
     """
     exact, plain = InSlices(call, torch.float64), InSlices(call, torch.float32)
     given = {name: x for name, x in ours.items() if x is not None}
-    errors = {"logps": off(given["logps"], exact.logps)}
-    limits = {"logps": 2 * off(plain.logps, exact.logps) + SLACK}
+    errors = {"logps": largest(given["logps"], exact.logps)}
+    limits = {"logps": 2 * largest(plain.logps, exact.logps) + SLACK}
     hidden = {x.precision: torch.zeros_like(x.hidden) for x in (exact, plain)}
     worst: dict[str, _Worst] = {name: _Worst() for name in ("weight", "bias") if name in given}
     for columns in exact.slices():
@@ -157,7 +158,7 @@ class _Worst:
 
     def add(self, ours: Tensor, exact: Tensor, plain: Tensor) -> _Worst:
         # Not the larger of two floats, which NaN would not be.
-        self.error = float(torch.tensor([self.error, off(ours, exact)]).max())
-        self.plain = max(self.plain, off(plain.to(ours.dtype), exact))
+        self.error = float(torch.tensor([self.error, largest(ours, exact)]).max())
+        self.plain = max(self.plain, largest(plain.to(ours.dtype), exact))
         self.largest = max(self.largest, float(exact.abs().max()))
         return self

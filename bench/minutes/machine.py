@@ -60,13 +60,18 @@ def device(scale: Scale) -> Row:
 def power(scale: Scale) -> Row:
     """Power, clocks and temperature at rest: a capped or hot device explains slow kernels."""
     scale.needs_gpu()
+    return {"shown": power_now()}
+
+
+def power_now() -> str:
+    """What nvidia-smi says of the device at this moment."""
     command = ["nvidia-smi", f"--query-gpu={','.join(POWER)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as missing:
         raise NotTriedError(f"nvidia-smi does not say: {missing}") from missing
     values = dict(zip(POWER, (x.strip() for x in done.stdout.splitlines()[0].split(",")), strict=False))
-    return {"shown": ", ".join(f"{name} {value}" for name, value in values.items())}
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def memory(scale: Scale) -> Row:

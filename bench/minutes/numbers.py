@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.minutes.cases import Case, Row, Scale, judged, off, short
+from bench.harness.checker import largest
+from bench.minutes.cases import Case, Row, Scale, judged, short
 from bench.minutes.exact import SLACK, Call, compared, random_call
 from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse
 
@@ -103,8 +104,8 @@ def sums(scale: Scale, dtype: torch.dtype) -> Row:
         }
     for name, ours in {"lse": lse, "lse_kappa": lse_kappa, "entropy": entropy}.items():
         exact, plain = (found[precision][name] for precision in (torch.float64, torch.float32))
-        errors[name] = off(ours, exact)
-        limits[name] = 2 * off(plain, exact) + SLACK * float(exact.abs().max())
+        errors[name] = largest(ours, exact)
+        limits[name] = 2 * largest(plain, exact) + SLACK * float(exact.abs().max())
     return judged(errors, limits)
 
 
@@ -113,7 +114,7 @@ def repeated(scale: Scale, way: Callable[[Scale, Call], dict[str, Tensor]]) -> R
     call = random_call(scale.of(REPEATED, TINY_REPEATED), scale.dtypes[0], scale.device)
     first = _given(gradients(call))
     second = way(scale, call)
-    return judged({name: off(second[name], first[name]) for name in first}, 0.0)
+    return judged({name: largest(second[name], first[name]) for name in first}, 0.0)
 
 
 def _given(found: dict[str, Tensor | None]) -> dict[str, Tensor]:

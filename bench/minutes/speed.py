@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from bench.minutes.cases import Case, Row, Scale, short
+from bench.minutes.machine import power_now
 from tvkd_fast.kernels import blocks, products
 from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.block_softmax import block_exponentials
@@ -23,7 +24,10 @@ from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
 from tvkd_fast.kernels.head_selection import select_entries
 from tvkd_fast.kernels.head_stats import head_sums, merge_splits
 from tvkd_fast.kernels.products import accumulate, product
-from tvkd_fast.kernels.records import Head, HeadSums, SelectionRule
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, SelectionRule
+from tvkd_fast.kernels.selected_lists import SelectedLists
+from tvkd_fast.kernels.sparse_columns import sparse_columns
+from tvkd_fast.kernels.sparse_rows import sparse_rows
 from tvkd_fast.ops import linear_logps
 
 SHAPE, TINY = (4096, 2048, 128256), (40, 32, 150)
@@ -33,8 +37,14 @@ BLOCK = 8192
 BATCHES, TINY_BATCHES = (256, 512, 1024, 2048, 4096, 8192), (8, 16)
 WORKSPACES = (32, 64, 128, 256, 512, 1024)
 """MiB."""
+GATHERED, TINY_GATHERED = ((4096, 2048), (4096, 4096), (4096, 8192), (2048, 16384)), ((8, 32),)
+"""N and D of the gathers of a sparse gradient."""
+ENTRIES = 300
+"""Of each row, drawn evenly from the vocabulary: the worst case of a cache, which real rows share columns in."""
 ROUNDS = 10
 LAUNCHES = 300
+LOAD = 1500
+"""Products of 8,192 by 8,192 by 8,192, which take a large GPU two seconds."""
 UNTIMED: Row = {"shown": "ran, not timed"}
 
 
@@ -86,7 +96,12 @@ def cases(scale: Scale) -> list[Case]:
         for x in dict.fromkeys((scale.dtypes[0], torch.float32))
         for name, run in kernels.items()
     ]
+    found += [
+        Case(name=f"gathers of a sparse gradient, D = {d:,}", run=partial(gathers, scale, n, d))
+        for n, d in scale.of(GATHERED, TINY_GATHERED)
+    ]
     found.append(Case(name="host time, a launch of merge_splits", run=partial(host_time, scale)))
+    found.append(Case(name="power and clocks under load", run=partial(under_load, scale)))
     found += [
         Case(name=f"forward and backward, N = {n:,}", run=partial(batch, scale, n))
         for n in scale.of(BATCHES, TINY_BATCHES)
@@ -163,6 +178,53 @@ def exponentials_of_products(scale: Scale, of: Operands) -> Row:
     if not taken:
         return UNTIMED
     return {"ms": taken["ours"], "gb_per_s": (4 + out.element_size()) * out.numel() / taken["ours"] / 1e6}
+
+
+def gathers(scale: Scale, n: int, d: int) -> Row:
+    """dH and dW from lists: 2·E·D numbers are gathered."""
+    v, entries = scale.of((SHAPE[2], ENTRIES), (150, 9))
+    draw = torch.Generator(scale.device).manual_seed(0)
+    normal = partial(torch.randn, generator=draw, device=scale.device)
+    hidden, weight = normal(n, d).to(scale.dtypes[0]), (normal(v, d) / d**0.5).to(scale.dtypes[0])
+    columns = torch.randint(v, (n, entries), generator=draw, device=scale.device, dtype=torch.int32).sort(1).values
+    labels, c = columns[:, 0].long(), normal(n)
+    starts, none = torch.arange(n + 1, device=scale.device) * entries, labels.new_empty(0)
+    selected = SelectedLists(columns.flatten(), starts, torch.full_like(c, 0.1), none, none)
+    head, sums = Head(weight), HeadSums(torch.zeros_like(c), torch.full_like(c, 8.0))
+    dh = partial(
+        sparse_rows,
+        *(hidden, head, labels, sums, selected, SelectionRule(0.0, row_cap=v), c),
+        spread_over=torch.tensor(v, dtype=torch.int32, device=scale.device),
+        weight_sum=normal(d),
+        start=None,
+        want_hidden=True,
+    )
+    found, even, _ = dh()
+    dw = partial(
+        sparse_columns,
+        *(hidden, head, selected, found, even, c),
+        is_sparse=torch.ones(v, dtype=torch.int8, device=scale.device),
+        hidden_sum=normal(d),
+        start=HeadGradients(None, None, None),
+        want_weight=True,
+        want_bias=False,
+    )
+    taken = scale.milliseconds({"dH": dh, "dW": dw}, ROUNDS)
+    if not taken:
+        return UNTIMED
+    ms = sum(taken.values())
+    shown = ", ".join(f"{name} {x:.2f} ms" for name, x in taken.items())
+    return {"shown": shown, "ms": ms, "gb_per_s": 2 * columns.numel() * d * hidden.element_size() / ms / 1e6}
+
+
+def under_load(scale: Scale) -> Row:
+    """What a second of products leaves of the clocks: a capped device explains slow kernels."""
+    scale.needs_gpu()
+    side = torch.randn(8192, 8192, dtype=torch.bfloat16, device=scale.device)
+    out = torch.empty_like(side)
+    for _ in range(LOAD):
+        torch.mm(side, side, out=out)
+    return {"shown": power_now()}
 
 
 def host_time(scale: Scale) -> Row:

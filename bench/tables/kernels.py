@@ -131,7 +131,7 @@ def _census_fold(target: str, rows: list[dict[str, Any]]) -> str:
         if build["dtype"] == "fp16":
             continue
         tile = f"{config['block_m']}×{config['block_n']}×{config['block_k']}" if config else "–"
-        shape = f"{config['warps']}, {config['stages']}" if config else "4, –"
+        shape = f"{config['warps']}, {config['stages']}" if config else "–"
         masked = next((kind for kind in ("odd D", "unaligned") if kind in build["variant"]), "")
         variant = build["variant"] if config and not masked else masked
         groups.setdefault((build["kernel"], variant, build["dtype"], tile, shape), []).append(row["facts"])

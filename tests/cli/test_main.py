@@ -241,7 +241,7 @@ def test_a_plan_counts_local_data_and_writes_nothing(files, tmp_path, capsys):
 
 
 def test_a_benchmark_that_is_not_there_is_named(capsys):
-    assert "name one of head, values, step, rollout; tvkd bench head --help" in error_of(capsys, "bench")
+    assert "name one of head, values, step, divergence, rollout; tvkd bench head --help" in error_of(capsys, "bench")
     assert "name one of head" in error_of(capsys, "bench", "nothing")
 
 

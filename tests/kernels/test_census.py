@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tvkd_fast.kernels import gathers
 from tvkd_fast.kernels.configs import FP_FUSION, INTERPRETED, Demand, Kernel, TileConfig, choose
 from tvkd_fast.ops import Upstream, known_logps, linear_entropy, linear_logps, linear_lse
 
@@ -321,6 +322,15 @@ def joint_ops_of_two_heads(dtype: torch.dtype, d: int, other_d: int, bias: bool,
     joint_gradients(*sides, labels, sums, everything, values, **wants)
 
 
+def rows_in_tiles(dtype: torch.dtype) -> None:
+    """A sparse gradient of rows that no program holds whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GATHERED_WHOLE", "GATHERED_TILE"):
+            patch.setattr(gathers, name, 16)
+        for bias, wants in product((False, True), ("both", "both, none dense")):
+            sparse_ops_of_a_head(dtype, 48, bias, None, "even", wants)
+
+
 def epilogues() -> None:
     from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue
 
@@ -343,8 +353,9 @@ def test_launches_name_their_arguments_and_pointers_say_so() -> None:
         ops_of_a_head(torch.float32, 3, 16, 40, "none", None)
         sparse_ops_of_a_head(torch.float32, 16, True, None, "unbiased", "both")
         joint_ops_of_two_heads(torch.float32, 16, 32, True, None)
+        rows_in_tiles(torch.float32)
         epilogues()
-    assert len({x.kernel for x in launches}) == 18
+    assert len({x.kernel for x in launches}) == 19
 
 
 @cache
@@ -364,6 +375,7 @@ def recorded() -> tuple[Launch, ...]:
                         sparse_ops_of_a_head(dtype, d, bias, softcap, tail, "both")
                 for bias, softcap in ((False, None), (True, None), (True, 5.0)):  # type: ignore[assignment]
                     joint_ops_of_two_heads(dtype, d, 64, bias, softcap)
+            rows_in_tiles(dtype)
     with recording("fp32", launches):
         epilogues()
     # The interpreter refuses bfloat16, which is launched as float16 is.
@@ -396,6 +408,7 @@ SIZES = (
     "BLOCK_K",
     "BLOCK_E",
     "BLOCK_D",
+    "TILES",
     "GROUP",
     "BULK",
     "SPLIT_TILES",
@@ -408,7 +421,7 @@ SIZES = (
 
 OF_TWO_HEADS = ("OTHER_BIAS", "OTHER_SOFTCAP", "SQUARES", "LOGS", "MIXTURE", "VARIATION", "POWER")
 ADDS = ("LABELS", "KAPPA", "ENTROPY", "BIAS", "SOFTCAP", "COLUMN_SUMS", "PREVIOUS", "GRAD", "START", *OF_TWO_HEADS)
-GATHERS = ("sparse_rows", "sparse_columns")
+GATHERS = ("sparse_rows", "wide_rows", "sparse_columns")
 """Kernels of every D: all sets of switches are built at one, and a light and a heavy one at the others."""
 JOINT = ("joint_stats", "joint_values", "joint_dlogits")
 """Kernels over two heads, which have hundreds of sets of switches: of each tile the one with the most code is built."""

@@ -3,7 +3,6 @@
 import json
 import math
 from collections import defaultdict
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -12,33 +11,69 @@ import pytest
 import torch
 
 from bench.census.binaries import Build, builds
-from tvkd_fast.kernels import launch
-from tvkd_fast.kernels.configs import TABLE, TARGETS, Demand, Kernel, Row, row_of
+from tvkd_fast.kernels import launch, releases
+from tvkd_fast.kernels.configs import (
+    OLDER,
+    TABLE,
+    TARGETS,
+    Demand,
+    Kernel,
+    Row,
+    row_of,
+)
+from tvkd_fast.kernels.gathers import GATHERED_FLOATS, GatherConfig
+from tvkd_fast.kernels.releases import CENSUS_RELEASE, Release
 
 CENSUS = Path(__file__).parents[2] / "bench" / "results" / "census.json"
 FAMILIES = {target: target for target in TARGETS} | {"sm_89": "sm_86", "sm_120": "sm_86"}
 DEMANDS = [Demand(*flags) for flags in product((False, True), repeat=4)]
 
 
+def reached(release: Release) -> set[Row]:
+    return {row_of(*case, release) for case in product(get_args(Kernel), TARGETS, DEMANDS)}
+
+
 def test_every_demand_has_one_row_and_every_row_a_demand() -> None:
     assert len({(row.kernel, row.target, row.shape) for row in TABLE}) == len(TABLE)
-    reached = {row_of(*case) for case in product(get_args(Kernel), TARGETS, DEMANDS)}
-    assert reached == set(TABLE)
+    assert reached(CENSUS_RELEASE) == set(TABLE)
+    assert reached((9, 0)) == set(TABLE)
 
 
-def test_a_row_names_nothing_that_its_demand_lacks() -> None:
-    for kernel, target, demand in product(get_args(Kernel), TARGETS, DEMANDS):
-        row = row_of(kernel, target, demand)
-        assert (row.kernel, row.target) == (kernel, target)
-        assert set(row.shape.split()) - {"plain"} <= demand.names
+@pytest.mark.parametrize("last", OLDER)
+def test_an_older_triton_takes_tiles_that_it_holds(last: Release) -> None:
+    """Its own rows, each of which some demand reaches, and no later release does; none is larger than the table's."""
+    assert last < CENSUS_RELEASE
+    assert set(OLDER[last]) <= reached(last)
+    assert not set(OLDER[last]) & reached((last[0], last[1] + 1))
+    for row in OLDER[last]:
+        (demand,) = [x for x in DEMANDS if x.names == set(row.shape.split()) - {"plain"}]
+        then, now = (row_of(row.kernel, row.target, demand, x).tiles for x in (last, CENSUS_RELEASE))
+        assert then.block_m * then.block_n <= now.block_m * now.block_n
+        assert then != now
 
 
-def test_a_demand_takes_the_row_that_names_most_of_it() -> None:
-    assert row_of("head_stats", "sm_86", Demand(heavy=True, bias=True)).shape == "heavy bias"
-    assert row_of("head_stats", "sm_100", Demand(heavy=True, bias=True)).shape == "heavy"
-    everything = Demand(wide=True, heavy=True, bias=True)
-    assert row_of("dlogits", "sm_100", everything).shape == "wide heavy bias"
-    assert row_of("dlogits", "sm_100", replace(everything, aligned=False)).shape == "unaligned wide"
+def test_a_triton_that_was_not_tried_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for release, said in ((CENSUS_RELEASE, 0), ((3, 6), 0), ((3, 99), 1)):
+        monkeypatch.setattr(releases, "RELEASE", release)
+        launch._say_untried.cache_clear()
+        with caplog.at_level("WARNING", "tvkd_fast"):
+            for device in range(2):
+                launch._device_target.cache_clear()
+                launch._device_target(device)
+        assert len(caplog.records) == said
+    assert "python -m bench.census.tritons says which" in caplog.text
+    launch._say_untried.cache_clear()
+    launch._device_target.cache_clear()
+
+
+@pytest.mark.parametrize("size", [1, 40, 576, 2048, 4096, 5120, 8192, 8193, 12288, 18432])
+def test_gathers_cover_a_row_and_hold_what_registers_have(size: int) -> None:
+    config = GatherConfig.of(size)
+    assert config.tiles * config.block_d >= size > (config.tiles - 1) * config.block_d
+    assert config.block_e * config.block_d <= 32 * config.warps * GATHERED_FLOATS
 
 
 def demand_of(build: Build) -> Demand:
@@ -55,7 +90,7 @@ def test_rows_cite_the_census() -> None:
         build = made[tuple(entry["build"][name] for name in ("kernel", "target", "dtype", "variant"))]
         tiles = entry["build"]["config"]
         if tiles is not None:
-            row = row_of(build.kernel, FAMILIES[build.target], demand_of(build))
+            row = row_of(build.kernel, FAMILIES[build.target], demand_of(build), CENSUS_RELEASE)
             assert tiles == {name: getattr(row.tiles, name) for name in tiles}
             found[row].append(entry["facts"])
     for row in TABLE:

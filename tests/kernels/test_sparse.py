@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvkd_fast.kernels import dense_columns, selected_lists
+from tvkd_fast.kernels import dense_columns, gathers, selected_lists
 from tvkd_fast.kernels.autotune import CANDIDATES
 from tvkd_fast.kernels.configs import INTERPRETED
 from tvkd_fast.kernels.hash_uniform import HashUniform
@@ -119,6 +119,24 @@ def test_keeping_everything_is_exact(kit: SimpleNamespace) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
     labels_in_sparse_columns = float((~columns_in_full(case, 0.0))[case.labels].double().mean())
     assert stats.read()["head_entries"] == pytest.approx(70 - 70 // 6 - labels_in_sparse_columns)
+
+
+@pytest.mark.each_once("interpreter")
+@pytest.mark.parametrize("head", [{}, HEADS["everything"]], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [33, 64])
+def test_rows_that_registers_do_not_hold_are_taken_in_tiles(
+    kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, d: int, dtype: torch.dtype, head: dict[str, Any]
+) -> None:
+    for name in ("GATHERED_WHOLE", "GATHERED_TILE"):
+        monkeypatch.setattr(gathers, name, 16)
+    assert gathers.GatherConfig.of(d).tiles > 1
+    right(kit, kit.case(20, d, 70, dtype, **head), 2.0**-5)
+
+
+def test_wide_rows_are_gathered_one_ahead_of_another(kit: SimpleNamespace) -> None:
+    assert gathers.GatherConfig.of(2100).block_e == 1
+    right(kit, kit.case(4, 2100, 40, bias=True), 2.0**-7)
 
 
 @pytest.mark.interpreter
