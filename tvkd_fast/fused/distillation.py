@@ -127,7 +127,7 @@ def fused_linear_distillation_loss(
     if labels is not None:
         check_labels(labels, hidden)
     upstream = _upstream(mixture, token_weights, left_in(labels, rows, ignore_index), hidden)
-    of_teacher = (teacher_hidden_, teacher_head.weight, teacher_head.bias)
+    of_teacher: tuple[Tensor | None, ...] = (teacher_hidden_, teacher_head.weight, teacher_head.bias)
     if not asked.has_teacher:
         of_teacher = tuple(None if x is None else x.detach() for x in of_teacher)
     tensors = (hidden, head.weight, head.bias, *of_teacher)
