@@ -164,13 +164,13 @@ class Room:
         self.most = most if most < LINE else most - most % LINE
         self.whole, self.entries = whole, task.student.entries
         held = min(self.most, self.width(len(task.rows)))
-        size = self.entries if whole else self.columns(held)
+        # A narrower block has more columns to its tile.
+        of_a_tile = max(held, min(self.entries * held, TILE_FLOATS))
         self.tiles = 2 if task.teachers else 1
         hidden, acc = task.student.hidden, task.student.acc
-        self._memory = [large_empty(hidden, (size * held,), acc) for _ in range(self.tiles)]
-        # A narrower block has more columns to its tile.
-        most_of_a_tile = max(TILE_FLOATS, held) if spare or len(task.teachers) > 1 else 0
-        self._spare = large_empty(hidden, (most_of_a_tile,), acc)
+        size = self.entries * held if whole else of_a_tile
+        self._memory = [large_empty(hidden, (size,), acc) for _ in range(self.tiles)]
+        self._spare = large_empty(hidden, (of_a_tile if spare or len(task.teachers) > 1 else 0,), acc)
 
     def width(self, rows: int) -> int:
         return rows if self.most < LINE else -(-rows // LINE) * LINE
