@@ -24,9 +24,11 @@ class GatherConfig:
 
     @staticmethod
     def of(size: int) -> GatherConfig:
-        whole = size <= GATHERED_WHOLE
-        width = 1 << (size - 1).bit_length() if whole else GATHERED_TILE
-        warps = 4 if width <= 1024 else 8 if width <= 4096 else 16
+        if size > GATHERED_WHOLE:
+            width, warps = GATHERED_TILE, 8
+        else:
+            width = 1 << (size - 1).bit_length()
+            warps = 4 if width <= 1024 else 8 if width <= 4096 else 16
         return GatherConfig(max(1, 32 * warps * GATHERED_FLOATS // width), width, warps, -(-size // width))
 
     @property
