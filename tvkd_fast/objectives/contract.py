@@ -17,6 +17,7 @@ from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.ops import Upstream
+from tvkd_fast.ranges import check_numbers
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -101,6 +102,9 @@ class Objective:
     number, is refused as not finite."""
     several_rewards: ClassVar[bool] = False
     """Whether, under `Need.REWARDS`, it takes more than one column of them."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "loss")
 
     @property
     def teacher_kappa(self) -> float:

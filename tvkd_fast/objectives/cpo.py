@@ -11,7 +11,7 @@ from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import sigmoid_losses
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, Range, check_numbers, number
+from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, Range, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -26,9 +26,6 @@ class CPO(Objective):
     """λ in [0, 0.5): share of preferences taken to be wrong."""
     likelihood_weight: float = number(1.0, NOT_NEGATIVE)
     """w ≥ 0: weight of the chosen response's negative log-likelihood per token."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

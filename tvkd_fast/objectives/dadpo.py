@@ -15,7 +15,7 @@ from tvkd_fast.losses import tvkd_loss
 from tvkd_fast.objectives.contract import TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, check_numbers, number
+from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -31,9 +31,6 @@ class DaDPO(Objective):
     """β₁ > 0: pull towards the reference."""
     beta_teacher: float = number(0.05, NOT_NEGATIVE)
     """β₂ ≥ 0: pull towards the teacher φ; 0 is DPO."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

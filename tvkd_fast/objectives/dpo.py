@@ -11,7 +11,7 @@ from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import dpo_loss
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import POSITIVE, Range, check_numbers, number
+from tvkd_fast.ranges import POSITIVE, Range, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -27,9 +27,6 @@ class DPO(Objective):
     """β > 0: strength of the KL term."""
     label_smoothing: float = number(0.0, Range(0, 0.5, without_high=True))
     """λ in [0, 0.5): share of preferences taken to be wrong."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tvkd_fast.data import PairBatch
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import POSITIVE, check_numbers, number
+from tvkd_fast.ranges import POSITIVE, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -26,9 +26,6 @@ class IPO(Objective):
     """β > 0: the smaller, the larger the margin that is asked for, 1/(2β)."""
     per_token: bool = True
     """Whether a log-ratio is divided by its response's tokens, as TRL does; the paper's formula sums."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -11,7 +11,7 @@ from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import log_odds, sigmoid_losses
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, check_numbers, number
+from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -27,9 +27,6 @@ class ORPO(Objective):
     """β > 0: weight of the odds ratio; its authors call it λ."""
     likelihood_weight: float = number(1.0, NOT_NEGATIVE)
     """w ≥ 0: weight of the chosen response's negative log-likelihood per token."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

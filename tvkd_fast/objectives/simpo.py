@@ -11,7 +11,7 @@ from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import sigmoid_losses
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, check_numbers, number
+from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -24,9 +24,6 @@ class SimPO(Objective):
     """β > 0: scale of the reward; its authors use 2 to 2.5."""
     gamma_beta_ratio: float = number(0.5, NOT_NEGATIVE)
     """γ/β ≥ 0: the margin that mean log-probabilities should reach; its authors use 0.5 to 0.55."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -17,7 +17,7 @@ from tvkd_fast.objectives.contract import TEACHER, Need, Objective, ObjectiveOut
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
 from tvkd_fast.ops import soft_values
-from tvkd_fast.ranges import FINITE, POSITIVE, SHARE, Range, check_numbers, number
+from tvkd_fast.ranges import FINITE, POSITIVE, SHARE, Range, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -45,7 +45,7 @@ class TVKD(Objective):
     """λ in [0, 0.5): share of preferences taken to be wrong."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loss")
+        super().__post_init__()
         if self.value_from == "logprobs" and self.kappa == 1.0:
             raise ValueError(
                 "value_from='logprobs' is 0 everywhere at kappa=1: set --loss.kappa to another value, such as 0.7"

@@ -13,7 +13,7 @@ from tvkd_fast.losses import on_policy_weights, sigmoid_losses
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import POSITIVE, check_numbers, number
+from tvkd_fast.ranges import POSITIVE, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -27,9 +27,6 @@ class WPO(Objective):
 
     beta: float = number(0.01, POSITIVE)
     """β > 0: strength of the KL term."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

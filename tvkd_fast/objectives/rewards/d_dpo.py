@@ -13,7 +13,7 @@ from tvkd_fast.losses import distillation_errors
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import POSITIVE, check_numbers, number
+from tvkd_fast.ranges import POSITIVE, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -27,9 +27,6 @@ class DistilledDPO(Objective):
 
     beta: float = number(0.1, POSITIVE)
     """β > 0: strength of the KL term; the margin of log-ratios that is asked for is Δr/β."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:

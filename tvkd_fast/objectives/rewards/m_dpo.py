@@ -18,7 +18,7 @@ from tvkd_fast.losses import sigmoid_losses
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
-from tvkd_fast.ranges import FINITE, POSITIVE, check_numbers, number
+from tvkd_fast.ranges import FINITE, POSITIVE, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -38,9 +38,6 @@ class MDPO(Objective):
     """A response's score: a column of the data, or e^{−PPL/τ} with its perplexity under the teacher."""
     temperature: float = number(10.0, POSITIVE)
     """τ > 0 of a score made of a perplexity."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "loss")
 
     @property
     def needs(self) -> frozenset[Need]:
