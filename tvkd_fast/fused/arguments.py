@@ -5,9 +5,6 @@ Letters: P pairs, 2P responses, N response tokens, D hidden, V vocabulary, T tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -125,12 +122,3 @@ def check_numbers_a_response(hidden: Tensor, sequences: int, **numbers: Tensor |
 def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
     if tensor.device != hidden.device:
         raise ValueError(f"policy_hidden is on {hidden.device} and {name} on {tensor.device}: move one of them")
-
-
-@contextmanager
-def naming(model: str) -> Iterator[None]:
-    """Three heads pass the same checks: a refusal names the head."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"the {model}'s {error}") from error

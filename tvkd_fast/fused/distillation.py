@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tvkd_fast.fused.distillation_op import distillation_op
 from tvkd_fast.kernels.records import Head
-from tvkd_fast.ops.checks import check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl
-from tvkd_fast.ops.joint.backend import left_in, resolve_joint
-from tvkd_fast.ops.joint.outputs import check_outputs
-from tvkd_fast.ops.joint.pair_input import check_numbers_per_row, check_temperature, pair_input
+from tvkd_fast.ops.joint.backend import left_in
+from tvkd_fast.ops.joint.joint_op import SIX
+from tvkd_fast.ops.joint.pair_input import joint_input
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 
 class DistillationOutput(NamedTuple):
@@ -100,14 +100,13 @@ def fused_linear_distillation_loss(
     """
     if not isinstance(mixture, Mapping):
         raise ValueError(f"mixture must map outputs to weights, {{'forward_kl': 1.0}}, got a {type(mixture).__name__}")
-    teacher = teacher_hidden is not None
-    asked = check_outputs(tuple(mixture), beta, alpha, labels=labels is not None, teacher=teacher)
-    check_temperature(temperature)
-    hidden, head, teacher_hidden_, teacher_head = pair_input(
-        hidden,
-        weight,
-        teacher_hidden,
-        teacher_weight,
+    per_row = {f"mixture[{name!r}]": x for name, x in mixture.items() if isinstance(x, Tensor) and x.dim()}
+    given = joint_input(
+        "fused_linear_distillation_loss",
+        *(hidden, weight, teacher_hidden, teacher_weight, labels, tuple(mixture)),
+        beta=beta,
+        alpha=alpha,
+        temperature=temperature,
         bias=bias,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -115,50 +114,23 @@ def fused_linear_distillation_loss(
         teacher_softcap=teacher_softcap,
         teacher_logit_scale=teacher_logit_scale,
         teacher_index=teacher_index,
+        teacher_lse=teacher_lse,
+        rows=rows,
+        ignore_index=ignore_index,
+        impl=impl,
+        numbers={"token_weights": token_weights, **per_row},
     )
-    assert teacher_head is not None
-    assert teacher_hidden_ is not None
-    check_transforms(
-        "fused_linear_distillation_loss",
-        *(hidden, head.weight, head.bias, teacher_hidden_, teacher_head.weight, teacher_head.bias),
-    )
-    given = {f"mixture[{name!r}]": x for name, x in mixture.items() if isinstance(x, Tensor) and x.dim()}
-    check_numbers_per_row(hidden, teacher_lse=teacher_lse, rows=rows, token_weights=token_weights, **given)
-    if labels is not None:
-        check_labels(labels, hidden)
-    upstream = _upstream(mixture, token_weights, left_in(labels, rows, ignore_index), hidden)
-    of_teacher: tuple[Tensor | None, ...] = (teacher_hidden_, teacher_head.weight, teacher_head.bias)
-    if not asked.has_teacher:
-        of_teacher = tuple(None if x is None else x.detach() for x in of_teacher)
-    tensors = (hidden, head.weight, head.bias, *of_teacher)
-    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
-    loss, values, *_ = distillation_op(
-        *tensors,
-        labels,
-        teacher_index,
-        None if teacher_lse is None else teacher_lse.detach(),
-        rows,
-        upstream,
-        ",".join(asked.names),
-        asked.beta,
-        asked.alpha,
-        head.softcap,
-        head.logit_scale,
-        teacher_head.softcap,
-        teacher_head.logit_scale,
-        temperature,
-        ignore_index,
-        resolve_joint(impl),
-        *wants,
-    )
-    return DistillationOutput(loss, dict(zip(asked.names, values.unbind(0), strict=True)))
+    upstream = _upstream(mixture, token_weights, left_in(labels, rows, ignore_index), given.hidden)
+    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in given.tensors[:SIX]]
+    loss, values, *_ = distillation_op(*given.tensors, upstream, *given.settings, *wants)
+    return DistillationOutput(loss, dict(zip(given.outputs.names, values.unbind(0), strict=True)))
 
 
 def _upstream(
     mixture: Mapping[str, float | Tensor], token_weights: Tensor | None, kept: Tensor | None, hidden: Tensor
 ) -> Tensor:
     """dL/doutput [O, N], 0 in rows that are left out."""
-    n, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    n, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
     if token_weights is None:
         # As a tensor: a GPU would have to wait for the count.
         count = hidden.new_full((), n, dtype=dtype) if kept is None else kept.sum().to(dtype)

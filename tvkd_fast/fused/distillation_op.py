@@ -12,20 +12,16 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import HeadGradients
 from tvkd_fast.ops.joint import backend
-from tvkd_fast.ops.joint.joint_op import SIX, fake_six, joint_gradients_op, outputs_of, six_of, task_of, values_of
-from tvkd_fast.ops.registered import check_differentiated_once, wanted_gradients
-from tvkd_fast.ops.tiles.exact import accumulation_dtype
-
-_TENSORS = 10
-"""The tensors that come first among the op's arguments, as `linear_joint` has them; dL/doutput follows."""
+from tvkd_fast.ops.joint.joint_op import SIX, TENSORS, fake_values, joint_gradients_op, six_of, task_of, values_of
+from tvkd_fast.ops.registered import check_differentiated_once, unwritten, wanted_gradients
 
 
 def _distillation(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor | None,
     teacher_index: Tensor | None,
@@ -52,10 +48,12 @@ def _distillation(
     """The loss (); the outputs [O, N]; sums and moments [4 + M, N]; the loss's gradients by the six inputs, empty where
     none is wanted.
     """
-    outputs = outputs_of(names, beta, alpha)
     task = task_of(
         *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
-        *(labels, teacher_index, teacher_lse, rows, outputs),
+        *(labels, teacher_index, teacher_lse, rows),
+        names,
+        beta,
+        alpha,
         softcap,
         logit_scale,
         teacher_softcap,
@@ -80,21 +78,16 @@ distillation_op = torch.library.custom_op("tvkd_fast::fused_linear_distillation"
 
 @distillation_op.register_fake
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    outputs, dtype, n = outputs_of(*args[10:13]), accumulation_dtype(hidden.dtype), hidden.shape[0]
-    moments = len(outputs.moments) + (args[5] is not None)
-    return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty((len(outputs.names), n), dtype=dtype),
-        hidden.new_empty((4 + moments, n), dtype=dtype),
-        *fake_six((hidden, *args[: SIX - 1]), args[-SIX:]),
-    )
+    values, numbers = fake_values(hidden, args[5], *args[10:13])
+    return values.new_empty(()), values, numbers, *unwritten((hidden, *args[: SIX - 1]), args[-SIX:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: _TENSORS + 1], output[2])
-    ctx.settings = inputs[_TENSORS + 1 : -SIX]
+    # dL/doutput follows the tensors that `linear_joint` has.
+    ctx.save_for_backward(*inputs[: TENSORS + 1], output[2])
+    ctx.settings = inputs[TENSORS + 1 : -SIX]
     # Not saved but held, so that the first backward can scale them where they lie.
     ctx.made = output[3:]
 

@@ -19,7 +19,7 @@ from tvkd_fast.kernels.records import Head
 from tvkd_fast.losses.segments import check_boundaries
 from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops.known import Upstream, gradients_in_forward, recomputed
-from tvkd_fast.ops.registered import as_tensors, check_differentiated_once, wanted_gradients
+from tvkd_fast.ops.registered import as_tensors, check_differentiated_once, unwritten, wanted_gradients
 from tvkd_fast.ops.tiles.forward_gradients import Derivative
 
 
@@ -117,9 +117,7 @@ known_op = torch.library.custom_op("tvkd_fast::fused_linear_tvkd_known", _known,
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    wanted = zip((hidden, weight, bias), args[5:8], strict=True)
-    grads = [hidden.new_empty(x.shape if want and x is not None else (0,)) for x, want in wanted]
-    return *fake_numbers(hidden, labels, cu_seqlens), *grads
+    return *fake_numbers(hidden, labels, cu_seqlens), *unwritten((hidden, weight, bias), args[5:8])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

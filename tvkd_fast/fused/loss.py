@@ -17,7 +17,6 @@ from tvkd_fast.fused.arguments import (
     check_numbers_a_response,
     check_settings,
     check_sources,
-    naming,
 )
 from tvkd_fast.fused.epilogue import torch_epilogue
 from tvkd_fast.fused.known_op import known_op
@@ -27,7 +26,7 @@ from tvkd_fast.kernels.records import Head
 from tvkd_fast.losses import TVKDOutput
 from tvkd_fast.losses.shaping import Terminal
 from tvkd_fast.ops import HeadGradient, HeadStats, linear_logps, linear_soft_values
-from tvkd_fast.ops.checks import check_labels, check_transforms
+from tvkd_fast.ops.checks import check_labels, check_transforms, naming
 from tvkd_fast.ops.dispatch import Impl, resolve
 from tvkd_fast.ops.inputs import as_head, head_input
 from tvkd_fast.ops.known import makes_in_forward

@@ -171,3 +171,12 @@ def _rows(mask: Tensor) -> str:
     shown = ", ".join(map(str, rows[:_NAMED_ROWS]))
     more = f" and {len(rows) - _NAMED_ROWS} more" if len(rows) > _NAMED_ROWS else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
+
+
+@contextmanager
+def naming(model: str) -> Iterator[None]:
+    """Several heads pass the same checks: a refusal names the head."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"the {model}'s {error}") from error

@@ -26,9 +26,16 @@ def as_tensors(grads: HeadGradients, hidden: Tensor) -> Gradients:
 
 def fake_gradients(grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Gradients:
     """Unwritten gradients of hidden, weight and bias, by the three `wants` that end the op's arguments."""
-    wanted = zip((hidden, weight, bias), args[-3:], strict=True)
-    found = [hidden.new_empty(x.shape if want and x is not None else (0,)) for x, want in wanted]
+    found = unwritten((hidden, weight, bias), args[-3:])
     return found[0], found[1], found[2]
+
+
+def unwritten(inputs: Sequence[Tensor | None], wants: Sequence[bool]) -> list[Tensor]:
+    """Unwritten gradients of an op's inputs, the first of which is hidden; empty where none is wanted."""
+    hidden = inputs[0]
+    assert hidden is not None
+    pairs = zip(inputs, wants, strict=True)
+    return [(hidden if x is None else x).new_empty((0,) if x is None or not want else x.shape) for x, want in pairs]
 
 
 def wanted_gradients(grads: Sequence[Tensor | None], wants: Sequence[bool]) -> list[Tensor | None]:
@@ -42,9 +49,10 @@ def differentiate(
     gradients: Callable[[Tensor, Sequence[Any], Sequence[Any], Sequence[bool]], Sequence[Tensor | None]],
     *,
     name: str = "linear_logps",
+    count: int = 3,
 ) -> None:
-    """Register the derivative of an op whose first arguments are hidden, weight and bias and whose first result alone
-    is differentiated.
+    """Register the derivative of an op whose first `count` arguments, hidden, weight and bias of one model or two, and
+    whose first result alone are differentiated.
 
     `keep(inputs, output)` returns what the backward needs; `gradients(grad, tensors, settings, wants)` gets it.
     """
@@ -61,9 +69,9 @@ def differentiate(
         inputs = len(ctx.needs_input_grad)
         if grad is None:
             return (None,) * inputs
-        wants = ctx.needs_input_grad[:3]
+        wants = ctx.needs_input_grad[:count]
         grads = gradients(grad, ctx.saved_tensors, ctx.settings, wants)
-        return (*wanted_gradients(grads, wants), *[None] * (inputs - 3))
+        return (*wanted_gradients(grads, wants), *[None] * (inputs - count))
 
     op.register_autograd(backward, setup_context=setup)
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels.records import Head, HeadGradients
+from tvkd_fast.kernels.records import HeadGradients
 from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.dispatch import check_impl
 from tvkd_fast.ops.joint.outputs import Outputs
 from tvkd_fast.ops.joint.row_numbers import RowSums
 from tvkd_fast.ops.tiles.joint import walk
-from tvkd_fast.ops.tiles.joint.sides import Side
 
 
 @dataclass(frozen=True)
@@ -61,31 +60,6 @@ def left_in(labels: Tensor | None, rows: Tensor | None, ignore_index: int) -> Te
     return kept if rows is None else kept & rows
 
 
-def task_of(
-    hidden: Tensor,
-    head: Head,
-    teacher_hidden: Tensor | None,
-    teacher: Head | None,
-    outputs: Outputs,
-    *,
-    temperature: float,
-    labels: Tensor | None,
-    teacher_index: Tensor | None,
-    teacher_lse: Tensor | None,
-    rows: Tensor | None,
-    ignore_index: int,
-) -> walk.Task:
-    kept = kept_rows(labels, rows, ignore_index)
-    if labels is not None and kept is None:
-        # Where all rows are computed, those to ignore take any label: their numbers are dropped.
-        labels = labels.masked_fill(labels == ignore_index, 0)
-    teachers: tuple[tuple[float, Side], ...] = ()
-    if teacher_hidden is not None and teacher is not None and outputs.has_teacher:
-        index = None if teacher_index is None else teacher_index.long()
-        teachers = ((1.0, Side(teacher_hidden, teacher, temperature, index)),)
-    return walk.Task(Side(hidden, head, temperature), teachers, outputs, labels, teacher_lse, kept)
-
-
 def joint_sums(task: walk.Task) -> JointNumbers:
     with without_autocast(task.student.hidden):
         return _spread(task, *walk.joint_sums(task))
@@ -123,9 +97,12 @@ def _spread(task: walk.Task, sums: RowSums, moments: dict[str, Tensor]) -> Joint
     if kept is None:
         return JointNumbers(sums, moments)
 
-    def spread(x: Tensor) -> Tensor:
-        return x.new_zeros(n).index_copy(0, kept, x)
-
     return JointNumbers(
-        RowSums(*(spread(x) for x in vars(sums).values())), {name: spread(x) for name, x in moments.items()}
+        RowSums(*(spread(x, kept, n) for x in vars(sums).values())),
+        {name: spread(x, kept, n) for name, x in moments.items()},
     )
+
+
+def spread(x: Tensor, kept: Tensor, count: int) -> Tensor:
+    """x (K, …) at the kept rows' places among all, 0 elsewhere."""
+    return x.new_zeros((count, *x.shape[1:])).index_copy(0, kept, x)

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
-from tvkd_fast.ops.checks import check_labels, check_transforms
 from tvkd_fast.ops.dispatch import Impl
-from tvkd_fast.ops.joint.backend import resolve_joint
 from tvkd_fast.ops.joint.joint_op import joint_op
-from tvkd_fast.ops.joint.outputs import KINDS, OF_STUDENT_ALONE, Kind, Output, check_outputs
-from tvkd_fast.ops.joint.pair_input import check_numbers_per_row, check_temperature, pair_input
+from tvkd_fast.ops.joint.outputs import KINDS, Kind, Output
+from tvkd_fast.ops.joint.pair_input import joint_input
 
 
 def linear_divergence(
@@ -154,8 +152,8 @@ def linear_joint(
             left out of every output: 0, and no gradient.
         outputs: the names, each once.
 
-    All others are `linear_divergence`'s; without a teacher only the student's own outputs can be had, of whose
-    temperature labels' log-probabilities are too.
+    All others are `linear_divergence`'s. Without a teacher only the student's own outputs can be had. Log-probabilities
+    of the labels are at the temperature as well.
 
     Returns:
         The outputs by name, in the order asked for, (N,) each; dtype, memory and gradients as in `linear_divergence`.
@@ -170,14 +168,12 @@ def linear_joint(
         >>> found["logps"]
         tensor([-0.9048, -1.9048])
     """
-    teacher = teacher_hidden is not None
-    asked = check_outputs(outputs, beta, alpha, labels=labels is not None, teacher=teacher)
-    check_temperature(temperature)
-    hidden, head, teacher_hidden, teacher_head = pair_input(
-        hidden,
-        weight,
-        teacher_hidden,
-        teacher_weight,
+    given = joint_input(
+        "linear_joint",
+        *(hidden, weight, teacher_hidden, teacher_weight, labels, outputs),
+        beta=beta,
+        alpha=alpha,
+        temperature=temperature,
         bias=bias,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -185,34 +181,10 @@ def linear_joint(
         teacher_softcap=teacher_softcap,
         teacher_logit_scale=teacher_logit_scale,
         teacher_index=teacher_index,
+        teacher_lse=teacher_lse,
+        rows=rows,
+        ignore_index=ignore_index,
+        impl=impl,
     )
-    of_teacher = (
-        (None, None, None) if teacher_head is None else (teacher_hidden, teacher_head.weight, teacher_head.bias)
-    )
-    check_transforms("linear_joint", hidden, head.weight, head.bias, *of_teacher)
-    check_numbers_per_row(hidden, teacher_lse=teacher_lse, rows=rows)
-    if labels is not None:
-        check_labels(labels, hidden)
-    if all(name in OF_STUDENT_ALONE for name in asked.names):
-        of_teacher, teacher_index, teacher_lse, teacher_head = (None, None, None), None, None, None
-    values, _ = joint_op(
-        hidden,
-        head.weight,
-        head.bias,
-        *of_teacher,
-        labels,
-        teacher_index,
-        None if teacher_lse is None else teacher_lse.detach(),
-        rows,
-        ",".join(asked.names),
-        asked.beta,
-        asked.alpha,
-        head.softcap,
-        head.logit_scale,
-        None if teacher_head is None else teacher_head.softcap,
-        1.0 if teacher_head is None else teacher_head.logit_scale,
-        temperature,
-        ignore_index,
-        resolve_joint(impl),
-    )
-    return dict(zip(asked.names, values.unbind(0), strict=True))
+    values, _ = joint_op(*given.tensors, *given.settings)
+    return dict(zip(given.outputs.names, values.unbind(0), strict=True))

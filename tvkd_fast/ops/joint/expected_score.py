@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
-from tvkd_fast.ops.autocast import without_autocast
-from tvkd_fast.ops.checks import check_transforms
+from tvkd_fast.ops.checks import check_transforms, naming
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.inputs import as_head, head_input
 from tvkd_fast.ops.joint import backend
@@ -25,7 +24,6 @@ from tvkd_fast.ops.joint.pair_input import (
     check_same_tokens,
     check_temperature,
     check_vocabularies,
-    naming,
 )
 from tvkd_fast.ops.registered import (
     Gradients,
@@ -206,8 +204,7 @@ def _score_gradients(
         upstream = upstream.masked_fill(~rows, 0.0)
     known = backend.unpacked(numbers, _OUTPUTS)
     wants = (want_hidden, want_weight, want_bias)
-    with without_autocast(hidden):
-        grads, _ = backend.joint_gradients(task, known, upstream[None], wants, (False, False, False))
+    grads, _ = backend.joint_gradients(task, known, upstream[None], wants, (False, False, False))
     return as_tensors(grads, hidden)
 
 

@@ -5,6 +5,7 @@ Letters: N tokens, D hidden of each model, V vocabulary, O outputs, M moments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from tvkd_fast.ops.checks import check_label_range
 from tvkd_fast.ops.joint import backend
 from tvkd_fast.ops.joint.outputs import Outputs, value_of
 from tvkd_fast.ops.joint.pair_input import check_index_range, check_joint_finite
-from tvkd_fast.ops.registered import as_tensors, check_differentiated_once, wanted_gradients
+from tvkd_fast.ops.registered import Kept, as_tensors, differentiate, unwritten
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
+from tvkd_fast.ops.tiles.joint.sides import Side
 from tvkd_fast.ops.tiles.joint.walk import Task
 
 NAME = "linear_joint"
 SIX = 6
 """The inputs that may be differentiated come first: hidden, weight and bias of student and of teacher."""
+TENSORS = 10
+"""The tensors, those six first; the settings follow."""
 SixGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -41,7 +45,9 @@ def task_of(
     teacher_index: Tensor | None,
     teacher_lse: Tensor | None,
     rows: Tensor | None,
-    outputs: Outputs,
+    names: str,
+    beta: float,
+    alpha: float,
     softcap: float | None,
     logit_scale: float,
     teacher_softcap: float | None,
@@ -50,26 +56,21 @@ def task_of(
     ignore_index: int,
 ) -> Task:
     """The walk of an op's arguments, whose contents are looked at."""
-    head, teacher = Head(weight, bias, softcap, logit_scale), None
-    if teacher_weight is not None:
+    student = Side(hidden, Head(weight, bias, softcap, logit_scale), temperature)
+    teachers: tuple[tuple[float, Side], ...] = ()
+    if teacher_hidden is not None and teacher_weight is not None:
         teacher = Head(teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
         check_index_range(teacher_index, teacher.vocab_size)
+        index = None if teacher_index is None else teacher_index.long()
+        teachers = ((1.0, Side(teacher_hidden, teacher, temperature, index)),)
+    kept = backend.kept_rows(labels, rows, ignore_index)
     if labels is not None:
         labels = labels.long()
-        check_label_range(labels, head.vocab_size, ignore_index)
-    return backend.task_of(
-        hidden,
-        head,
-        teacher_hidden,
-        teacher,
-        outputs,
-        temperature=temperature,
-        labels=labels,
-        teacher_index=teacher_index,
-        teacher_lse=teacher_lse,
-        rows=rows,
-        ignore_index=ignore_index,
-    )
+        check_label_range(labels, student.head.vocab_size, ignore_index)
+        if kept is None:
+            # Where all rows are computed, those to ignore take any label: their numbers are dropped.
+            labels = labels.masked_fill(labels == ignore_index, 0)
+    return Task(student, teachers, outputs_of(names, beta, alpha), labels, teacher_lse, kept)
 
 
 def _joint(
@@ -95,10 +96,12 @@ def _joint(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The outputs [O, N], 0 in rows that are left out; for the backward the sums and moments, [4 + M, N]."""
-    outputs = outputs_of(names, beta, alpha)
     task = task_of(
         *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
-        *(labels, teacher_index, teacher_lse, rows, outputs),
+        *(labels, teacher_index, teacher_lse, rows),
+        names,
+        beta,
+        alpha,
         softcap,
         logit_scale,
         teacher_softcap,
@@ -155,10 +158,12 @@ def _joint_gradients(
     want_teacher_weight: bool,
     want_teacher_bias: bool,
 ) -> SixGradients:
-    outputs = outputs_of(names, beta, alpha)
     task = task_of(
         *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
-        *(labels, teacher_index, teacher_lse, rows, outputs),
+        *(labels, teacher_index, teacher_lse, rows),
+        names,
+        beta,
+        alpha,
         softcap,
         logit_scale,
         teacher_softcap,
@@ -171,7 +176,7 @@ def _joint_gradients(
         upstream = upstream.masked_fill(~left_in, 0.0)
     found = backend.joint_gradients(
         task,
-        backend.unpacked(numbers, outputs),
+        backend.unpacked(numbers, task.outputs),
         upstream,
         (want_hidden, want_weight, want_bias),
         (want_teacher_hidden, want_teacher_weight, want_teacher_bias),
@@ -192,46 +197,28 @@ joint_gradients_op = torch.library.custom_op("tvkd_fast::linear_joint_gradients"
 
 @joint_op.register_fake
 def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    names, beta, alpha = args[9:12]
-    outputs, dtype = outputs_of(names, beta, alpha), accumulation_dtype(hidden.dtype)
-    moments = len(outputs.moments) + (args[5] is not None)
-    n = hidden.shape[0]
-    return (
-        hidden.new_empty((len(outputs.names), n), dtype=dtype),
-        hidden.new_empty((4 + moments, n), dtype=dtype),
-    )
+    return fake_values(hidden, args[5], *args[9:12])
+
+
+def fake_values(hidden: Tensor, labels: Tensor | None, names: str, beta: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """Unwritten outputs [O, N], and sums and moments, [4 + M, N]."""
+    outputs, dtype, n = outputs_of(names, beta, alpha), accumulation_dtype(hidden.dtype), hidden.shape[0]
+    kept = 4 + len(outputs.moments) + (labels is not None)
+    return hidden.new_empty((len(outputs.names), n), dtype=dtype), hidden.new_empty((kept, n), dtype=dtype)
 
 
 @joint_gradients_op.register_fake
 def _(upstream: Tensor, *args: Any) -> SixGradients:
-    return fake_six(args[:SIX], args[-SIX:])
+    return tuple(unwritten(args[:SIX], args[-SIX:]))  # type: ignore[return-value]
 
 
-def fake_six(inputs: Any, wants: Any) -> SixGradients:
-    """Unwritten gradients of the six inputs, empty where none is wanted."""
-    like = inputs[0]
-    found = [
-        (like if x is None else x).new_empty(x.shape if want and x is not None else (0,))
-        for x, want in zip(inputs, wants, strict=True)
-    ]
-    return tuple(found)
+def _kept(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
+    return (*inputs[:TENSORS], output[1]), inputs[TENSORS:]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:10], output[1])
-    ctx.settings = inputs[10:]
+def _derivative(upstream: Tensor, kept: Sequence[Any], settings: Sequence[Any], wants: Sequence[bool]) -> SixGradients:
+    grads: SixGradients = joint_gradients_op(upstream, *kept, *settings, *wants)
+    return grads
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    check_differentiated_once(NAME)
-    inputs = len(ctx.needs_input_grad)
-    if upstream is None:
-        return (None,) * inputs
-    wants = ctx.needs_input_grad[:SIX]
-    grads = joint_gradients_op(upstream, *ctx.saved_tensors, *ctx.settings, *wants)
-    return (*wanted_gradients(grads, wants), *[None] * (inputs - SIX))
-
-
-joint_op.register_autograd(_backward, setup_context=_keep)
+differentiate(joint_op, _kept, _derivative, name=NAME, count=SIX)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.checks import check_finite
-from tvkd_fast.ops.joint.backend import kept_rows
+from tvkd_fast.ops.joint.backend import kept_rows, spread
 from tvkd_fast.ops.joint.row_numbers import RowSums
 from tvkd_fast.ops.registered import (
     Gradients,
@@ -51,9 +51,8 @@ def _listed(
         check_finite(numbers[1], hidden, weight, bias)
     if kept is None:
         return numbers
-    n = hidden.shape[0]
-    spread = [x.new_zeros((n, *x.shape[1:])).index_copy(0, kept, x) for x in numbers]
-    return spread[0], spread[1], spread[2], spread[3], spread[4]
+    among_all = [spread(x, kept, hidden.shape[0]) for x in numbers]
+    return among_all[0], among_all[1], among_all[2], among_all[3], among_all[4]
 
 
 def _listed_gradients(

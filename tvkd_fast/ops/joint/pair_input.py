@@ -6,25 +6,19 @@ Letters: N tokens, D hidden of each model, V vocabulary of the student, V' of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
-from tvkd_fast.ops.checks import check_finite, looks
+from tvkd_fast.ops.checks import check_finite, check_labels, check_transforms, looks, naming
 from tvkd_fast.ops.inputs import as_head, head_input
+from tvkd_fast.ops.joint.backend import resolve_joint
+from tvkd_fast.ops.joint.outputs import Outputs, check_outputs
 from tvkd_fast.ops.joint.row_numbers import RowSums
-
-
-@contextmanager
-def naming(model: str) -> Iterator[None]:
-    """Two heads pass the same checks: a refusal names the head."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"the {model}'s {error}") from error
 
 
 def pair_input(
@@ -55,6 +49,87 @@ def pair_input(
     check_same_tokens(hidden, teacher_hidden)
     check_vocabularies(head, teacher_head, teacher_index, hidden)
     return hidden, head, teacher_hidden, teacher_head
+
+
+class JointInput(NamedTuple):
+    """The arguments of `linear_joint`, checked, as its op takes them and `fused_linear_distillation_loss`' too."""
+
+    outputs: Outputs
+    tensors: tuple[Tensor | None, ...]
+    """hidden, weight and bias of student and of teacher, labels, teacher_index, teacher_lse, rows."""
+    settings: tuple[Any, ...]
+
+    @property
+    def hidden(self) -> Tensor:
+        hidden, *_ = self.tensors
+        assert hidden is not None
+        return hidden
+
+
+def joint_input(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor | Head,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | Head | None,
+    labels: Tensor | None,
+    outputs: Sequence[str],
+    *,
+    beta: float,
+    alpha: float,
+    temperature: float,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    teacher_bias: Tensor | None,
+    teacher_softcap: float | None,
+    teacher_logit_scale: float,
+    teacher_index: Tensor | None,
+    teacher_lse: Tensor | None,
+    rows: Tensor | None,
+    ignore_index: int,
+    impl: str,
+    numbers: Mapping[str, Tensor | None] = MappingProxyType({}),
+) -> JointInput:
+    """The arguments of the function `name`, with other `numbers` (N,) of its own to check.
+
+    A teacher that no output asks is looked at, and left out.
+    """
+    has_teacher, has_labels = teacher_hidden is not None, labels is not None
+    asked = check_outputs(outputs, beta, alpha, labels=has_labels, teacher=has_teacher)
+    check_temperature(temperature)
+    hidden, head, teacher_hidden, teacher = pair_input(
+        hidden,
+        weight,
+        teacher_hidden,
+        teacher_weight,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        teacher_bias=teacher_bias,
+        teacher_softcap=teacher_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_index=teacher_index,
+    )
+    of_teacher = (None, None, None) if teacher is None else (teacher_hidden, teacher.weight, teacher.bias)
+    check_transforms(name, hidden, head.weight, head.bias, *of_teacher)
+    check_numbers_per_row(hidden, teacher_lse=teacher_lse, rows=rows, **numbers)
+    if labels is not None:
+        check_labels(labels, hidden)
+    if not asked.has_teacher:
+        of_teacher, teacher_index, teacher_lse, teacher = (None, None, None), None, None, None
+    transforms = (None, 1.0) if teacher is None else (teacher.softcap, teacher.logit_scale)
+    return JointInput(
+        asked,
+        (
+            *(hidden, head.weight, head.bias, *of_teacher),
+            *(labels, teacher_index, None if teacher_lse is None else teacher_lse.detach(), rows),
+        ),
+        (
+            *(",".join(asked.names), asked.beta, asked.alpha, head.softcap, head.logit_scale),
+            *(*transforms, temperature, ignore_index, resolve_joint(impl)),
+        ),
+    )
 
 
 def check_same_tokens(hidden: Tensor, teacher_hidden: Tensor) -> None:
