@@ -104,6 +104,6 @@ def plan(
     return Blocks(rows, rounded(triton.cdiv(v, triton.cdiv(v, columns))))
 
 
-def slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def slices(total: int, size: int, *, start: int = 0) -> Iterator[slice]:
+    for first in range(start, total, size):
+        yield slice(first, min(first + size, total))

@@ -8,13 +8,13 @@ Letters: N tokens, R rows of a block, S rows whose exponentials are kept, D hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tvkd_fast.kernels.block_softmax import SCALE, block_exponentials
-from tvkd_fast.kernels.blocks import in_workspace
+from tvkd_fast.kernels.blocks import in_workspace, slices
 from tvkd_fast.kernels.products import accumulate
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
 from tvkd_fast.ops.inputs import packed, packed_rows
@@ -120,7 +120,7 @@ def kept_forward(
     kept = hidden.new_empty((_fitting(hidden, head, workspace_mb - of_products), head.vocab_size))
     walk = TritonWalk(*_without_ignored(hidden, head, labels, ignore_index), of_products, (False, False, False))
     order = torch.arange(len(hidden), device=hidden.device)
-    blocks = [*_blocks(0, len(kept), walk.most), *_blocks(len(kept), len(hidden), walk.most)]
+    blocks = [*slices(len(kept), walk.most), *slices(len(hidden), walk.most, start=len(kept))]
     parts = [walk.sums(order[block], kept[block] if block.stop <= len(kept) else None) for block in blocks]
     numbers = ([part.shift, part.total, part.target] for part in parts)
     whole = Part(order, *(torch.cat(of_blocks) for of_blocks in zip(*numbers, strict=True)))
@@ -148,7 +148,7 @@ def kept_gradients(
     walk = TritonWalk(*inputs, of_products, wants, visited=len(hidden) - len(kept))
     order, first = torch.arange(len(hidden), device=hidden.device), slice(len(kept))
     walk.gradients.add(order[first], walk.hidden[first], kept, by_entry[first])
-    for block in _blocks(len(kept), len(hidden), walk.most):
+    for block in slices(len(hidden), walk.most, start=len(kept)):
         walk.add_products(walk.sums(order[block]), c[block])
     return walk.rounded()
 
@@ -162,11 +162,6 @@ def _without_ignored(hidden: Tensor, head: Head, labels: Tensor, ignore_index: i
     """The same with ignored rows of zeros and some label: theirs are computed too, and must stay finite."""
     ignored = labels == ignore_index
     return hidden.masked_fill(ignored[:, None], 0.0), head, labels.masked_fill(ignored, 0)
-
-
-def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
-    for first in range(start, stop, size):
-        yield slice(first, min(first + size, stop))
 
 
 def _scale(by_entry: Tensor, dtype: torch.dtype) -> float:
