@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from safetensors import SafetensorError
 
@@ -157,6 +158,62 @@ def signed_json(body: dict[str, Any]) -> str:
     """The text of a JSON file with a checksum of its own: a file that differs from it is damaged."""
     checksum = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
+
+
+class Signed(Protocol):
+    """What is written as `signed_json`."""
+
+    def text(self) -> str: ...
+
+
+M = TypeVar("M", bound=Signed)
+
+
+def read_signed(
+    path: Path, make: Callable[[dict[str, Any]], M], *, formats: Sequence[int], command: str, missing: str
+) -> M:
+    """What `make` makes of the body of a file that `signed_json` wrote.
+
+    Raises ValueError where it is `missing`, of none of these formats, or damaged: `command` is what to run again.
+    """
+    try:
+        text = path.read_bytes().decode()
+        body = json.loads(text)
+        if isinstance(body, dict) and body.get("format") not in formats:
+            read = " and ".join(map(str, formats))
+            raise ValueError(
+                f"{path} is of format {body.get('format')}, this library reads {read}: run {command} again"
+            )
+        del body["checksum"]
+        made = make(body)
+        if made.text() != text:
+            raise TypeError("it is not what was written")
+    except FileNotFoundError:
+        raise ValueError(missing) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); run {command} again") from error
+    return made
+
+
+class Checksummed(Protocol):
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+
+F = TypeVar("F", bound=Checksummed)
+
+
+def whole_files(folder: Path, files: Iterable[F]) -> tuple[F, ...]:
+    """Those of the files in the folder that stand before the first that is missing or torn."""
+    return tuple(takewhile(lambda x: is_whole(folder, x), files))
+
+
+def is_whole(folder: Path, one: Checksummed) -> bool:
+    path = folder / one.file
+    return path.is_file() and sha256_of(path) == one.sha256
 
 
 def sha256_of(path: Path) -> str:

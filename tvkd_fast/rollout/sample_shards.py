@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tvkd_fast.data.reading.sample_folder import SAMPLES, SampleManifest, SampleShard, read_sample_manifest
-from tvkd_fast.files import put_in_place, refuse_place, sha256_of, to_disk, unfinished, write_whole
+from tvkd_fast.files import put_in_place, refuse_place, sha256_of, to_disk, unfinished, whole_files, write_whole
 
 Counts = Mapping[str, Mapping[str, int]]
 
@@ -41,13 +41,7 @@ class SampleWriter:
             found = read_sample_manifest(self.partial)
         except ValueError:
             return ()
-        kept = []
-        for shard in found.shards if found.same_samples(manifest) else ():
-            path = self.partial / shard.file
-            if not path.is_file() or sha256_of(path) != shard.sha256:
-                break
-            kept.append(shard)
-        return tuple(kept)
+        return whole_files(self.partial, found.shards if found.same_samples(manifest) else ())
 
     def write(self, rows: Sequence[Mapping[str, Any]], prompts: int, counts: Counts) -> None:
         """The rows of the next `prompts` prompts. ValueError where the disk refuses; the shards before are kept."""

@@ -17,7 +17,7 @@ class SamplePrompt:
     row: str
     """The name that messages call it by."""
     first: int = 0
-    """The number of its first sample: the same prompt asked again goes on where it ended."""
+    """The number of its first sample, where the prompt has been asked before: the samples so far."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tvkd_fast.data.dataset import PairDataset
 from tvkd_fast.data.tokenization import TokenizedPair
-from tvkd_fast.files import put_in_place, refuse_place, sha256_of, to_disk, unfinished, write_whole
+from tvkd_fast.files import put_in_place, refuse_place, sha256_of, to_disk, unfinished, whole_files, write_whole
 from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, states_of
 from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
 
@@ -145,13 +145,7 @@ class ScoreWriter:
             found = read_manifest(self.partial, finished=False)
         except ValueError:
             return ()
-        kept = []
-        for shard in found.shards if found.same_numbers(manifest) else ():
-            path = self.partial / shard.file
-            if not path.is_file() or sha256_of(path) != shard.sha256:
-                break
-            kept.append(shard)
-        return tuple(kept)
+        return whole_files(self.partial, found.shards if found.same_numbers(manifest) else ())
 
     def write(self, scores: Scores) -> None:
         """The next shard. ValueError where the disk refuses; the shards before it are kept."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from os.path import expanduser
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tvkd_fast.files import signed_json
+from tvkd_fast.files import read_signed, signed_json
 
 FORMAT = 4
 """Format 3 did not say which numbers are kept, and is read as well."""
@@ -84,23 +83,19 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
     Raises ValueError where there is none, it is damaged, of another format, or of a run that is not finished.
     """
     path = Path(expanduser(folder)) / MANIFEST
-    try:
-        text = path.read_bytes().decode()
-        body = json.loads(text)
-        if isinstance(body, dict) and body.get("format") not in (3, FORMAT):
-            raise ValueError(
-                f"{path} is of format {body.get('format')}, this library reads 3 and {FORMAT}: run `tvkd score` again"
-            )
-        del body["checksum"]
-        numbers = body.get("numbers")
-        body["numbers"] = None if numbers is None else tuple(numbers)
-        manifest = ScoreManifest(**body | {"shards": tuple(Shard(**shard) for shard in body["shards"])})
-        if manifest.text() != text:
-            raise TypeError("it is not what was written")
-    except FileNotFoundError:
-        raise ValueError(f"no score cache at {folder}: make one with `tvkd score --output_dir {folder} …`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); run `tvkd score` again") from error
+    manifest = read_signed(
+        path,
+        _made,
+        formats=(3, FORMAT),
+        command="`tvkd score`",
+        missing=f"no score cache at {folder}: make one with `tvkd score --output_dir {folder} …`",
+    )
     if finished and not manifest.finished:
         raise ValueError(f"{path} names {len(manifest.shards)} shards of a run that is not finished: run it again")
     return manifest
+
+
+def _made(body: dict[str, Any]) -> ScoreManifest:
+    numbers = body.get("numbers")
+    shards = tuple(Shard(**shard) for shard in body["shards"])
+    return ScoreManifest(**body | {"numbers": None if numbers is None else tuple(numbers), "shards": shards})

@@ -6,12 +6,11 @@ there.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tvkd_fast.files import sha256_of, signed_json
+from tvkd_fast.files import is_whole, read_signed, signed_json
 
 FORMAT = 1
 SAMPLES = "samples.manifest"
@@ -60,29 +59,22 @@ class SampleManifest:
 
 def read_sample_manifest(folder: Path) -> SampleManifest:
     """Raises ValueError where it is missing, damaged or of another format."""
-    path = folder / SAMPLES
-    try:
-        text = path.read_bytes().decode()
-        body = json.loads(text)
-        if isinstance(body, dict) and body.get("format") != FORMAT:
-            raise ValueError(f"{path} is of format {body.get('format')}, this library reads {FORMAT}: sample again")
-        del body["checksum"]
-        manifest = SampleManifest(**body | {"shards": tuple(SampleShard(**shard) for shard in body["shards"])})
-        if manifest.text() != text:
-            raise TypeError("it is not what was written")
-    except FileNotFoundError:
-        raise ValueError(f"no samples at {folder}: make some with `tvkd sample --output_dir {folder} …`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): run `tvkd sample` again") from error
-    return manifest
+    return read_signed(
+        folder / SAMPLES,
+        lambda body: SampleManifest(**body | {"shards": tuple(SampleShard(**shard) for shard in body["shards"])}),
+        formats=(FORMAT,),
+        command="`tvkd sample`",
+        missing=f"no samples at {folder}: make some with `tvkd sample --output_dir {folder} …`",
+    )
 
 
 def sample_files(folder: Path) -> list[Path]:
     """The shards in order, once every byte matches its checksum. ValueError where one does not."""
     manifest = read_sample_manifest(folder)
     for shard in manifest.shards:
-        path = folder / shard.file
-        if not path.is_file() or sha256_of(path) != shard.sha256:
-            raise ValueError(f"{path} does not match its checksum: it is damaged; run `tvkd sample` again")
+        if not is_whole(folder, shard):
+            raise ValueError(
+                f"{folder / shard.file} does not match its checksum: it is damaged; run `tvkd sample` again"
+            )
     # One without rows is no file that could be read.
     return [folder / shard.file for shard in manifest.shards if shard.rows]
