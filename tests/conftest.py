@@ -64,6 +64,14 @@ def mark_all_but_each_once(cases: list[pytest.Function]) -> None:
             case.add_marker(marker.args[0])
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def collected(pytestconfig: pytest.Config) -> dict[str, frozenset[str]]:
     """The marks of every test that was found, whether it runs or not."""

@@ -31,13 +31,7 @@ WITHOUT_TEACHER = {"teacher_hidden": None, "teacher_weight": None, "cu_states": 
 
 Inputs = dict[str, Any]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def packed(dtype: torch.dtype = torch.float32) -> Inputs:

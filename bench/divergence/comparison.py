@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,9 +25,17 @@ from bench.divergence.reference import load_reference
 from bench.harness.checker import checked
 from bench.harness.contenders import selected
 from bench.harness.machine import made_by, versions, write_report
-from bench.harness.meters import Call, CpuMeter, Job, interleaved
+from bench.harness.meters import Call, CpuMeter, Job
 from bench.harness.states import States, load_states, save_states
-from bench.head.comparison import FOLDER, PACKAGED, fastest_tiling, prepared_states, product
+from bench.head.comparison import (
+    FOLDER,
+    PACKAGED,
+    checked_row,
+    fastest_tiling,
+    prepared_states,
+    product,
+    timed_rows,
+)
 
 LIMITS = {"mean": 1e-3, "values": 1e-3, "hidden": 1e-4, "weight": 1e-4}
 KEYS = {"mean": "err_mean_nats", "values": "err_nats", "hidden": "rel_err_dh", "weight": "rel_err_dw"}
@@ -85,20 +92,13 @@ def measure(
             continue
         job: Job = meter.start(partial(call, contender, student, teacher), partial(check, contender.kind, reference))
         before = unit.seconds()
-        try:
-            rows[name] |= job.check() | {"peak_mb": (job.peak_bytes() - held) / 2**20}
-        except RuntimeError as error:
-            rows[name]["refused"] = str(error).splitlines()[0][:200]
+        rows[name] |= checked_row(job, held)
         if rows[name].keys() & {"refused", "wrong"}:
             job.close()
             continue
         jobs[name], taken[name] = job, [(before, job.seconds())]
-    more = interleaved({name: job.seconds for name, job in jobs.items()}, rounds - 1, before=unit.seconds)
-    for name, job in jobs.items():
-        products, times = zip(*taken[name], *more[name], strict=True)
-        rows[name] |= {"seconds": median(times), "rounds": list(times), "products": list(products)}
-        rows[name]["over_floor"] = median(x / y for x, y in zip(times, products, strict=True))
-        job.close()
+    for name, timed in timed_rows(jobs, taken, rounds, unit.seconds).items():
+        rows[name] |= timed
     unit.close()
     return {"tiling": tiling, "results": list(rows.values())}
 

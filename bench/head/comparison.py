@@ -12,6 +12,7 @@ import argparse
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -113,28 +114,39 @@ def measure(
     taken: dict[str, list[tuple[float, float]]] = {}
     for name, job in list(jobs.items()):
         before = of_unit()
-        rows[name] |= _checked_row(job, chosen[name], states)
+        rows[name] |= checked_row(job, _held(chosen[name], states))
         if rows[name].keys() & {"refused", "wrong"}:
             jobs.pop(name).close()
         else:
             taken[name] = [(before, job.seconds())]
-    more = interleaved({name: job.seconds for name, job in jobs.items()}, rounds - 1, before=of_unit)
-    for name, job in jobs.items():
-        products, times = zip(*taken[name], *more[name], strict=True)
-        rows[name] |= {"seconds": median(times), "rounds": list(times), "products": list(products)}
-        rows[name]["over_floor"] = median(x / y for x, y in zip(times, products, strict=True))
-        job.close()
+    for name, timed in timed_rows(jobs, taken, rounds, of_unit).items():
+        rows[name] |= timed
     unit.close()
     product_row = {"name": "product", "seconds": median(units), "over_floor": 1.0, "rounds": units, "tiling": tiling}
     return {"results": [product_row, *rows.values()], "entries": entries(states)}
 
 
-def _checked_row(job: Job, contender: Contender, states: States) -> dict[str, Any]:
+def checked_row(job: Job, held: int) -> dict[str, Any]:
+    """A row's part of the first run: what the check says of it, and its peak memory beyond `held` bytes."""
     try:
         found = job.check()
     except RuntimeError as error:
         return {"refused": str(error).splitlines()[0][:200]}
-    return found | {"peak_mb": (job.peak_bytes() - _held(contender, states)) / 2**20}
+    return found | {"peak_mb": (job.peak_bytes() - held) / 2**20}
+
+
+def timed_rows(
+    jobs: dict[str, Job], taken: dict[str, list[tuple[float, float]]], rounds: int, of_unit: Callable[[], float]
+) -> dict[str, dict[str, Any]]:
+    """Time the jobs for all rounds but the first, whose (unit, job) seconds were `taken`, and close them."""
+    more = interleaved({name: job.seconds for name, job in jobs.items()}, rounds - 1, before=of_unit)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, job in jobs.items():
+        products, times = zip(*taken[name], *more[name], strict=True)
+        rows[name] = {"seconds": median(times), "rounds": list(times), "products": list(products)}
+        rows[name]["over_floor"] = median(x / y for x, y in zip(times, products, strict=True))
+        job.close()
+    return rows
 
 
 def _held(contender: Contender, states: States) -> int:

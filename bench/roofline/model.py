@@ -104,23 +104,28 @@ def ours_known(workspace: float) -> Algorithm:
     def count(n: int, d: int, v: int, chip: Chip) -> Count:
         rows = min(n, int(workspace // row_bytes("triton", v, d, 2)))
         visits = math.ceil(n / rows)
-        product = Phase(1, 4 * n * v + visits * 2 * v * d + 2 * n * d)
-        exponentials = Phase(0, (4 + 2) * n * v)
-        by_hidden = Phase(1, 2 * n * v + visits * 2 * v * d + 6 * n * d)
-        by_weight = Phase(1, 2 * n * v + 2 * n * d + 8 * v * d * visits)
         held = rows * row_bytes("triton", v, d, 2) + 4 * v * d
-        return Count([product, exponentials, by_hidden, by_weight, Phase(0, 6 * v * d)], sums=held)
+        return Count([*_block_forward(n, d, v, visits), *_block_backward(n, d, v, visits)], sums=held)
 
     return count
+
+
+def _block_forward(n: int, d: int, v: int, visits: int) -> list[Phase]:
+    """Products of blocks of rows, the weight once a block, and the pass that writes exponentials."""
+    return [Phase(1, 4 * n * v + visits * 2 * v * d + 2 * n * d), Phase(0, (4 + 2) * n * v)]
+
+
+def _block_backward(n: int, d: int, v: int, visits: int) -> list[Phase]:
+    """Both products of the exponentials, a block's at a time, and the rounding of dW's sums."""
+    by_hidden = Phase(1, 2 * n * v + visits * 2 * v * d + 6 * n * d)
+    by_weight = Phase(1, 2 * n * v + 2 * n * d + 8 * v * d * visits)
+    return [by_hidden, by_weight, Phase(0, 6 * v * d)]
 
 
 def ours_kept(n: int, d: int, v: int, chip: Chip) -> Count:
     """The loss unknown: exponentials of all rows kept for the backward, beside products of a third of their size."""
     visits = math.ceil(n / max(1, 2 * n * v // 3 // row_bytes("triton", v, d, 2)))
-    product = Phase(1, 4 * n * v + visits * 2 * v * d + 2 * n * d)
-    by_hidden = Phase(1, 2 * n * v + 2 * v * d + 6 * n * d)
-    by_weight = Phase(1, 2 * n * v + 2 * n * d + 4 * v * d)
-    return Count([product, Phase(0, (4 + 2) * n * v)], [by_hidden, by_weight, Phase(0, 6 * v * d)], 8 * n * v / 3)
+    return Count(_block_forward(n, d, v, visits), _block_backward(n, d, v, 1), 8 * n * v / 3)
 
 
 def ours_frozen(n: int, d: int, v: int, chip: Chip) -> Count:
