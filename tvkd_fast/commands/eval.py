@@ -114,11 +114,16 @@ def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation
         verbose=verbose,
         read=config.data.reader(rewards=Need.REWARDS in needs),
     )
-    sharing = sharing_of(config, world)
+    sharing = sharing_of(config, world, config.loss)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
     check_readable(dataset, policy, "policy")
     models = load_frozen(
-        config, tokenizer, kappa=config.loss.teacher_kappa, of_teacher=of_teacher(needs), sharing=sharing
+        config,
+        tokenizer,
+        kappa=config.loss.teacher_kappa,
+        of_teacher=of_teacher(needs),
+        needs=needs,
+        sharing=sharing,
     )
     return evaluate(
         policy,
