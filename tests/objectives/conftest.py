@@ -14,6 +14,7 @@ from tvkd_fast.commands.models import of_teacher
 from tvkd_fast.data import MicroBatching, PairBatch, TokenizedPair, build_dataset, collate_packed, packed_length
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 from tvkd_fast.objectives import Joint, Need, PolicyNumbers
+from tvkd_fast.objectives.mixtures.mixture import Mixture
 from tvkd_fast.ops import Head
 from tvkd_fast.scoring import OnlineScorer, Scores
 from tvkd_fast.training.step import train_step
@@ -70,7 +71,7 @@ def numbers_of() -> Callable[[PairBatch], tuple[PolicyNumbers, Scores]]:
 
 
 Response = dict[str, Any]
-Formula = Callable[[Response, Response], Tensor]
+Formula = Callable[..., Tensor]
 
 
 @pytest.fixture
@@ -109,7 +110,8 @@ def is_its_formula_from_logits(files: Path, chatml: Any, tiny_model: Any, in_flo
     """Checks a training step, in one micro-batch and in four, against a formula of whole float64 logits, row by row.
 
     The formula is that of `is_its_formula`, and is given log_p, log_ref, log_teacher and log_base [T, V] beside: the
-    whole distributions. Loss and the gradient of every weight are compared.
+    whole distributions; that of a mixture the divisors by name as well. Loss and the gradient of every weight are
+    compared.
     """
 
     def check(found: Any, formula: Formula) -> None:
@@ -117,8 +119,12 @@ def is_its_formula_from_logits(files: Path, chatml: Any, tiny_model: Any, in_flo
         pairs = [replace(pair, rewards=((1.0 + i, 0.5), (0.25, 0.125 * i))) for i, pair in enumerate(dataset)]
         models = [in_float64(tiny_model(seed)) for seed in range(4)]
         policy = models[0]
-        losses = [formula(*(long_way(models, pair, side) for side in (0, 1))) for pair in pairs]
-        wanted = torch.stack(losses).sum() / divisor(found, pairs)
+        counts = divisors(pairs)
+        # The parts of a mixture are divided apart, each by its own.
+        of_pair = formula if isinstance(found, Mixture) else lambda *x: formula(*x) / counts[found.divided_by]
+        more = (counts,) if isinstance(found, Mixture) else ()
+        losses = [of_pair(*(long_way(models, pair, side) for side in (0, 1)), *more) for pair in pairs]
+        wanted = torch.stack(losses).sum()
         wanted.backward()
         gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
         before = deepcopy(policy.state_dict())
@@ -147,12 +153,12 @@ def is_its_formula_from_logits(files: Path, chatml: Any, tiny_model: Any, in_flo
     return check
 
 
-def divisor(found: Any, pairs: list[TokenizedPair]) -> int:
-    """What an objective's summed losses are divided by."""
+def divisors(pairs: list[TokenizedPair]) -> dict[str, int]:
+    """What summed losses may be divided by."""
     chosen, rejected = (
         sum(len(ids) for ids in side) for side in zip(*((p.chosen_ids, p.rejected_ids) for p in pairs), strict=True)
     )
-    return {"pairs": len(pairs), "chosen_tokens": chosen, "tokens": chosen + rejected}[found.divided_by]
+    return {"pairs": len(pairs), "chosen_tokens": chosen, "tokens": chosen + rejected}
 
 
 def long_way(models: list[Any], pair: TokenizedPair, side: int) -> Response:

@@ -33,7 +33,7 @@ from tvkd_fast.scoring import Scores
 
 EVERY = [make() for make in objectives().values()]
 EVERY += [TVKD(value_from="implicit_reward", gamma=0.9), MDPO(score_from="perplexity")]
-EVERY += [ForwardKL(on="both"), Mixture(parts=[{"dpo": {}, "weight": 2.0}, {"jsd": {}}, {"dckd": {}}])]
+EVERY += [ForwardKL(responses="both"), Mixture(parts=[{"dpo": {}, "weight": 2.0}, {"jsd": {}}, {"dckd": {}}])]
 every = pytest.mark.parametrize("found", EVERY, ids=lambda found: f"{found.name} {found.describe()}")
 
 

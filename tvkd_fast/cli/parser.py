@@ -196,11 +196,13 @@ def _values_of(option: str, arguments: Sequence[str]) -> Iterator[str]:
 
 def recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in resources.files("tvkd_fast").joinpath("recipes").iterdir()
-        if p.name.endswith(".yaml")
-    )
+    return sorted(_packaged_recipes())
+
+
+def _packaged_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, in whichever of its folders."""
+    folder = Path(str(resources.files("tvkd_fast").joinpath("recipes")))
+    return {file.stem: file for file in folder.rglob("*.yaml")}
 
 
 def load_recipe(name: str) -> TrainConfig:
@@ -218,8 +220,8 @@ def fields_of(parsed: Any) -> dict[str, Any]:
 
 def _recipe_path(name: str) -> Path:
     name = os.path.expanduser(name)
-    packaged = Path(str(resources.files("tvkd_fast").joinpath("recipes", f"{name}.yaml")))
-    if not Path(name).exists() and packaged.exists():
+    packaged = _packaged_recipes().get(name)
+    if not Path(name).exists() and packaged is not None:
         return packaged
     if not Path(name).exists():
         print_once(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}")

@@ -95,7 +95,7 @@ class EvalConfig:
 
 def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evaluation:
     """`tvkd eval`: a policy, with or without a reference, on data.eval."""
-    if config.teacher is not None and config.reference is None:
+    if config.teacher is not None and config.reference is None and Need.REFERENCE in config.loss.needs:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     with world_of(config) as world:
         return _evaluated(config, world, verbose=show_progress and world.first)

@@ -240,7 +240,7 @@ def _shape_line(shape: ModelShape) -> str:
 
 
 def _reference_line(config: TrainConfig) -> str:
-    if Need.REFERENCE not in config.loss.needs:
+    if not config.loss.needs & {Need.REFERENCE, Need.REFERENCE_STATES}:
         return f"none ({config.objective})"
     if config.scores is not None:
         return f"scored already, in {config.scores}"

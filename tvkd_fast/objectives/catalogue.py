@@ -86,7 +86,7 @@ def products(objective: Objective) -> str:
     if not with_logps:
         own += 3 if objective.per_pair else 4
     own += Need.COLLISIONS in objective.needs
-    return f"{own:g}" + (f" + {frozen:g}r" if frozen else "")
+    return f"{own:g}" + (f" + {'' if frozen == 1 else f'{frozen:g}'}r" if frozen else "")
 
 
 def _on_disk(needs: list[Need]) -> str:

@@ -252,8 +252,10 @@ class Objective:
                 out = self.loss(self._numbers_of(everything, batch, log_collisions), scores, batch)
                 # In rising order the chosen ones come first, and their places are their pairs'.
                 pairs = responses[: len(responses) // 2] if paired else responses
-                (grad,) = torch.autograd.grad(self.total(out, factors, pairs), everything)
-            return grad[responses]
+                total = self.total(out, factors, pairs)
+                (grad,) = torch.autograd.grad(total, everything, allow_unused=True)
+            # A loss that reads no log-probabilities hands nothing down to them.
+            return (torch.zeros_like(everything) if grad is None else grad)[responses]
 
         return Upstream(derivative, batch.cu_seqlens, paired=paired, lengths=batch.response_lengths)
 

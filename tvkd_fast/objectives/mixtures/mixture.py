@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -149,6 +149,9 @@ def _read(part: Any) -> tuple[Objective, float]:
         if setting not in own:
             has = f"has {', '.join(own)}" if own else "has none"
             raise ValueError(f"{setting} is no setting of {name}, which {has}")
+        kind, value = get_type_hints(cls)[setting], settings[setting]
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{setting} of {name} must be one of {', '.join(get_args(kind))}, got {value!r}")
     return cls(**settings), float(weight)
 
 
