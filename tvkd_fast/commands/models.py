@@ -43,7 +43,8 @@ from tvkd_fast.models import (
 )
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import Need
-from tvkd_fast.scoring.scorer import VALUES, OnlineScorer, RewardTeacher, Teacher, TeacherNumbers, TeacherTokens
+from tvkd_fast.scoring.kinds import VALUES, token_kinds
+from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher, Teacher, TeacherTokens
 from tvkd_fast.training.train_config import micro_batching
 from tvkd_fast.training.usage import return_freed_memory
 
@@ -96,7 +97,7 @@ class FrozenModels:
     """The policy's."""
     reference: PolicyWithHead | WithoutAdapters | None = None
     teacher: Teacher | None = None
-    of_teacher: tuple[TeacherNumbers, ...] = VALUES
+    of_teacher: tuple[str, ...] = VALUES
     """What the teacher is asked for."""
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """None where the teacher reads the policy's tokens."""
@@ -131,6 +132,12 @@ class FrozenModels:
             tokens = self._tokens(self.teacher, self.teacher_tokenizer, dataset, config)
             if tokens.dataset.fingerprint == dataset.fingerprint:
                 tokens = None
+            elif kinds := token_kinds(self.of_teacher):
+                raise ValueError(
+                    f"{' and '.join(kinds)} of this teacher would be of other tokens than the policy's, since it has "
+                    "another tokenizer, and no divergence could be taken: choose a teacher of the policy's tokenizer, "
+                    "or an objective over its values or log-probabilities"
+                )
             elif verbose:
                 print(tokens.dataset.report, file=sys.stderr)
         return OnlineScorer(self.reference, self.teacher, tokens, self.world, of_teacher=self.of_teacher)
@@ -167,9 +174,9 @@ class FrozenModels:
         }
 
 
-def of_teacher(needs: Collection[Need]) -> tuple[TeacherNumbers, ...]:
+def of_teacher(needs: Collection[Need]) -> tuple[str, ...]:
     """Return what a teacher has to be asked for."""
-    found: list[TeacherNumbers] = []
+    found: list[str] = []
     if not {Need.TEACHER_SUMS, Need.TEACHER_REWARDS}.isdisjoint(needs):
         found.append("values")
     if Need.TEACHER_LOGPS in needs:
@@ -198,7 +205,7 @@ def load_frozen(
     tokenizer: PreTrainedTokenizerBase,
     *,
     kappa: float,
-    of_teacher: Collection[TeacherNumbers] = VALUES,
+    of_teacher: Collection[str] = VALUES,
     sharing: Sharing | None = None,
 ) -> FrozenModels:
     """The reference and the teacher that the config names, with what each must read.
