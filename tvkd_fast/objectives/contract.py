@@ -214,7 +214,7 @@ class Objective:
         if not constant or not batch.num_pairs:
             return KnownUpstream()
         # Where the loss is linear in a number, its derivative is the same at any: here at a policy that is certain.
-        numbers = self._numbers_of(torch.zeros_like(batch.lengths, dtype=torch.float32), batch, log_collisions)
+        numbers = self._numbers_of(torch.zeros_like(batch.lengths, dtype=torch.float64), batch, log_collisions)
         leaves = [numbers.logps, *(numbers.joint[key] for key in constant)]
         with torch.enable_grad():
             total = self.total(self.loss(numbers, scores, batch), factors)

@@ -107,7 +107,10 @@ class KnownUpstream:
         if constants is None:
             return self.pairwise
         return Upstream(
-            lambda _, responses: constants[responses], batch.cu_seqlens, paired=False, lengths=batch.response_lengths
+            lambda logps, responses: constants[responses].to(logps.dtype),
+            batch.cu_seqlens,
+            paired=False,
+            lengths=batch.response_lengths,
         )
 
 
