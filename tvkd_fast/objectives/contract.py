@@ -42,6 +42,8 @@ TEACHER = frozenset(
 )
 SCORED = TEACHER | {Need.REFERENCE, Need.REFERENCE_STATES}
 """Needs for which frozen models are run, or a cache is read."""
+NOT_CACHED = frozenset({Need.REFERENCE_STATES, Need.BASE_STATES})
+"""Needs that no cache of scores meets: those models are run beside the policy."""
 _STATES: dict[Whose, Need] = {
     "teacher": Need.TEACHER_STATES,
     "ref": Need.REFERENCE_STATES,
@@ -154,6 +156,11 @@ class Objective:
         raise NotImplementedError
 
     @property
+    def linear_joint(self) -> tuple[Joint, ...]:
+        """Return those of `joint` in which the loss is linear, whatever it is in the log-probabilities."""
+        return self.joint if self.linear else ()
+
+    @property
     def joint(self) -> tuple[Joint, ...]:
         """Return the numbers of the policy's and other models' distributions that `loss` reads, none by default;
         `needs` names those models' states."""
@@ -195,24 +202,33 @@ class Objective:
         collisions = None
         if Need.COLLISIONS in self.needs:
             collisions = segment_sums(head.log_collisions(hidden), batch.cu_seqlens)
-        known = None if factors is None else self._known(scores, batch, factors)
+        known = KnownUpstream() if factors is None else self._known(scores, batch, collisions, factors)
         logps, joint = joint_numbers(hidden, head, batch, self.joint, distributions(scores), known)
         return PolicyNumbers(segment_sums(logps, batch.cu_seqlens), batch.lengths, collisions, joint)
 
-    def _known(self, scores: Scores, batch: PairBatch, factors: Factors) -> KnownUpstream | None:
-        """The derivative of a linear loss, which is the same at any numbers: at a policy that is certain."""
-        if not self.linear or not batch.num_pairs:
-            return None
-        logps = factors.pairs.new_zeros(len(batch.lengths), dtype=torch.float32).requires_grad_()
-        joint = {key: logps.new_zeros(len(batch.labels)).requires_grad_() for key in self.joint}
+    def _known(
+        self, scores: Scores, batch: PairBatch, log_collisions: Tensor | None, factors: Factors
+    ) -> KnownUpstream:
+        """The derivatives of the batch's `total` that are known before the policy's numbers are."""
+        constant = self.linear_joint
+        if not constant or not batch.num_pairs:
+            return KnownUpstream()
+        # Where the loss is linear in a number, its derivative is the same at any: here at a policy that is certain.
+        numbers = self._numbers_of(torch.zeros_like(batch.lengths, dtype=torch.float32), batch, log_collisions)
+        leaves = [numbers.logps, *(numbers.joint[key] for key in constant)]
         with torch.enable_grad():
-            out = self.loss(PolicyNumbers(logps, batch.lengths, joint=joint), scores, batch)
-            leaves = [logps, *joint.values()]
-            grads = torch.autograd.grad(self.total(out, factors), leaves, allow_unused=True)
-        of_logps, *others = [
+            total = self.total(self.loss(numbers, scores, batch), factors)
+            grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        of_logps, *others = (
             torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)
-        ]
-        return KnownUpstream(of_logps, dict(zip(joint, others, strict=True)))
+        )
+        pairwise = None if self.linear else self.upstream(scores, batch, log_collisions, factors)
+        return KnownUpstream(dict(zip(constant, others, strict=True)), of_logps if self.linear else None, pairwise)
+
+    def _numbers_of(self, logps: Tensor, batch: PairBatch, log_collisions: Tensor | None) -> PolicyNumbers:
+        """Leaves to differentiate a loss by: these log-probabilities, and zeros for all else."""
+        joint = {key: logps.new_zeros(len(batch.labels)).requires_grad_() for key in self.joint}
+        return PolicyNumbers(logps.requires_grad_(), batch.lengths, log_collisions, joint)
 
     def upstream(
         self,
@@ -222,21 +238,24 @@ class Objective:
         factors: Factors | None = None,
     ) -> Upstream | None:
         """The derivative of the batch's `total` by responses' log-probabilities, as the head asks for it before all of
-        the batch are known; None where a pair's needs other pairs. `log_collisions` as in `PolicyNumbers`."""
-        if not self.per_pair or not batch.num_pairs:
+        the batch are known; None where a pair's needs other pairs, or what a walk has yet to find. `log_collisions` as
+        in `PolicyNumbers`."""
+        if not self.per_pair or not batch.num_pairs or not set(self.joint) <= set(self.linear_joint):
             return None
         lengths, paired = batch.lengths, Need.REJECTED in self.needs
 
         def derivative(logps: Tensor, responses: Tensor) -> Tensor:
             # Responses that are not asked for stand in by a nat per token; their pairs' losses are left out.
             unknown = -lengths.to(logps.dtype)
-            everything = unknown.index_put((responses,), logps.detach()).requires_grad_()
+            everything = unknown.index_put((responses,), logps.detach())
             with torch.enable_grad():
-                out = self.loss(PolicyNumbers(everything, lengths, log_collisions), scores, batch)
+                out = self.loss(self._numbers_of(everything, batch, log_collisions), scores, batch)
                 # In rising order the chosen ones come first, and their places are their pairs'.
                 pairs = responses[: len(responses) // 2] if paired else responses
-                (grad,) = torch.autograd.grad(self.total(out, factors, pairs), everything)
-            return grad[responses]
+                total = self.total(out, factors, pairs)
+                (grad,) = torch.autograd.grad(total, everything, allow_unused=True)
+            # A loss that reads no log-probabilities hands nothing down to them.
+            return (torch.zeros_like(everything) if grad is None else grad)[responses]
 
         return Upstream(derivative, batch.cu_seqlens, paired=paired, lengths=batch.response_lengths)
 
@@ -277,13 +296,14 @@ def distributions(scores: Scores) -> Distributions:
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:
     """Raise ValueError where a teacher's own reference is wanted and missing, or given and not wanted."""
-    wanted = Need.TEACHER_REWARDS in objective.needs
-    if teacher is not None and wanted and teacher_reference is None:
+    base, rewards = Need.BASE_STATES in objective.needs, Need.TEACHER_REWARDS in objective.needs
+    if teacher is not None and (rewards or base) and teacher_reference is None:
+        what = objective.name if base else "value_from='implicit_reward'"
         raise ValueError(
-            "value_from='implicit_reward' is what the teacher gained over its own reference, the model that it was "
-            "before DPO: set --teacher_reference"
+            f"{what} is what the teacher gained over its own reference, the model that it was before DPO: set "
+            "--teacher_reference"
         )
-    if teacher_reference is not None and not (wanted and teacher is not None):
+    if teacher_reference is not None and not ((rewards or base) and teacher is not None):
         raise ValueError(
             "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
         )

@@ -34,8 +34,11 @@ class ADPA(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise ValueError(f"clip must be two rising limits, got {list(self.clip)}: set --loss.clip [0,1], or none")
+        if self.clip is not None:
+            given = tuple(self.clip)
+            if len(given) != 2 or not given[0] < given[1]:
+                raise ValueError(f"clip must be two rising limits, got {list(given)}: set --loss.clip [0,1], or null")
+            self.clip = (float(given[0]), float(given[1]))
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -6,7 +6,7 @@ Letters: N response tokens, D hidden of each model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -87,18 +87,27 @@ class Distributions:
 
 @dataclass(frozen=True)
 class KnownUpstream:
-    """dL/dnumber of a loss that is linear in all of them: of responses' log-probabilities, and (N,) of each key."""
+    """What the loss is known to hand down to the numbers: nothing where they are not known."""
 
-    logps: Tensor
-    joint: Mapping[Joint, Tensor]
+    joint: Mapping[Joint, Tensor] = field(default_factory=dict)
+    """(N,) of a key, constants."""
+    logps: Tensor | None = None
+    """(2P,) of responses' log-probabilities, constants."""
+    pairwise: Upstream | None = None
+    """Of log-probabilities, where it follows from a pair's own and from nothing else that is asked for here."""
 
     def per_token(self, batch: PairBatch) -> Tensor:
-        """(N,) dL/dlogp of every token."""
+        """(N,) of every token's log-probability."""
+        assert self.logps is not None
         return self.logps.repeat_interleave(batch.lengths, output_size=len(batch.labels))
 
-    def of_logps(self, batch: PairBatch) -> Upstream:
+    def of_logps(self, batch: PairBatch) -> Upstream | None:
+        """The same for a head by itself."""
+        constants = self.logps
+        if constants is None:
+            return self.pairwise
         return Upstream(
-            lambda _, responses: self.logps[responses], batch.cu_seqlens, paired=False, lengths=batch.response_lengths
+            lambda _, responses: constants[responses], batch.cu_seqlens, paired=False, lengths=batch.response_lengths
         )
 
 
@@ -108,18 +117,16 @@ def joint_numbers(
     batch: PairBatch,
     keys: Iterable[Joint],
     frozen: Distributions,
-    known: KnownUpstream | None = None,
+    known: KnownUpstream,
 ) -> tuple[Tensor, dict[Joint, Tensor]]:
     """Log-probabilities (N,) of the response tokens, and (N,) of each key, from hidden [N, D] and the policy's head.
 
     One walk for all keys that share one, the log-probabilities among them where it is over both responses at
-    temperature 1; one recomputation for the gradients of each walk, and none where they are `known`.
+    temperature 1; one recomputation for the gradients of each walk, and none where all it is asked for is `known`.
     """
-    walks: dict[Joint, list[Joint]] = {}
-    for key in dict.fromkeys(keys):
-        walks.setdefault(key.walk, []).append(key)
-    logps, found = None, {}
-    for walk, members in walks.items():
+    logps: Tensor | None = None
+    found: dict[Joint, Tensor] = {}
+    for walk, members in walks_of(keys).items():
         rows = rows_of(walk, batch)
         if walk.output == SCORE:
             found[walk] = _score(hidden, head.whole, walk, frozen, rows)
@@ -132,20 +139,28 @@ def joint_numbers(
         names = {key.output: key for key in members}
         options: dict[str, Any] = {"beta": walk.beta, "temperature": walk.temperature, "rows": rows}
         arguments = (hidden, own, other_hidden, other.columns(0, size), None if alone else batch.labels)
-        if known is None:
-            outputs: Any = (*names, *([] if alone else [LOGPS]))
-            numbers = linear_joint(*arguments, outputs=outputs, **options)
-        else:
+        if all(key in known.joint for key in members) and (alone or known.logps is not None):
             upstream = {name: known.joint[key] for name, key in names.items()}
             upstream |= {} if alone else {LOGPS: known.per_token(batch)}
             numbers = known_joint(*arguments, upstream=upstream, **options)
+        else:
+            outputs: Any = (*names, *([] if alone else [LOGPS]))
+            numbers = linear_joint(*arguments, outputs=outputs, **options)
         found |= {key: numbers[name] for name, key in names.items()}
         logps = logps if alone else numbers[LOGPS]
     if logps is None:
-        own_logps = head(hidden, batch.labels, upstream=None if known is None else known.of_logps(batch))
+        own_logps = head(hidden, batch.labels, upstream=known.of_logps(batch))
         assert isinstance(own_logps, Tensor)
         logps = own_logps
     return logps, found
+
+
+def walks_of(keys: Iterable[Joint]) -> dict[Joint, list[Joint]]:
+    """The keys by their walks."""
+    found: dict[Joint, list[Joint]] = {}
+    for key in dict.fromkeys(keys):
+        found.setdefault(key.walk, []).append(key)
+    return found
 
 
 def rows_of(walk: Joint, batch: PairBatch) -> Tensor | None:

@@ -19,7 +19,7 @@ from tvkd_fast.scoring.layout import Scores
 class TokenDivergence(Objective):
     """A divergence of every response token between the policy's distribution and the teacher's."""
 
-    on: Literal["chosen", "both"] = "chosen"
+    responses: Literal["chosen", "both"] = "chosen"
     """Whose tokens: the chosen responses', or the rejected ones' as well."""
     temperature: float = number(1.0, POSITIVE)
     """τ > 0, by which both models' logits are divided."""
@@ -35,17 +35,17 @@ class TokenDivergence(Objective):
 
     @property
     def divided_by(self) -> Divisor:  # type: ignore[override]
-        return "chosen_tokens" if self.on == "chosen" else "tokens"
+        return "chosen_tokens" if self.responses == "chosen" else "tokens"
 
     @property
     def needs(self) -> frozenset[Need]:
-        both = {Need.REJECTED} if self.on == "both" else set()
+        both = {Need.REJECTED} if self.responses == "both" else set()
         return frozenset({Need.TEACHER_STATES} | both)
 
     @property
     def divergence(self) -> Joint:
         """The number of a token that is summed."""
-        return Joint(self.kind, beta=self.share, temperature=self.temperature, responses=self.on)
+        return Joint(self.kind, beta=self.share, temperature=self.temperature, responses=self.responses)
 
     @property
     def joint(self) -> tuple[Joint, ...]:
@@ -53,7 +53,7 @@ class TokenDivergence(Objective):
 
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
         of_responses = policy.summed(self.divergence, batch)
-        if self.on == "chosen":
+        if self.responses == "chosen":
             return ObjectiveOutput(of_responses[: batch.num_pairs])
         chosen, rejected = of_responses.chunk(2)
         return ObjectiveOutput(chosen + rejected)

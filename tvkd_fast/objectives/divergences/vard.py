@@ -35,4 +35,4 @@ class VARD(TokenDivergence):
     @property
     def divergence(self) -> Joint:
         of: Factored = ((1.0, "ref"), (self.value_scale / self.eta, "teacher"))
-        return Joint(self.kind, of=of, temperature=self.temperature, responses=self.on)
+        return Joint(self.kind, of=of, temperature=self.temperature, responses=self.responses)
