@@ -18,6 +18,7 @@ from tvkd_fast.models import (
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import TEACHER, Need, known
 from tvkd_fast.scoring.cache import ScoreCache
+from tvkd_fast.scoring.kinds import SAMPLED, TOP_K
 from tvkd_fast.scoring.manifest import ScoreManifest
 from tvkd_fast.scoring.scorer import OnlineScorer
 from tvkd_fast.training.train_config import TrainConfig
@@ -35,6 +36,8 @@ ADDED_BY = {
     Need.TEACHER_REWARDS: "--teacher MODEL --teacher_reference MODEL",
     Need.TEACHER_LOGPS: "--teacher MODEL --keep [logps]",
     Need.TEACHER_STATES: "--teacher MODEL --keep [states]",
+    Need.TEACHER_TOP_K: f"--teacher MODEL --keep [{TOP_K}]",
+    Need.TEACHER_SAMPLES: f"--teacher MODEL --keep [{SAMPLED}]",
 }
 """The options of `tvkd score` that add a number to a folder of scores."""
 

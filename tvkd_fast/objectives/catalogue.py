@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from tvkd_fast.objectives.contract import NOT_CACHED, TEACHER, Need, Objective
-from tvkd_fast.objectives.divergences.joint_numbers import SCORE, walks_of
+from tvkd_fast.objectives.divergences.joint_numbers import KEPT, walks_of
 from tvkd_fast.objectives.registry import DEFAULT, objectives
 
 COLUMNS = (
@@ -26,10 +26,18 @@ _IN_WORDS = {
     Need.TEACHER_LOGPS: "teacher's log-probabilities",
     Need.REWARDS: "rewards of the data",
     Need.TEACHER_STATES: "teacher's states",
+    Need.TEACHER_TOP_K: "teacher's top k",
+    Need.TEACHER_SAMPLES: "teacher's samples",
     Need.REFERENCE_STATES: "reference's states",
     Need.BASE_STATES: "states of the teacher's reference",
 }
-_KEPT_PER_TOKEN = {Need.TEACHER_SUMS: "4", Need.TEACHER_REWARDS: "4", Need.TEACHER_STATES: "2D′"}
+_KEPT_PER_TOKEN = {
+    Need.TEACHER_SUMS: "4",
+    Need.TEACHER_REWARDS: "4",
+    Need.TEACHER_STATES: "D′ + 4",
+    Need.TEACHER_TOP_K: "304",
+    Need.TEACHER_SAMPLES: "251 at most",
+}
 _KEPT_PER_RESPONSE = {Need.REFERENCE: 4, Need.TEACHER_LOGPS: 4}
 _MODELS = (
     {Need.REFERENCE, Need.REFERENCE_STATES},
@@ -76,12 +84,12 @@ def products(objective: Objective) -> str:
     for walk, members in walks_of(objective.joint).items():
         known = set(members) <= set(objective.linear_joint)
         of_all = walk.responses == "both" or Need.REJECTED not in objective.needs
-        alone = walk.output == SCORE or not of_all or walk.temperature != 1.0 or with_logps
-        # A score is computed again in the backward, whatever is known of it.
-        again = walk.output == SCORE or not known or not (alone or objective.linear)
+        alone = walk.is_alone or not of_all or walk.temperature != 1.0 or with_logps
+        # Some are computed again in the backward, whatever is known of them.
+        again = walk.is_alone or not known or not (alone or objective.linear)
         share = 1.0 if of_all else 0.5
         own += share * (3 + again)
-        frozen += share * len(walk.of) * (1 + again)
+        frozen += share * len(walk.of) * (1 + again) * (walk.output not in KEPT)
         with_logps |= not alone
     if not with_logps:
         own += 3 if objective.per_pair else 4
