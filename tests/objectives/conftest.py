@@ -137,7 +137,8 @@ def is_its_formula_from_logits(files: Path, chatml: Any, tiny_model: Any, in_flo
             base=PolicyWithHead(base, packing="shared") if Need.BASE_STATES in found.needs else None,
         )
         chosen_only = Need.REJECTED not in found.needs
-        for rows in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
+        # A process that is short of micro-batches has an empty one.
+        for rows in ([[0, 1, 2, 3]], [[0], [1], [2], [3], []]):
             policy.load_state_dict(before)
             policy.zero_grad()
             batches = [collate_packed([pairs[i] for i in row], row, chosen_only=chosen_only) for row in rows]
