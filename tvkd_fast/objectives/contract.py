@@ -291,7 +291,7 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
 def distributions(scores: Scores) -> Distributions:
     """The frozen models' distributions that the scores hold."""
     found = {whose: (getattr(scores, f"{whose}_hidden"), getattr(scores, f"{whose}_head")) for whose in _STATES}
-    return Distributions({whose: pair for whose, pair in found.items() if None not in pair})
+    return Distributions({whose: (hidden, head) for whose, (hidden, head) in found.items() if head is not None})
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:
