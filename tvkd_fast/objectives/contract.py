@@ -225,7 +225,7 @@ class Objective:
         if not constant or not batch.num_pairs:
             return KnownUpstream()
         # Where the loss is linear in a number, its derivative is the same at any: here at a policy that is certain.
-        numbers = self._numbers_of(torch.zeros_like(batch.lengths, dtype=torch.float32), batch, log_collisions)
+        numbers = self._numbers_of(torch.zeros_like(batch.lengths, dtype=torch.float64), batch, log_collisions)
         leaves = [numbers.logps, *(numbers.joint[key] for key in constant)]
         with torch.enable_grad():
             total = self.total(self.loss(numbers, scores, batch), factors)
@@ -308,7 +308,7 @@ def distributions(scores: Scores) -> Distributions:
         kept["topk"] = scores.topk_ids, scores.topk_logps.exp()
     if scores.sampled_ids is not None and scores.sampled_shares is not None:
         kept["sampled"] = scores.sampled_ids, scores.sampled_shares
-    return Distributions({whose: pair for whose, pair in found.items() if None not in pair}, kept)
+    return Distributions({whose: (hidden, head) for whose, (hidden, head) in found.items() if head is not None}, kept)
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:

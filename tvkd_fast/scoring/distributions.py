@@ -56,8 +56,8 @@ def kept_of(kinds: Collection[str], batch: PairBatch, hidden: Tensor, head: Head
 
 def token_uniforms(batch: PairBatch, seed: int = 0) -> Tensor:
     """(N,) float64 in (0, 1), a hash of seed, pair, response and the token's place in it, and of nothing else."""
-    sides = len(batch.response_lengths) // max(batch.num_pairs, 1)
-    responses = torch.cat([2 * batch.pairs + side for side in range(sides)]).to(batch.labels.device)
+    responses = torch.cat([2 * batch.pairs, 2 * batch.pairs + 1])[: len(batch.response_lengths)]
+    responses = responses.to(batch.labels.device)
     of_response = hashed(responses, 2 * seed).long()
     lengths = batch.lengths
     places = torch.arange(len(batch.labels), device=lengths.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tvkd_fast.fused.known_joint import known_joint
 from tvkd_fast.ops import Head, Upstream, linear_expected_score, linear_joint, linear_sparse_divergence
+from tvkd_fast.ops.joint.top_gap import linear_top_gap
 
 if TYPE_CHECKING:
     from tvkd_fast.data import PairBatch
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 
 LOGPS = "logps"
 SCORE = "score"
+TOP_GAP = "top_gap"
 KEPT = ("topk", "sampled")
 """Outputs that compare with what is kept of the teacher's distribution, by the prefix of it in `Scores`."""
+_ALONE = (SCORE, TOP_GAP, *KEPT)
+"""Outputs of walks of their own."""
 Whose = Literal["teacher", "ref", "base"]
 """The frozen models, by the prefix of their states and head in `Scores`."""
 Factored = tuple[tuple[float, Whose], ...]
@@ -35,9 +39,10 @@ REFERENCE: Factored = ((1.0, "ref"),)
 class Joint:
     """A number of every response token under the policy p and another distribution q, nats.
 
-    `output` is a divergence of `linear_joint`; "score", E_p[Σ c·log q]; or forward KL to the teacher's "topk", the tail
-    spread evenly, or to its "sampled" tokens, at temperature 1. `of` are factors c and the models: with several, a
-    divergence is to softmax(Σ c·z). Outputs that share all but their names come from one walk.
+    `output` is a divergence of `linear_joint`; "score", E_p[Σ c·log q]; "top_gap", `linear_top_gap`; or forward KL to
+    the teacher's "topk", the tail spread evenly, or to its "sampled" tokens, at temperature 1. `of` are factors c and
+    the models: with several, a divergence is to softmax(Σ c·z). Outputs that share all but their names come from one
+    walk.
     """
 
     output: str
@@ -53,13 +58,13 @@ class Joint:
 
     @property
     def walk(self) -> Joint:
-        """What outputs of one walk have in common. A score, and a part of the teacher's, have walks of their own."""
+        """What outputs of one walk have in common; those that have walks of their own are their own."""
         return self if self.is_alone else replace(self, output="")
 
     @property
     def is_alone(self) -> bool:
-        """Whether it is no output of `linear_joint`; its logits are computed again for its gradient."""
-        return self.output == SCORE or self.output in KEPT
+        """Whether it is no output of `linear_joint`."""
+        return self.output in _ALONE
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,10 @@ class KnownUpstream:
         if constants is None:
             return self.pairwise
         return Upstream(
-            lambda _, responses: constants[responses], batch.cu_seqlens, paired=False, lengths=batch.response_lengths
+            lambda logps, responses: constants[responses].to(logps.dtype),
+            batch.cu_seqlens,
+            paired=False,
+            lengths=batch.response_lengths,
         )
 
 
@@ -148,6 +156,9 @@ def joint_numbers(
         # Rows beyond the smaller head are padding of one tokenizer's vocabulary.
         size = min(head.out_features, other.vocab_size)
         own = head.whole if size == head.out_features else head.whole.columns(0, size)
+        if walk.output == TOP_GAP:
+            found[walk] = linear_top_gap(hidden, own, other_hidden, other.columns(0, size), rows)
+            continue
         alone = logps is not None or rows is not None or walk.temperature != 1.0 or size < head.out_features
         names = {key.output: key for key in members}
         options: dict[str, Any] = {"beta": walk.beta, "temperature": walk.temperature, "rows": rows}
