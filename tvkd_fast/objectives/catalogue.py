@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from tvkd_fast.objectives.contract import NOT_CACHED, TEACHER, Need, Objective
-from tvkd_fast.objectives.divergences.joint_numbers import KEPT, TOP_GAP, walks_of
+from tvkd_fast.objectives.divergences.joint_numbers import KEPT, TOP_GAP, Joint, walks_of
 from tvkd_fast.objectives.registry import DEFAULT, objectives
 
 COLUMNS = (
@@ -86,19 +86,27 @@ def products(objective: Objective) -> str:
             # Nothing is handed down to the log-probabilities beside it.
             own, frozen, with_logps = own + 2, frozen + 1, True
             continue
+        if walk.output in KEPT:
+            own, with_logps = own + 4 * (1.0 if _of_all(walk, objective) else 0.5) + 1, True
+            continue
         known = set(members) <= set(objective.linear_joint)
-        of_all = walk.responses == "both" or Need.REJECTED not in objective.needs
+        of_all = _of_all(walk, objective)
         alone = walk.is_alone or not of_all or walk.temperature != 1.0 or with_logps
         # Some are computed again in the backward, whatever is known of them.
         again = walk.is_alone or not known or not (alone or objective.linear)
         share = 1.0 if of_all else 0.5
         own += share * (3 + again)
-        frozen += share * len(walk.of) * (1 + again) * (walk.output not in KEPT)
+        frozen += share * len(walk.of) * (1 + again)
         with_logps |= not alone
     if not with_logps:
         own += 3 if objective.per_pair else 4
     own += Need.COLLISIONS in objective.needs
     return f"{own:g}" + (f" + {'' if frozen == 1 else f'{frozen:g}'}r" if frozen else "")
+
+
+def _of_all(walk: Joint, objective: Objective) -> bool:
+    """Whether a walk is over all responses that are computed."""
+    return walk.responses == "both" or Need.REJECTED not in objective.needs
 
 
 def _on_disk(needs: list[Need]) -> str:

@@ -23,6 +23,10 @@ class SparseKL(TokenDivergence):
     loss larger than it. k is that of the folder of scores; a teacher that runs beside the policy is asked for 50.
     """
 
+    # No gradient of it is made in the forward, and the log-probabilities beside it, which it does not read, are spared
+    # theirs.
+    linear = False
+
     kept: Literal["topk", "sampled"] = "topk"
     """What is known of the teacher: its k most probable tokens, or draws."""
 
