@@ -82,8 +82,8 @@ def products(objective: Objective) -> str:
     policy's, a product; what is over one of two responses counts half."""
     own, frozen, with_logps = 0.0, 0.0, False
     for walk, members in walks_of(objective.joint).items():
+        # Nothing is handed down to the log-probabilities beside these two.
         if walk.output == TOP_GAP:
-            # Nothing is handed down to the log-probabilities beside it.
             own, frozen, with_logps = own + 2, frozen + 1, True
             continue
         if walk.output in KEPT:
