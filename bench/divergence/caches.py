@@ -3,8 +3,8 @@
     python -m bench.divergence.caches --json FILE
 
 What `tvkd score --keep` writes is coded and decoded again, of the packaged model's states over preference data as the
-teacher's; p is of the same model pruned to `--layers` layers, or of a `--student`. Errors are of p − q, which is forward
-KL's gradient by the student's logits: ‖q̂ − q‖ over ‖p − q‖ in Frobenius' norm, in float64 sums.
+teacher's; p is of the same model pruned to `--layers` layers, or of a `--student`. Errors are of p − q, which is
+forward KL's gradient by the student's logits: ‖q̂ − q‖ over ‖p − q‖ in Frobenius' norm, in float64 sums.
 
 Letters: N tokens, R rows of a block, V vocabulary.
 """

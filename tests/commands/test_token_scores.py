@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tvkd_fast.commands.caches import kept_per_token
 from tvkd_fast.commands.score import ScoreConfig
 from tvkd_fast.data import MicroBatching
 from tvkd_fast.data.data_config import load_dataset
@@ -66,6 +67,16 @@ def test_cached_states_have_the_teachers_logits(dtype, off, scored, pairs, onlin
             assert float((found - wanted).norm()) < off * float(wanted.norm())
     empty = cache.of(torch.tensor([], dtype=torch.int64))
     assert empty.teacher_hidden.shape == (0, cache.tokens.head.weight.shape[1])
+
+
+def test_a_run_reads_nothing_of_tokens_that_its_objective_does_not_need(scored, pairs, make_config):
+    cache, batch = scored(keep=["values", *KINDS]), next(iter(batches(pairs)))
+    of_states = CachedScorer(cache, kept_per_token(ForwardKL().needs)).of(batch)
+    assert of_states.teacher_hidden is not None
+    assert of_states.topk_ids is of_states.sampled_ids is None
+    of_values = CachedScorer(cache, kept_per_token(make_config().loss.needs)).of(batch)
+    assert of_values.lse is not None
+    assert of_values.teacher_hidden is of_values.teacher_head is of_values.topk_ids is None
 
 
 def test_a_cached_head_is_rotated_with_its_states(scored, pairs, online):
