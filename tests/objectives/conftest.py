@@ -54,6 +54,9 @@ def make_numbers(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
     of_models: dict[str, Any] = {
         f"{whose}_{x}": y for whose in ("teacher", "ref", "base") for x, y in (("hidden", hidden), ("head", head))
     }
+    top = torch.arange(3).expand(len(batch.labels), -1)
+    of_models |= {"topk_ids": top, "topk_logps": torch.full(top.shape, -2.0)}
+    of_models |= {"sampled_ids": top, "sampled_shares": torch.full(top.shape, 1 / 3)}
     scores = Scores(
         -10 + normal(responses), lse, lse, normal(states), teacher_logps=-10 + normal(responses), **of_models
     )
@@ -137,7 +140,8 @@ def is_its_formula_from_logits(files: Path, chatml: Any, tiny_model: Any, in_flo
             base=PolicyWithHead(base, packing="shared") if Need.BASE_STATES in found.needs else None,
         )
         chosen_only = Need.REJECTED not in found.needs
-        for rows in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
+        # A process that is short of micro-batches has an empty one.
+        for rows in ([[0, 1, 2, 3]], [[0], [1], [2], [3], []]):
             policy.load_state_dict(before)
             policy.zero_grad()
             batches = [collate_packed([pairs[i] for i in row], row, chosen_only=chosen_only) for row in rows]
