@@ -277,29 +277,35 @@ def several_heads(case: JointCase) -> list[tuple[float, Tensor, Head]]:
     ]
 
 
-def score_twin(case: JointCase, heads: list[tuple[float, Tensor, Head]], rounded_to: torch.dtype) -> Tensor:
+def score_twin(case: JointCase, heads: list[tuple[float, Tensor, Head]], clip: Any, rounded_to: torch.dtype) -> Tensor:
     z, _ = case.logits(rounded_to=rounded_to)
     log_p, score = (z / 1.3).log_softmax(-1), torch.zeros_like(z)
     for factor, states, head in heads:
         weight, bias = head.weight.to(z.dtype), None if head.bias is None else head.bias.to(z.dtype)
         u = reference.logits(states.to(z.dtype), weight, bias, head.softcap, head.logit_scale)
         score = score + factor * (u.detach() / 1.3).log_softmax(-1)
-    return (log_p.exp() * score).sum(-1)
+    return (log_p.exp() * (score if clip is None else score.clamp(*clip))).sum(-1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("which", [slice(0, 1), slice(2, 3), slice(0, 3)], ids=["teacher", "factor", "several"])
-def test_the_expected_score(kit: SimpleNamespace, blocks: SimpleNamespace, which: slice, dtype: torch.dtype) -> None:
-    """Of one head in the kernels over two, of several in blocks of ten rows."""
+@pytest.mark.parametrize(
+    ("which", "clip"),
+    [(slice(0, 1), None), (slice(2, 3), None), (slice(0, 3), None), (slice(0, 1), (-6.0, -4.0))],
+    ids=["teacher", "factor", "several", "clipped"],
+)
+def test_the_expected_score(
+    kit: SimpleNamespace, blocks: SimpleNamespace, which: slice, clip: Any, dtype: torch.dtype
+) -> None:
+    """Of one head in the kernels over two; of several, and between limits, in blocks of ten rows."""
     blocks.shrink(12 * 131 * 10)
     case, rows = drawn(dtype=dtype, softcap=4.0), torch.arange(SHAPE[0], device=DEVICE) != 5
     hidden, head, *_ = case.arguments()
     heads = several_heads(case)[which]
     wide, single = case.double(), case.upcast(torch.float32)
     values = [
-        linear_expected_score(hidden, head, heads=heads, rows=rows, temperature=1.3, impl="triton"),
-        score_twin(wide, heads, torch.float64).where(rows, 0.0),
-        score_twin(single, heads, dtype).where(rows, 0.0),
+        linear_expected_score(hidden, head, heads=heads, rows=rows, temperature=1.3, clip=clip, impl="triton"),
+        score_twin(wide, heads, clip, torch.float64).where(rows, 0.0),
+        score_twin(single, heads, clip, dtype).where(rows, 0.0),
     ]
     kit.no_worse(values[0], values[1], values[2], unit=1.0)
     grads = []

@@ -65,7 +65,7 @@ def joint_sums(task: walk.Task, impl: str) -> JointNumbers:
     with without_autocast(task.student.hidden):
         if impl == "torch":
             return _spread(task, *walk.joint_sums(task))
-        if len(task.teachers) > 1:
+        if task.is_weighted:
             sums, moments, _ = _blocks().block_walk(task)
             return JointNumbers(sums, moments)
         return JointNumbers(*_kernels().joint_sums(task))
@@ -81,7 +81,7 @@ def joint_gradients(
 ) -> tuple[HeadGradients, HeadGradients]:
     """Gradients of Σ upstream·outputs, [O, N] upstream, by the student's hidden, weight and bias, and the teacher's."""
     with without_autocast(task.student.hidden):
-        if impl == "triton" and len(task.teachers) > 1:
+        if impl == "triton" and task.is_weighted:
             *_, grads = _blocks().block_walk(task, upstream, wants)
             return grads, HeadGradients(None, None, None)
         if impl == "triton":

@@ -52,10 +52,11 @@ class _Walk:
 
     def __init__(self, task: Task, wants: Sequence[bool]) -> None:
         self.labels, self._sides = labels_of(task), task.teachers
-        self.has_teacher = len(task.teachers) == 1
-        """Whether the other block is a teacher's products, and no weighted sum of several models' logits."""
-        (_, first), *_ = task.teachers
-        self.task = task if self.has_teacher else replace(task, teachers=((1.0, first),))
+        self.is_weighted, self.task = task.is_weighted, task
+        if task.is_weighted:
+            # The second block is what the score is of: the passes take it for one teacher's logits.
+            (_, first), *_ = task.teachers
+            self.task = replace(task, teachers=((1.0, first),))
         self.hidden, self.head = packed_rows(task.student.hidden), _head(task.student)
         second, names = SecondWalk.of(task.outputs), set(task.outputs.moments)
         self.mixture = Mixture(second.beta, second.alpha)
@@ -63,8 +64,7 @@ class _Walk:
         self.flags = Flags(logs, second.beta is not None, second.variation, second.alpha is not None)
         self.gradients = Gradients(self.hidden, self.head, wants)
         self._found = new_numbers(self.hidden, len(self.hidden))
-        self._lse = self.hidden.new_zeros((len(task.teachers), len(self.hidden)), dtype=torch.float32)
-        vocab, held = self.head.vocab_size, 2 if self.has_teacher else 3
+        vocab, held = self.head.vocab_size, 3 if task.is_weighted else 2
 
         def workspace(budget: int) -> Tensor:
             rows = max(1, min(len(self.hidden), budget // (4 * held * vocab)))
@@ -80,22 +80,23 @@ class _Walk:
         return weights_of(self.task, upstream).of_rows(self.labels, IGNORED, self.head.vocab_size)
 
     def multiply(self, rows: slice) -> None:
-        """The block's products; of several models, their weighted logits and the log-sum-exps of each."""
+        """The block's products; for a score the student's, and the models' weighted log-probabilities."""
         blocks = self._products[:, : rows.stop - rows.start]
         self._z, self._u = blocks[:2]
         accumulate(self._z, self.hidden[rows], self.head.weight.T, fresh=True)
-        if self.has_teacher:
+        if not self.is_weighted:
             ((_, side),) = self._sides
             _multiply(self._u, side, rows)
             self._other = _head(side)
             return
         self._other, logits = Head(self.head.weight), blocks[2]
         self._u.zero_()
-        for (factor, side), lse in zip(self._sides, self._lse, strict=True):
+        for factor, side in self._sides:
             _multiply(logits, side, rows)
             _transform(logits, _head(side))
-            lse[rows] = torch.logsumexp(logits, 1)
-            self._u.add_(logits, alpha=factor)
+            self._u.add_(logits.sub_(torch.logsumexp(logits, 1, keepdim=True)), alpha=factor)
+        if self.task.outputs.clip is not None:
+            self._u.clamp_(*self.task.outputs.clip)
         if self.head.bias is not None:
             # A token that the student never gives counts as nothing, whatever the others make of it.
             self._u.masked_fill_(self.head.bias == -torch.inf, -torch.inf)
@@ -136,14 +137,13 @@ class _Walk:
         """LSEs and moments of all rows."""
         sums, values = records_of(self._found, self.flags, self.mixture, labelled=self.labels is not None)
         lses, moments = numbers_of(self.task, sums, values)
-        if self.has_teacher:
+        if not self.is_weighted:
             return lses, moments
-        # E_p[log softmax(u)] of the sum u, to E_p of the models' own log-probabilities.
-        lse = self._lse.new_tensor([factor for factor, _ in self._sides]) @ self._lse
-        score = moments[SCORE] + sums.other.lse - lse
+        # E_p[log softmax(u)], to E_p[u].
+        score = moments[SCORE] + sums.other.lse
         if self.task.left_in is not None:
             score = score.masked_fill(~self.task.left_in, 0.0)
-        return replace(lses, teacher_maximum=lse, teacher_log_total=torch.zeros_like(lse)), {SCORE: score}
+        return lses, {SCORE: score}
 
 
 def _head(side: Side) -> Head:
