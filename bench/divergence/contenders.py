@@ -103,7 +103,7 @@ def liger(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tenso
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
-    labels = torch.zeros(len(hidden), dtype=torch.int64)
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     return loss(hidden, weight, teacher, teacher_weight, labels), None
 
 
