@@ -35,7 +35,10 @@ BACKWARD_ROWS = 1024
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of which rows: `labels` (N,), `teacher_lse` (N,) if it is known, `kept` (K,) rows or all."""
+    """What is asked of which rows: `labels` (N,), `teacher_lse` (N,) if it is known, `kept` (K,) rows or all.
+
+    `left_in` (N,) bool, None where no row is left out, says which rows count, also where all are walked through.
+    """
 
     student: Side
     teachers: tuple[tuple[float, Side], ...]
@@ -44,10 +47,16 @@ class Task:
     labels: Tensor | None = None
     teacher_lse: Tensor | None = None
     kept: Tensor | None = None
+    left_in: Tensor | None = None
 
     @property
     def teacher(self) -> Side | None:
         return self.teachers[0][1] if self.teachers else None
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the second tile is a weighted sum of log-probabilities, or a limited one, and no teacher's logits."""
+        return len(self.teachers) > 1 or self.outputs.clip is not None
 
     @property
     def rows(self) -> Tensor:
@@ -203,7 +212,7 @@ def joint_sums(task: Task) -> tuple[RowSums, dict[str, Tensor]]:
     for rows in task.rows.split(room.most):
         block = Block(task, rows, room)
         sums, target = block.sums()
-        pair = Pair(sums, task.outputs.beta, task.outputs.alpha)
+        pair = Pair(sums, task.outputs.beta, task.outputs.alpha, task.outputs.clip)
         numbers.add(block, sums, target, block.moments(pair))
     return numbers.finished()
 
@@ -246,7 +255,7 @@ def _add_products(
 ) -> None:
     """The block's part of all gradients, from the logits in the workspace or from those that are computed again."""
     task, outputs = block.task, block.task.outputs
-    pair = Pair(numbers.sums, outputs.beta, outputs.alpha)
+    pair = Pair(numbers.sums, outputs.beta, outputs.alpha, outputs.clip)
     acc = task.student.acc
     by_student = numbers.upstream * task.student.factor
     factors = {term: x.to(acc) for term, x in factors_of(outputs, by_student, numbers.moments).items()}
@@ -294,7 +303,7 @@ def joint_known(
         sums, target = block.sums()
         c = block.padded(upstream[:, start : start + len(rows)])
         start += len(rows)
-        pair = Pair(sums, task.outputs.beta, task.outputs.alpha)
+        pair = Pair(sums, task.outputs.beta, task.outputs.alpha, task.outputs.clip)
         if by_teacher is not None or task.outputs.is_finished_late or task.teacher is None:
             moments = block.moments(pair)
             _add_products(block, _Numbers(sums, moments, c), made, by_teacher, recompute=False)
