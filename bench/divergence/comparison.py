@@ -37,7 +37,6 @@ from bench.head.comparison import (
     timed_rows,
 )
 
-LIMITS = {"mean": 1e-3, "values": 1e-3, "hidden": 1e-4, "weight": 1e-4}
 KEYS = {"mean": "err_mean_nats", "values": "err_nats", "hidden": "rel_err_dh", "weight": "rel_err_dw"}
 """A report's names of errors."""
 NOISE = 0.3
@@ -66,8 +65,8 @@ def call(contender: Contender, student: States, teacher: States) -> Call:
     return partial(run, whole, whole)
 
 
-def check(kind: str, reference: Path, got: dict[str, Tensor]) -> dict[str, Any]:
-    found = checked(load_reference(reference, kind).errors(got), LIMITS)
+def check(contender: Contender, reference: Path, got: dict[str, Tensor]) -> dict[str, Any]:
+    found = checked(load_reference(reference, contender.kind).errors(got), contender.limits)
     row: dict[str, Any] = {KEYS[name]: error for name, error in found["errors"].items()}
     return row | ({"wrong": found["wrong"]} if "wrong" in found else {})
 
@@ -90,7 +89,7 @@ def measure(
         if contender.refusal:
             rows[name]["refused"] = contender.refusal
             continue
-        job: Job = meter.start(partial(call, contender, student, teacher), partial(check, contender.kind, reference))
+        job: Job = meter.start(partial(call, contender, student, teacher), partial(check, contender, reference))
         before = unit.seconds()
         rows[name] |= checked_row(job, held)
         if rows[name].keys() & {"refused", "wrong"}:

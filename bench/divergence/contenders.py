@@ -5,9 +5,11 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,12 @@ from tvkd_fast import fused_linear_distillation_loss, linear_divergence
 from tvkd_fast.ops.tiles import native
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
+LIMITS = {"mean": 1e-3, "values": 1e-3, "hidden": 1e-4, "weight": 1e-4}
+SPARSE = {
+    14: LIMITS | {"hidden": 3e-2, "weight": 6e-3},
+    16: LIMITS | {"hidden": 1.2e-2, "weight": 3e-3},
+}
+"""By −log₂ ε, of a gradient that is meant to be that sparse: twice what it is to be on real states."""
 _BETA_OF_TRL = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """Student's states and weight, the teacher's, to the mean () to go backward from, and values (N,) if it has them."""
@@ -25,13 +33,15 @@ Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | N
 @dataclass(frozen=True, kw_only=True)
 class Contender(registry.Contender[Divergence]):
     kind: str
+    limits: Mapping[str, float] = field(default_factory=lambda: LIMITS)
+    """The errors at most: of the mean and of values in nats, of gradients relative."""
     compiles: bool = False
     """Whether it compiles for a shape, so that its first call is not timed."""
 
 
-def known(kind: str) -> Divergence:
+def known(kind: str, **gradient: Any) -> Divergence:
     def run(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> tuple[Tensor, Tensor]:
-        out = fused_linear_distillation_loss(hidden, weight, teacher, teacher_weight, mixture={kind: 1.0})
+        out = fused_linear_distillation_loss(hidden, weight, teacher, teacher_weight, mixture={kind: 1.0}, **gradient)
         return out.loss, out.outputs[kind]
 
     return run
@@ -120,5 +130,8 @@ def on_cpu() -> dict[str, Contender]:
             f"torch.compile, {kind}": of(run=compiled(kind), needs="g++", compiles=True),
             f"TRL, chunked divergence, {kind}": of(run=trl(kind), needs="trl"),
         }
+    for kind, log_eps in product(("forward_kl", "reverse_kl"), (14, 16)):
+        run = known(kind, grad_mode="sparse", eps=2.0**-log_eps)
+        found[f"tvkd_fast, {kind}, sparse 2^-{log_eps}"] = Contender(run=run, kind=kind, limits=SPARSE[log_eps])
     found["Liger, fused linear JSD, jsd"] = Contender(run=liger, needs="liger_kernel", kind="jsd", compiles=True)
     return found
