@@ -227,6 +227,16 @@ def test_rows_over_the_cap_get_the_exact_gradient(head: str, passes: str) -> Non
     assert_close(grads, gradients(wide, found), 5e-6)
 
 
+def test_a_row_has_at_most_an_eighth_of_the_vocabulary() -> None:
+    case = draw((8, 4, 4, 160), bias=False)
+    p, q = (x.softmax(-1) for x in case.double().logits())
+    for eps in (2.0**-4, 2.0**-6, 2.0**-8):
+        stats = HeadStats()
+        linear_divergence(*case.arguments(), grad_mode="sparse", eps=eps, max_tail=1.0, stats=stats)
+        dense = ((p >= eps) | (q >= eps)).sum(1) > 160 // 8
+        assert stats.read()["head_dense_rows"] == pytest.approx(float(dense.double().mean()))
+
+
 def test_softmaxes_too_flat_are_computed_exactly(passes: str) -> None:
     case, stats = draw(bias=False, spread=0.3), HeadStats()
     options = {"grad_mode": "sparse", "eps": 2.0**-4, "stats": stats}

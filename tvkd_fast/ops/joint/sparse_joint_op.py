@@ -31,6 +31,9 @@ STUDENT = 3
 """Of those the ones that are differentiated."""
 SETTINGS = 9
 """The settings that say which walk it is; those of the selection follow."""
+CAP_SHARE = 8
+"""A row with more than this part of the vocabulary is dense: twice a head's V/16, since two softmaxes have more entries,
+and a dense row costs the logits of both models again."""
 
 
 def sparse_joint(given: JointInput, gradient: HeadGradient, stats: HeadStats | None) -> Tensor:
@@ -43,7 +46,7 @@ def sparse_joint(given: JointInput, gradient: HeadGradient, stats: HeadStats | N
         *given.tensors,
         *settings,
         gradient.eps_for(hidden.dtype),
-        gradient.cap_for(weight.shape[0]),
+        max(1, weight.shape[0] // CAP_SHARE) if gradient.row_cap is None else gradient.row_cap,
         gradient.max_tail,
         gradient.grad_mode == "auto",
     )

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from tvkd_fast.ops.tiles.numba_passes import BLOCK, exponential, f32, largest, starts_of
+from tvkd_fast.ops.tiles.numba_passes import BLOCK, exponential, f32, i32, largest, starts_of
 
 STUDENT, TEACHER = 0, 1
+SUMMED = 256
+"""Entries that are summed in float32 before their sum is added in float64."""
 
 
 @njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
@@ -30,8 +32,8 @@ def add_block(z: Any, u: Any, top: Any, other_top: Any, sums: Any) -> None:
 
 
 @njit(cache=True)
-def advance(z: Any, u: Any, maximum: Any, total: Any, sums: Any) -> None:
-    """Bring a row's maxima (2,) and totals (4,) up to a tile's row, and leave its blocks' sums in `sums` (blocks, 4).
+def advance(z: Any, u: Any, maximum: Any, total: Any) -> None:
+    """Bring a row's maxima (2,) and totals (4,) up to a tile's row.
 
     Where a maximum moves by a, Σ e^z·d becomes e^a·(Σ e^z·d + (c − a)·Σ e^z), c the teacher's, and Σ e^u·d likewise.
     """
@@ -44,11 +46,20 @@ def advance(z: Any, u: Any, maximum: Any, total: Any, sums: Any) -> None:
         total[0] *= np.exp(a)
         total[1] *= np.exp(c)
     maximum[STUDENT], maximum[TEACHER] = top, other_top
-    for b in range(sums.shape[0]):
-        here = slice(b * BLOCK, min(b * BLOCK + BLOCK, z.shape[0]))
-        add_block(z[here], u[here], top, other_top, sums[b])
+    sums = np.empty(4, np.float32)
+    for b in range(0, z.shape[0], SUMMED):
+        add_block(z[b : b + SUMMED], u[b : b + SUMMED], top, other_top, sums)
         for k in range(4):
-            total[k] += sums[b, k]
+            total[k] += sums[k]
+
+
+@njit(cache=True, fastmath={"contract", "reassoc"})
+def above(z: Any, u: Any, edge: Any, other_edge: Any) -> Any:
+    """How many entries lie above an edge of their model's."""
+    n = i32(0)
+    for c in range(z.shape[0]):
+        n += i32(z[c] >= edge) | i32(u[c] >= other_edge)
+    return n
 
 
 @njit(cache=True, parallel=True, nogil=True)
@@ -57,17 +68,16 @@ def select(
 ) -> tuple[Any, Any, Any, Any]:
     found = np.empty(z.shape[0], np.int64)
     for r in prange(z.shape[0]):
-        sums = np.empty((-(-z.shape[1] // BLOCK), 4), np.float32)
-        advance(z[r], u[r], maximum[r], total[r], sums)
+        advance(z[r], u[r], maximum[r], total[r])
         # A hair below ε: what rounds over the edge here is pruned by the finished sums.
-        limit, other_limit = total[r, 0] * eps * (1.0 - 1e-5), total[r, 1] * eps * (1.0 - 1e-5)
-        edge = f32(maximum[r, STUDENT] + np.log(limit))
-        other_edge = f32(maximum[r, TEACHER] + np.log(other_limit))
+        edge = f32(maximum[r, STUDENT] + np.log(total[r, 0] * eps * (1.0 - 1e-5)))
+        other_edge = f32(maximum[r, TEACHER] + np.log(total[r, 1] * eps * (1.0 - 1e-5)))
         n = 0
         if counts[r] <= cap:
-            for b in range(sums.shape[0]):
-                if sums[b, 0] >= limit or sums[b, 1] >= other_limit:
-                    for c in range(b * BLOCK, min(b * BLOCK + BLOCK, z.shape[1])):
+            for b in range(0, z.shape[1], BLOCK):
+                stop = min(b + BLOCK, z.shape[1])
+                if above(z[r, b:stop], u[r, b:stop], edge, other_edge):
+                    for c in range(b, stop):
                         if (z[r, c] >= edge or u[r, c] >= other_edge) and c != labels[r]:
                             # n ≤ c: what is overwritten was read before.
                             z[r, n], u[r, n], columns[r, n] = z[r, c], u[r, c], c
