@@ -52,7 +52,7 @@ ARGUMENTS = {
     "linear_cached_forward_kl": (
         "hidden weight expected_rows teacher_entropy expected_bias temperature bias softcap logit_scale rows impl"
     ),
-    "linear_expected_score": "hidden weight heads temperature bias softcap logit_scale rows impl",
+    "linear_expected_score": "hidden weight heads temperature clip bias softcap logit_scale rows impl",
     "linear_sparse_divergence": "hidden weight ids probs tail kind temperature bias softcap logit_scale rows impl",
     "fused_linear_distillation_loss": f"{PAIR} labels mixture token_weights {OF_PAIR} ignore_index {GRADIENT} impl",
     "linear_logps": f"{HEAD} tail seed max_tail workspace_mb stats impl",

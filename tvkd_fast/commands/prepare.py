@@ -10,11 +10,11 @@ from tvkd_fast.commands.caches import (
     OF_TEACHER,
     expected_of_models,
     fitting_cache,
+    kept_per_token,
     manifest_of,
 )
 from tvkd_fast.commands.models import (
     FrozenModels,
-    check_readable,
     frozen_copy,
     load_frozen,
     load_policy,
@@ -22,6 +22,7 @@ from tvkd_fast.commands.models import (
     precision,
     sharing_of,
 )
+from tvkd_fast.commands.refusals import check_readable
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.distributed import World, compile_blocks
@@ -93,7 +94,7 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
             own = Need.TEACHER_REWARDS in config.loss.needs
             compared = [name for name in OF_TEACHER if own or name != "teacher_reference"]
             expected |= {name: getattr(cache.manifest, name) for name in compared}
-            scorer = CachedScorer(cache)
+            scorer = CachedScorer(cache, kept_per_token(config.loss.needs))
         if held_out is not None:
             held_out_scorer = held_out_scorer_of(config, policy, models, held_out, tokenizer, expected, world, verbose)
         identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
@@ -113,7 +114,7 @@ def _policy(config: TrainConfig, world: World, *, frozen: bool = False) -> Polic
         config.policy,
         config.model,
         layers=config.student_layers,
-        sharing=sharing_of(config, world),
+        sharing=sharing_of(config, world, config.loss),
         frozen=frozen,
         lora=config.lora,
     )
@@ -123,11 +124,16 @@ def frozen_models(
     config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> FrozenModels:
     """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
-    needs, sharing = config.loss.needs, sharing_of(config, world)
+    needs, sharing = config.loss.needs, sharing_of(config, world, config.loss)
     models = load_frozen(
-        config, tokenizer, kappa=config.loss.teacher_kappa, of_teacher=of_teacher(needs), sharing=sharing
+        config,
+        tokenizer,
+        kappa=config.loss.teacher_kappa,
+        of_teacher=of_teacher(needs),
+        needs=needs,
+        sharing=sharing,
     )
-    if models.reference is None and config.scores is None and Need.REFERENCE in needs:
+    if models.reference is None and config.scores is None and needs & {Need.REFERENCE, Need.REFERENCE_STATES}:
         models.reference = policy_at_start(config, policy, world)
     return models
 
@@ -153,18 +159,24 @@ def held_out_scorer_of(
     expected: dict[str, Any],
     world: World,
     verbose: bool,
-) -> CachedScorer:
+) -> Scorer:
     """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
     # Here the policy is still its own reference, also when the run is resumed later on.
     scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
     if config.eval_scores is not None:
-        return CachedScorer(fitting_cache(config.eval_scores, config, held_out, expected, scorer))
+        cache = fitting_cache(config.eval_scores, config, held_out, expected, scorer)
+        return CachedScorer(cache, kept_per_token(config.loss.needs))
     if config.loss.needs & TEACHER and models.teacher is None and world.first:
         warnings.warn(
             "held-out pairs have no teacher's values: evaluation leaves the loss and the shaping out. Score them too, "
             "`tvkd score --which eval`, and give --eval_scores",
             stacklevel=2,
         )
+    if config.loss.joint:
+        # Whole distributions are not held in memory: the frozen models are run at every evaluation.
+        if models.reference is None and Need.REFERENCE in config.loss.needs:
+            scorer.reference = policy_at_start(config, policy, world)
+        return scorer
     names = {name: expected[name] for name in ("teacher", "teacher_reference", "reference")}
     names["kappa"] = config.loss.teacher_kappa
     return CachedScorer(

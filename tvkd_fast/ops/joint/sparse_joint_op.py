@@ -32,8 +32,8 @@ STUDENT = 3
 SETTINGS = 9
 """The settings that say which walk it is; those of the selection follow."""
 CAP_SHARE = 8
-"""A row with more than this part of the vocabulary is dense: twice a head's V/16, since two softmaxes have more entries,
-and a dense row costs the logits of both models again."""
+"""A row with more than this part of the vocabulary is dense. A head's is V/16: two softmaxes have more entries, and a
+dense row costs the logits of both models again."""
 
 
 def sparse_joint(given: JointInput, gradient: HeadGradient, stats: HeadStats | None) -> Tensor:
