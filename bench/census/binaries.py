@@ -57,6 +57,9 @@ from tvkd_fast.kernels.head_stats import MERGE_AT_ONCE, MERGE_ROWS, head_stats_k
 from tvkd_fast.kernels.joint_dlogits import joint_dlogits_kernel
 from tvkd_fast.kernels.joint_stats import joint_merge_kernel, joint_stats_kernel
 from tvkd_fast.kernels.joint_values import joint_values_kernel
+from tvkd_fast.kernels.logit_sums import BLOCK as SUMS_BLOCK
+from tvkd_fast.kernels.logit_sums import WARPS as SUMS_WARPS
+from tvkd_fast.kernels.logit_sums import logit_sums_kernel
 from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue_kernel
 from tvkd_fast.kernels.products import product_kernel
 from tvkd_fast.kernels.selected_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
@@ -97,6 +100,7 @@ KERNELS = {
     "rescale": rescale_kernel,
     "dlogp_dhidden": dlogp_dhidden_kernel,
     "block_exponentials": block_exponentials_kernel,
+    "logit_sums": logit_sums_kernel,
     "block_moments": block_divergences.block_moments_kernel,
     "block_gradient": block_divergences.block_gradient_kernel,
     "preference_epilogue": preference_epilogue_kernel,
@@ -224,6 +228,7 @@ def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = 
         yield from _selection_bits(target, dtype)
         yield from _gathers(target, dtype)
         yield from _block_softmax(target, dtype)
+        yield from _logit_sums(target, dtype)
         yield from _block_divergences(target, dtype)
         yield from _two_heads(target, dtype)
     for target in targets:
@@ -361,6 +366,14 @@ def _block_softmax(target: str, dtype: str) -> Iterator[Build]:
         switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BLOCK": BLOCK, "SLACK": SLACK[of], "SCALE": SCALE[of]}
         variant = _named("bias" * bias, "softcap" * softcap, "unaligned" * (not aligned)) or "plain"
         yield Build("block_exponentials", target, dtype, variant, switches, aligned=aligned, warps=WARPS)
+
+
+def _logit_sums(target: str, dtype: str) -> Iterator[Build]:
+    """Of float32 products, whichever dtype the bias has; none for float32 states, of which the library makes none."""
+    for bias, softcap, aligned in _flags(3) if dtype != "fp32" else ():
+        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BLOCK": SUMS_BLOCK}
+        variant = _named("bias" * bias, "softcap" * softcap, "unaligned" * (not aligned)) or "plain"
+        yield Build("logit_sums", target, dtype, variant, switches, aligned=aligned, warps=SUMS_WARPS)
 
 
 def _block_divergences(target: str, dtype: str) -> Iterator[Build]:

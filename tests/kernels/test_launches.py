@@ -6,6 +6,8 @@ The tiles and the workspace are an H200's; nothing is computed.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from replaced import replace_everywhere
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvkd_fast.kernels import blocks
+from tvkd_fast.kernels import blocks, launch
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops import triton_backend, triton_walk
 from tvkd_fast.ops.joint import triton_blocks, triton_joint
@@ -141,7 +143,7 @@ def known_divergence(n: int, d: int, v: int) -> None:
 OPS = [known, unknown, kept, frozen, values, divergence, jsd, known_divergence]
 
 
-@pytest.mark.parametrize(("op", "most"), list(zip(OPS, (8, 30, 10, 30, 2, 30, 31, 24), strict=True)))
+@pytest.mark.parametrize(("op", "most"), list(zip(OPS, (8, 30, 10, 30, 4, 30, 31, 24), strict=True)))
 def test_launches_over_the_vocabulary(h200: Launches, op: Any, most: int) -> None:
     """At 4096 x 4096 x 128,256, where 40 are allowed; beside them are operations on a number a row."""
     with h200:
@@ -158,3 +160,24 @@ def test_small_batches_fill_the_chip(h200: Launches, op: Any, d: int) -> None:
     of_tiles = [(name, programs) for name, programs in h200.programs if name not in OF_NUMBERS_A_ROW]
     assert of_tiles
     assert min(programs for _, programs in of_tiles) >= 0.9 * PROCESSORS, of_tiles
+
+
+def test_a_launch_is_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever device is current: it becomes the tensor's for the launch, and only for it."""
+    events: list[object] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda **_: events.append(grid)
+
+    @contextmanager
+    def device_of(on: Tensor) -> Iterator[None]:
+        events.append(on)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    on = torch.empty(1, device="meta")
+    launch.launch(Kernel(), 3, on=on, options={})
+    launch.launch(Kernel(), 0, on=on, options={})
+    assert [x if isinstance(x, str | tuple) else x is on for x in events] == [True, (3,), "left"]
