@@ -93,7 +93,7 @@ class _Walk:
         self._u.zero_()
         for factor, side in self._sides:
             _multiply(logits, side, rows)
-            _transform(logits, _head(side))
+            _transform(logits, _head(side), side.hidden[rows])
             self._u.add_(logits.sub_(torch.logsumexp(logits, 1, keepdim=True)), alpha=factor)
         if self.task.outputs.clip is not None:
             self._u.clamp_(*self.task.outputs.clip)
@@ -162,10 +162,11 @@ def _multiply(out: Tensor, side: Side, rows: slice) -> None:
         accumulate(out[:, columns], states, weight[index[columns]].T, fresh=True)
 
 
-def _transform(products: Tensor, head: Head) -> None:
-    """Products [R, V] to logits, in place."""
+def _transform(products: Tensor, head: Head, states: Tensor) -> None:
+    """Products [R, V] of states [R, D] to logits, in place."""
     if head.bias is not None:
         products.add_(head.bias)
     products.mul_(head.logit_scale)
     if head.softcap is not None:
-        products.div_(head.softcap).tanh_().mul_(head.softcap)
+        # tanh makes an infinite product finite: 0·inf = NaN lets a broken state show all the same.
+        products.div_(head.softcap).tanh_().mul_(head.softcap).add_(0.0 * states.float().sum(1, keepdim=True))
