@@ -51,9 +51,6 @@ from tvkd_fast.training.usage import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-if TYPE_CHECKING:
-    pass
-
 
 P = TypeVar("P", bound=PolicyWithHead)
 
@@ -120,8 +117,8 @@ class FrozenModels:
             found.add(Need.TEACHER_LOGPS)
         if self.teacher is not None and "states" in self.of_teacher:
             found.add(Need.TEACHER_STATES)
-        kept = {kind_of(name) for name in self.of_teacher} if self.teacher is not None else set()
-        found |= {need for kind, need in KEPT_NEEDS.items() if kind in kept}
+        if self.teacher is not None:
+            found |= {KEPT_NEEDS[kind] for kind in map(kind_of, self.of_teacher) if kind in KEPT_NEEDS}
         if self.reference is not None and self.reference_states:
             found.add(Need.REFERENCE_STATES)
         if self.base is not None:

@@ -64,7 +64,7 @@ def left_in(labels: Tensor | None, rows: Tensor | None, ignore_index: int) -> Te
 def joint_sums(task: walk.Task, impl: str) -> JointNumbers:
     with without_autocast(task.student.hidden):
         if impl == "torch":
-            return _spread(task, *walk.joint_sums(task))
+            return spread_numbers(task, *walk.joint_sums(task))
         if task.is_weighted:
             sums, moments, _ = _blocks().block_walk(task)
             return JointNumbers(sums, moments)
@@ -112,7 +112,7 @@ def joint_known(
             return JointNumbers(sums, moments), student, HeadGradients(None, None, None)
         known = upstream if task.kept is None else upstream[:, task.kept]
         sums, moments, student, teacher = walk.joint_known(task, known, wants, teacher_wants, workspace_mb)
-        return _spread(task, sums, moments), student, teacher
+        return spread_numbers(task, sums, moments), student, teacher
 
 
 def _kernels() -> ModuleType:
@@ -128,7 +128,7 @@ def _blocks() -> ModuleType:
     return triton_blocks
 
 
-def _spread(task: walk.Task, sums: RowSums, moments: dict[str, Tensor]) -> JointNumbers:
+def spread_numbers(task: walk.Task, sums: RowSums, moments: dict[str, Tensor]) -> JointNumbers:
     """The kept rows' numbers at their places among all, 0 elsewhere."""
     kept, n = task.kept, task.student.hidden.shape[0]
     if kept is None:
