@@ -260,7 +260,17 @@ class Footprint:
                 parts["teacher's adapters"] = self._teacher_learning * (3 * size + 4)
             if config.teacher_reference is not None:
                 parts["its reference's weights"] = self.teacher.parameters * size
+        heads = self._frozen_heads
+        if self._group > 1 and heads:
+            parts["frozen heads, whole"] = heads * _BYTES[config.model.dtype]
         return parts
+
+    @property
+    def _frozen_heads(self) -> int:
+        """Parameters of the frozen models' heads whose distributions are compared."""
+        needs, teacher = self.config.loss.needs, 0 if self.teacher is None else self.teacher.head
+        own = self.policy.head if Need.REFERENCE_STATES in needs else 0
+        return own + teacher * len(needs & {Need.TEACHER_STATES, Need.BASE_STATES})
 
     @property
     def _gathered(self) -> dict[str, float]:
@@ -295,8 +305,7 @@ class Footprint:
             joint = self.config.loss.joint
             # The heads of models whose logits add up stand side by side while a walk lasts.
             several = any(len(key.of) > 1 and key.output != SCORE for key in joint)
-            heads = self.policy.head + (self.policy if self.teacher is None else self.teacher).head
-            return float(_JOINT_WORKSPACE) + several * heads * self._compute
+            return float(_JOINT_WORKSPACE) + several * self._frozen_heads * self._compute
         if self.config.head.grad_mode != "exact" or self.shares_vocabulary:
             return float(_HEAD_WORKSPACE)
         impl = "triton" if self.config.model.device.startswith("cuda") else "torch"
