@@ -17,11 +17,11 @@ from torch import Tensor
 from tvkd_fast.fused.distillation_op import distillation_op
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.dispatch import Impl
-from tvkd_fast.ops.gradient import GradMode, HeadGradient, HeadStats
+from tvkd_fast.ops.gradient import GradMode, HeadStats
 from tvkd_fast.ops.joint.backend import left_in
 from tvkd_fast.ops.joint.joint_op import SIX
 from tvkd_fast.ops.joint.pair_input import JointInput, joint_input
-from tvkd_fast.ops.joint.sparse_joint_op import is_sparse, sparse_joint
+from tvkd_fast.ops.joint.sparse_joint_op import is_sparse, joint_gradient, sparse_joint
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 
@@ -108,7 +108,7 @@ def fused_linear_distillation_loss(
     """
     if not isinstance(mixture, Mapping):
         raise ValueError(f"mixture must map outputs to weights, {{'forward_kl': 1.0}}, got a {type(mixture).__name__}")
-    gradient = HeadGradient(grad_mode=grad_mode, eps=eps, row_cap=row_cap, max_tail=max_tail)
+    gradient = joint_gradient(grad_mode, eps, row_cap, max_tail, impl)
     per_row = {f"mixture[{name!r}]": x for name, x in mixture.items() if isinstance(x, Tensor) and x.dim()}
     given = joint_input(
         "fused_linear_distillation_loss",

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.dispatch import Impl
-from tvkd_fast.ops.gradient import GradMode, HeadGradient, HeadStats
+from tvkd_fast.ops.gradient import GradMode, HeadStats
 from tvkd_fast.ops.joint.joint_op import joint_op
 from tvkd_fast.ops.joint.outputs import KINDS, Kind, Output
 from tvkd_fast.ops.joint.pair_input import joint_input
-from tvkd_fast.ops.joint.sparse_joint_op import is_sparse, sparse_joint
+from tvkd_fast.ops.joint.sparse_joint_op import is_sparse, joint_gradient, sparse_joint
 from tvkd_fast.ops.joint.streamed_joint_op import is_streamed, streamed_joint
 
 
@@ -78,7 +78,7 @@ def linear_divergence(
         grad_mode: "exact", or "sparse": the same value, and a gradient by the student alone that is made of the entries
             with p ≥ ε or q ≥ ε (and the label's, where there is one), which the forward finds. What remains is spread
             evenly, so that the gradient sums to what the exact one sums to. Two products and what is gathered, whatever
-            the upstream gradient is, in torch tiles on any device. "auto": sparse, and exact for a call with more
+            the upstream gradient is, in torch tiles on any device, without Triton kernels. "auto": sparse, and exact for a call with more
             entries than pay. docs/divergences.md has the errors.
         eps, row_cap, max_tail, stats: of a sparse gradient, as in `linear_logps`; row_cap None is V/8. What is left
             out of a row is of p's and q's probability the larger one.
@@ -193,7 +193,7 @@ def linear_joint(
         >>> found["logps"]
         tensor([-0.9048, -1.9048])
     """
-    gradient = HeadGradient(grad_mode=grad_mode, eps=eps, row_cap=row_cap, max_tail=max_tail)
+    gradient = joint_gradient(grad_mode, eps, row_cap, max_tail, impl)
     given = joint_input(
         "linear_joint",
         *(hidden, weight, teacher_hidden, teacher_weight, labels, outputs),

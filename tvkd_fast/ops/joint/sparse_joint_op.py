@@ -14,11 +14,11 @@ from torch import Tensor
 from tvkd_fast.kernels.records import SelectionRule
 from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.break_even import break_even
-from tvkd_fast.ops.gradient import HeadGradient, HeadStats
+from tvkd_fast.ops.gradient import GradMode, HeadGradient, HeadStats
 from tvkd_fast.ops.joint import backend
 from tvkd_fast.ops.joint.joint_op import fake_values, outputs_of, task_of, values_of
 from tvkd_fast.ops.joint.outputs import terms_of
-from tvkd_fast.ops.joint.pair_input import JointInput
+from tvkd_fast.ops.joint.pair_input import JointInput, check_torch_alone
 from tvkd_fast.ops.registered import Gradients, Kept, as_tensors, differentiate, fake_gradients
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 from tvkd_fast.ops.tiles.joint import sparse_walk
@@ -34,6 +34,15 @@ SETTINGS = 9
 CAP_SHARE = 8
 """A row with more than this part of the vocabulary is dense. A head's is V/16: two softmaxes have more entries, and a
 dense row costs the logits of both models again."""
+
+
+def joint_gradient(
+    grad_mode: GradMode, eps: float | None, row_cap: int | None, max_tail: float, impl: str
+) -> HeadGradient:
+    """The gradient's settings, checked."""
+    if grad_mode != "exact":
+        check_torch_alone("sparse gradients of two softmaxes", impl)
+    return HeadGradient(grad_mode=grad_mode, eps=eps, row_cap=row_cap, max_tail=max_tail)
 
 
 def sparse_joint(given: JointInput, gradient: HeadGradient, stats: HeadStats | None) -> Tensor:
