@@ -87,7 +87,12 @@ def in_torch(run: Divergence) -> Divergence:
 
 def whole(kind: str, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
     """(N,) of whole logits."""
-    log_p, log_q = (hidden @ weight.T).log_softmax(-1), (teacher @ teacher_weight.T).log_softmax(-1)
+    return of_logits(kind, hidden @ weight.T, teacher @ teacher_weight.T)
+
+
+def of_logits(kind: str, z: Tensor, u: Tensor) -> Tensor:
+    """(N,) of the student's logits [N, V] and the teacher's."""
+    log_p, log_q = z.log_softmax(-1), u.log_softmax(-1)
     if kind == "forward_kl":
         return (log_q.exp() * (log_q - log_p)).sum(-1)
     if kind == "reverse_kl":
@@ -133,7 +138,7 @@ def liger(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tenso
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
-    labels = torch.zeros(len(hidden), dtype=torch.int64)
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     return loss(hidden, weight, teacher, teacher_weight, labels), None
 
 

@@ -194,7 +194,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a bias without its mean": ({"bias": torch.zeros(V)}, "expected_bias and bias go together"),
     "a mean without a bias": ({"expected_bias": torch.zeros(N)}, "expected_bias and bias go together"),
     "temperature": ({"temperature": 0.0}, "temperature must be a positive number"),
-    "triton": ({"impl": "triton"}, "means of a head's rows have no Triton kernels; take impl='torch'"),
+    "triton": ({"impl": "triton"}, "impl='triton' cannot be had"),
 }
 
 

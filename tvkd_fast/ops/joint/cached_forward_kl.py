@@ -22,12 +22,11 @@ from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.checks import check_finite, check_transforms, looks, naming
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.inputs import as_head, head_input, is_trained
-from tvkd_fast.ops.joint.backend import kept_rows
+from tvkd_fast.ops.joint.backend import kept_rows, without_kernels
 from tvkd_fast.ops.joint.pair_input import (
     check_index_range,
     check_numbers_per_row,
     check_temperature,
-    check_torch_alone,
     check_vocabularies,
 )
 from tvkd_fast.ops.registered import Kept, differentiate
@@ -95,7 +94,7 @@ def linear_expected_rows(
         >>> found.entropy
         tensor([1.6094, 1.6094])
     """
-    check_torch_alone("means of a head's rows", impl)
+    without_kernels(impl, "linear_expected_rows")
     check_temperature(temperature)
     head = as_head(weight, bias)
     _check_softcap(head)
@@ -159,7 +158,7 @@ def linear_cached_forward_kl(
         >>> linear_cached_forward_kl(hidden, weight, *linear_expected_rows(*teacher, weight))
         tensor([0.0954, 0.0954])
     """
-    check_torch_alone("means of a head's rows", impl)
+    without_kernels(impl, NAME)
     check_temperature(temperature)
     hidden, head = head_input(hidden, as_head(weight, bias, softcap, logit_scale))
     check_transforms(NAME, hidden, head.weight, head.bias)

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import check_finite, check_labels, check_transforms, looks, naming
-from tvkd_fast.ops.dispatch import check_impl
+from tvkd_fast.ops.dispatch import resolve
 from tvkd_fast.ops.inputs import as_head, head_input
-from tvkd_fast.ops.joint.backend import resolve_joint
 from tvkd_fast.ops.joint.outputs import Outputs, check_outputs
 from tvkd_fast.ops.joint.row_numbers import RowSums
 
@@ -128,7 +127,7 @@ def joint_input(
         ),
         (
             *(",".join(asked.names), asked.beta, asked.alpha, head.softcap, head.logit_scale),
-            *(*transforms, temperature, ignore_index, resolve_joint(impl)),
+            *(*transforms, temperature, ignore_index, resolve(impl, hidden)),
         ),
     )
 
@@ -192,13 +191,6 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(
             f"temperature must be a positive number, got {temperature}: both models' logits are divided by it"
         )
-
-
-def check_torch_alone(what: str, impl: str) -> None:
-    """Refuse kernels that do not exist, whatever others the joint walk has."""
-    check_impl(impl)
-    if impl == "triton":
-        raise ValueError(f"impl='triton' cannot be had: {what} have no Triton kernels; take impl='torch'")
 
 
 def check_numbers_per_row(hidden: Tensor, **numbers: Tensor | None) -> None:

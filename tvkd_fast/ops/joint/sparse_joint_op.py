@@ -14,11 +14,11 @@ from torch import Tensor
 from tvkd_fast.kernels.records import SelectionRule
 from tvkd_fast.ops.autocast import without_autocast
 from tvkd_fast.ops.break_even import break_even
-from tvkd_fast.ops.gradient import GradMode, HeadGradient, HeadStats
+from tvkd_fast.ops.gradient import HeadGradient, HeadStats
 from tvkd_fast.ops.joint import backend
 from tvkd_fast.ops.joint.joint_op import fake_values, outputs_of, task_of, values_of
 from tvkd_fast.ops.joint.outputs import terms_of
-from tvkd_fast.ops.joint.pair_input import JointInput, check_torch_alone
+from tvkd_fast.ops.joint.pair_input import JointInput
 from tvkd_fast.ops.registered import Gradients, Kept, as_tensors, differentiate, fake_gradients
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 from tvkd_fast.ops.tiles.joint import sparse_walk
@@ -36,18 +36,10 @@ CAP_SHARE = 8
 dense row costs the logits of both models again."""
 
 
-def joint_gradient(
-    grad_mode: GradMode, eps: float | None, row_cap: int | None, max_tail: float, impl: str
-) -> HeadGradient:
-    """The gradient's settings, checked."""
-    if grad_mode != "exact":
-        check_torch_alone("sparse gradients of two softmaxes", impl)
-    return HeadGradient(grad_mode=grad_mode, eps=eps, row_cap=row_cap, max_tail=max_tail)
-
-
-def sparse_joint(given: JointInput, gradient: HeadGradient, stats: HeadStats | None) -> Tensor:
+def sparse_joint(given: JointInput, gradient: HeadGradient, stats: HeadStats | None, impl: str) -> Tensor:
     """The outputs [O, N], differentiable by the student; `stats` gets the call's five sums."""
     check_sparse(given)
+    backend.without_kernels(impl, "sparse gradients of divergences")
     hidden, weight = given.hidden, given.tensors[1]
     assert weight is not None
     *settings, _ = given.settings
@@ -148,9 +140,8 @@ def _sparse_joint(
     if task.labels is not None:
         moments = moments | {"target": selected.label[0, task.rows]}
     numbers = backend.spread_numbers(task, sums, moments)
-    left_in = backend.left_in(labels, rows, ignore_index)
-    values = values_of(task, numbers, left_in)
-    counted = torch.ones_like(selected.dense) if left_in is None else left_in
+    values = values_of(task, numbers)
+    counted = torch.ones_like(selected.dense) if task.left_in is None else task.left_in
     dense = selected.dense & counted
     tail = selected.tail.double().masked_fill(dense | ~counted, 0.0).sum()
     counts = torch.tensor([selected.rows.shape[0], selected.candidates], dtype=torch.float64, device=hidden.device)
@@ -208,9 +199,8 @@ def _sparse_joint_gradients(
         temperature,
         ignore_index,
     )
-    left_in = backend.left_in(labels, rows, ignore_index)
-    if left_in is not None:
-        upstream = upstream.masked_fill(~left_in, 0.0)
+    if task.left_in is not None:
+        upstream = upstream.masked_fill(~task.left_in, 0.0)
     known = backend.unpacked(numbers, task.outputs)
     sums, moments, kept = known.sums, known.moments, task.kept
     if kept is not None:

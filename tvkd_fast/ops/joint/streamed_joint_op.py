@@ -68,13 +68,12 @@ def _streamed_joint(
         temperature,
         ignore_index,
     )
-    left_in = backend.left_in(labels, rows, ignore_index)
     ones = task.student.hidden.new_ones((1, hidden.shape[0]))
-    if left_in is not None:
-        ones = ones.masked_fill(~left_in, 0.0)
-    numbers, grads, _ = backend.joint_known(task, ones, (True, False, False), (False, False, False))
+    if task.left_in is not None:
+        ones = ones.masked_fill(~task.left_in, 0.0)
+    numbers, grads, _ = backend.joint_known(task, "torch", ones, (True, False, False), (False, False, False))
     assert grads.hidden is not None
-    return values_of(task, numbers, left_in), grads.hidden
+    return values_of(task, numbers), grads.hidden
 
 
 streamed_joint_op = torch.library.custom_op("tvkd_fast::streamed_joint", _streamed_joint, mutates_args=())

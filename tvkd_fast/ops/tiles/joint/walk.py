@@ -35,7 +35,10 @@ BACKWARD_ROWS = 1024
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of which rows: `labels` (N,), `teacher_lse` (N,) if it is known, `kept` (K,) rows or all."""
+    """What is asked of which rows: `labels` (N,), `teacher_lse` (N,) if it is known, `kept` (K,) rows or all.
+
+    `left_in` (N,) bool, None where no row is left out, says which rows count, also where all are walked through.
+    """
 
     student: Side
     teachers: tuple[tuple[float, Side], ...]
@@ -44,10 +47,16 @@ class Task:
     labels: Tensor | None = None
     teacher_lse: Tensor | None = None
     kept: Tensor | None = None
+    left_in: Tensor | None = None
 
     @property
     def teacher(self) -> Side | None:
         return self.teachers[0][1] if self.teachers else None
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the second tile is a weighted sum of log-probabilities, or a limited one, and no teacher's logits."""
+        return len(self.teachers) > 1 or self.outputs.clip is not None
 
     @property
     def rows(self) -> Tensor:
