@@ -129,7 +129,7 @@ def test_opcheck_and_one_graph() -> None:
         [x.weight.detach() for _, _, x in heads],
         [empty if x.bias is None else x.bias.detach() for _, _, x in heads],
     )
-    settings = ([1.0, -1.0, 0.4], [0.0, 2.5, 0.0], [1.0, 1.0, 0.3], None, 1.0, 1.2, "torch")
+    settings = ([1.0, -1.0, 0.4], [0.0, 2.5, 0.0], [1.0, 1.0, 0.3], None, 1.0, 1.2, -torch.inf, torch.inf, "torch")
     torch.library.opcheck(op.score_op, (hidden, head.weight, head.bias, *lists, None, *settings))
 
     def f(x: Tensor) -> Tensor:
