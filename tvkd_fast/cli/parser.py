@@ -192,12 +192,12 @@ def _values_of(option: str, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in resources.files("tvkd_fast").joinpath("recipes").iterdir()
-        if p.name.endswith(".yaml")
-    )
+    """Names of the recipes that come with the package, whatever folder they are in."""
+    return sorted(_packaged())
+
+
+def _packaged() -> dict[str, Path]:
+    return {path.stem: path for path in Path(str(resources.files("tvkd_fast").joinpath("recipes"))).rglob("*.yaml")}
 
 
 def load_recipe(name: str) -> TrainConfig:
@@ -215,8 +215,8 @@ def fields_of(parsed: Any) -> dict[str, Any]:
 
 def _recipe_path(name: str) -> Path:
     name = os.path.expanduser(name)
-    packaged = Path(str(resources.files("tvkd_fast").joinpath("recipes", f"{name}.yaml")))
-    if not Path(name).exists() and packaged.exists():
+    packaged = _packaged().get(name)
+    if not Path(name).exists() and packaged is not None:
         return packaged
     if not Path(name).exists():
         print_once(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}")
