@@ -16,8 +16,9 @@ every = pytest.mark.parametrize("name", objectives())
 
 
 def settings_of(name: str, config: Any) -> dict[str, Any]:
-    """The models and columns that the objective needs, and no others."""
+    """The models and columns that the objective needs, and no others; labels of pairs are made of them."""
     needs = objectives()[name]().needs
+    config.data.unpair = Need.LABELS in needs
     if Need.REWARDS in needs:
         for source in (config.data.train, config.data.eval):
             rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
@@ -36,7 +37,8 @@ def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any) -> No
     compares = Need.REJECTED in needs
     assert all(("margin" in line) == compares for line in lines if "loss" in line)
     assert (figures.reward_accuracy is not None) == compares
-    assert (figures.loss is not None) == compares
+    assert (figures.loss is not None) == (compares or Need.LABELS in needs)
+    assert all(("kl" in line) == (Need.LABELS in needs) for line in lines if "loss" in line)
     state = json.loads((Path(config.output_dir) / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["identity"]["loss"] == config.loss.settings()
     assert ("reference" in state["identity"]) == bool(needs & SCORED)
@@ -62,4 +64,4 @@ def test_a_policy_is_evaluated_by_it(name: str, make_config: Any) -> None:
     found = evaluate_policy(
         EvalConfig(policy=config.policy, reference=reference, teacher=teacher, data=config.data, objective=name)
     )
-    assert (found.loss is not None) == (Need.REJECTED in needs)
+    assert (found.loss is not None) == (not needs.isdisjoint({Need.REJECTED, Need.LABELS}))

@@ -27,10 +27,11 @@ def check_run(config: TrainConfig) -> None:
         if not _is_installed(name):
             raise ValueError(f"{name} is not installed: pip install {name}, or leave it out of --trackers")
     check_lora(config.lora, processes=processes, layers=config.student_layers)
-    if config.loss.needs & TEACHER and config.teacher is None and config.scores is None:
-        other = config.loss.without(TEACHER)
+    if config.needs & TEACHER and config.teacher is None and config.scores is None:
+        other = None if config.data.selection is not None else config.loss.without(TEACHER)
+        whose = config.objective if config.loss.needs & TEACHER else "--data.select"
         raise ValueError(
-            f"{config.objective} needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`"
+            f"{whose} needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`"
             f"{'' if other is None else f'; --objective {other.name} needs none'}"
         )
 

@@ -24,10 +24,13 @@ _IN_WORDS = {
     Need.TEACHER_REWARDS: "teacher's rewards",
     Need.TEACHER_LOGPS: "teacher's log-probabilities",
     Need.REWARDS: "rewards of the data",
+    Need.LABELS: "labels",
 }
 _KEPT_PER_TOKEN = {Need.TEACHER_SUMS: 4, Need.TEACHER_REWARDS: 4}
 _KEPT_PER_RESPONSE = {Need.REFERENCE: 4, Need.TEACHER_LOGPS: 4}
 _FROZEN_PASSES = {Need.REFERENCE: 1, Need.TEACHER_SUMS: 1, Need.TEACHER_REWARDS: 2, Need.TEACHER_LOGPS: 1}
+_PASSES_OVER_OTHERS = 2
+"""Passes of policy and reference over responses to other prompts, without a gradient."""
 
 
 def table() -> str:
@@ -48,7 +51,7 @@ def row(cls: type[Objective]) -> tuple[str, ...]:
         ", ".join(f"`{setting}` {_value(value)}" for setting, value in made.settings().items()) or "–",
         _on_disk(needs),
         str(products(made)),
-        str(1 + sum(_FROZEN_PASSES.get(need, 0) for need in needs)),
+        str(1 + sum(_FROZEN_PASSES.get(need, 0) for need in needs) + _PASSES_OVER_OTHERS * (Need.LABELS in needs)),
         _link(cls.source),
     )
     return tuple(cell.replace("|", r"\|") for cell in cells)
@@ -61,8 +64,8 @@ def formula(cls: type[Objective]) -> str:
 
 def products(objective: Objective) -> int:
     """The head's products per step of tokens × hidden × vocabulary under exact gradients: forward, dH and dW; one more
-    where the logits are computed again in the backward, and one for Σp²."""
-    return (3 if objective.per_pair else 4) + (Need.COLLISIONS in objective.needs)
+    where the logits are computed again in the backward, one for Σp², and one for responses to other prompts."""
+    return (3 if objective.per_pair else 4) + len({Need.COLLISIONS, Need.LABELS} & objective.needs)
 
 
 def _on_disk(needs: list[Need]) -> str:

@@ -30,6 +30,7 @@ class Need(Enum):
     TEACHER_REWARDS = "the teacher's rewards over its own reference"
     TEACHER_LOGPS = "the teacher's log-probabilities"
     REWARDS = "rewards, which are columns of the data"
+    LABELS = "labels of single responses, and responses to other prompts"
     COLLISIONS = "the policy's log Σp², by one more product of its head"
 
 
@@ -180,6 +181,8 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
         found.add(Need.TEACHER_REWARDS)
     if scores.teacher_logps is not None:
         found.add(Need.TEACHER_LOGPS)
+    if batch is not None and batch.desirable is not None:
+        found.add(Need.LABELS)
     if batch is not None and batch.rewards is not None:
         found.add(Need.REWARDS)
     return frozenset(found)
@@ -196,6 +199,21 @@ def check_teacher_reference(teacher: str | None, teacher_reference: str | None, 
     if teacher_reference is not None and not (wanted and teacher is not None):
         raise ValueError(
             "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
+        )
+
+
+def check_labels(unpair: bool, objective: Objective) -> None:
+    """Raise ValueError where single responses are made of pairs that the objective compares."""
+    if unpair and Need.LABELS not in objective.needs:
+        raise ValueError(f"{objective.name} reads no labels: leave --data.unpair out, or take --objective kto")
+
+
+def check_selection(by: str, objective: Objective) -> None:
+    """Raise ValueError where pairs are to be selected by a loss that a pair has not by itself."""
+    if by != "no" and not (objective.per_pair and Need.REJECTED in objective.needs):
+        raise ValueError(
+            f"--data.select {by} goes by each pair's own loss, and {objective.name} has none: leave it out, or choose "
+            "another --objective"
         )
 
 

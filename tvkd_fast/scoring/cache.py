@@ -8,6 +8,7 @@ Letters: P pairs, M response states; responses are stored pair by pair, chosen t
 
 from __future__ import annotations
 
+import shutil
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -25,6 +26,7 @@ from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.files import put_in_place, refuse_place, sha256_of, to_disk, unfinished, whole_files, write_whole
 from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, states_of
 from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
+from tvkd_fast.scoring.reward_folder import REWARDS
 
 DIGESTS = "pair_digests"
 """The name of `PairDataset.pair_digests` of the pairs in a shard; shards of older versions have none."""
@@ -43,12 +45,12 @@ class ScoreCache:
             assert piece.ref_logps is not None
             self._firsts.append(self._firsts[-1] + piece.ref_logps.shape[0])
 
-    def of(self, pairs: Tensor) -> Scores:
-        """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses."""
+    def of(self, pairs: Tensor, sides: Sequence[int] = (0, 1)) -> Scores:
+        """The scores of `pairs` (P,), laid out as a `PairBatch` of these sides lays out its responses."""
         kept = [name for name in NAMES if getattr(self.pieces[0], name) is not None]
         # An empty micro-batch has numbers too, none of each kind.
         found = {name: [getattr(self.pieces[0], name).flatten()[:0]] for name in kept}
-        for response in self.layout.responses(pairs.cpu()).tolist():
+        for response in self.layout.responses(pairs.cpu(), sides).tolist():
             which = bisect_right(self._firsts, response // 2) - 1
             piece, first = self.pieces[which], 2 * self._firsts[which]
             start, end = (int(self.layout.bounds[r] - self.layout.bounds[first]) for r in (response, response + 1))
@@ -177,12 +179,14 @@ class ScoreWriter:
         """Torn shards, and those of another pass."""
         names = {MANIFEST, *(shard.file for shard in self.manifest.shards)}
         for path in self.partial.glob("*"):
-            if path.name not in names:
+            if path.name not in names and path.is_file():
                 path.unlink()
 
     def finish(self) -> None:
-        """Put the whole cache in its place."""
+        """Put the whole cache in its place, with the rewards that are there."""
         assert self.manifest.finished
+        if (self.folder / REWARDS).is_dir():
+            shutil.copytree(self.folder / REWARDS, self.partial / REWARDS, dirs_exist_ok=True)
         put_in_place(self.folder, "scores")
 
 
@@ -259,7 +263,7 @@ def check_score_folder(folder: Path) -> None:
 
 
 def _only_scores(folder: Path) -> bool:
-    return all(path.name == MANIFEST or path.match("scores*.safetensors") for path in folder.iterdir())
+    return all(path.name in (MANIFEST, REWARDS) or path.match("scores*.safetensors") for path in folder.iterdir())
 
 
 def _kind(fingerprint: object) -> str:

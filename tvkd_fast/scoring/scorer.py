@@ -93,6 +93,12 @@ class OnlineScorer:
         self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
         self.world, self.of_teacher = world, of_teacher
 
+    def asking(self, of_teacher: Collection[TeacherNumbers]) -> OnlineScorer:
+        """The same models, the teacher asked for these numbers; no teacher where they are none."""
+        teacher = self.teacher if of_teacher else None
+        tokens = self.teacher_tokens if of_teacher else None
+        return OnlineScorer(self.reference, teacher, tokens, self.world, of_teacher=of_teacher)
+
     def names_of(self, kind: TeacherNumbers) -> tuple[str, ...]:
         """The names in `Scores` of what the teacher is asked for."""
         if kind == "logps":
@@ -169,7 +175,7 @@ class CachedScorer:
         self.cache = cache
 
     def of(self, batch: PairBatch) -> Scores:
-        scores = self.cache.of(batch.pairs)
+        scores = self.cache.of(batch.pairs, batch.sides)
         device = batch.labels.device
         return Scores(*(None if x is None else to_device(x, device) for x in vars(scores).values()))
 
