@@ -15,7 +15,7 @@ from tvkd_fast.commands.score import ScoreConfig, score
 from tvkd_fast.data import tokenize_pair
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.models import load_tokenizer
-from tvkd_fast.scoring import reward_folder
+from tvkd_fast.scoring import describe, reward_folder
 from tvkd_fast.scoring.reward_folder import load_rewards, read_reward_manifest
 from tvkd_fast.scoring.reward_model import RewardModel, load_reward_model, rewards_of
 from tvkd_fast.training.metrics import METRICS, read_metrics
@@ -128,6 +128,7 @@ def test_models_are_added_and_nothing_is_scored_twice(
     manifest = read_reward_manifest(folder)
     assert manifest is not None
     assert manifest.names == ["one", "two"]
+    assert f"rewards           one of {manifest.pairs} pairs, two of {manifest.pairs} pairs" in describe(folder)
 
 
 def test_an_ensemble_is_trained_on_as_columns_are(

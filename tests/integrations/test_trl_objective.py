@@ -19,6 +19,7 @@ from tvkd_fast.integrations.trl_objective import ANSWERED, batch_of
 from tvkd_fast.objectives import Need, Objective, PolicyNumbers, objectives
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.ipo import IPO
+from tvkd_fast.objectives.mixtures.mixture import Mixture
 from tvkd_fast.objectives.rewards.m_dpo import MDPO
 from tvkd_fast.objectives.simpo import SimPO
 from tvkd_fast.objectives.tvkd import TVKD
@@ -38,8 +39,9 @@ ROWS = [
 TAKEN = [
     cls()
     for name, cls in objectives().items()
-    if cls().needs <= ANSWERED and Need.REJECTED in cls().needs and cls.divided_by == "pairs"
+    if cls().needs <= ANSWERED and Need.REJECTED in cls().needs and cls.divided_by == "pairs" and cls is not Mixture
 ]
+TAKEN += [MDPO(score_from="perplexity"), Mixture(parts=[{"dpo": {"beta": 0.3}}, {"simpo": {}, "weight": 0.5}])]
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def numbers(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return (of_labels * mask).sum(1), ((2 * logps).logsumexp(-1) * mask).sum(1).detach()
 
 
-@pytest.mark.parametrize("objective", TAKEN, ids=lambda objective: objective.name)
+@pytest.mark.parametrize("objective", TAKEN, ids=lambda objective: f"{objective.name} {objective.describe()}")
 def test_loss_and_gradient_are_those_of_whole_logits(
     objective: Objective, make: Callable[..., Any], folders: tuple[str, str]
 ) -> None:
@@ -147,6 +149,9 @@ def test_tvkds_settings_become_the_trainers(make: Callable[..., Any], folders: t
         ("simpoo", {}, "did you mean simpo"),
         (3, {}, "objective is a int"),
         ("sft", {}, "sft is no loss over pairs"),
+        ("mixture", {}, "mixture is no loss over pairs"),
+        ("kto", {}, r"kto needs labels of single responses.* run `tvkd train --objective kto`"),
+        ("forward_kl", {}, r"forward_kl needs the teacher's states"),
         (TVKD(label_smoothing=0.1), {}, "smooths no labels"),
         (SimPO(), {"beta": 0.5}, "beta of TVKDConfig would not be read"),
         (DPO(), {"loss_type": ["ipo"]}, "loss_type of TVKDConfig would not be read"),

@@ -37,6 +37,7 @@ ADDED_BY = {
     Need.TEACHER_SUMS: "--teacher MODEL",
     Need.TEACHER_REWARDS: "--teacher MODEL --teacher_reference MODEL",
     Need.TEACHER_LOGPS: "--teacher MODEL --keep [logps]",
+    Need.TEACHER_STATES: "--teacher MODEL --keep [states]",
 }
 """The options of `tvkd score` that add a number to a folder of scores."""
 
@@ -82,11 +83,12 @@ def open_scores(
     lacks the values among `needs`."""
     cache = ScoreCache.load(folder, dataset)
     cache.check(**expected)
-    missing = needs & TEACHER - known(cache.pieces[0])
+    held = known(cache.of(torch.empty(0, dtype=torch.int64)))
+    missing = [need for need in Need if need in needs & TEACHER - held]
     if missing:
         without = config.loss.without(missing)
         other = "" if without is None or without is config.loss else f", or train with --objective {without.name}"
-        need = next(need for need in Need if need in missing)
+        need = missing[0]
         raise ValueError(
             f"the scores at {folder} do not hold {need.value}: add them with `tvkd score --output_dir {folder} "
             f"{ADDED_BY[need]}` and the other settings as before{other}"

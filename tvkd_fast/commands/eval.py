@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.commands.models import (
-    check_readable,
     load_frozen,
     load_policy,
     of_teacher,
     sharing_of,
     world_of,
 )
-from tvkd_fast.commands.refusals import check_processes
+from tvkd_fast.commands.refusals import check_processes, check_readable
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig
@@ -97,7 +96,7 @@ class EvalConfig:
 
 def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evaluation:
     """`tvkd eval`: a policy, with or without a reference, on data.eval."""
-    if config.teacher is not None and config.reference is None:
+    if config.teacher is not None and config.reference is None and Need.REFERENCE in config.loss.needs:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     with world_of(config) as world:
         return _evaluated(config, world, verbose=show_progress and world.first)
@@ -116,11 +115,16 @@ def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation
         verbose=verbose,
         read=config.data.reader(rewards=Need.REWARDS in needs, labels=None if Need.LABELS in needs else False),
     )
-    sharing = sharing_of(config, world)
+    sharing = sharing_of(config, world, config.loss)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
     check_readable(dataset, policy, "policy")
     models = load_frozen(
-        config, tokenizer, kappa=config.loss.teacher_kappa, of_teacher=of_teacher(needs), sharing=sharing
+        config,
+        tokenizer,
+        kappa=config.loss.teacher_kappa,
+        of_teacher=of_teacher(needs),
+        needs=needs,
+        sharing=sharing,
     )
     return evaluate_held_out(
         policy,

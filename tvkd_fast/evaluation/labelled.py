@@ -16,7 +16,7 @@ from tvkd_fast.distributed import World
 from tvkd_fast.evaluation.evaluate import Evaluation, evaluate, half_width, measure
 from tvkd_fast.losses import segment_sums
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.objectives import Objective, PolicyNumbers
+from tvkd_fast.objectives import Factors, Objective, PolicyNumbers
 from tvkd_fast.scoring import Scores
 from tvkd_fast.scoring.scorer import Scorer
 
@@ -39,7 +39,8 @@ def evaluate_labelled(
     """Figures of responses with labels: `accuracy`, the share whose ρ − z has the label's sign, and `margin`, the mean
     ρ of desirable responses less that of the others, nats; z = max(0, mean ρ of responses to other prompts).
 
-    The loss is the objective's, with this z. Raises ValueError where there is no reference, which ρ is measured from.
+    The loss is the objective's, with this z, where it follows from log-probabilities alone. Raises
+    ValueError where there is no reference, which ρ is measured from.
     """
 
     def columns(batch: PairBatch) -> Tensor:
@@ -67,10 +68,11 @@ def evaluate_labelled(
         margin=float(above.mean() - below.mean()),
         margin_ci=float(torch.tensor([half_width(above), half_width(below)]).norm()),
     )
-    if objective is None:
+    if objective is None or objective.joint:
         return figures
     rows = replace(
         collate_packed([], []), pairs=torch.arange(len(dataset)), desirable=desirable, baseline=baseline, sides=(0,)
     )
     out = objective.loss(PolicyNumbers(logps, lengths.long()), Scores(ref_logps), rows)
-    return replace(figures, loss=float(out.losses.mean()))
+    factors = Factors(*(1 / lengths.new_tensor(count) for count in (len(dataset), lengths.sum(), lengths.sum())))
+    return replace(figures, loss=float(objective.total(out, factors)))

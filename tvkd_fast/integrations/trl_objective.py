@@ -17,6 +17,7 @@ from tvkd_fast.integrations.rows import RESPONSES
 from tvkd_fast.integrations.teacher import PaddedRows
 from tvkd_fast.integrations.trl_config import TVKDConfig
 from tvkd_fast.objectives import Need, Objective, objective_named
+from tvkd_fast.objectives.mixtures.mixture import Mixture
 from tvkd_fast.objectives.tvkd import TVKD
 
 ANSWERED = frozenset({Need.REJECTED, Need.REFERENCE, Need.TEACHER_LOGPS, Need.REWARDS, Need.COLLISIONS})
@@ -67,7 +68,8 @@ def objective_of(given: str | Objective, args: TVKDConfig) -> tuple[Objective | 
         raise ValueError(
             f"{found.name} needs {what}, which TVKDTrainer does not compute: run `tvkd train --objective {found.name}`"
         )
-    if Need.REJECTED not in found.needs or found.divided_by != "pairs":
+    parts = [part for part, _ in found.objectives] if isinstance(found, Mixture) else [found]
+    if Need.REJECTED not in found.needs or any(part.divided_by != "pairs" for part in parts):
         raise ValueError(
             f"{found.name} is no loss over pairs, of which TVKDTrainer takes the mean: run `tvkd train --objective "
             f"{found.name}`, or take TRL's loss_type=['sft'] for supervised fine-tuning"

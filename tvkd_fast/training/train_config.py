@@ -129,10 +129,6 @@ class TrainConfig:
                 f"{self.eval_every}, as --eval_every"
             )
         needs = self.loss.needs
-        if self.keep_best == "loss" and Need.REJECTED not in needs:
-            raise ValueError(
-                f"keep_best loss: evaluations under --objective {self.objective} have no loss; set accuracy or margin"
-            )
         if self.keep_best == "loss" and needs & TEACHER and self.teacher is None and self.eval_scores is None:
             raise ValueError(
                 "keep_best loss: evaluations have no loss where held-out pairs have no teacher's values; set "

@@ -116,9 +116,10 @@ class Trainer:
         with bar, closing(self.checkpoints), nullcontext() if log is None else closing(log):
             for step in range(done, self.max_steps):
                 start = time.perf_counter()
-                batches = self._batches(step)
                 pairs += len(self._pairs(step))
-                waited += time.perf_counter() - start
+                chosen = time.perf_counter()
+                batches = self._batches(step)
+                waited += time.perf_counter() - chosen
                 lr = self._set_learning_rate(step)
                 out = self._step(step, batches)
                 self.trained = True

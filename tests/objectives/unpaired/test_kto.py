@@ -13,6 +13,8 @@ from tvkd_fast.data.reading.labelled import unpaired
 from tvkd_fast.evaluation.labelled import evaluate_labelled
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import PolicyNumbers
+from tvkd_fast.objectives.contract import check_labels
+from tvkd_fast.objectives.mixtures.mixture import Mixture
 from tvkd_fast.objectives.unpaired.kto import KTO
 from tvkd_fast.scoring import OnlineScorer, Scores
 from tvkd_fast.training.step import train_step
@@ -117,6 +119,11 @@ def test_rewards_of_the_right_sign_are_counted(batch_of: Any) -> None:
     )
     wanted = torch.tensor([-2.0, 2.0, 2.0, -2.0]).sigmoid()
     torch.testing.assert_close(losses, wanted)
+
+
+def test_labels_and_pairs_are_not_mixed() -> None:
+    with pytest.raises(ValueError, match="would read labels of single responses and compare two"):
+        check_labels(False, Mixture(parts=[{"kto": {}}, {"dpo": {}}]))
 
 
 def test_weights_of_nothing_are_refused() -> None:
