@@ -41,7 +41,7 @@ OF_PAIR = (
 ARGUMENTS = {
     "linear_divergence": f"{PAIR} kind {OF_PAIR} impl",
     "linear_joint": f"{PAIR} labels outputs {OF_PAIR} ignore_index impl",
-    "linear_expected_score": "hidden weight heads temperature bias softcap logit_scale rows impl",
+    "linear_expected_score": "hidden weight heads temperature clip bias softcap logit_scale rows impl",
     "linear_sparse_divergence": "hidden weight ids probs tail kind temperature bias softcap logit_scale rows impl",
     "fused_linear_distillation_loss": f"{PAIR} labels mixture token_weights {OF_PAIR} ignore_index impl",
     "linear_logps": f"{HEAD} tail seed max_tail workspace_mb stats impl",

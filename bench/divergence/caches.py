@@ -3,8 +3,8 @@
     python -m bench.divergence.caches --json FILE
 
 What `tvkd score --keep` writes is coded and decoded again, of the packaged model's states over preference data as the
-teacher's; p is of the same model's states pruned to `--layers` layers. Errors are of p − q, which is forward KL's
-gradient by the student's logits: ‖q̂ − q‖ over ‖p − q‖ in Frobenius' norm, in float64 sums.
+teacher's; p is of the same model pruned to `--layers` layers, or of a `--student`. Errors are of p − q, which is
+forward KL's gradient by the student's logits: ‖q̂ − q‖ over ‖p − q‖ in Frobenius' norm, in float64 sums.
 
 Letters: N tokens, R rows of a block, V vocabulary.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 from bench.divergence.comparison import prepared_pair
 from bench.harness.machine import made_by, write_report
 from bench.harness.states import load_states
+from bench.head.comparison import prepared_states
 from tvkd_fast.ops import Head
 from tvkd_fast.scoring.distributions import systematic_samples
 from tvkd_fast.scoring.layout import Scores
@@ -137,14 +138,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1536)
     parser.add_argument("--data", default="bundled:train", help="pairs to take states from")
     parser.add_argument("--layers", type=int, default=24, help="of the teacher's layers, those that the student keeps")
+    parser.add_argument("--student", help="a folder with another student, of the packaged model's shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shape = (arguments.tokens, 576, 49152)
-    student, teacher = map(
-        load_states, prepared_pair(shape, model="smollm2-135m", data=arguments.data, layers=arguments.layers)
-    )
+    files = prepared_pair(shape, model="smollm2-135m", data=arguments.data, layers=arguments.layers)
+    if arguments.student is not None:
+        files = prepared_states(shape, model=arguments.student, data=arguments.data), files[1]
+    student, teacher = map(load_states, files)
     rows = measure(teacher.hidden, Head(teacher.weight), student.hidden, student.weight)
     report = {
         "tokens": len(teacher.hidden),

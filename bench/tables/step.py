@@ -30,12 +30,15 @@ def lengths_table(report: dict[str, Any]) -> str:
     for point in report["points"]:
         ours, peer = point["results"][0], point["results"][-1]
         cells = [f"{point['length']:,}", f"{point['pairs_per_step']}", f"{ours['speed_over_yardstick']:.2f}"]
-        rows.append([*cells, f"{ours['peak_mb']:,.0f} MB", f"{peer['peak_mb']:,.0f} MB"])
+        sizes = [f"{ours['peak_mb']:,.0f} MB", f"{peer['peak_mb']:,.0f} MB"]
+        rows.append([*cells, *sizes, f"{ours['peak_mb'] / peer['peak_mb']:.2f}"])
     first, made = report["points"][0], report["made_by"]
     peer = first["results"][-1]["name"]
-    head = ["tokens per sequence", "pairs per step", f"speed over {peer}'s", "our peak memory", f"{peer}'s"]
+    head = ["tokens per sequence", "pairs per step", f"speed over {peer}'s", "our memory", f"{peer}'s", "ratio"]
     steps = first["pairs"] // first["pairs_per_step"]
     what = f"{first['model']}, {first['tokens'] // steps:,} tokens per step; medians of {steps - 1}"
+    if report.get("alike"):
+        what = f"{what}; one pair in a micro-batch of either"
     return markdown(head, rows) + "\n" + provenance(made, what)
 
 

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT))
-    from bench.step import profile, teacher_cost
+    from bench.step import lengths, profile, teacher_cost
 
-    return teacher_cost, profile
+    return teacher_cost, profile, lengths
 
 
 @pytest.mark.e2e
@@ -65,3 +65,19 @@ def test_lengths_share_a_number_of_tokens(bench: Any) -> None:
     assert (short["length"], short["pairs_per_step"], long["pairs_per_step"]) == (16, 4, 1)
     assert short["tokens"] == long["tokens"] == 2 * 96
     assert short["max_length"] == 16
+
+
+@pytest.mark.parametrize(("alike", "row"), [(False, 6144), (True, 768)])
+def test_a_micro_batch_of_lengths_is_a_row_or_a_pair(
+    modules: Any, monkeypatch: pytest.MonkeyPatch, alike: bool, row: int
+) -> None:
+    lengths = modules[2]
+    asked: list[str] = []
+
+    def run(command: list[str], check: bool) -> None:
+        asked.extend(command)
+        Path(command[-1]).write_text("{}")
+
+    monkeypatch.setattr(lengths.subprocess, "run", run)
+    assert lengths.point(512, 4096, 3, ["--layers", "4"], alike=alike) == {"length": 512}
+    assert asked[asked.index("--tokens_per_micro_batch") + 1] == str(row)

@@ -10,6 +10,7 @@ from tvkd_fast.commands.caches import (
     OF_TEACHER,
     expected_of_models,
     fitting_cache,
+    kept_per_token,
     load_pairs,
     manifest_of,
 )
@@ -89,7 +90,7 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
             own = Need.TEACHER_REWARDS in config.loss.needs
             compared = [name for name in OF_TEACHER if own or name != "teacher_reference"]
             expected |= {name: getattr(cache.manifest, name) for name in compared}
-            scorer = CachedScorer(cache)
+            scorer = CachedScorer(cache, kept_per_token(config.loss.needs))
         selection_scorer = scorer if config.data.selection is not None else None
         if selection_scorer is online:
             scorer = online.asking(of_teacher(config.loss.needs))
@@ -162,7 +163,8 @@ def held_out_scorer_of(
     # Here the policy is still its own reference, also when the run is resumed later on.
     scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
     if config.eval_scores is not None:
-        return CachedScorer(fitting_cache(config.eval_scores, config, held_out, expected, scorer, config.loss.needs))
+        cache = fitting_cache(config.eval_scores, config, held_out, expected, scorer, config.loss.needs)
+        return CachedScorer(cache, kept_per_token(config.loss.needs))
     if config.loss.needs & TEACHER and models.teacher is None and world.first:
         warnings.warn(
             "held-out pairs have no teacher's values: evaluation leaves the loss and the shaping out. Score them too, "

@@ -100,7 +100,7 @@ class CachedReturns:
     def _of(self, cache: ScoreCache, dataset: PairDataset, places: range) -> Tensor:
         """[2, P]."""
         batch = collate_pairs(dataset[places.start : places.stop], places)
-        scores, settings = cache.of(batch.pairs), self.settings
+        scores, settings = cache.of(batch.pairs, kinds=()), self.settings
         if settings is None:
             assert scores.teacher_logps is not None
             return scores.teacher_logps.view(2, -1)

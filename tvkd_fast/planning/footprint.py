@@ -16,6 +16,7 @@ from tvkd_fast.distributed.vocabulary import states_held
 from tvkd_fast.models import BITS_PER_WEIGHT, ModelShape
 from tvkd_fast.models.shared_prompt import HANDLED, Layout
 from tvkd_fast.objectives import SCORED, TEACHER, Need
+from tvkd_fast.objectives.divergences.joint_numbers import SCORE
 from tvkd_fast.ops.tiles.forward_gradients import WORKSPACE_MB, row_bytes
 from tvkd_fast.planning.activations import count_activations
 from tvkd_fast.training.train_config import TrainConfig
@@ -138,6 +139,8 @@ class Footprint:
             return total
         if config.loss.needs & _OF_REFERENCE:
             total += forward * (1 + others + chosen_from)
+        if Need.REFERENCE_STATES in config.loss.needs:
+            total += 2 * policy.head * answers
         if teacher is not None:
             asked = chosen_from + bool(config.loss.needs & TEACHER)
             teachers = asked * (1 if config.teacher_reference is None else 2)
@@ -271,8 +274,12 @@ class Footprint:
     @property
     def _head_workspace(self) -> float:
         """Return the head's tiles; or a block's logits, of an exact gradient that is made in the forward."""
-        if self.config.loss.joint:
-            return float(_JOINT_WORKSPACE)
+        joint = self.config.loss.joint
+        if joint:
+            # The heads of models whose logits add up stand side by side while a walk lasts.
+            several = any(len(key.of) > 1 and key.output != SCORE for key in joint)
+            heads = self.policy.head + (self.policy if self.teacher is None else self.teacher).head
+            return float(_JOINT_WORKSPACE) + several * heads * self._compute
         if self.config.head.grad_mode != "exact" or self.shares_vocabulary:
             return float(_HEAD_WORKSPACE)
         impl = "triton" if self.config.model.device.startswith("cuda") else "torch"

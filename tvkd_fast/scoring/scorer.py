@@ -233,13 +233,13 @@ class OnlineScorer:
 
 
 class CachedScorer:
-    """Looks the batch's scores up in a cache."""
+    """Looks the batch's scores up in a cache; of what is kept per token the `kinds` alone, where they are given."""
 
-    def __init__(self, cache: ScoreCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: ScoreCache, kinds: Collection[str] | None = None) -> None:
+        self.cache, self.kinds = cache, kinds
 
     def of(self, batch: PairBatch) -> Scores:
-        return self.cache.of(batch.pairs, batch.labels.device, sides=batch.sides)
+        return self.cache.of(batch.pairs, batch.labels.device, sides=batch.sides, kinds=self.kinds)
 
 
 def score_dataset(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.fused.known_joint import known_joint
-from tvkd_fast.ops import Head, Upstream, linear_expected_score, linear_joint
+from tvkd_fast.ops import Head, Upstream, linear_expected_score, linear_joint, linear_sparse_divergence
+from tvkd_fast.ops.joint.top_gap import linear_top_gap
 
 if TYPE_CHECKING:
     from tvkd_fast.data import PairBatch
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 LOGPS = "logps"
 SCORE = "score"
+TOP_GAP = "top_gap"
+KEPT = ("topk", "sampled")
+"""Outputs that compare with what is kept of the teacher's distribution, by the prefix of it in `Scores`."""
+_ALONE = (SCORE, TOP_GAP, *KEPT)
+"""Outputs of walks of their own."""
 Whose = Literal["teacher", "ref", "base"]
 """The frozen models, by the prefix of their states and head in `Scores`."""
 Factored = tuple[tuple[float, Whose], ...]
@@ -33,8 +39,10 @@ REFERENCE: Factored = ((1.0, "ref"),)
 class Joint:
     """A number of every response token under the policy p and another distribution q, nats.
 
-    `output` is a divergence of `linear_joint`, or "score", E_p[Σ c·log q]. `of` are factors c and the models: with
-    several, a divergence is to softmax(Σ c·z). Outputs that share all but their names come from one walk.
+    `output` is a divergence of `linear_joint`; "score", E_p[Σ c·log q]; "top_gap", `linear_top_gap`; or forward KL to
+    the teacher's "topk", the tail spread evenly, or to its "sampled" tokens, at temperature 1. `of` are factors c and
+    the models: with several, a divergence is to softmax(Σ c·z). Outputs that share all but their names come from one
+    walk.
     """
 
     output: str
@@ -50,8 +58,13 @@ class Joint:
 
     @property
     def walk(self) -> Joint:
-        """What outputs of one walk have in common. A score has a walk of its own."""
-        return self if self.output == SCORE else replace(self, output="")
+        """What outputs of one walk have in common; those that have walks of their own are their own."""
+        return self if self.is_alone else replace(self, output="")
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is no output of `linear_joint`."""
+        return self.output in _ALONE
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class Distributions:
     """A batch's frozen distributions: states [N, D'] at the response tokens and heads, by model."""
 
     of: Mapping[Whose, tuple[Tensor, Head]]
+    kept: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """[N, k] ids and probabilities of what is kept of the teacher's, by the names in `KEPT`."""
 
     def one(self, factors: Factored) -> tuple[Tensor, Head]:
         """States and head whose logits are Σ c·z: those of the only model, or of all side by side.
@@ -107,7 +122,10 @@ class KnownUpstream:
         if constants is None:
             return self.pairwise
         return Upstream(
-            lambda _, responses: constants[responses], batch.cu_seqlens, paired=False, lengths=batch.response_lengths
+            lambda logps, responses: constants[responses].to(logps.dtype),
+            batch.cu_seqlens,
+            paired=False,
+            lengths=batch.response_lengths,
         )
 
 
@@ -131,10 +149,16 @@ def joint_numbers(
         if walk.output == SCORE:
             found[walk] = _score(hidden, head.whole, walk, frozen, rows)
             continue
+        if walk.output in KEPT:
+            found[walk] = _of_kept(hidden, head.whole, *frozen.kept[walk.output], rows)
+            continue
         other_hidden, other = frozen.one(walk.of)
         # Rows beyond the smaller head are padding of one tokenizer's vocabulary.
         size = min(head.out_features, other.vocab_size)
         own = head.whole if size == head.out_features else head.whole.columns(0, size)
+        if walk.output == TOP_GAP:
+            found[walk] = linear_top_gap(hidden, own, other_hidden, other.columns(0, size), rows)
+            continue
         alone = logps is not None or rows is not None or walk.temperature != 1.0 or size < head.out_features
         names = {key.output: key for key in members}
         options: dict[str, Any] = {"beta": walk.beta, "temperature": walk.temperature, "rows": rows}
@@ -171,6 +195,12 @@ def rows_of(walk: Joint, batch: PairBatch) -> Tensor | None:
     position = torch.arange(len(batch.labels), device=batch.labels.device)
     chosen = position < batch.chosen_tokens
     return chosen if walk.responses == "chosen" else ~chosen
+
+
+def _of_kept(hidden: Tensor, head: Head, ids: Tensor, probs: Tensor, rows: Tensor | None) -> Tensor:
+    # A token beyond the policy's head is padding of the teacher's, whose probability goes to the tail.
+    known = ids < head.vocab_size
+    return linear_sparse_divergence(hidden, head, ids.where(known, -1), probs.where(known, 0.0), rows=rows)
 
 
 def _score(hidden: Tensor, head: Head, walk: Joint, frozen: Distributions, rows: Tensor | None) -> Tensor:
