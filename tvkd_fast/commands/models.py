@@ -51,9 +51,6 @@ from tvkd_fast.training.usage import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-if TYPE_CHECKING:
-    pass
-
 
 P = TypeVar("P", bound=PolicyWithHead)
 
@@ -120,8 +117,8 @@ class FrozenModels:
             found.add(Need.TEACHER_LOGPS)
         if self.teacher is not None and "states" in self.of_teacher:
             found.add(Need.TEACHER_STATES)
-        kept = {kind_of(name) for name in self.of_teacher} if self.teacher is not None else set()
-        found |= {need for kind, need in KEPT_NEEDS.items() if kind in kept}
+        if self.teacher is not None:
+            found |= {KEPT_NEEDS[kind] for kind in map(kind_of, self.of_teacher) if kind in KEPT_NEEDS}
         if self.reference is not None and self.reference_states:
             found.add(Need.REFERENCE_STATES)
         if self.base is not None:
@@ -397,6 +394,6 @@ def world_of(config: RunConfig) -> AbstractContextManager[World]:
 def sharing_of(config: RunConfig, world: World, objective: Objective | None = None) -> Sharing:
     """Return how a run's models are laid out; an objective over whole distributions wants whole heads."""
     parallel = config.parallel
-    if objective is not None and objective.joint and parallel.vocabulary == "auto":
+    if objective is not None and objective.whole_head and parallel.vocabulary == "auto":
         parallel = replace(parallel, vocabulary="gathered")
     return Sharing(world, parallel, config.tokens_per_micro_batch)

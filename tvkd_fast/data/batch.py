@@ -57,6 +57,11 @@ class PairBatch:
     """(P,) bool labels of the chosen responses, where the rejected ones are of other prompts."""
     baseline: Tensor | None = None
     """() nats ≥ 0: KL(π_θ‖π_ref), estimated from a whole step's responses to other prompts, under `Need.LABELS`."""
+    partners: Tensor | None = None
+    """(rows·L,) int64 flat positions in `input_ids`: the token whose embedding is mixed into that of each, where
+    embeddings are mixed."""
+    shares: Tensor | None = None
+    """(rows·L,) float32: the share of a token's own embedding in the mixture, 1 where nothing is mixed into it."""
 
     @property
     def attention_mask(self) -> None:

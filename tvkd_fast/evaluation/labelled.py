@@ -74,5 +74,6 @@ def evaluate_labelled(
         collate_packed([], []), pairs=torch.arange(len(dataset)), desirable=desirable, baseline=baseline, sides=(0,)
     )
     out = objective.loss(PolicyNumbers(logps, lengths.long()), Scores(ref_logps), rows)
-    factors = Factors(*(1 / lengths.new_tensor(count) for count in (len(dataset), lengths.sum(), lengths.sum())))
+    tokens = float(lengths.sum())
+    factors = Factors(*(1 / torch.tensor([len(dataset), tokens, tokens], dtype=torch.float64)))
     return replace(figures, loss=float(objective.total(out, factors)))

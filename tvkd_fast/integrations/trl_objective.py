@@ -63,8 +63,8 @@ def objective_of(given: str | Objective, args: TVKDConfig) -> tuple[Objective | 
     if isinstance(found, TVKD):
         return None, _under(found, args)
     missing = found.needs - ANSWERED
-    if missing:
-        what = ", ".join(sorted(need.value for need in missing))
+    if missing or found.alone:
+        what = ", ".join(sorted(need.value for need in missing)) or "more than numbers per response"
         raise ValueError(
             f"{found.name} needs {what}, which TVKDTrainer does not compute: run `tvkd train --objective {found.name}`"
         )

@@ -117,6 +117,8 @@ class OnlineScorer:
         self.teacher_head = None
         if teacher is not None and "states" in of_teacher:
             self.teacher_head = teacher.policies[0].head.gathered()
+        self.teacher_learns = False
+        """Whether the numbers of a batch have a gradient by what learns in the teacher."""
         self.ref_head = reference.head.gathered() if reference_states and reference is not None else None
         self.base_head = None if base is None else base.head.gathered()
 
@@ -154,8 +156,11 @@ class OnlineScorer:
     def _read(self, dataset: PairDataset) -> PairDataset:
         return dataset if self.teacher_tokens is None else self.teacher_tokens.dataset
 
-    @torch.no_grad()
     def of(self, batch: PairBatch) -> Scores:
+        with torch.set_grad_enabled(self.teacher_learns and torch.is_grad_enabled()):
+            return self._of(batch)
+
+    def _of(self, batch: PairBatch) -> Scores:
         ref_logps, ref_hidden = self._of_reference(batch)
         if self.teacher is None:
             found = Scores()
@@ -341,7 +346,7 @@ def _score_pairs(
     """Return the numbers of consecutive pairs, in their order, and in the first process their tokens' rows by kind."""
     kept: dict[str, Tensor] = {}
     coded: dict[str, list[Rows]] = {name: [] for name in codecs}
-    places = [torch.empty(0, dtype=torch.int64)]
+    places: list[Tensor] = []
     states = layout.between(pairs.start, pairs.stop)
     batches = batching.share(dataset, pairs, rank=world.rank, size=world.size)
     for i, batch in enumerate(batches):
@@ -372,13 +377,13 @@ def _score_pairs(
 
 def _in_order(found: list[list[Rows]], places: list[list[Tensor]]) -> Rows:
     """Rows of all batches of all processes, each in its place; nothing where nothing was gathered."""
-    batches = [batch for of_one in found for batch in of_one]
-    rows = {}
-    for name in batches[0] if batches else ():
-        x, place = torch.cat([batch[name] for batch in batches]), torch.cat([torch.cat(of_one) for of_one in places])
-        assert len(x) == len(place)
-        rows[name] = torch.empty_like(x).index_copy_(0, place, x)
-    return rows
+    batches = [x for of_one in zip(found, places, strict=True) for x in zip(*of_one, strict=True)]
+    count = sum(len(place) for _, place in batches)
+    ordered: dict[str, Tensor] = {}
+    for rows, place in batches:
+        for name, x in rows.items():
+            ordered.setdefault(name, x.new_empty((count, *x.shape[1:])))[place] = x
+    return ordered
 
 
 def _beside(held: Scores, scores: Scores) -> Scores:
