@@ -284,6 +284,10 @@ def ops_of_a_head(dtype: torch.dtype, n: int, d: int, v: int, bias: str, softcap
     linear_entropy(hidden, weight, **head)
     for kappa in (1.0, 0.5):
         linear_lse(hidden, weight, kappa=kappa, **head)
+    with pytest.MonkeyPatch.context() as patch:
+        # As where the library's products are the faster way to them.
+        patch.setattr("tvkd_fast.kernels.logit_sums.is_faster", lambda hidden: True)
+        linear_lse(hidden, weight, **head)
 
 
 def sparse_ops_of_a_head(dtype: torch.dtype, d: int, bias: bool, softcap: float | None, tail: str, wants: str) -> None:
@@ -520,6 +524,7 @@ def test_every_launch_is_built(launches: tuple[Launch, ...], census: ModuleType)
         ("dlogits", "frozen bias"),
         ("product", "dW, first"),
         ("exponentials", "bias"),
+        ("logit_sums", "bias"),
         ("product", "dH, last, odd D"),
         ("preference_epilogue", "values, eos, ref tokens"),
         ("joint_stats", "all"),
