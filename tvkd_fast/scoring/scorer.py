@@ -117,8 +117,16 @@ class OnlineScorer:
         self.teacher_head = None
         if teacher is not None and "states" in of_teacher:
             self.teacher_head = teacher.policies[0].head.gathered()
+        self.teacher_learns = False
+        """Whether the numbers of a batch have a gradient by what learns in the teacher."""
         self.ref_head = reference.head.gathered() if reference_states and reference is not None else None
         self.base_head = None if base is None else base.head.gathered()
+
+    def asking(self, of_teacher: Collection[str]) -> OnlineScorer:
+        """The same models, the teacher asked for these numbers; no teacher where they are none."""
+        teacher = self.teacher if of_teacher else None
+        tokens = self.teacher_tokens if of_teacher else None
+        return OnlineScorer(self.reference, teacher, tokens, self.world, of_teacher=of_teacher)
 
     def names_of(self, kind: str) -> tuple[str, ...]:
         """What the teacher is asked for, by the names of a manifest's numbers."""
@@ -148,8 +156,11 @@ class OnlineScorer:
     def _read(self, dataset: PairDataset) -> PairDataset:
         return dataset if self.teacher_tokens is None else self.teacher_tokens.dataset
 
-    @torch.no_grad()
     def of(self, batch: PairBatch) -> Scores:
+        with torch.set_grad_enabled(self.teacher_learns and torch.is_grad_enabled()):
+            return self._of(batch)
+
+    def _of(self, batch: PairBatch) -> Scores:
         ref_logps, ref_hidden = self._of_reference(batch)
         if self.teacher is None:
             found = Scores()
@@ -233,8 +244,7 @@ class CachedScorer:
         self.cache, self.kinds = cache, kinds
 
     def of(self, batch: PairBatch) -> Scores:
-        chosen_only = len(batch.response_lengths) == batch.num_pairs
-        return self.cache.of(batch.pairs, batch.labels.device, chosen_only=chosen_only, kinds=self.kinds)
+        return self.cache.of(batch.pairs, batch.labels.device, sides=batch.sides, kinds=self.kinds)
 
 
 def score_dataset(
