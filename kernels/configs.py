@@ -307,7 +307,7 @@ TABLE = (
     Row("joint_values", "sm_90", "heavy", TileConfig(64, 64, 64, warps=8, stages=4, bulk=True), 191, 65),
     Row("joint_values", "sm_90", "plain", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 205, 97),
     Row("joint_values", "sm_100", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 128, 11),
-    Row("joint_values", "sm_100", "wide heavy", TileConfig(64, 64, 32, warps=8, stages=3, bulk=True), 148, 49),
+    Row("joint_values", "sm_100", "wide heavy", TileConfig(64, 64, 32, warps=8, stages=4, bulk=True), 148, 65),
     Row("joint_values", "sm_100", "wide", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 194, 89),
     Row("joint_values", "sm_100", "heavy", TileConfig(64, 64, 64, warps=8, stages=4, bulk=True), 148, 65),
     Row("joint_values", "sm_100", "plain", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 198, 97),
