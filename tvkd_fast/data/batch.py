@@ -51,6 +51,11 @@ class PairBatch:
     layout: Layout | None = None
     rewards: Tensor | None = None
     """[K, 2P] float32 numbers of the responses by each of K columns of the data, where they were read."""
+    partners: Tensor | None = None
+    """(rows·L,) int64 flat positions in `input_ids`: the token whose embedding is mixed into that of each, where
+    embeddings are mixed."""
+    shares: Tensor | None = None
+    """(rows·L,) float32: the share of a token's own embedding in the mixture, 1 where nothing is mixed into it."""
 
     @property
     def attention_mask(self) -> None:

@@ -26,7 +26,7 @@ from tvkd_fast.ops import HeadStats
 from tvkd_fast.scoring.scorer import Scorer
 from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state, set_aside
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
-from tvkd_fast.training.optim import learning_rate, make_optimizer
+from tvkd_fast.training.optim import learning_rate, make_optimizer, set_learning_rate
 from tvkd_fast.training.record import to_record
 from tvkd_fast.training.signals import Stopped, StopSignal
 from tvkd_fast.training.step import StepOutput, train_step
@@ -263,12 +263,12 @@ class Trainer:
             size=self.world.size,
             chosen_only=Need.REJECTED not in self.config.loss.needs,
         )
-        return [batch.to(self.world.device) for batch in batches]
+        changed = (self.config.loss.changed(batch, self.config.seed, step) for batch in batches)
+        return [batch.to(self.world.device) for batch in changed]
 
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(step, self.max_steps, self.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         return lr
 
     def _head_metrics(self) -> dict[str, float]:
