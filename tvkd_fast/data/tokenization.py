@@ -51,6 +51,8 @@ class TokenizedPair:
     """As in `Preference`."""
     sampled: bool = False
     """The ids are those that were sampled, and not made of text."""
+    desirable: bool | None = None
+    """As in `Preference`: the label of the chosen response, where the other one is of another prompt."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class PairTokenizer:
             merged=border < len(alone),
             written_before=by_itself or (not templated and self.written_before(prompt)),
             rewards=pair.rewards,
+            desirable=pair.desirable,
         )
 
     def prompt_of(self, pair: Preference) -> list[int]:

@@ -36,6 +36,7 @@ class Need(Enum):
     REFERENCE_STATES = "the reference's states"
     BASE_STATES = "the states of the teacher's own reference"
     REWARDS = "rewards, which are columns of the data"
+    LABELS = "labels of single responses, and responses to other prompts"
     COLLISIONS = "the policy's log Σp², by one more product of its head"
 
 
@@ -331,6 +332,8 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
         found.add(Need.TEACHER_REWARDS)
     if scores.teacher_logps is not None:
         found.add(Need.TEACHER_LOGPS)
+    if batch is not None and batch.desirable is not None:
+        found.add(Need.LABELS)
     if batch is not None and batch.rewards is not None:
         found.add(Need.REWARDS)
     return frozenset(found)
@@ -359,6 +362,26 @@ def check_teacher_reference(teacher: str | None, teacher_reference: str | None, 
     if teacher_reference is not None and not ((rewards or base) and teacher is not None):
         raise ValueError(
             "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
+        )
+
+
+def check_labels(unpair: bool, objective: Objective) -> None:
+    """Raise ValueError where single responses are made of pairs, or labelled, and the objective compares two."""
+    if {Need.LABELS, Need.REJECTED} <= objective.needs:
+        raise ValueError(
+            f"{objective.name} would read labels of single responses and compare two: take parts that do one of these"
+        )
+    if unpair and Need.LABELS not in objective.needs:
+        raise ValueError(f"{objective.name} reads no labels: leave --data.unpair out, or take --objective kto")
+
+
+def check_selection(by: str, objective: Objective) -> None:
+    """Raise ValueError where pairs are to be selected by a loss that a pair has not by itself."""
+    own = objective.per_pair and Need.REJECTED in objective.needs and not objective.joint and not objective.alone
+    if by != "no" and not own:
+        raise ValueError(
+            f"--data.select {by} goes by a pair's own loss from its log-probabilities, and {objective.name} has none: "
+            "leave it out, or choose another --objective"
         )
 
 
