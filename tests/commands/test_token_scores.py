@@ -19,6 +19,7 @@ from tvkd_fast.models import PolicyWithHead, TeacherWithHead, load_model, load_t
 from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
 from tvkd_fast.objectives.divergences.jsd import JSD
 from tvkd_fast.objectives.divergences.sparse_kl import SparseKL
+from tvkd_fast.objectives.states.relational import Relational
 from tvkd_fast.scoring import scorer as scorer_module
 from tvkd_fast.scoring.cache import ScoreCache, describe
 from tvkd_fast.scoring.layout import TOKEN_NAMES
@@ -102,6 +103,7 @@ def test_cached_top_k_and_samples_are_the_online_ones(scored, pairs, online):
 RUNS = [
     (ForwardKL(responses="both"), "states", 1e-2),
     (JSD(mixing=0.5), "states", 1e-2),
+    (Relational(), "states", 1e-2),
     (SparseKL(), "topk:50", 1e-3),
     (SparseKL(kept="sampled", responses="both"), "sampled:50", 1e-5),
 ]

@@ -27,7 +27,7 @@ from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.version import __version__
 
 COMMANDS: dict[str, tuple[type, str]] = {
-    "score": (ScoreConfig, "run teacher and reference once over the data and keep one float per state"),
+    "score": (ScoreConfig, "run teacher and reference once over the data and keep what they say of it on disk"),
     "train": (TrainConfig, "train a policy by an objective"),
     "sample": (SampleConfig, "sample responses, or pairs of them, from a model: data for train and score"),
     "eval": (EvalConfig, "evaluate a policy, or several (--model A --model B), on preference pairs (--data PAIRS)"),
