@@ -2,6 +2,7 @@
 
 import doctest
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def squared(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("twin", [cosine, squared])
-def test_it_is_its_formula(twin: object, clouds: SimpleNamespace) -> None:
+def test_it_is_its_formula(twin: Any, clouds: SimpleNamespace) -> None:
     projection = torch.randn(11, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def ours(hidden: Tensor, weight: Tensor, teacher: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -34,7 +34,7 @@ def test_loss_and_gradients_are_those_of_mixed_rows(
     tokens = 2048 if count == 1 else max(packed_length(pair, shared=packing == "shared") for pair in pairs)
     found = steps_of(MixKD(responses="both"), tokens=tokens, packing=packing, lr=1e-12)
     assert found.count == count
-    total, number = 0.0, 0
+    total, number = torch.zeros((), dtype=torch.float64), 0
     for i, pair in enumerate(pairs):
         share = drawn_share(0.4, 0, 0, i)
         responses = (pair.chosen_ids, pair.rejected_ids)

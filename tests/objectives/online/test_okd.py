@@ -41,7 +41,7 @@ def test_loss_and_all_gradients_are_those_of_whole_logits(
     # A rate of 0 leaves the weights, by which the gradients are looked at.
     found = steps_of(OKD(teacher_rank=2, responses="both"), tokens=tokens, lr=1e-12)
     assert found.count == count
-    total, number = 0.0, 0
+    total, number = torch.zeros((), dtype=torch.float64), 0
     for pair in pairs:
         for response in (pair.chosen_ids, pair.rejected_ids):
             ids = torch.tensor([pair.prompt_ids + response])

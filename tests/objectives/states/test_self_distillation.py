@@ -33,7 +33,7 @@ def test_it_is_its_formula(
             shallow = (ours[str(layer)] @ held[0].T).log_softmax(-1)
             p, log_ratio = (deep.exp(), deep - shallow) if kind == "forward_kl" else (shallow.exp(), shallow - deep)
             of_layers.append((p * log_ratio).sum(-1).mean())
-        return sum(of_layers) / len(of_layers)
+        return torch.stack(of_layers).mean()
 
     is_its_formula_from_states(found, formula, keep)
 
