@@ -76,7 +76,7 @@ def replay(record: str) -> list[Replayed]:
         check_same_run(newest, made.identity)
         checkpoints.load(newest, made.policy, make_optimizer(made.policy, config.optim))
     made.policy.train()
-    return replay_pairs(made.policy, made.scorer, made.dataset, pairs, config, world)
+    return replay_pairs(made.policy, made.scorer, made.dataset, pairs, config, world, step=step)
 
 
 def replay_pairs(
@@ -86,8 +86,11 @@ def replay_pairs(
     pairs: list[int],
     config: TrainConfig,
     world: World,
+    *,
+    step: int = 0,
 ) -> list[Replayed]:
-    """Loss and gradient norm of each pair alone, over weights that are left as they are; not for sft."""
+    """Loss and gradient norm of each pair alone, as `step` showed it, over weights that are left as they are; not for
+    sft."""
     if Need.REJECTED not in config.loss.needs:
         raise ValueError(
             f"{config.objective} has no pairs to replay: look at the rows themselves, by the places that the record "
@@ -97,7 +100,7 @@ def replay_pairs(
     for i in pairs:
         policy.zero_grad(set_to_none=True)
         (batch,) = micro_batching(replace(config, pairs_per_micro_batch=1)).batches(dataset, [i])
-        batch = batch.to(world.device)
+        batch = config.loss.changed(batch, config.seed, step).to(world.device)
         with unchecked():
             scores = scorer.of(batch)
             out = config.loss.loss(config.loss.numbers(policy, scores, batch), scores, batch)

@@ -33,6 +33,8 @@ from tvkd_fast.files import sha256_of
 STATE = "state.json"
 SHARD_OF_ONE = "shard-00001-model-00001-of-00001.safetensors"
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
+BESIDE = "beside"
+"""The attribute of a policy that holds what is trained with it and is no part of its model."""
 
 
 class CheckpointError(RuntimeError):
@@ -180,8 +182,10 @@ class Checkpoints:
         return next((text for text in self.world.all_gather(flaw) if text is not None), None)
 
     def load_weights(self, path: Path, model: nn.Module) -> None:
-        """Load the trained weights into a model as it was at the start, and nothing else."""
+        """Load the trained weights into a model as it was at the start, and nothing else; what was trained beside it is
+        left out."""
         reader, saved = _opened(path)
+        saved = {name: size for name, size in saved.items() if not name.startswith(f"{MODEL}/{BESIDE}.")}
         parameters = _parameters(model)
         _check_same_model(path, saved, parameters)
         self._read({f"{MODEL}/{name}": parameter.detach() for name, parameter in parameters.items()}, reader)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tvkd_fast.commands.export import export
 from tvkd_fast.commands.score import ScoreConfig, score
 from tvkd_fast.losses.states import relational_distances, transport_distances
-from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.models import PolicyWithHead, fingerprint_weights, load_model
 from tvkd_fast.objectives.mixtures.mixture import Mixture
 from tvkd_fast.objectives.states.projected import Projected
 from tvkd_fast.objectives.states.relational import Relational
@@ -73,6 +74,9 @@ def test_a_run_with_a_projection_resumes_bit_for_bit(make_config: Any, run: Any,
         [line["loss"] for line in read_metrics(files / name / METRICS) if "loss" in line] for name in ("whole", "cut")
     ]
     assert losses[0] == losses[1]
+    # What was trained beside the policy is no part of a model that is made of a checkpoint.
+    exported = export(files / "whole" / "checkpoints" / "step-000006")
+    assert fingerprint_weights(load_model(exported)) == fingerprint_weights(load_model(files / "whole" / "final"))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
