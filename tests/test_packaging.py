@@ -76,7 +76,7 @@ def test_the_wheel_holds_kernels_recipes_and_types(tmp_path: Path, source: str) 
 
     sources = {f"tvkd_fast/{file.relative_to(ROOT / 'tvkd_fast')}" for file in (ROOT / "tvkd_fast").rglob("*.py")}
     kernels = {f"tvkd_fast/{file.relative_to(ROOT)}" for file in (ROOT / "kernels").glob("*.py")}
-    recipes = {f"tvkd_fast/{file.relative_to(ROOT / 'tvkd_fast')}" for file in ROOT.glob("tvkd_fast/recipes/*.yaml")}
+    recipes = {f"tvkd_fast/{file.relative_to(ROOT / 'tvkd_fast')}" for file in ROOT.glob("tvkd_fast/recipes/**/*.yaml")}
     assert sources | kernels | recipes | {"tvkd_fast/py.typed"} <= held
     assert {name.split("/")[0] for name in held} == {"tvkd_fast", f"tvkd_fast-{tvkd_fast.__version__}.dist-info"}
 

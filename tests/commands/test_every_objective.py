@@ -12,6 +12,7 @@ from tvkd_fast.commands.plan import plan
 from tvkd_fast.objectives import SCORED, TEACHER, Need, objectives
 from tvkd_fast.training.metrics import METRICS, read_metrics
 
+OF_REFERENCE = {Need.REFERENCE, Need.REFERENCE_STATES}
 every = pytest.mark.parametrize("name", objectives())
 
 
@@ -23,6 +24,8 @@ def settings_of(name: str, config: Any) -> dict[str, Any]:
             rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
             rewarded = [row | {"score_chosen": 1.0 + i % 3, "score_rejected": 0.5} for i, row in enumerate(rows)]
             Path(source).write_text("".join(json.dumps(row) + "\n" for row in rewarded))
+    if Need.BASE_STATES in needs:
+        return {"teacher_reference": config.policy}
     return {} if needs & TEACHER else {"teacher": None}
 
 
@@ -36,7 +39,7 @@ def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any) -> No
     compares = Need.REJECTED in needs
     assert all(("margin" in line) == compares for line in lines if "loss" in line)
     assert (figures.reward_accuracy is not None) == compares
-    assert (figures.loss is not None) == compares
+    assert figures.loss is not None
     state = json.loads((Path(config.output_dir) / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["identity"]["loss"] == config.loss.settings()
     assert ("reference" in state["identity"]) == bool(needs & SCORED)
@@ -48,7 +51,7 @@ def test_it_is_planned(name: str, make_config: Any) -> None:
     config = make_config(objective=name)
     text = plan(replace(config, **settings_of(name, config)))
     assert f"objective   {name}: " in text
-    assert (f"reference   none ({name})" in text) == (Need.REFERENCE not in needs)
+    assert (f"reference   none ({name})" in text) == needs.isdisjoint(OF_REFERENCE)
     assert (f"teacher     none ({name})" in text) == (not needs & TEACHER)
 
 
@@ -58,8 +61,8 @@ def test_a_policy_is_evaluated_by_it(name: str, make_config: Any) -> None:
     config = make_config(objective=name)
     reference = config.policy if needs & SCORED else None
     teacher = config.teacher if needs & TEACHER else None
-    settings_of(name, config)
+    more = {key: x for key, x in settings_of(name, config).items() if x is not None}
     found = evaluate_policy(
-        EvalConfig(policy=config.policy, reference=reference, teacher=teacher, data=config.data, objective=name)
+        EvalConfig(policy=config.policy, reference=reference, teacher=teacher, data=config.data, objective=name, **more)
     )
-    assert (found.loss is not None) == (Need.REJECTED in needs)
+    assert found.loss is not None

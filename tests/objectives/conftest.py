@@ -13,7 +13,9 @@ from torch import Tensor
 from tvkd_fast.commands.models import of_teacher
 from tvkd_fast.data import MicroBatching, PairBatch, TokenizedPair, build_dataset, collate_packed, packed_length
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
-from tvkd_fast.objectives import PolicyNumbers
+from tvkd_fast.objectives import Joint, Need, PolicyNumbers
+from tvkd_fast.objectives.mixtures.mixture import Mixture
+from tvkd_fast.ops import Head
 from tvkd_fast.scoring import OnlineScorer, Scores
 from tvkd_fast.training.step import train_step
 
@@ -27,6 +29,17 @@ def make_batch(
     return collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
 
 
+class JointDraws(dict[Joint, Tensor]):
+    """(N,) float64 leaves for whatever number of both vocabularies is asked for."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.draw = tokens, torch.Generator().manual_seed(1)
+
+    def __missing__(self, key: Joint) -> Tensor:
+        self[key] = x = torch.rand(self.tokens, generator=self.draw, dtype=torch.float64).requires_grad_()
+        return x
+
+
 def make_numbers(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
     """Log-probabilities as float64 leaves, and everything that an objective may need."""
     draw = torch.Generator().manual_seed(0)
@@ -37,8 +50,14 @@ def make_numbers(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
     responses, states = len(batch.lengths), int(batch.cu_states[-1])
     logps = (-10 + normal(responses)).requires_grad_()
     lse = 5 + normal(states)
-    scores = Scores(-10 + normal(responses), lse, lse, normal(states), teacher_logps=-10 + normal(responses))
-    return PolicyNumbers(logps, batch.lengths, -9 + normal(responses)), scores
+    hidden, head = torch.zeros(len(batch.labels), 2), Head(torch.zeros(9, 2))
+    of_models: dict[str, Any] = {
+        f"{whose}_{x}": y for whose in ("teacher", "ref", "base") for x, y in (("hidden", hidden), ("head", head))
+    }
+    scores = Scores(
+        -10 + normal(responses), lse, lse, normal(states), teacher_logps=-10 + normal(responses), **of_models
+    )
+    return PolicyNumbers(logps, batch.lengths, -9 + normal(responses), JointDraws(len(batch.labels))), scores
 
 
 @pytest.fixture
@@ -52,7 +71,7 @@ def numbers_of() -> Callable[[PairBatch], tuple[PolicyNumbers, Scores]]:
 
 
 Response = dict[str, Any]
-Formula = Callable[[Response, Response], Tensor]
+Formula = Callable[..., Tensor]
 
 
 @pytest.fixture
@@ -90,28 +109,40 @@ def is_its_formula(batch_of: Any, numbers_of: Any) -> Callable[..., None]:
 def is_its_formula_from_logits(files: Path, chatml: Any, tiny_model: Any, in_float64: Any) -> Callable[..., None]:
     """Checks a training step, in one micro-batch and in four, against a formula of whole float64 logits, row by row.
 
-    The formula is that of `is_its_formula`. Loss and the gradient of every weight are compared.
+    The formula is that of `is_its_formula`, and is given log_p, log_ref, log_teacher and log_base [T, V] beside: the
+    whole distributions; that of a mixture the divisors by name as well. Loss and the gradient of every weight are
+    compared.
     """
 
     def check(found: Any, formula: Formula) -> None:
         dataset = build_dataset(files / "train.jsonl", chatml, limit=4, max_length=40)
         pairs = [replace(pair, rewards=((1.0 + i, 0.5), (0.25, 0.125 * i))) for i, pair in enumerate(dataset)]
-        models = [in_float64(tiny_model(seed)) for seed in range(3)]
+        models = [in_float64(tiny_model(seed)) for seed in range(4)]
         policy = models[0]
-        wanted = torch.stack([formula(*(long_way(models, pair, side) for side in (0, 1))) for pair in pairs]).mean()
+        counts = divisors(pairs)
+        # The parts of a mixture are divided apart, each by its own.
+        of_pair = formula if isinstance(found, Mixture) else lambda *x: formula(*x) / counts[found.divided_by]
+        more = (counts,) if isinstance(found, Mixture) else ()
+        losses = [of_pair(*(long_way(models, pair, side) for side in (0, 1)), *more) for pair in pairs]
+        wanted = torch.stack(losses).sum()
         wanted.backward()
         gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
         before = deepcopy(policy.state_dict())
-        reference, teacher = (model.eval() for model in models[1:])
+        reference, teacher, base = (model.eval() for model in models[1:])
         scorer = OnlineScorer(
             PolicyWithHead(reference, packing="shared"),
             TeacherWithHead(teacher, packing="shared"),
             of_teacher=of_teacher(found.needs),
+            reference_states=Need.REFERENCE_STATES in found.needs,
+            base=PolicyWithHead(base, packing="shared") if Need.BASE_STATES in found.needs else None,
         )
+        chosen_only = Need.REJECTED not in found.needs
         for tokens, count in ((2048, 1), (max(packed_length(pair) for pair in pairs), 4)):
+            if chosen_only and count > 1:
+                tokens = max(len(pair.prompt_ids + pair.chosen_ids) for pair in pairs)
             policy.load_state_dict(before)
             policy.zero_grad()
-            batches = list(MicroBatching(tokens=tokens).batches(pairs, range(4)))
+            batches = list(MicroBatching(tokens=tokens).batches(pairs, range(4), chosen_only=chosen_only))
             assert len(batches) == count
             optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
             out = train_step(PolicyWithHead(policy, packing="shared"), scorer, batches, optimizer, found, clip_norm=0.0)
@@ -120,6 +151,14 @@ def is_its_formula_from_logits(files: Path, chatml: Any, tiny_model: Any, in_flo
                 torch.testing.assert_close(before[name] - parameter, gradients[name], rtol=1e-7, atol=1e-10)
 
     return check
+
+
+def divisors(pairs: list[TokenizedPair]) -> dict[str, int]:
+    """What summed losses may be divided by."""
+    chosen, rejected = (
+        sum(len(ids) for ids in side) for side in zip(*((p.chosen_ids, p.rejected_ids) for p in pairs), strict=True)
+    )
+    return {"pairs": len(pairs), "chosen_tokens": chosen, "tokens": chosen + rejected}
 
 
 def long_way(models: list[Any], pair: TokenizedPair, side: int) -> Response:
@@ -137,4 +176,8 @@ def long_way(models: list[Any], pair: TokenizedPair, side: int) -> Response:
         "length": len(response),
         "rewards": [column[side] for column in pair.rewards],
         "log_collisions": logps[0].detach().exp().square().sum(-1).log().sum(),
+        "log_p": logps[0],
+        "log_ref": logps[1].detach(),
+        "log_teacher": logps[2].detach(),
+        "log_base": logps[3].detach(),
     }

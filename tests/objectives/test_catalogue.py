@@ -7,6 +7,9 @@ import pytest
 
 from tvkd_fast.objectives import objectives
 from tvkd_fast.objectives.catalogue import COLUMNS, formula, row, table
+from tvkd_fast.objectives.divergences.adpa import ADPA
+from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
+from tvkd_fast.objectives.divergences.tdpo1 import TDPO1
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.sft import SFT
 from tvkd_fast.objectives.tvkd import TVKD
@@ -38,10 +41,13 @@ def test_every_objective_says_its_formula_and_its_source(name: str) -> None:
 
 
 def test_costs_follow_from_needs() -> None:
-    costs = {cls: row(cls)[4:7] for cls in (SFT, DPO, TVKD, WPO)}
+    costs = {cls: row(cls)[4:7] for cls in (SFT, DPO, TVKD, WPO, ForwardKL, TDPO1, ADPA)}
     assert costs == {
         SFT: ("0", "3", "1"),
         DPO: ("4 per response", "3", "2"),
         TVKD: ("4 per token, 4 per response", "3", "3"),
         WPO: ("4 per response", "4", "2"),
+        ForwardKL: ("2D′ per token", "3 + r", "2"),
+        TDPO1: ("not cached", "4 + 2r", "2"),
+        ADPA: ("not cached", "5 + 2r", "3"),
     }

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tvkd_fast.objectives import (
     SCORED,
     TEACHER,
     Need,
     Objective,
+    ObjectiveOutput,
+    PolicyNumbers,
     known,
     objective,
     objective_named,
@@ -19,7 +22,9 @@ from tvkd_fast.objectives import (
     settings_of,
     shared_settings,
 )
+from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
 from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.objectives.mixtures.mixture import Mixture
 from tvkd_fast.objectives.rewards.m_dpo import MDPO
 from tvkd_fast.objectives.sft import SFT
 from tvkd_fast.objectives.tvkd import TVKD
@@ -28,7 +33,14 @@ from tvkd_fast.scoring import Scores
 
 EVERY = [make() for make in objectives().values()]
 EVERY += [TVKD(value_from="implicit_reward", gamma=0.9), MDPO(score_from="perplexity")]
+EVERY += [ForwardKL(responses="both"), Mixture(parts=[{"dpo": {}, "weight": 2.0}, {"jsd": {}}, {"dckd": {}}])]
 every = pytest.mark.parametrize("found", EVERY, ids=lambda found: f"{found.name} {found.describe()}")
+
+
+def by_logps(loss: Tensor, policy: PolicyNumbers) -> Tensor:
+    """The derivative, 0 where a loss reads no log-probabilities."""
+    (grad,) = torch.autograd.grad(loss, policy.logps, allow_unused=True)
+    return torch.zeros_like(policy.logps) if grad is None else grad
 
 
 @every
@@ -37,10 +49,10 @@ def test_the_gradient_is_one_number_per_response(found: Objective, batch_of: Any
     policy, scores = numbers_of(batch)
     out = found.loss(policy, scores, batch)
     assert out.losses.shape == (3,)
-    (grad,) = torch.autograd.grad(out.losses.sum(), policy.logps)
+    grad = by_logps(out.losses.sum(), policy)
     assert grad.isfinite().all()
     # A pair's loss moves with its own responses alone.
-    (first,) = torch.autograd.grad(found.loss(policy, scores, batch).losses[0], policy.logps)
+    first = by_logps(found.loss(policy, scores, batch).losses[0], policy)
     own = torch.zeros(len(grad), dtype=torch.bool)
     own[0], own[3:4] = True, True
     torch.testing.assert_close(first, grad.where(own, 0.0))
@@ -51,8 +63,11 @@ def test_the_upstream_is_known_before_all_responses_are(found: Objective, batch_
     chosen_only = Need.REJECTED not in found.needs
     batch = batch_of([(3, 5), (2, 2), (7, 1)], chosen_only=chosen_only)
     policy, scores = numbers_of(batch)
-    (whole,) = torch.autograd.grad(found.loss(policy, scores, batch).losses.sum(), policy.logps)
+    whole = by_logps(found.loss(policy, scores, batch).losses.sum(), policy)
     upstream = found.upstream(scores, batch, policy.log_collisions)
+    if not set(found.joint) <= set(found.linear_joint):
+        assert upstream is None
+        return
     assert upstream is not None
     assert upstream.paired == (not chosen_only)
     assert torch.equal(upstream.cu_seqlens, batch.cu_seqlens)
@@ -74,7 +89,7 @@ def test_a_loss_across_pairs_has_no_upstream(batch_of: Any, numbers_of: Any) -> 
 def test_numbers_that_are_shown_carry_no_gradient(found: Objective, batch_of: Any, numbers_of: Any) -> None:
     batch = batch_of([(3, 5), (2, 2)], chosen_only=Need.REJECTED not in found.needs)
     out = found.loss(*numbers_of(batch), batch)
-    shown = [getattr(out, field.name) for field in fields(out) if field.name != "losses"]
+    shown = [getattr(out, field.name) for field in fields(ObjectiveOutput) if field.name != "losses"]
     assert not any(x.requires_grad for x in shown if x is not None)
     if Need.REJECTED in found.needs:
         assert out.margins is not None
@@ -94,6 +109,9 @@ def test_what_is_not_needed_may_be_missing(found: Objective, batch_of: Any, numb
         Need.TEACHER_SUMS: ("lse", "lse_kappa"),
         Need.TEACHER_REWARDS: ("reward",),
         Need.TEACHER_LOGPS: ("teacher_logps",),
+        Need.TEACHER_STATES: ("teacher_hidden", "teacher_head"),
+        Need.REFERENCE_STATES: ("ref_hidden", "ref_head"),
+        Need.BASE_STATES: ("base_hidden", "base_head"),
     }
     kept = {name: getattr(scores, name) for need in found.needs & SCORED for name in given[need]}
     least = Scores(**kept)
@@ -149,5 +167,5 @@ def test_two_objectives_of_a_name_are_refused() -> None:
 
 def test_each_objective_is_a_file_of_its_own() -> None:
     folder = Path(objectives.__code__.co_filename).parent
-    shared = {"__init__", "__main__", "contract", "registry", "catalogue"}
+    shared = {"__init__", "__main__", "contract", "registry", "catalogue", "joint_numbers", "token_divergence"}
     assert {file.stem for file in folder.rglob("*.py")} - shared == set(objectives())

@@ -35,4 +35,4 @@ def test_sft_sums_over_tokens(batch_of: Any, numbers_of: Any) -> None:
     batch = batch_of([(3, 5), (2, 2)], chosen_only=True)
     policy, scores = numbers_of(batch)
     assert torch.equal(SFT().loss(policy, scores, batch).losses, -policy.logps)
-    assert SFT.divided_by == "tokens"
+    assert SFT.divided_by == "chosen_tokens"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
+from tvkd_fast.cli.mixtures import with_parts
 from tvkd_fast.cli.parser import (
     COMMANDS,
     expand,
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _errors_in_a_line(given[0]), _warnings_in_a_line():
             WITHOUT_OPTIONS[given[0]](given[1:])
         return
-    arguments = expand(given)
+    with _errors_in_a_line(given[0]):
+        arguments = with_parts(expand(given))
     objective = objective_of(arguments)
     parser = make_parser(objective)
     parsed = parser.parse_args(for_objective(arguments, objective))

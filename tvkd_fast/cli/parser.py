@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from tvkd_fast.cli.mixtures import with_parts
 from tvkd_fast.cli.options import hint, in_options
 from tvkd_fast.commands.demo import DemoConfig
 from tvkd_fast.commands.eval import EvalConfig
@@ -134,12 +135,8 @@ def objective_of(arguments: Sequence[str]) -> str:
     """The objective that the arguments name, or the last of their YAML files that names one."""
     named = [*_values_of("--objective", arguments)]
     for file in _values_of("--config", arguments) if not named else ():
-        try:
-            found = yaml.safe_load(Path(file).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            # The parser says what is wrong with it.
-            continue
-        if isinstance(found, dict) and "objective" in found:
+        found = _mapping(file)
+        if "objective" in found:
             named = [str(found["objective"])]
     name = named[-1] if named else DEFAULT
     if name in objectives():
@@ -165,11 +162,8 @@ def for_objective(arguments: Sequence[str], objective: str) -> list[str]:
 
 def _reduced(file: str, objective: str) -> str:
     """The file, or its text without the settings of another objective."""
-    try:
-        found = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return file
-    if not isinstance(found, dict) or not isinstance(found.get("loss"), dict):
+    found = _mapping(file)
+    if not isinstance(found.get("loss"), dict):
         return file
     theirs = str(found.get("objective", DEFAULT))
     if theirs == objective or theirs not in objectives():
@@ -183,6 +177,15 @@ def _reduced(file: str, objective: str) -> str:
     return yaml.safe_dump(found | {"objective": objective, "loss": kept}, allow_unicode=True)
 
 
+def _mapping(file: str) -> dict[str, Any]:
+    """What a YAML file has, or a text in its place; nothing where it cannot be read, which the parser reports."""
+    try:
+        found = yaml.safe_load(file if "\n" in file else Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _values_of(option: str, arguments: Sequence[str]) -> Iterator[str]:
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument == option and following:
@@ -193,16 +196,18 @@ def _values_of(option: str, arguments: Sequence[str]) -> Iterator[str]:
 
 def recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in resources.files("tvkd_fast").joinpath("recipes").iterdir()
-        if p.name.endswith(".yaml")
-    )
+    return sorted(_packaged_recipes())
+
+
+def _packaged_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, in whichever of its folders."""
+    folder = Path(str(resources.files("tvkd_fast").joinpath("recipes")))
+    return {file.stem: file for file in folder.rglob("*.yaml")}
 
 
 def load_recipe(name: str) -> TrainConfig:
     """A training recipe by the name of one that comes with the package, or by file."""
-    arguments = ["--config", str(_recipe_path(name))]
+    arguments = with_parts(["--config", str(_recipe_path(name))])
     parser = parser_of("train", objective_of(arguments))
     parsed = parser.instantiate(parser.parse_args(arguments))
     return TrainConfig(**fields_of(parsed))
@@ -215,8 +220,8 @@ def fields_of(parsed: Any) -> dict[str, Any]:
 
 def _recipe_path(name: str) -> Path:
     name = os.path.expanduser(name)
-    packaged = Path(str(resources.files("tvkd_fast").joinpath("recipes", f"{name}.yaml")))
-    if not Path(name).exists() and packaged.exists():
+    packaged = _packaged_recipes().get(name)
+    if not Path(name).exists() and packaged is not None:
         return packaged
     if not Path(name).exists():
         print_once(f"tvkd: error: no recipe or file {name!r}; recipes: {', '.join(recipes())}")

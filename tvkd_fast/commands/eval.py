@@ -95,7 +95,7 @@ class EvalConfig:
 
 def evaluate_policy(config: EvalConfig, *, show_progress: bool = True) -> Evaluation:
     """`tvkd eval`: a policy, with or without a reference, on data.eval."""
-    if config.teacher is not None and config.reference is None:
+    if config.teacher is not None and config.reference is None and Need.REFERENCE in config.loss.needs:
         raise ValueError("shaping margins stand beside rewards: give --reference with --teacher")
     with world_of(config) as world:
         return _evaluated(config, world, verbose=show_progress and world.first)
@@ -114,11 +114,16 @@ def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation
         verbose=verbose,
         read=config.data.reader(rewards=Need.REWARDS in needs),
     )
-    sharing = sharing_of(config, world)
+    sharing = sharing_of(config, world, config.loss)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
     check_readable(dataset, policy, "policy")
     models = load_frozen(
-        config, tokenizer, kappa=config.loss.teacher_kappa, of_teacher=of_teacher(needs), sharing=sharing
+        config,
+        tokenizer,
+        kappa=config.loss.teacher_kappa,
+        of_teacher=of_teacher(needs),
+        needs=needs,
+        sharing=sharing,
     )
     return evaluate(
         policy,

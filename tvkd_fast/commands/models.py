@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from tvkd_fast.commands.refusals import check_device, check_lora, lora_of
+from tvkd_fast.commands.refusals import check_device, check_lora, check_same_tokenizer, lora_of
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, packed_length, retokenize
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed import (
@@ -42,7 +42,7 @@ from tvkd_fast.models import (
     stop_ids_of,
 )
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
-from tvkd_fast.objectives import Need
+from tvkd_fast.objectives import Need, Objective
 from tvkd_fast.scoring.scorer import VALUES, OnlineScorer, RewardTeacher, Teacher, TeacherNumbers, TeacherTokens
 from tvkd_fast.training.train_config import micro_batching
 from tvkd_fast.training.usage import return_freed_memory
@@ -98,6 +98,10 @@ class FrozenModels:
     teacher: Teacher | None = None
     of_teacher: tuple[TeacherNumbers, ...] = VALUES
     """What the teacher is asked for."""
+    base: PolicyWithHead | None = None
+    """The teacher's own reference, where its states are wanted."""
+    reference_states: bool = False
+    """Whether the reference's states are wanted."""
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """None where the teacher reads the policy's tokens."""
     world: World | None = None
@@ -112,6 +116,12 @@ class FrozenModels:
             found.add(Need.TEACHER_REWARDS if isinstance(self.teacher, RewardTeacher) else Need.TEACHER_SUMS)
         if self.teacher is not None and "logps" in self.of_teacher:
             found.add(Need.TEACHER_LOGPS)
+        if self.teacher is not None and "states" in self.of_teacher:
+            found.add(Need.TEACHER_STATES)
+        if self.reference is not None and self.reference_states:
+            found.add(Need.REFERENCE_STATES)
+        if self.base is not None:
+            found.add(Need.BASE_STATES)
         return frozenset(found)
 
     def scorer(self, dataset: PairDataset, config: RunConfig, *, verbose: bool = False) -> OnlineScorer:
@@ -133,7 +143,17 @@ class FrozenModels:
                 tokens = None
             elif verbose:
                 print(tokens.dataset.report, file=sys.stderr)
-        return OnlineScorer(self.reference, self.teacher, tokens, self.world, of_teacher=self.of_teacher)
+        if self.base is not None:
+            check_readable(dataset, self.base, "teacher's reference")
+        return OnlineScorer(
+            self.reference,
+            self.teacher,
+            tokens,
+            self.world,
+            of_teacher=self.of_teacher,
+            reference_states=self.reference_states,
+            base=self.base,
+        )
 
     def _tokens(
         self,
@@ -160,7 +180,8 @@ class FrozenModels:
 
     def teacher_fingerprints(self) -> dict[str, str | None]:
         """Return the fingerprints of the teacher and of its own reference; None for one that there is not."""
-        own = self.teacher.reference.model if isinstance(self.teacher, RewardTeacher) else None
+        base = self.teacher.reference if isinstance(self.teacher, RewardTeacher) else self.base
+        own = None if base is None else base.model
         return {
             "teacher": None if self.teacher is None else fingerprint_model(self.teacher.model),
             "teacher_reference": None if own is None else fingerprint_model(own),
@@ -174,6 +195,8 @@ def of_teacher(needs: Collection[Need]) -> tuple[TeacherNumbers, ...]:
         found.append("values")
     if Need.TEACHER_LOGPS in needs:
         found.append("logps")
+    if Need.TEACHER_STATES in needs:
+        found.append("states")
     return tuple(found)
 
 
@@ -199,13 +222,15 @@ def load_frozen(
     *,
     kappa: float,
     of_teacher: Collection[TeacherNumbers] = VALUES,
+    needs: Collection[Need] = (),
     sharing: Sharing | None = None,
 ) -> FrozenModels:
     """The reference and the teacher that the config names, with what each must read.
 
-    `of_teacher` is what the teacher is asked for, nothing for no teacher.
+    `of_teacher` is what the teacher is asked for, nothing for no teacher; of `needs` it counts whose states are wanted.
     """
     found = FrozenModels(tokenizer, world=None if sharing is None else sharing.world)
+    found.reference_states = Need.REFERENCE_STATES in needs
     if config.reference is not None:
         found.reference = _load_reference(config.reference, config.model, tokenizer, sharing, whose="policy")
     if config.teacher is None or not of_teacher:
@@ -214,8 +239,12 @@ def load_frozen(
     if theirs.get_vocab() != tokenizer.get_vocab():
         found.teacher_tokenizer = theirs
     found.of_teacher = tuple(of_teacher)
+    own = None
     if config.teacher_reference is not None:
         own = _load_reference(config.teacher_reference, config.model, theirs, sharing, whose="teacher")
+    if Need.BASE_STATES in needs:
+        found.base = own
+    if own is not None and (found.base is None or Need.TEACHER_REWARDS in needs):
         teacher = load_policy(config.teacher, config.model, sharing=sharing, frozen=True)
         found.teacher = RewardTeacher(teacher, own)
     else:
@@ -352,21 +381,6 @@ def _load_reference(
     return load_policy(name, config, sharing=sharing, frozen=True)
 
 
-def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig, *, whose: str) -> None:
-    """Raise ValueError where the reference `name` has another tokenizer than the model whose tokens it is asked
-    about."""
-    other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if ours == theirs:
-        return
-    odd = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
-    raise ValueError(
-        f"the {whose}'s reference {name} has another tokenizer than the {whose} ({len(theirs):,} tokens against "
-        f"{len(ours):,}; they differ at {odd!r}): what it says would be of other tokens. Choose a reference of the "
-        f"{whose}'s family"
-    )
-
-
 def _autocast(config: ModelConfig) -> torch.dtype | None:
     return torch.bfloat16 if config.autocast == "bfloat16" else None
 
@@ -376,5 +390,9 @@ def world_of(config: RunConfig) -> AbstractContextManager[World]:
     return init_distributed(resolve_device(config.model), replicas=parallel.replicas, timeout_s=parallel.timeout_s)
 
 
-def sharing_of(config: RunConfig, world: World) -> Sharing:
-    return Sharing(world, config.parallel, config.tokens_per_micro_batch)
+def sharing_of(config: RunConfig, world: World, objective: Objective | None = None) -> Sharing:
+    """Return how a run's models are laid out; an objective over whole distributions wants whole heads."""
+    parallel = config.parallel
+    if objective is not None and objective.joint and parallel.vocabulary == "auto":
+        parallel = replace(parallel, vocabulary="gathered")
+    return Sharing(world, parallel, config.tokens_per_micro_batch)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tvkd_fast.commands.caches import expected_of_settings, open_scores
-from tvkd_fast.commands.models import check_same_tokenizer
-from tvkd_fast.commands.refusals import check_family, check_run
+from tvkd_fast.commands.refusals import check_family, check_run, check_same_tokenizer
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, pairs_of_epochs
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.data.order import check_step
@@ -241,7 +240,7 @@ def _shape_line(shape: ModelShape) -> str:
 
 
 def _reference_line(config: TrainConfig) -> str:
-    if Need.REFERENCE not in config.loss.needs:
+    if not config.loss.needs & {Need.REFERENCE, Need.REFERENCE_STATES}:
         return f"none ({config.objective})"
     if config.scores is not None:
         return f"scored already, in {config.scores}"

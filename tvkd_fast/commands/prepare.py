@@ -113,7 +113,7 @@ def _policy(config: TrainConfig, world: World, *, frozen: bool = False) -> Polic
         config.policy,
         config.model,
         layers=config.student_layers,
-        sharing=sharing_of(config, world),
+        sharing=sharing_of(config, world, config.loss),
         frozen=frozen,
         lora=config.lora,
     )
@@ -123,11 +123,16 @@ def frozen_models(
     config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> FrozenModels:
     """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
-    needs, sharing = config.loss.needs, sharing_of(config, world)
+    needs, sharing = config.loss.needs, sharing_of(config, world, config.loss)
     models = load_frozen(
-        config, tokenizer, kappa=config.loss.teacher_kappa, of_teacher=of_teacher(needs), sharing=sharing
+        config,
+        tokenizer,
+        kappa=config.loss.teacher_kappa,
+        of_teacher=of_teacher(needs),
+        needs=needs,
+        sharing=sharing,
     )
-    if models.reference is None and config.scores is None and Need.REFERENCE in needs:
+    if models.reference is None and config.scores is None and needs & {Need.REFERENCE, Need.REFERENCE_STATES}:
         models.reference = policy_at_start(config, policy, world)
     return models
 
@@ -153,7 +158,7 @@ def held_out_scorer_of(
     expected: dict[str, Any],
     world: World,
     verbose: bool,
-) -> CachedScorer:
+) -> Scorer:
     """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
     # Here the policy is still its own reference, also when the run is resumed later on.
     scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
@@ -165,6 +170,11 @@ def held_out_scorer_of(
             "`tvkd score --which eval`, and give --eval_scores",
             stacklevel=2,
         )
+    if config.loss.joint:
+        # Whole distributions are not held in memory: the frozen models are run at every evaluation.
+        if models.reference is None and Need.REFERENCE in config.loss.needs:
+            scorer.reference = policy_at_start(config, policy, world)
+        return scorer
     names = {name: expected[name] for name in ("teacher", "teacher_reference", "reference")}
     names["kappa"] = config.loss.teacher_kappa
     return CachedScorer(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from tvkd_fast.distributed import check_compiler, check_replicas
 from tvkd_fast.distributed.parallel_config import ParallelConfig
-from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family
+from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family, load_tokenizer
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
-from tvkd_fast.objectives import TEACHER
+from tvkd_fast.objectives import TEACHER, Need
+from tvkd_fast.objectives.contract import NOT_CACHED
 from tvkd_fast.training.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_run(config: TrainConfig) -> None:
@@ -27,11 +31,34 @@ def check_run(config: TrainConfig) -> None:
         if not _is_installed(name):
             raise ValueError(f"{name} is not installed: pip install {name}, or leave it out of --trackers")
     check_lora(config.lora, processes=processes, layers=config.student_layers)
+    check_distributions(config)
     if config.loss.needs & TEACHER and config.teacher is None and config.scores is None:
         other = config.loss.without(TEACHER)
         raise ValueError(
             f"{config.objective} needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`"
             f"{'' if other is None else f'; --objective {other.name} needs none'}"
+        )
+
+
+def check_distributions(config: TrainConfig) -> None:
+    """Raise ValueError where an objective over whole distributions is asked for what it has not."""
+    if not config.loss.joint:
+        return
+    if config.head.grad_mode != "exact":
+        raise ValueError(
+            f"{config.objective} compares whole distributions, of which there are exact gradients alone: set "
+            "--head.grad_mode exact"
+        )
+    if config.parallel.vocabulary == "shared":
+        raise ValueError(
+            f"{config.objective} compares whole distributions, and no process has them while the vocabulary is shared: "
+            "set --parallel.vocabulary gathered"
+        )
+    lacking = [need for need in Need if need in config.loss.needs & NOT_CACHED]
+    if lacking and config.scores is not None:
+        raise ValueError(
+            f"{config.objective} needs {lacking[0].value}, which no folder of scores holds: leave --scores and "
+            "--eval_scores out"
         )
 
 
@@ -94,3 +121,18 @@ def check_family(config: TrainConfig) -> None:
 def lora_of(config: LoraConfig) -> Lora:
     """Rank, scale and places of a run's adapters."""
     return Lora(config.rank, 2.0 * config.rank if config.alpha is None else config.alpha, config.targets)
+
+
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: ModelConfig, *, whose: str) -> None:
+    """Raise ValueError where the reference `name` has another tokenizer than the model whose tokens it is asked
+    about."""
+    other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
+    odd = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(t for t in theirs if t not in ours)
+    raise ValueError(
+        f"the {whose}'s reference {name} has another tokenizer than the {whose} ({len(theirs):,} tokens against "
+        f"{len(ours):,}; they differ at {odd!r}): what it says would be of other tokens. Choose a reference of the "
+        f"{whose}'s family"
+    )

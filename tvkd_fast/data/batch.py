@@ -61,6 +61,11 @@ class PairBatch:
         return self.pairs.shape[0]
 
     @property
+    def chosen_tokens(self) -> int:
+        """The tokens of the chosen responses, which come first."""
+        return sum(self.response_lengths[: self.num_pairs])
+
+    @property
     def lengths(self) -> Tensor:
         """(2P,) int64 tokens of each response; (P,) in SFT."""
         return self.cu_seqlens.diff()

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from tvkd_fast._compat import own_part
 from tvkd_fast.models import FusedLMHead, PolicyWithHead
-from tvkd_fast.ops import Upstream, linear_logps, linear_lse
+from tvkd_fast.ops import Head, Upstream, linear_logps, linear_lse
 
 _OUT_OF_THE_WAY = 64.0
 """e^−64 of a softmax is nothing in float32, and 64 takes none of a logit's digits that it has."""
@@ -203,6 +203,13 @@ class SharedHead(FusedLMHead):
                 lse = lse + torch.log1p(-(self._transformed(bias[-1].to(lse.dtype)) - lse).exp())
         found = _Merged.apply(logit.where(here, 0.0), lse, rows, mine)
         return found.where(labels != IGNORED, 0.0)
+
+    @property
+    def whole(self) -> Head:
+        raise ValueError(
+            "no process has the whole head while the vocabulary is shared: set --parallel.vocabulary gathered for an "
+            "objective over whole distributions"
+        )
 
     def _with_nobodys_row(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The own rows and one of zeros, for targets that lie elsewhere: lse is measured by a logit, and its δ cancels.

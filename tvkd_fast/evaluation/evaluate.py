@@ -15,7 +15,7 @@ from tvkd_fast.distributed import World
 from tvkd_fast.losses import segment_sums, shaping_report
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.models.lent import in_eval
-from tvkd_fast.objectives import Need, Objective, PolicyNumbers, known
+from tvkd_fast.objectives import Factors, Objective, PolicyNumbers, known
 from tvkd_fast.scoring.scorer import OnlineScorer, Scorer
 
 
@@ -35,7 +35,7 @@ class Evaluation:
     reward_margin: float | None = None
     """Mean of β(ρ_w − ρ_l); None without a reference."""
     loss: float | None = None
-    """The run's own loss; None without a reference, or without a teacher in tvkd."""
+    """The run's own loss, over pairs or over tokens as in training; None where the models that it needs are missing."""
     shaping_margin: float | None = None
     """Mean of α(Ψ_w − Ψ_l), and the diagnostics of losses.ShapingReport; None without a teacher."""
     shaping_std_ratio: float | None = None
@@ -62,24 +62,27 @@ def evaluate(
     Over the processes of `world`, where there are several: each pair in one of them, and the figures in all.
     """
     scorer = OnlineScorer(None, None) if scorer is None else scorer
-    if objective is not None and Need.REJECTED not in objective.needs:
-        objective = None
+    factors = _over(dataset)
 
     def columns(batch: PairBatch) -> Tensor:
         scores = scorer.of(batch)
-        if objective is None:
-            numbers = PolicyNumbers(segment_sums(policy(batch), batch.cu_seqlens), batch.lengths)
-        else:
-            numbers = objective.numbers(policy, scores, batch)
-        if batch.num_pairs == 0:
-            return numbers.logps.new_empty(7, 0)
         missing = frozenset() if objective is None else objective.needs - known(scores, batch)
         shown = None if objective is None else objective.without(missing)
+        if shown is None:
+            numbers = PolicyNumbers(segment_sums(policy(batch), batch.cu_seqlens), batch.lengths)
+        else:
+            numbers = shown.numbers(policy, scores, batch)
+        if batch.num_pairs == 0:
+            return numbers.logps.new_empty(7, 0)
         out = None if shown is None else shown.loss(numbers, scores, batch)
         chosen, rejected = numbers.logps.chunk(2)
-        flags = torch.tensor([[out is not None], [out is not None and not missing]])
+        flags = torch.tensor([[out is not None and out.margins is not None], [out is not None and not missing]])
         nothing = torch.zeros_like(chosen)
-        shown_of = [nothing, nothing, nothing] if out is None else [out.losses, out.margins, out.shaping_margins]
+        shown_of: list[Tensor | None] = [nothing, nothing, nothing]
+        if out is not None and shown is not None:
+            # What the batch adds to the loss over all pairs, in equal parts.
+            part = shown.total(out, factors) / batch.num_pairs
+            shown_of = [part.expand(batch.num_pairs), out.margins, out.shaping_margins]
         return torch.stack(
             [
                 (chosen - rejected).double(),
@@ -102,11 +105,20 @@ def evaluate(
     if has_rewards.all():
         figures["reward_accuracy"] = float(_larger_than_0(margin).mean())
         figures["reward_margin"] = float(margin.mean())
-        if has_loss.all():
-            figures["loss"] = float(losses.mean())
         if torch.count_nonzero(shaped):
             figures |= shaping_metrics(margin, shaped, lengths)
+    if has_loss.all():
+        figures["loss"] = float(losses.sum())
     return Evaluation(**figures)
+
+
+def _over(dataset: PairDataset) -> Factors:
+    """The factors of losses over all its pairs."""
+    chosen, rejected = (
+        sum(map(len, ids)) for ids in zip(*((p.chosen_ids, p.rejected_ids) for p in dataset), strict=True)
+    )
+    counts = (len(dataset), chosen, chosen + rejected)
+    return Factors(*(1.0 / torch.tensor(counts, dtype=torch.float64)))
 
 
 def shaping_metrics(margins: torch.Tensor, shaping_margins: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:

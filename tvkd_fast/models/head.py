@@ -5,7 +5,7 @@ Letters: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -120,9 +120,33 @@ class FusedLMHead(nn.Linear):
             )
         return linear_logps(hidden, self.weight, labels, **options, **self.gradient_options())
 
+    def log_collisions(self, hidden: Tensor) -> Tensor:
+        """(N,) log Σ_v p(v)² of every state's distribution, without a gradient, by one product."""
+        with torch.no_grad():
+            lse, lse_2 = self(hidden.detach(), kappa=2.0)
+        return lse_2 - 2 * lse
+
+    @property
+    def whole(self) -> Head:
+        """The projection of the whole vocabulary and its transforms, for ops of several models' heads: a plain weight,
+        which under FSDP2 it is inside its root's forward alone."""
+        return Head(self.weight, self.bias, self.transforms.softcap, self.transforms.logit_scale)
+
+    def gathered(self) -> Head:
+        """`whole` outside a forward, and detached; of a sharded weight a copy that every process has: a collective."""
+        head = self.whole
+        weight, bias = (None if x is None else _full(x.detach()) for x in (head.weight, head.bias))
+        assert weight is not None
+        return replace(head, weight=weight, bias=bias)
+
     def gradient_options(self) -> dict[str, Any]:
         """Return the arguments of `linear_logps` that select its gradient."""
         return {**self.gradient.options(), "stats": self.stats}
+
+
+def _full(x: Tensor) -> Tensor:
+    full_tensor = getattr(x, "full_tensor", None)
+    return x if full_tensor is None else full_tensor()
 
 
 def fuse_head(model: PreTrainedModel) -> list[FusedLMHead]:

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tvkd_fast.models.head import FusedLMHead
 from tvkd_fast.models.lent import adapters_off, undone
 from tvkd_fast.models.policy import PolicyWithHead
 from tvkd_fast.models.quantized import dequantized
@@ -144,10 +145,16 @@ class WithoutAdapters(nn.Module):
         self._policy = [policy]
 
     @torch.no_grad()
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any, **asked: Any) -> Any:
         (policy,) = self._policy
         with adapters_off(policy):
-            return policy(batch)
+            return policy(batch, **asked)
+
+    @property
+    def head(self) -> FusedLMHead:
+        (policy,) = self._policy
+        with adapters_off(policy):
+            return policy.head
 
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:

@@ -95,19 +95,23 @@ class PolicyWithHead(nn.Module):
         upstream: Upstream | Callable[[Tensor], Upstream | None] | None = None,
         *,
         collisions: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        walk: Callable[[Tensor, FusedLMHead], Any] | None = None,
+    ) -> Any:
         """(N,) float32 log-probabilities of `batch.labels`; only response positions reach the head.
 
         `upstream` is what the loss will hand down to them, where that is known: the head then makes its gradient here.
         With `collisions` a second (N,) stands beside them, log Σ_v p(v)² of every token's distribution, without a
         gradient and by one more product; `upstream` may then be a function of it.
+
+        With `walk`, and nothing else, the answer is that function's, of the states [N, D] that predict the labels and
+        of the head: whatever else is computed from them belongs here, where a sharded head is whole.
         """
         with self.precision():
+            if walk is not None:
+                return walk(self.hidden(batch, batch.predicting), self.head)
             hidden, of_squares = self.hidden(batch, batch.predicting), None
             if collisions:
-                with torch.no_grad():
-                    lse, lse_2 = self.head(hidden.detach(), kappa=2.0)
-                of_squares = lse_2 - 2 * lse
+                of_squares = self.head.log_collisions(hidden)
             if callable(upstream):
                 assert of_squares is not None
                 upstream = upstream(of_squares)

@@ -1,6 +1,16 @@
 """The training objectives, one file each. Nothing outside this folder knows their names."""
 
-from tvkd_fast.objectives.contract import SCORED, TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers, known
+from tvkd_fast.objectives.contract import (
+    SCORED,
+    TEACHER,
+    Factors,
+    Need,
+    Objective,
+    ObjectiveOutput,
+    PolicyNumbers,
+    known,
+)
+from tvkd_fast.objectives.divergences.joint_numbers import Joint
 from tvkd_fast.objectives.registry import (
     DEFAULT,
     objective,
@@ -15,6 +25,8 @@ __all__ = [
     "DEFAULT",
     "SCORED",
     "TEACHER",
+    "Factors",
+    "Joint",
     "Need",
     "Objective",
     "ObjectiveOutput",

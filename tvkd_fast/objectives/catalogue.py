@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from tvkd_fast.objectives.contract import Need, Objective
+from tvkd_fast.objectives.contract import NOT_CACHED, TEACHER, Need, Objective
+from tvkd_fast.objectives.divergences.joint_numbers import SCORE, walks_of
 from tvkd_fast.objectives.registry import DEFAULT, objectives
 
 COLUMNS = (
@@ -24,10 +25,18 @@ _IN_WORDS = {
     Need.TEACHER_REWARDS: "teacher's rewards",
     Need.TEACHER_LOGPS: "teacher's log-probabilities",
     Need.REWARDS: "rewards of the data",
+    Need.TEACHER_STATES: "teacher's states",
+    Need.REFERENCE_STATES: "reference's states",
+    Need.BASE_STATES: "states of the teacher's reference",
 }
-_KEPT_PER_TOKEN = {Need.TEACHER_SUMS: 4, Need.TEACHER_REWARDS: 4}
+_KEPT_PER_TOKEN = {Need.TEACHER_SUMS: "4", Need.TEACHER_REWARDS: "4", Need.TEACHER_STATES: "2D′"}
 _KEPT_PER_RESPONSE = {Need.REFERENCE: 4, Need.TEACHER_LOGPS: 4}
-_FROZEN_PASSES = {Need.REFERENCE: 1, Need.TEACHER_SUMS: 1, Need.TEACHER_REWARDS: 2, Need.TEACHER_LOGPS: 1}
+_MODELS = (
+    {Need.REFERENCE, Need.REFERENCE_STATES},
+    TEACHER - {Need.BASE_STATES},
+    {Need.TEACHER_REWARDS, Need.BASE_STATES},
+)
+"""What each of reference, teacher and teacher's reference is run for."""
 
 
 def table() -> str:
@@ -47,8 +56,8 @@ def row(cls: type[Objective]) -> tuple[str, ...]:
         ", ".join(_IN_WORDS[need] for need in needs if need in _IN_WORDS) or "–",
         ", ".join(f"`{setting}` {_value(value)}" for setting, value in made.settings().items()) or "–",
         _on_disk(needs),
-        str(products(made)),
-        str(1 + sum(_FROZEN_PASSES.get(need, 0) for need in needs)),
+        products(made),
+        str(1 + sum(not of_model.isdisjoint(needs) for of_model in _MODELS)),
         _link(cls.source),
     )
     return tuple(cell.replace("|", r"\|") for cell in cells)
@@ -59,21 +68,41 @@ def formula(cls: type[Objective]) -> str:
     return inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].replace("\n", " ").rstrip(".")
 
 
-def products(objective: Objective) -> int:
+def products(objective: Objective) -> str:
     """The head's products per step of tokens × hidden × vocabulary under exact gradients: forward, dH and dW; one more
-    where the logits are computed again in the backward, and one for Σp²."""
-    return (3 if objective.per_pair else 4) + (Need.COLLISIONS in objective.needs)
+    where the logits are computed again in the backward, and one for Σp². A frozen head counts r, its width over the
+    policy's, a product; what is over one of two responses counts half."""
+    own, frozen, with_logps = 0.0, 0.0, False
+    for walk, members in walks_of(objective.joint).items():
+        known = set(members) <= set(objective.linear_joint)
+        of_all = walk.responses == "both" or Need.REJECTED not in objective.needs
+        alone = walk.output == SCORE or not of_all or walk.temperature != 1.0 or with_logps
+        # A score is computed again in the backward, whatever is known of it.
+        again = walk.output == SCORE or not known or not (alone or objective.linear)
+        share = 1.0 if of_all else 0.5
+        own += share * (3 + again)
+        frozen += share * len(walk.of) * (1 + again)
+        with_logps |= not alone
+    if not with_logps:
+        own += 3 if objective.per_pair else 4
+    own += Need.COLLISIONS in objective.needs
+    return f"{own:g}" + (f" + {'' if frozen == 1 else f'{frozen:g}'}r" if frozen else "")
 
 
 def _on_disk(needs: list[Need]) -> str:
-    token, response = (sum(kept.get(need, 0) for need in needs) for kept in (_KEPT_PER_TOKEN, _KEPT_PER_RESPONSE))
-    parts = [f"{size} per {what}" for size, what in ((token, "token"), (response, "response")) if size]
+    if not NOT_CACHED.isdisjoint(needs):
+        return "not cached"
+    tokens = [_KEPT_PER_TOKEN[need] for need in needs if need in _KEPT_PER_TOKEN]
+    response = sum(_KEPT_PER_RESPONSE.get(need, 0) for need in needs)
+    parts = [f"{size} per token" for size in tokens] + [f"{response} per response"] * bool(response)
     return ", ".join(parts) or "0"
 
 
 def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, list):
+        return " and ".join(next(iter(part)) for part in value)
     return "–" if value is None else str(value).lower()
 
 

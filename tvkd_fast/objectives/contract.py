@@ -5,8 +5,8 @@ Letters: P pairs, 2P responses, chosen first, then rejected in the same order; M
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import segment_sums
-from tvkd_fast.models import PolicyWithHead
+from tvkd_fast.models import FusedLMHead, PolicyWithHead
+from tvkd_fast.objectives.divergences.joint_numbers import Distributions, Joint, KnownUpstream, Whose, joint_numbers
 from tvkd_fast.ops import Upstream
 from tvkd_fast.ranges import check_numbers
 from tvkd_fast.scoring.layout import Scores
@@ -29,13 +30,42 @@ class Need(Enum):
     TEACHER_SUMS = "the teacher's log-sum-exps"
     TEACHER_REWARDS = "the teacher's rewards over its own reference"
     TEACHER_LOGPS = "the teacher's log-probabilities"
+    TEACHER_STATES = "the teacher's states"
+    REFERENCE_STATES = "the reference's states"
+    BASE_STATES = "the states of the teacher's own reference"
     REWARDS = "rewards, which are columns of the data"
     COLLISIONS = "the policy's log Σp², by one more product of its head"
 
 
-TEACHER = frozenset({Need.TEACHER_SUMS, Need.TEACHER_REWARDS, Need.TEACHER_LOGPS})
-SCORED = TEACHER | {Need.REFERENCE}
+TEACHER = frozenset(
+    {Need.TEACHER_SUMS, Need.TEACHER_REWARDS, Need.TEACHER_LOGPS, Need.TEACHER_STATES, Need.BASE_STATES}
+)
+SCORED = TEACHER | {Need.REFERENCE, Need.REFERENCE_STATES}
 """Needs for which frozen models are run, or a cache is read."""
+NOT_CACHED = frozenset({Need.REFERENCE_STATES, Need.BASE_STATES})
+"""Needs that no cache of scores meets: those models are run beside the policy."""
+_STATES: dict[Whose, Need] = {
+    "teacher": Need.TEACHER_STATES,
+    "ref": Need.REFERENCE_STATES,
+    "base": Need.BASE_STATES,
+}
+Divisor = Literal["pairs", "chosen_tokens", "tokens"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The numbers by which summed losses are multiplied: one over what the whole step has of each divisor."""
+
+    pairs: Tensor
+    """()"""
+    chosen_tokens: Tensor
+    """(): tokens of the chosen responses."""
+    tokens: Tensor
+    """(): tokens of all responses that are computed."""
+
+    def of(self, divisor: Divisor) -> Tensor:
+        found: Tensor = getattr(self, divisor)
+        return found
 
 
 @dataclass(frozen=True)
@@ -48,6 +78,12 @@ class PolicyNumbers:
     """The same shape, int64: tokens of each response."""
     log_collisions: Tensor | None = None
     """The same shape: Σ_t log Σ_v π_θ(v|s_t)² of each response, nats, without a gradient; under `Need.COLLISIONS`."""
+    joint: Mapping[Joint, Tensor] = field(default_factory=dict)
+    """(N,) of each of the objective's `joint` keys: a number of every response token, nats, differentiable."""
+
+    def summed(self, key: Joint, batch: PairBatch) -> Tensor:
+        """(2P,) sums of a key's numbers over each response's tokens, differentiable."""
+        return segment_sums(self.joint[key], batch.cu_seqlens)
 
     @property
     def means(self) -> Tensor:
@@ -94,12 +130,15 @@ class Objective:
     """The name on the command line and in recipes; `@objective` sets it."""
     source: ClassVar[str]
     """The place where the formula was read, such as "arXiv 2305.18290"; likewise."""
-    divided_by: ClassVar[Literal["pairs", "tokens"]] = "pairs"
-    """The divisor of the summed losses: the pairs of the step, or the response tokens of the step."""
+    divided_by: ClassVar[Divisor] = "pairs"
+    """The divisor of the summed losses: the pairs, the chosen responses' tokens, or all response tokens of the step."""
     per_pair: ClassVar[bool] = True
     """Whether the loss of a pair depends on no other pair: then the head makes its gradient in the forward, pair by
     pair. Where it is True and wrong, the gradient is computed twice on a CPU, and a step on a GPU, which looks at no
     number, is refused as not finite."""
+    linear: ClassVar[bool] = False
+    """Whether the loss is linear in the policy's numbers: then walks over two vocabularies make their gradient in the
+    forward. Where it is True and wrong, what is said of `per_pair` holds."""
     several_rewards: ClassVar[bool] = False
     """Whether, under `Need.REWARDS`, it takes more than one column of them."""
 
@@ -116,43 +155,107 @@ class Objective:
         """Return the inputs of `loss`, which may depend on the settings."""
         raise NotImplementedError
 
+    @property
+    def linear_joint(self) -> tuple[Joint, ...]:
+        """Return those of `joint` in which the loss is linear, whatever it is in the log-probabilities."""
+        return self.joint if self.linear else ()
+
+    @property
+    def joint(self) -> tuple[Joint, ...]:
+        """Return the numbers of the policy's and other models' distributions that `loss` reads, none by default;
+        `needs` names those models' states."""
+        return ()
+
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
         """The losses of a batch with P ≥ 1 pairs, whose `scores` hold what `needs` names."""
         raise NotImplementedError
 
+    def total(self, out: ObjectiveOutput, factors: Factors | None, pairs: Tensor | None = None) -> Tensor:
+        """() what a batch adds to the step's loss, of all its pairs or of some; the sum of the losses without
+        `factors`."""
+        losses = (out.losses if pairs is None else out.losses[pairs]).sum()
+        return losses if factors is None else losses * factors.of(self.divided_by)
+
     def numbers(
-        self, policy: PolicyWithHead, scores: Scores, batch: PairBatch, factor: Tensor | None = None
+        self, policy: PolicyWithHead, scores: Scores, batch: PairBatch, factors: Factors | None = None
     ) -> PolicyNumbers:
-        """What the loss wants of the policy, which is called once. With `factor`, (), by which the summed losses are
-        going to be multiplied, the head makes its gradient in that call where the loss allows it."""
+        """What the loss wants of the policy, which is called once. With `factors`, by which the summed losses are going
+        to be multiplied, the head makes its gradient in that call where the loss allows it."""
 
         def upstream(log_collisions: Tensor | None = None) -> Upstream | None:
-            found = None if factor is None else self.upstream(scores, batch, log_collisions)
-            return None if found is None or factor is None else found.times(factor)
+            return None if factors is None else self.upstream(scores, batch, log_collisions, factors)
 
+        if self.joint:
+            found: PolicyNumbers = policy(
+                batch, walk=lambda hidden, head: self._of_both(hidden, head, scores, batch, factors)
+            )
+            return found
         if Need.COLLISIONS not in self.needs:
             return PolicyNumbers(segment_sums(policy(batch, upstream()), batch.cu_seqlens), batch.lengths)
         logps, per_token = policy(batch, lambda x: upstream(segment_sums(x, batch.cu_seqlens)), collisions=True)
         sums = segment_sums(per_token, batch.cu_seqlens)
         return PolicyNumbers(segment_sums(logps, batch.cu_seqlens), batch.lengths, sums)
 
-    def upstream(self, scores: Scores, batch: PairBatch, log_collisions: Tensor | None = None) -> Upstream | None:
-        """The derivative of the summed losses by responses' log-probabilities, as the head asks for it before all of
-        the batch are known; None where a pair's needs other pairs. `log_collisions` as in `PolicyNumbers`."""
-        if not self.per_pair or not batch.num_pairs:
+    def _of_both(
+        self, hidden: Tensor, head: FusedLMHead, scores: Scores, batch: PairBatch, factors: Factors | None
+    ) -> PolicyNumbers:
+        collisions = None
+        if Need.COLLISIONS in self.needs:
+            collisions = segment_sums(head.log_collisions(hidden), batch.cu_seqlens)
+        known = KnownUpstream() if factors is None else self._known(scores, batch, collisions, factors)
+        logps, joint = joint_numbers(hidden, head, batch, self.joint, distributions(scores), known)
+        return PolicyNumbers(segment_sums(logps, batch.cu_seqlens), batch.lengths, collisions, joint)
+
+    def _known(
+        self, scores: Scores, batch: PairBatch, log_collisions: Tensor | None, factors: Factors
+    ) -> KnownUpstream:
+        """The derivatives of the batch's `total` that are known before the policy's numbers are."""
+        constant = self.linear_joint
+        if not constant or not batch.num_pairs:
+            return KnownUpstream()
+        # Where the loss is linear in a number, its derivative is the same at any: here at a policy that is certain.
+        numbers = self._numbers_of(torch.zeros_like(batch.lengths, dtype=torch.float32), batch, log_collisions)
+        leaves = [numbers.logps, *(numbers.joint[key] for key in constant)]
+        with torch.enable_grad():
+            total = self.total(self.loss(numbers, scores, batch), factors)
+            grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        of_logps, *others = (
+            torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)
+        )
+        pairwise = None if self.linear else self.upstream(scores, batch, log_collisions, factors)
+        return KnownUpstream(dict(zip(constant, others, strict=True)), of_logps if self.linear else None, pairwise)
+
+    def _numbers_of(self, logps: Tensor, batch: PairBatch, log_collisions: Tensor | None) -> PolicyNumbers:
+        """Leaves to differentiate a loss by: these log-probabilities, and zeros for all else."""
+        joint = {key: logps.new_zeros(len(batch.labels)).requires_grad_() for key in self.joint}
+        return PolicyNumbers(logps.requires_grad_(), batch.lengths, log_collisions, joint)
+
+    def upstream(
+        self,
+        scores: Scores,
+        batch: PairBatch,
+        log_collisions: Tensor | None = None,
+        factors: Factors | None = None,
+    ) -> Upstream | None:
+        """The derivative of the batch's `total` by responses' log-probabilities, as the head asks for it before all of
+        the batch are known; None where a pair's needs other pairs, or what a walk has yet to find. `log_collisions` as
+        in `PolicyNumbers`."""
+        if not self.per_pair or not batch.num_pairs or not set(self.joint) <= set(self.linear_joint):
             return None
         lengths, paired = batch.lengths, Need.REJECTED in self.needs
 
         def derivative(logps: Tensor, responses: Tensor) -> Tensor:
             # Responses that are not asked for stand in by a nat per token; their pairs' losses are left out.
             unknown = -lengths.to(logps.dtype)
-            everything = unknown.index_put((responses,), logps.detach()).requires_grad_()
+            everything = unknown.index_put((responses,), logps.detach())
             with torch.enable_grad():
-                losses = self.loss(PolicyNumbers(everything, lengths, log_collisions), scores, batch).losses
+                out = self.loss(self._numbers_of(everything, batch, log_collisions), scores, batch)
                 # In rising order the chosen ones come first, and their places are their pairs'.
                 pairs = responses[: len(responses) // 2] if paired else responses
-                (grad,) = torch.autograd.grad(losses[pairs].sum(), everything)
-            return grad[responses]
+                total = self.total(out, factors, pairs)
+                (grad,) = torch.autograd.grad(total, everything, allow_unused=True)
+            # A loss that reads no log-probabilities hands nothing down to them.
+            return (torch.zeros_like(everything) if grad is None else grad)[responses]
 
         return Upstream(derivative, batch.cu_seqlens, paired=paired, lengths=batch.response_lengths)
 
@@ -171,7 +274,7 @@ class Objective:
 
 def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
     """The needs that these scores, the batch's own columns, and any policy meet."""
-    found = {Need.REJECTED, Need.COLLISIONS}
+    found = {Need.REJECTED, Need.COLLISIONS} | {_STATES[whose] for whose in distributions(scores).of}
     if scores.ref_logps is not None:
         found.add(Need.REFERENCE)
     if scores.lse is not None and scores.lse_kappa is not None:
@@ -185,15 +288,22 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
     return frozenset(found)
 
 
+def distributions(scores: Scores) -> Distributions:
+    """The frozen models' distributions that the scores hold."""
+    found = {whose: (getattr(scores, f"{whose}_hidden"), getattr(scores, f"{whose}_head")) for whose in _STATES}
+    return Distributions({whose: pair for whose, pair in found.items() if None not in pair})
+
+
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:
     """Raise ValueError where a teacher's own reference is wanted and missing, or given and not wanted."""
-    wanted = Need.TEACHER_REWARDS in objective.needs
-    if teacher is not None and wanted and teacher_reference is None:
+    base, rewards = Need.BASE_STATES in objective.needs, Need.TEACHER_REWARDS in objective.needs
+    if teacher is not None and (rewards or base) and teacher_reference is None:
+        what = objective.name if base else "value_from='implicit_reward'"
         raise ValueError(
-            "value_from='implicit_reward' is what the teacher gained over its own reference, the model that it was "
-            "before DPO: set --teacher_reference"
+            f"{what} is what the teacher gained over its own reference, the model that it was before DPO: set "
+            "--teacher_reference"
         )
-    if teacher_reference is not None and not (wanted and teacher is not None):
+    if teacher_reference is not None and not ((rewards or base) and teacher is not None):
         raise ValueError(
             "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
         )

@@ -18,14 +18,15 @@ from tvkd_fast.scoring.layout import Scores
 class SFT(Objective):
     """−log π(y_w), divided by tokens and not by pairs."""
 
-    divided_by = "tokens"
+    divided_by = "chosen_tokens"
+    linear = True
 
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset()
 
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
-        return ObjectiveOutput(-policy.logps)
+        return ObjectiveOutput(-policy.logps[: batch.num_pairs])
 
     def describe(self) -> str:
         return "mean negative log-likelihood of the chosen responses"

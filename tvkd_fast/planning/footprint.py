@@ -27,6 +27,11 @@ _BESIDE_A_BLOCK = 8 * 2**20
 """Bytes of the numbers per token, and of the library's products."""
 
 
+_OF_REFERENCE = frozenset({Need.REFERENCE, Need.REFERENCE_STATES})
+_JOINT_WORKSPACE = 128 * 2**20
+"""Bytes of a walk over two vocabularies; an upper bound by count."""
+
+
 @dataclass(frozen=True)
 class PairTokens:
     """Tokens of a pair, means over the data, and of the longest sequence."""
@@ -126,7 +131,7 @@ class Footprint:
             total += 2 * policy.head * answers
         if not config.loss.needs & SCORED or config.scores is not None:
             return total
-        if Need.REFERENCE in config.loss.needs:
+        if config.loss.needs & _OF_REFERENCE:
             total += 2 * (policy.blocks * tokens + policy.head * answers)
         if teacher is not None:
             teachers = 1 if config.teacher_reference is None else 2
@@ -167,7 +172,7 @@ class Footprint:
         config = self.config
         if self._group == 1 or config.parallel.vocabulary != "auto":
             return self._group > 1 and config.parallel.vocabulary == "shared"
-        possible = config.model.packing != "padded" and not config.parallel.cpu_offload
+        possible = config.model.packing != "padded" and not config.parallel.cpu_offload and not config.loss.joint
         return possible and self._group * config.tokens_per_micro_batch < self.policy.vocab
 
     @cached_property
@@ -228,7 +233,7 @@ class Footprint:
             "policy weights": (self.policy.parameters - packed + adapters) * size + packed * BITS_PER_WEIGHT / 8,
             "AdamW's two moments": 2 * self.learning * size,
         }
-        if Need.REFERENCE in config.loss.needs and config.scores is None and not config.lora.rank:
+        if config.loss.needs & _OF_REFERENCE and config.scores is None and not config.lora.rank:
             parts["reference weights"] = self.policy.parameters * size
         if self.teacher is not None:
             parts["teacher weights"] = self.teacher.parameters * size
@@ -260,6 +265,8 @@ class Footprint:
     @property
     def _head_workspace(self) -> float:
         """Return the head's tiles; or a block's logits, of an exact gradient that is made in the forward."""
+        if self.config.loss.joint:
+            return float(_JOINT_WORKSPACE)
         if self.config.head.grad_mode != "exact" or self.shares_vocabulary:
             return float(_HEAD_WORKSPACE)
         impl = "triton" if self.config.model.device.startswith("cuda") else "torch"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tvkd_fast.data.batch import PairBatch
 from tvkd_fast.data.tokenization import TokenizedPair
+from tvkd_fast.ops import Head
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Scores:
     """The same shape, bool: whether the response ends in the teacher's tokens."""
     teacher_logps: Tensor | None = None
     """[P, 2] float32 in a dataset, (2P,) in a batch: summed log-probabilities under the teacher, of its own tokens."""
+    teacher_hidden: Tensor | None = None
+    """[N, D'] of a batch: the teacher's states that predict the response tokens, in the order of its labels."""
+    teacher_head: Head | None = None
+    """The head of these states, whole and detached."""
+    ref_hidden: Tensor | None = None
+    """[N, D'] of a batch: the reference's states, likewise."""
+    ref_head: Head | None = None
+    base_hidden: Tensor | None = None
+    """[N, D'] of a batch: those of the teacher's own reference, likewise."""
+    base_head: Head | None = None
 
     def boundaries(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """(2P+1,) boundaries of the responses in the teacher's states, and (2P,) which of them ended."""
@@ -82,7 +93,8 @@ def states_of(dataset: Sequence[TokenizedPair]) -> Tensor:
     return torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in dataset], dtype=torch.int64).view(-1, 2) + 1
 
 
-NAMES = tuple(f.name for f in fields(Scores))
+NAMES = tuple(f.name for f in fields(Scores) if not f.name.endswith(("_hidden", "_head")))
+"""The numbers that a cache may hold."""
 
 STATE_NAMES = ("lse", "lse_kappa", "reward")
 """The numbers with one value per state; the others have one per response."""

@@ -78,7 +78,9 @@ class OnlineScorer:
     """Runs the frozen models on every batch; the teacher on tokens of its own, where it is given some.
 
     `of_teacher` is what it is asked for: its values (sums, or rewards of a `RewardTeacher`), the responses'
-    log-probabilities, or both in one pass.
+    log-probabilities, or both in one pass. With `reference_states` the reference answers with its states as well, and
+    `base`, the teacher's own reference, with nothing else; their heads are taken once, a collective where they are
+    sharded.
     """
 
     def __init__(
@@ -89,9 +91,14 @@ class OnlineScorer:
         world: World | None = None,
         *,
         of_teacher: Collection[TeacherNumbers] = VALUES,
+        reference_states: bool = False,
+        base: PolicyWithHead | None = None,
     ) -> None:
         self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
         self.world, self.of_teacher = world, of_teacher
+        self.base = base
+        self.ref_head = reference.head.gathered() if reference_states and reference is not None else None
+        self.base_head = None if base is None else base.head.gathered()
 
     def names_of(self, kind: TeacherNumbers) -> tuple[str, ...]:
         """The names in `Scores` of what the teacher is asked for."""
@@ -121,12 +128,32 @@ class OnlineScorer:
 
     @torch.no_grad()
     def of(self, batch: PairBatch) -> Scores:
-        ref_logps = None if self.reference is None else segment_sums(self.reference(batch), batch.cu_seqlens)
+        ref_logps, ref_hidden = self._of_reference(batch)
         if self.teacher is None:
-            return Scores(ref_logps)
-        if self.teacher_tokens is None:
-            return replace(self._of_teacher(batch), ref_logps=ref_logps)
-        return replace(self._in_its_own_tokens(batch, self.teacher_tokens), ref_logps=ref_logps)
+            found = Scores()
+        elif self.teacher_tokens is None:
+            found = self._of_teacher(batch)
+        else:
+            found = self._in_its_own_tokens(batch, self.teacher_tokens)
+        base_hidden = None if self.base is None else self.base(batch, walk=lambda hidden, head: hidden)
+        return replace(
+            found,
+            ref_logps=ref_logps,
+            ref_hidden=ref_hidden,
+            ref_head=self.ref_head,
+            base_hidden=base_hidden,
+            base_head=self.base_head,
+        )
+
+    def _of_reference(self, batch: PairBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Summed log-probabilities, and states where they are wanted."""
+        if self.reference is None:
+            return None, None
+        if self.ref_head is None:
+            logps, hidden = self.reference(batch), None
+        else:
+            logps, hidden = self.reference(batch, walk=lambda hidden, head: (head(hidden, batch.labels), hidden))
+        return segment_sums(logps, batch.cu_seqlens), hidden
 
     def _of_teacher(self, batch: PairBatch) -> Scores:
         assert self.teacher is not None

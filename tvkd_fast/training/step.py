@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from tvkd_fast.data import PairBatch
 from tvkd_fast.distributed import World, full_tensor, sync_gradients
 from tvkd_fast.models import PolicyWithHead
-from tvkd_fast.objectives import Objective, ObjectiveOutput
+from tvkd_fast.objectives import Factors, Objective, ObjectiveOutput
 from tvkd_fast.ops import unchecked
 from tvkd_fast.scoring import Scorer
 from tvkd_fast.training.optim import update
@@ -74,11 +74,9 @@ def train_step(
     it is not finite; with `skip_nonfinite` nobody looks, and the host does not wait for the device.
     """
     world = World(batches[0].labels.device) if world is None else world
-    counts = torch.tensor([[batch.num_pairs, batch.labels.numel()] for batch in batches]).sum(0)
-    num_pairs, num_tokens = world.all_reduce(to_device(counts, world.device))
-    divisor = num_tokens if objective.divided_by == "tokens" else num_pairs
+    counts = torch.tensor([[batch.num_pairs, batch.chosen_tokens, batch.labels.numel()] for batch in batches]).sum(0)
     # Sharded gradients are averaged over processes, and the loss is a sum over them.
-    factor = world.size / divisor.double()
+    factors = Factors(*(world.size / world.all_reduce(to_device(counts, world.device)).double()))
     losses, outputs, lengths = [], [], []
     # NaN and inf reach the loss of every process, and all of them decide on it together.
     with unchecked():
@@ -86,11 +84,11 @@ def train_step(
             sync_gradients(policy, now=i == len(batches) - 1)
             scores = scorer.of(batch)
             # The loss says beforehand what it will hand down, so that the head makes its gradient in the forward.
-            numbers = objective.numbers(policy, scores, batch, factor)
+            numbers = objective.numbers(policy, scores, batch, factors)
             if batch.num_pairs:
                 out = objective.loss(numbers, scores, batch)
                 # Summed, then divided once by the whole step's: micro-batches of any size weigh as their pairs do.
-                loss = out.losses.sum() * factor
+                loss = objective.total(out, factors)
                 if out.margins is not None:
                     outputs.append(out)
                     lengths.append(batch.length_differences)

@@ -10,7 +10,7 @@ from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.files import at_home
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
-from tvkd_fast.objectives import DEFAULT, TEACHER, Need, Objective, settings_of
+from tvkd_fast.objectives import DEFAULT, TEACHER, Objective, settings_of
 from tvkd_fast.objectives.contract import check_rewards, check_teacher_reference
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
@@ -116,10 +116,6 @@ class TrainConfig:
                 f"{self.eval_every}, as --eval_every"
             )
         needs = self.loss.needs
-        if self.keep_best == "loss" and Need.REJECTED not in needs:
-            raise ValueError(
-                f"keep_best loss: evaluations under --objective {self.objective} have no loss; set accuracy or margin"
-            )
         if self.keep_best == "loss" and needs & TEACHER and self.teacher is None and self.eval_scores is None:
             raise ValueError(
                 "keep_best loss: evaluations have no loss where held-out pairs have no teacher's values; set "

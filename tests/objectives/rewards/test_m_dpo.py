@@ -24,7 +24,7 @@ def test_it_is_its_formula(
         margin = 0.3 * (chosen["logp"] - chosen["ref_logp"] - rejected["logp"] + rejected["ref_logp"])
         return -(1 + (2.0 * (score(chosen) - score(rejected))).exp()).log() * logsigmoid(margin)
 
-    found = MDPO(beta=0.3, gap_scale=2.0, score_from=score_from, temperature=20.0)
+    found = MDPO(beta=0.3, gap_scale=2.0, score_from=score_from, score_temperature=20.0)
     is_its_formula(found, formula)
     is_its_formula_from_logits(found, formula)
 

@@ -36,7 +36,7 @@ class MDPO(Objective):
     """a: how much a gap of scores weighs; its authors call it α. 0 is DPO times log 2."""
     score_from: Literal["rewards", "perplexity"] = "rewards"
     """A response's score: a column of the data, or e^{−PPL/τ} with its perplexity under the teacher."""
-    temperature: float = number(10.0, POSITIVE)
+    score_temperature: float = number(10.0, POSITIVE)
     """τ > 0 of a score made of a perplexity."""
 
     @property
@@ -57,7 +57,7 @@ class MDPO(Objective):
             return batch.rewards[0]
         assert scores.teacher_logps is not None
         perplexities = torch.exp(-scores.teacher_logps / scores.teacher_lengths(batch))
-        return torch.exp(-perplexities / self.temperature)
+        return torch.exp(-perplexities / self.score_temperature)
 
     def without(self, missing: Collection[Need]) -> Objective | None:
         """Rewards that are shown are DPO's."""

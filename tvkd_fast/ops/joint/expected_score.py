@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from tvkd_fast.ops.tiles.joint.walk import Task
 
 NAME = "linear_expected_score"
 _OUTPUTS = Outputs((SCORE,))
+Clip = tuple[float, float] | None
 
 
 def linear_expected_score(
@@ -46,6 +48,7 @@ def linear_expected_score(
     *,
     heads: Sequence[tuple[float, Tensor, Tensor | Head]],
     temperature: float = 1.0,
+    clip: Clip = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -64,6 +67,7 @@ def linear_expected_score(
         heads: (c, states [N, D'], weight [V, D'] or `Head`) of each other model, c ≠ 0. Constants: no gradient goes
             to them.
         temperature: τ > 0, by which all models' logits are divided.
+        clip: limits of every token's Σ_i c_i log q_i, before the mean is taken; none where None.
         bias, softcap, logit_scale: of the policy's logits, as in `linear_logps`.
         rows, impl: as in `linear_divergence`.
 
@@ -82,6 +86,8 @@ def linear_expected_score(
         tensor([0.1092, 0.1092])
     """
     check_temperature(temperature)
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip must be two rising limits, got {clip}")
     with naming("policy"):
         hidden, head = head_input(hidden, as_head(weight, bias, softcap, logit_scale))
     check_transforms(NAME, hidden, head.weight, head.bias)
@@ -115,6 +121,7 @@ def linear_expected_score(
         head.softcap,
         head.logit_scale,
         temperature,
+        list(clip or ()),
         backend.resolve_joint(impl),
     )
     return values
@@ -134,6 +141,7 @@ def _task(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
+    clip: Sequence[float],
 ) -> Task:
     others = [
         Head(w, b if b.numel() else None, cap or None, scale)
@@ -142,7 +150,8 @@ def _task(
     sides = [Side(h, other, temperature) for h, other in zip(states, others, strict=True)]
     student = Side(hidden, Head(weight, bias, softcap, logit_scale), temperature)
     kept = backend.kept_rows(None, rows, 0)
-    return Task(student, tuple(zip(factors, sides, strict=True)), _OUTPUTS, kept=kept)
+    outputs = replace(_OUTPUTS, clip=(clip[0], clip[1])) if clip else _OUTPUTS
+    return Task(student, tuple(zip(factors, sides, strict=True)), outputs, kept=kept)
 
 
 def _score(
@@ -159,12 +168,13 @@ def _score(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
+    clip: Sequence[float],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The scores (N,), 0 in rows that are left out; for the backward sums and moment, [5, N]."""
     task = _task(
         *(hidden, weight, bias, states, weights, biases, rows),
-        *(factors, softcaps, scales, softcap, logit_scale, temperature),
+        *(factors, softcaps, scales, softcap, logit_scale, temperature, clip),
     )
     numbers = backend.joint_sums(task)
     values = numbers.moments["score"].to(accumulation_dtype(hidden.dtype))
@@ -191,6 +201,7 @@ def _score_gradients(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
+    clip: Sequence[float],
     impl: str,
     want_hidden: bool,
     want_weight: bool,
@@ -198,7 +209,7 @@ def _score_gradients(
 ) -> Gradients:
     task = _task(
         *(hidden, weight, bias, states, weights, biases, rows),
-        *(factors, softcaps, scales, softcap, logit_scale, temperature),
+        *(factors, softcaps, scales, softcap, logit_scale, temperature, clip),
     )
     if rows is not None:
         upstream = upstream.masked_fill(~rows, 0.0)

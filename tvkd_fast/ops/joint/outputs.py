@@ -78,6 +78,8 @@ class Outputs:
     names: tuple[str, ...]
     beta: float = 0.5
     alpha: float = 0.5
+    clip: tuple[float, float] | None = None
+    """Limits of every entry's log q in a score."""
 
     @property
     def moments(self) -> tuple[str, ...]:

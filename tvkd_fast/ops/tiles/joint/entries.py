@@ -24,15 +24,24 @@ _TERMS = 14
 class Entries:
     """p, q and what is made of them, of tiles z and u [C, R]; u is None where there is no teacher."""
 
-    def __init__(self, z: Tensor, u: Tensor | None, sums: RowSums, beta: float, alpha: float) -> None:
+    def __init__(
+        self,
+        z: Tensor,
+        u: Tensor | None,
+        sums: RowSums,
+        beta: float,
+        alpha: float,
+        clip: tuple[float, float] | None = None,
+    ) -> None:
         self.log_p = (z - sums.maximum).sub_(sums.log_total)
         self._u, self._sums = u, sums
-        self.beta, self.alpha = beta, alpha
+        self.beta, self.alpha, self._clip = beta, alpha, clip
 
     @cached_property
     def log_q(self) -> Tensor:
         assert self._u is not None
-        return (self._u - self._sums.teacher_maximum).sub_(self._sums.teacher_log_total)
+        found = (self._u - self._sums.teacher_maximum).sub_(self._sums.teacher_log_total)
+        return found if self._clip is None else found.clamp_(*self._clip)
 
     @cached_property
     def p(self) -> Tensor:

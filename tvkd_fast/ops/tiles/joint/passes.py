@@ -32,24 +32,24 @@ def add_exponentials(z: Tensor, maximum: Tensor, total: Tensor) -> None:
 
 
 class Pair:
-    """What the passes over two models' tiles share: the rows' sums, β and α."""
+    """What the passes over two models' tiles share: the rows' sums, β, α, and the limits of a score's terms."""
 
-    def __init__(self, sums: RowSums, beta: float, alpha: float) -> None:
-        self.sums, self.beta, self.alpha = sums, beta, alpha
+    def __init__(self, sums: RowSums, beta: float, alpha: float, clip: tuple[float, float] | None = None) -> None:
+        self.sums, self.beta, self.alpha, self.clip = sums, beta, alpha, clip
 
     def mirrored(self) -> Pair:
         return Pair(self.sums.mirrored(), 1.0 - self.beta, 1.0 - self.alpha)
 
     def moments(self, z: Tensor, u: Tensor | None, names: Sequence[str]) -> list[Tensor]:
         """The tile's part of each moment, (R,) float64."""
-        found = compiled.passes(z)
+        found = self._compiled(z)
         if found is not None and found.knows(names, ()):
             return found.visit(z, u, self.sums, self.beta, names, {}, write=False, late=False)
         return moments_of(self._entries(z, u), names)
 
     def gradient(self, z: Tensor, u: Tensor | None, factors: Numbers, out: Tensor) -> None:
         """dz in `out`, either tile or apart from both; the label's term is not in it."""
-        found = compiled.passes(z)
+        found = self._compiled(z)
         if found is not None and out is z and found.knows((), factors):
             found.visit(z, u, self.sums, self.beta, (), factors, write=True, late=False)
         else:
@@ -57,7 +57,7 @@ class Pair:
 
     def visit(self, z: Tensor, u: Tensor | None, names: Sequence[str], factors: Numbers, *, late: bool) -> list[Tensor]:
         """`moments`, while z becomes `gradient`; where `late`, u becomes p."""
-        found = compiled.passes(z)
+        found = self._compiled(z)
         if found is not None and found.knows(names, factors):
             return found.visit(z, u, self.sums, self.beta, names, factors, write=True, late=late)
         entries = self._entries(z, u)
@@ -70,4 +70,8 @@ class Pair:
         return moments
 
     def _entries(self, z: Tensor, u: Tensor | None) -> Entries:
-        return Entries(z, u, self.sums, self.beta, self.alpha)
+        return Entries(z, u, self.sums, self.beta, self.alpha, self.clip)
+
+    def _compiled(self, z: Tensor) -> compiled.PairPasses | None:
+        """The compiled passes, which know no limits."""
+        return compiled.passes(z) if self.clip is None else None
