@@ -31,7 +31,7 @@ CHATML = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<s>"]
 
-pytest_plugins = ("runs",)
+pytest_plugins = ("runs", "scored")
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 COLLECTED = pytest.StashKey[dict[str, frozenset[str]]]()

@@ -180,7 +180,7 @@ def read_signed(
         text = path.read_bytes().decode()
         body = json.loads(text)
         if isinstance(body, dict) and body.get("format") not in formats:
-            read = " and ".join(map(str, formats))
+            read = f"{', '.join(map(str, formats[:-1]))} and {formats[-1]}" if len(formats) > 1 else str(formats[0])
             raise ValueError(
                 f"{path} is of format {body.get('format')}, this library reads {read}: run {command} again"
             )

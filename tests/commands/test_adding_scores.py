@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tvkd_fast.commands.score import ScoreConfig, score
+from tvkd_fast.commands.score import ScoreConfig
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.models import load_model, load_tokenizer
 from tvkd_fast.objectives.dadpo import DaDPO
@@ -20,38 +20,6 @@ from tvkd_fast.training.metrics import read_metrics
 
 def losses(config):
     return [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
-
-
-@pytest.fixture
-def scored(make_config, files):
-    """Scores the training pairs into one folder; what the pass is asked to compute is noted."""
-
-    def make(**changes):
-        config = make_config()
-        settings = {
-            "output_dir": str(files / "scores"),
-            "policy": config.policy,
-            "teacher": config.teacher,
-            "data": config.data,
-            "pairs_per_shard": 7,
-        }
-        return score(ScoreConfig(**(settings | changes)), show_progress=False)
-
-    return make
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """The names of the numbers that were computed, batch by batch."""
-    names, of = [], scorer_module.OnlineScorer.of
-
-    def noted(self, batch):
-        scores = of(self, batch)
-        names.append({name for name, x in vars(scores).items() if x is not None})
-        return scores
-
-    monkeypatch.setattr(scorer_module.OnlineScorer, "of", noted)
-    return names
 
 
 def contents(cache):
@@ -120,10 +88,10 @@ def test_a_killed_addition_leaves_the_old_scores_and_is_gone_on_with(scored, com
     computed.clear()
     write = scorer_module.ScoreWriter.write
 
-    def killed(self, scores):
+    def killed(self, *shard):
         if self.pairs >= 14:
             raise KeyboardInterrupt
-        write(self, scores)
+        write(self, *shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(scorer_module.ScoreWriter, "write", killed)
@@ -138,14 +106,16 @@ def test_a_killed_addition_leaves_the_old_scores_and_is_gone_on_with(scored, com
     assert found["teacher_logps"].all()
 
 
-def test_scores_of_format_3_are_read_and_added_to(scored, computed, files):
+@pytest.mark.parametrize("old", [3, 4])
+def test_scores_of_older_formats_are_read_and_added_to(old, scored, computed, files):
     scored()
     manifest = files / "scores" / MANIFEST
-    old = replace(read_manifest(files / "scores"), numbers=None, format=3)
-    manifest.write_text(old.text())
-    assert "numbers" not in json.loads(manifest.read_text())
+    found = read_manifest(files / "scores")
+    manifest.write_text(replace(found, numbers=None if old == 3 else found.numbers, format=old).text())
+    assert ("numbers" in json.loads(manifest.read_text())) is (old == 4)
+    assert "head" not in json.loads(manifest.read_text())
     computed.clear()
-    assert scored(keep=["logps"]).manifest.format == 4
+    assert scored(keep=["logps"]).manifest.format == 5
     assert set().union(*computed) == {"teacher_logps"}
 
 

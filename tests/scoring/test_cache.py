@@ -227,8 +227,10 @@ def test_a_folder_without_scores_names_the_command(tmp_path, dataset):
 
 def test_a_later_format_is_refused(write, tmp_path):
     path = write(tmp_path / "scores") / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 5}))
-    with pytest.raises(ValueError, match=r"manifest.json is of format 5, this library reads 3 and 4: run `tvkd score`"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 6}))
+    with pytest.raises(
+        ValueError, match=r"manifest.json is of format 6, this library reads 3, 4 and 5: run `tvkd score`"
+    ):
         read_manifest(tmp_path / "scores")
 
 

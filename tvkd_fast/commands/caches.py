@@ -34,6 +34,7 @@ ADDED_BY = {
     Need.TEACHER_SUMS: "--teacher MODEL",
     Need.TEACHER_REWARDS: "--teacher MODEL --teacher_reference MODEL",
     Need.TEACHER_LOGPS: "--teacher MODEL --keep [logps]",
+    Need.TEACHER_STATES: "--teacher MODEL --keep [states]",
 }
 """The options of `tvkd score` that add a number to a folder of scores."""
 
@@ -72,11 +73,12 @@ def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected
     lacks the values that the run's loss needs."""
     cache = ScoreCache.load(folder, dataset)
     cache.check(**expected)
-    missing = config.loss.needs & TEACHER - known(cache.pieces[0])
+    held = known(cache.of(torch.empty(0, dtype=torch.int64)))
+    missing = [need for need in Need if need in config.loss.needs & TEACHER - held]
     if missing:
         without = config.loss.without(missing)
         other = "" if without is None else f", or train with --objective {without.name}"
-        (need,) = missing
+        need = missing[0]
         raise ValueError(
             f"the scores at {folder} do not hold {need.value}: add them with `tvkd score --output_dir {folder} "
             f"{ADDED_BY[need]}` and the other settings as before{other}"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvkd_fast.commands.eval import EvalConfig
-from tvkd_fast.commands.models import check_readable, load_frozen, load_policy, sharing_of, world_of
+from tvkd_fast.commands.models import load_frozen, load_policy, sharing_of, world_of
+from tvkd_fast.commands.refusals import check_readable
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.distributed import World

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.commands.models import (
-    check_readable,
     load_frozen,
     load_policy,
     of_teacher,
     sharing_of,
     world_of,
 )
-from tvkd_fast.commands.refusals import check_processes
+from tvkd_fast.commands.refusals import check_processes, check_readable
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig

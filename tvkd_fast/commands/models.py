@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from tvkd_fast.commands.refusals import check_device, check_lora, check_same_tokenizer, lora_of
-from tvkd_fast.data import PairDataset, check_positions, check_token_ids, packed_length, retokenize
+from tvkd_fast.commands.refusals import check_device, check_lora, check_readable, check_same_tokenizer, lora_of
+from tvkd_fast.data import PairDataset, check_token_ids, packed_length, retokenize
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed import (
     World,
@@ -43,7 +43,8 @@ from tvkd_fast.models import (
 )
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import Need, Objective
-from tvkd_fast.scoring.scorer import VALUES, OnlineScorer, RewardTeacher, Teacher, TeacherNumbers, TeacherTokens
+from tvkd_fast.scoring.kinds import VALUES, token_kinds
+from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher, Teacher, TeacherTokens
 from tvkd_fast.training.train_config import micro_batching
 from tvkd_fast.training.usage import return_freed_memory
 
@@ -96,7 +97,7 @@ class FrozenModels:
     """The policy's."""
     reference: PolicyWithHead | WithoutAdapters | None = None
     teacher: Teacher | None = None
-    of_teacher: tuple[TeacherNumbers, ...] = VALUES
+    of_teacher: tuple[str, ...] = VALUES
     """What the teacher is asked for."""
     base: PolicyWithHead | None = None
     """The teacher's own reference, where its states are wanted."""
@@ -141,6 +142,12 @@ class FrozenModels:
             tokens = self._tokens(self.teacher, self.teacher_tokenizer, dataset, config)
             if tokens.dataset.fingerprint == dataset.fingerprint:
                 tokens = None
+            elif kinds := token_kinds(self.of_teacher):
+                raise ValueError(
+                    f"{' and '.join(kinds)} of this teacher would be of other tokens than the policy's, since it has "
+                    "another tokenizer, and no divergence could be taken: choose a teacher of the policy's tokenizer, "
+                    "or an objective over its values or log-probabilities"
+                )
             elif verbose:
                 print(tokens.dataset.report, file=sys.stderr)
         if self.base is not None:
@@ -188,9 +195,9 @@ class FrozenModels:
         }
 
 
-def of_teacher(needs: Collection[Need]) -> tuple[TeacherNumbers, ...]:
+def of_teacher(needs: Collection[Need]) -> tuple[str, ...]:
     """Return what a teacher has to be asked for."""
-    found: list[TeacherNumbers] = []
+    found: list[str] = []
     if not {Need.TEACHER_SUMS, Need.TEACHER_REWARDS}.isdisjoint(needs):
         found.append("values")
     if Need.TEACHER_LOGPS in needs:
@@ -221,7 +228,7 @@ def load_frozen(
     tokenizer: PreTrainedTokenizerBase,
     *,
     kappa: float,
-    of_teacher: Collection[TeacherNumbers] = VALUES,
+    of_teacher: Collection[str] = VALUES,
     needs: Collection[Need] = (),
     sharing: Sharing | None = None,
 ) -> FrozenModels:
@@ -251,13 +258,6 @@ def load_frozen(
         make = partial(TeacherWithHead, kappa=kappa)
         found.teacher = _made(make, config.teacher, config.model, None, sharing, frozen=True)
     return found
-
-
-def check_readable(dataset: PairDataset, policy: PolicyWithHead, whose: str) -> None:
-    """Raises a ValueError that names the first row which the model cannot read: a token it does not have, or more of
-    them than it has positions."""
-    check_token_ids(dataset, policy.vocab_size)
-    check_positions(dataset, longest_sequence(policy.model.config), whose)
 
 
 def freeze(policy: P) -> P:

@@ -14,7 +14,6 @@ from tvkd_fast.commands.caches import (
 )
 from tvkd_fast.commands.models import (
     FrozenModels,
-    check_readable,
     frozen_copy,
     load_frozen,
     load_policy,
@@ -22,6 +21,7 @@ from tvkd_fast.commands.models import (
     precision,
     sharing_of,
 )
+from tvkd_fast.commands.refusals import check_readable
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.distributed import World, compile_blocks

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from tvkd_fast.data import PairDataset, check_positions, check_token_ids
 from tvkd_fast.distributed import check_compiler, check_replicas
 from tvkd_fast.distributed.parallel_config import ParallelConfig
-from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family, load_tokenizer
+from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family, load_tokenizer, longest_sequence
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import TEACHER, Need
 from tvkd_fast.objectives.contract import NOT_CACHED
@@ -136,3 +137,10 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: 
         f"{len(ours):,}; they differ at {odd!r}): what it says would be of other tokens. Choose a reference of the "
         f"{whose}'s family"
     )
+
+
+def check_readable(dataset: PairDataset, policy: PolicyWithHead, whose: str) -> None:
+    """Raises a ValueError that names the first row which the model cannot read: a token it does not have, or more of
+    them than it has positions."""
+    check_token_ids(dataset, policy.vocab_size)
+    check_positions(dataset, longest_sequence(policy.model.config), whose)

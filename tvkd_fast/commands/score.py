@@ -29,13 +29,18 @@ from tvkd_fast.models import (
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import SCORED, Need, objectives
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
-from tvkd_fast.scoring.adding import joined, leave_out, scores_to_keep
+from tvkd_fast.scoring.adding import check_beside, joined, leave_out, scores_to_keep
 from tvkd_fast.scoring.cache import ScoreCache, check_score_folder
-from tvkd_fast.scoring.scorer import TeacherNumbers, score_to_disk
+from tvkd_fast.scoring.kinds import check_kinds, token_kinds
+from tvkd_fast.scoring.scorer import score_to_disk
+from tvkd_fast.scoring.token_codec import StatesDtype
 from tvkd_fast.training.train_config import micro_batching
 
 if TYPE_CHECKING:
     pass
+
+ROTATION = 0
+"""The seed of the rotation that int8 states are kept under."""
 
 
 @dataclass(kw_only=True)
@@ -56,9 +61,12 @@ class ScoreConfig:
     """As in `tvkd train`: the reference is the policy pruned to so many layers."""
     kappa: float = number(1.0, POSITIVE)
     """κ of the soft values; alpha, gamma, terminal and value_scale can be chosen later."""
-    keep: list[TeacherNumbers] = field(default_factory=lambda: ["values"])
-    """The teacher's numbers to keep: `values` (sums, or rewards with teacher_reference), `logps` of the responses, or
-    both. What a folder holds already of the same data and models is kept and not computed again."""
+    keep: list[str] = field(default_factory=lambda: ["values"])
+    """The teacher's numbers to keep: `values` (sums, or rewards with teacher_reference), `logps` of the responses, and
+    of every response token its distribution: whole as `states`, the 50 most probable tokens as `topk:50`, 50 draws as
+    `sampled:50`. What a folder holds already of the same data and models is kept and not computed again."""
+    states_dtype: StatesDtype = "int8"
+    """Dtype of kept states: int8 under a rotation that the kept head has as well, or bfloat16 for twice the bytes."""
     which: Literal["train", "eval"] = "train"
     """Which of data.train and data.eval to score."""
     value_dtype: Literal["float32", "float16"] = "float32"
@@ -82,6 +90,9 @@ class ScoreConfig:
             raise ValueError("--teacher_reference is the reference of a teacher: set --teacher")
         if not self.keep:
             raise ValueError("keep names nothing: set --keep [values], [logps] or [values,logps]")
+        check_kinds(self.keep)
+        if self.teacher is None and token_kinds(self.keep):
+            raise ValueError(f"--keep {' '.join(token_kinds(self.keep))} is of a teacher: set --teacher")
 
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
@@ -97,12 +108,14 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
     dataset = load_dataset(
         config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, verbose=verbose
     )
-    models = load_frozen(
-        config, tokenizer, kappa=config.kappa, of_teacher=config.keep, sharing=sharing_of(config, world)
-    )
+    sharing = sharing_of(config, world)
+    if token_kinds(config.keep) and config.parallel.vocabulary == "auto":
+        # No process has whole logits, or the head to keep, while the vocabulary is shared.
+        sharing = replace(sharing, parallel=replace(config.parallel, vocabulary="gathered"))
+    models = load_frozen(config, tokenizer, kappa=config.kappa, of_teacher=config.keep, sharing=sharing)
     if models.reference is None:
         models.reference = load_policy(
-            config.policy, config.model, layers=config.student_layers, sharing=sharing_of(config, world), frozen=True
+            config.policy, config.model, layers=config.student_layers, sharing=sharing, frozen=True
         )
     assert isinstance(models.reference, PolicyWithHead)
     scorer = models.scorer(dataset, config, verbose=verbose)
@@ -117,6 +130,10 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
         model=config.model,
     )
     manifest = replace(manifest, value_dtype=config.value_dtype)
+    if "states" in config.keep:
+        rotation = ROTATION if config.states_dtype == "int8" else None
+        manifest = replace(manifest, states_dtype=config.states_dtype, rotation=rotation)
+    check_beside(config.output_dir, manifest)
     held = scores_to_keep(config.output_dir, dataset, manifest) if world.first else None
     names, manifest = world.broadcast(((), manifest) if held is None else (held.numbers, joined(held, manifest)))
     if not leave_out(scorer, names):

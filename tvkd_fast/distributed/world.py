@@ -73,6 +73,14 @@ class World:
         distributed.all_gather_object(things, thing, group=self.background if behind else self.host)
         return things
 
+    def gather(self, thing: T) -> list[T]:
+        """Return what each process passes, by rank, in the first process; nothing in the others."""
+        if self.mesh is None:
+            return [thing]
+        things: list[Any] | None = [None] * self.size if self.first else None
+        distributed.gather_object(thing, things, dst=0, group=self.host)
+        return things or []
+
     def barrier(self) -> None:
         """Wait until every process calls this."""
         if self.mesh is not None:

@@ -155,7 +155,8 @@ class TeacherWithHead(PolicyWithHead):
     """A frozen teacher: `forward(batch)` returns LSE(z) and LSE(κz) of every response state, two (M,) float32.
 
     Where `logps` is given, true or false, `values` says whether they are computed, and behind them stand the (N,)
-    log-probabilities of the response tokens, by one more product, or None.
+    log-probabilities of the response tokens, by one more product, or None. Behind all stands what `walk` makes of the
+    states that predict those tokens and of the head, where it is given.
     """
 
     def __init__(self, model: PreTrainedModel, *, kappa: float = 1.0, **options: Any) -> None:
@@ -169,14 +170,21 @@ class TeacherWithHead(PolicyWithHead):
         return (self,)
 
     def forward(  # type: ignore[override]
-        self, batch: ModelBatch, *, values: bool = True, logps: bool | None = None
-    ) -> tuple[Tensor | None, ...]:
+        self,
+        batch: ModelBatch,
+        *,
+        values: bool = True,
+        logps: bool | None = None,
+        walk: Callable[[Tensor, FusedLMHead], Any] | None = None,
+    ) -> tuple[Any, ...]:
+        of_tokens = bool(logps) or walk is not None
+        positions = [batch.states] * values + [batch.predicting] * of_tokens
+        if not positions:
+            return (None,)
         with self.precision():
-            if not logps:
-                sums = self.head(self.hidden(batch, batch.states), kappa=self.kappa) if values else ()
-                return sums if logps is None else (*sums, None)
-            if not values:
-                return (self.head(self.hidden(batch, batch.predicting), batch.labels),)
-            hidden = self.hidden(batch, torch.cat([batch.states, batch.predicting]))
-            of_states, of_tokens = hidden.split([len(batch.states), len(batch.predicting)])
-            return (*self.head(of_states, kappa=self.kappa), self.head(of_tokens, batch.labels))
+            states, *tokens = self.hidden(batch, torch.cat(positions)).split([len(x) for x in positions])
+            hidden = tokens[0] if tokens else states
+            found: list[Any] = list(self.head(states, kappa=self.kappa)) if values else []
+            if logps is not None:
+                found.append(self.head(hidden, batch.labels) if logps else None)
+            return (*found, walk(hidden, self.head)) if walk is not None else tuple(found)

@@ -8,14 +8,37 @@ from pathlib import Path
 
 from tvkd_fast.data import PairDataset
 from tvkd_fast.scoring.cache import ScoreCache
-from tvkd_fast.scoring.layout import NAMES, STATE_NAMES
-from tvkd_fast.scoring.manifest import ScoreManifest
+from tvkd_fast.scoring.kinds import kind_of, token_kinds
+from tvkd_fast.scoring.layout import STATE_NAMES, in_order
+from tvkd_fast.scoring.manifest import ScoreManifest, read_manifest
 from tvkd_fast.scoring.scorer import OnlineScorer
 
 OF_ALL = ("dataset", "tokenizer", "reference", "precision")
 OF_TEACHER = ("teacher", "teacher_reference", "teacher_tokens")
 OF_STATES = ("kappa", "value_dtype")
-"""Fields of a manifest that describe every number, the teacher's, and those with one value per state."""
+OF_KEPT_STATES = ("states_dtype", "rotation")
+"""Fields of a manifest that describe every number, the teacher's, those with one value per state, and kept states."""
+
+
+def check_beside(folder: str | Path, wanted: ScoreManifest) -> None:
+    """Raise ValueError where a folder holds, of the same data and teacher, a kind of tokens' rows under other settings:
+    to write these in their place would be to throw away what took a pass to compute."""
+    try:
+        found = read_manifest(folder)
+    except ValueError:
+        return
+    if (found.dataset, found.teacher) != (wanted.dataset, wanted.teacher):
+        return
+    held = {kind_of(name): name for name in token_kinds(found.numbers or ())}
+    for name in token_kinds(wanted.numbers or ()):
+        one, other = held.get(kind_of(name), name), name
+        if kind_of(name) == "states" == one and found.states_dtype != wanted.states_dtype:
+            one, other = f"states in {found.states_dtype}", f"states in {wanted.states_dtype}"
+        if one != other:
+            raise ValueError(
+                f"{folder} holds {one}, and {other} would take their place: give another --output_dir, or delete the "
+                "folder"
+            )
 
 
 def scores_to_keep(folder: str | Path, dataset: PairDataset, wanted: ScoreManifest) -> ScoreCache | None:
@@ -28,6 +51,8 @@ def scores_to_keep(folder: str | Path, dataset: PairDataset, wanted: ScoreManife
     found = cache.manifest
     compared = [*OF_ALL, *(name for name in OF_TEACHER if None not in (getattr(found, name), getattr(wanted, name)))]
     assert wanted.numbers is not None
+    if "states" in cache.numbers and "states" in wanted.numbers:
+        compared += OF_KEPT_STATES
     if not set(STATE_NAMES).isdisjoint(cache.numbers) and not set(STATE_NAMES).isdisjoint(wanted.numbers):
         compared += OF_STATES
     return cache if all(getattr(found, name) == getattr(wanted, name) for name in compared) else None
@@ -49,5 +74,6 @@ def joined(held: ScoreCache, wanted: ScoreManifest) -> ScoreManifest:
     of_held = {name: getattr(held.manifest, name) for name in OF_TEACHER if getattr(wanted, name) is None}
     if set(STATE_NAMES).isdisjoint(wanted.numbers):
         of_held |= {name: getattr(held.manifest, name) for name in OF_STATES}
-    numbers = tuple(name for name in NAMES if name in {*held.numbers, *wanted.numbers})
-    return replace(wanted, **of_held, numbers=numbers)
+    if "states" not in wanted.numbers:
+        of_held |= {name: getattr(held.manifest, name) for name in OF_KEPT_STATES}
+    return replace(wanted, **of_held, numbers=in_order({*held.numbers, *wanted.numbers}))

@@ -9,11 +9,13 @@ Letters: P pairs, M response states; responses are stored pair by pair, chosen t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,9 +24,22 @@ from torch import Tensor
 
 from tvkd_fast.data.dataset import PairDataset
 from tvkd_fast.data.tokenization import TokenizedPair
-from tvkd_fast.files import put_in_place, refuse_place, sha256_of, to_disk, unfinished, whole_files, write_whole
-from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, states_of
-from tvkd_fast.scoring.manifest import MANIFEST, ScoreManifest, Shard, read_manifest
+from tvkd_fast.files import (
+    is_whole,
+    put_in_place,
+    refuse_place,
+    sha256_of,
+    to_disk,
+    unfinished,
+    whole_files,
+    write_whole,
+)
+from tvkd_fast.scoring.kinds import token_kinds
+from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, in_order, states_of
+from tvkd_fast.scoring.manifest import MANIFEST, Part, ScoreManifest, Shard, read_manifest
+from tvkd_fast.scoring.token_codec import Codec, Rows
+from tvkd_fast.scoring.token_files import HEAD, PATTERNS, TokenFiles, link_parts, read_tokens, token_bytes, write_tokens
+from tvkd_fast.transfer import to_device
 
 DIGESTS = "pair_digests"
 """The name of `PairDataset.pair_digests` of the pairs in a shard; shards of older versions have none."""
@@ -36,38 +51,51 @@ OF_MODELS = ("teacher", "teacher_reference", "reference")
 class ScoreCache:
     """Scores of a dataset that can be asked for by pair. Its shards are mapped, and read where they are asked for."""
 
-    def __init__(self, manifest: ScoreManifest, pieces: Sequence[Scores], layout: ScoreLayout) -> None:
-        self.manifest, self.pieces, self.layout = manifest, list(pieces), layout
+    def __init__(
+        self,
+        manifest: ScoreManifest,
+        pieces: Sequence[Scores],
+        layout: ScoreLayout,
+        tokens: TokenFiles | None = None,
+    ) -> None:
+        self.manifest, self.pieces, self.layout, self.tokens = manifest, list(pieces), layout, tokens
         self._firsts = [0]
         for piece in self.pieces:
             assert piece.ref_logps is not None
             self._firsts.append(self._firsts[-1] + piece.ref_logps.shape[0])
 
-    def of(self, pairs: Tensor) -> Scores:
-        """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses."""
+    def of(self, pairs: Tensor, device: torch.device | str = "cpu", *, chosen_only: bool = False) -> Scores:
+        """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses, or the chosen ones alone."""
         kept = [name for name in NAMES if getattr(self.pieces[0], name) is not None]
         # An empty micro-batch has numbers too, none of each kind.
         found = {name: [getattr(self.pieces[0], name).flatten()[:0]] for name in kept}
-        for response in self.layout.responses(pairs.cpu()).tolist():
+        spans = []
+        responses = self.layout.responses(pairs.cpu())
+        for response in responses[: len(pairs) if chosen_only else None].tolist():
             which = bisect_right(self._firsts, response // 2) - 1
             piece, first = self.pieces[which], 2 * self._firsts[which]
             start, end = (int(self.layout.bounds[r] - self.layout.bounds[first]) for r in (response, response + 1))
+            # A response has a token less than states.
+            spans.append((which, start - (response - first), end - (response - first) - 1))
             for name in kept:
                 numbers, place = getattr(piece, name).flatten(), slice(start, end)
                 if name in RESPONSE_NAMES:
                     place = slice(response - first, response - first + 1)
                 found[name].append(numbers[place])
-        whole = {name: torch.cat(parts) for name, parts in found.items()}
-        return Scores(**{name: x.float() if x.is_floating_point() else x for name, x in whole.items()})
+        whole: dict[str, Any] = {name: to_device(torch.cat(parts), device) for name, parts in found.items()}
+        whole = {name: x.float() if x.is_floating_point() else x for name, x in whole.items()}
+        scores = Scores(**whole)
+        return scores if self.tokens is None else replace(scores, **self.tokens.of(spans, torch.device(device)))
 
     @property
     def numbers(self) -> tuple[str, ...]:
         """The names of what it holds."""
-        return tuple(name for name in NAMES if getattr(self.pieces[0], name) is not None)
+        held = [name for name in NAMES if getattr(self.pieces[0], name) is not None]
+        return in_order([*held, *token_kinds(self.manifest.numbers or ())])
 
     def between(self, first: int, last: int) -> Scores:
-        """The scores of the pairs first..last−1, laid out as in a dataset."""
-        found = {name: [getattr(self.pieces[0], name)[:0]] for name in self.numbers}
+        """The numbers of responses and states of the pairs first..last−1, laid out as in a dataset."""
+        found = {name: [getattr(self.pieces[0], name)[:0]] for name in self.numbers if name in NAMES}
         for piece, start in zip(self.pieces, self._firsts, strict=False):
             for name, parts in found.items():
                 x, of_pairs = getattr(piece, name), (max(first - start, 0), max(last - start, 0))
@@ -77,7 +105,8 @@ class ScoreCache:
                         self.layout.between(start, min(start + place, self.layout.num_pairs)) for place in of_pairs
                     )
                 parts.append(x[low:high])
-        return Scores(**{name: torch.cat(parts) for name, parts in found.items()})
+        whole: dict[str, Any] = {name: torch.cat(parts) for name, parts in found.items()}
+        return Scores(**whole)
 
     @classmethod
     def load(cls, folder: str | Path, dataset: Sequence[TokenizedPair]) -> ScoreCache:
@@ -96,7 +125,7 @@ class ScoreCache:
                 f"{folder} holds {manifest.pairs} pairs and {manifest.states} states, the data {len(dataset)} and "
                 f"{layout.num_states}: it was made of other data; run `tvkd score` again"
             )
-        cache = cls(manifest, pieces, layout)
+        cache = cls(manifest, pieces, layout, read_tokens(folder, manifest))
         for shard, (first, last) in zip(manifest.shards, pairwise(cache._firsts), strict=True):
             if layout.between(first, last) != shard.states:
                 raise ValueError(f"{folder / shard.file} holds other pairs than the data: run `tvkd score` again")
@@ -127,46 +156,78 @@ class ScoreWriter:
     """Writes a cache shard by shard beside `folder`, whose place it takes once the last shard is whole.
 
     It resumes from a killed run's files for the same numbers: whole shards are kept, a torn one and those after it
-    are computed again. An older cache in `folder` stands until then.
+    are computed again. An older cache in `folder` stands until then. The head of states is written first, by
+    `write_head` into the folder that it is given, unless the killed run did.
     """
 
     def __init__(
-        self, folder: str | Path, manifest: ScoreManifest, layout: ScoreLayout, digests: Sequence[int] = ()
+        self,
+        folder: str | Path,
+        manifest: ScoreManifest,
+        layout: ScoreLayout,
+        digests: Sequence[int] = (),
+        write_head: Callable[[Path], Part] | None = None,
     ) -> None:
         self.folder, self.layout, self.digests = Path(expanduser(folder)), layout, digests
         check_score_folder(self.folder)
         self.partial = unfinished(self.folder)
-        self.manifest = replace(manifest, shards=self._kept(manifest))
+        self.manifest = self._resumed(manifest)
         self.pairs = sum(shard.pairs for shard in self.manifest.shards)
         self._drop_unnamed()
+        if write_head is not None and self.manifest.head is None:
+            with self._saving():
+                self.manifest = replace(self.manifest, head=write_head(self.partial))
+                write_whole(self.partial / MANIFEST, self.manifest.text())
 
-    def _kept(self, manifest: ScoreManifest) -> tuple[Shard, ...]:
+    def _resumed(self, manifest: ScoreManifest) -> ScoreManifest:
         try:
             found = read_manifest(self.partial, finished=False)
         except ValueError:
-            return ()
-        return whole_files(self.partial, found.shards if found.same_numbers(manifest) else ())
+            return manifest
+        if not found.same_numbers(manifest) or not (found.head is None or is_whole(self.partial, found.head)):
+            return manifest
+        shards = takewhile(
+            lambda shard: all(is_whole(self.partial, part) for part in shard.beside),
+            whole_files(self.partial, found.shards),
+        )
+        return replace(manifest, shards=tuple(shards), head=found.head)
 
-    def write(self, scores: Scores) -> None:
-        """The next shard. ValueError where the disk refuses; the shards before it are kept."""
+    def write(
+        self,
+        scores: Scores,
+        tokens: Mapping[str, tuple[Codec, Rows]] | None = None,
+        linked: tuple[Path, Sequence[Part]] | None = None,
+    ) -> None:
+        """The next shard: numbers, what is kept of its tokens, and files of it that another folder has already.
+
+        Raises ValueError where the disk refuses; the shards before it are kept.
+        """
         assert scores.ref_logps is not None
         tensors = {name: x for name in NAMES if (x := getattr(scores, name)) is not None}
         if self.manifest.kappa == 1.0:
             tensors.pop("lse_kappa", None)
         dtype = getattr(torch, self.manifest.value_dtype)
-        count = scores.ref_logps.shape[0]
+        count, place = scores.ref_logps.shape[0], len(self.manifest.shards)
         if self.digests:
             tensors[DIGESTS] = torch.tensor(self.digests[self.pairs : self.pairs + count])
-        path = self.partial / f"scores-{len(self.manifest.shards):05d}.safetensors"
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
+        path = self.partial / f"scores-{place:05d}.safetensors"
+        with self._saving():
             save_file({k: x.to(dtype) if k in STATE_NAMES else x for k, x in tensors.items()}, path)
             to_disk(path)
+            beside = write_tokens(self.partial, place, tokens or {}, self.manifest.head)
+            if linked is not None:
+                beside += link_parts(linked[0], self.partial, linked[1])
             states = self.layout.between(self.pairs, self.pairs + count)
-            shard = Shard(path.name, count, states, sha256_of(path))
+            shard = Shard(path.name, count, states, sha256_of(path), beside)
             self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
             self.pairs += count
             write_whole(self.partial / MANIFEST, self.manifest.text())
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            yield
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"could not save scores to {self.partial}: {error}. Free some space and run it again to resume at "
@@ -175,7 +236,9 @@ class ScoreWriter:
 
     def _drop_unnamed(self) -> None:
         """Torn shards, and those of another pass."""
-        names = {MANIFEST, *(shard.file for shard in self.manifest.shards)}
+        names = {MANIFEST, *(part.file for part in (self.manifest.head,) if part is not None)}
+        for shard in self.manifest.shards:
+            names |= {shard.file, *(part.file for part in shard.beside)}
         for path in self.partial.glob("*"):
             if path.name not in names:
                 path.unlink()
@@ -191,7 +254,9 @@ def describe(folder: str | Path) -> str:
     folder = Path(expanduser(folder))
     manifest = read_manifest(folder)
     pieces = [_read_shard(folder / shard.file, shard, manifest) for shard in manifest.shards]
-    size = sum((folder / shard.file).stat().st_size for shard in manifest.shards)
+    read_tokens(folder, manifest)
+    of_tokens = token_bytes(folder, manifest)
+    size = sum((folder / shard.file).stat().st_size for shard in manifest.shards) + sum(of_tokens.values())
     made_of = ("dataset", "tokenizer", "reference", "teacher", "teacher_reference", "teacher_tokens")
     lines = {name: value for name in made_of if (value := getattr(manifest, name)) is not None}
     lines["precision"] = f"{manifest.precision}; what is kept a state is in {manifest.value_dtype}"
@@ -200,6 +265,10 @@ def describe(folder: str | Path) -> str:
         f"{manifest.pairs:,} pairs, {manifest.states:,} response states, {len(manifest.shards):,} shards, "
         f"{size:,} bytes"
     )
+    lines["bytes a token"] = ", ".join(_bytes_per_token(manifest, pieces, of_tokens))
+    if manifest.head is not None:
+        rotated = "" if manifest.rotation is None else ", after a rotation that their head has as well"
+        lines["states"] = f"in {manifest.states_dtype}{rotated}; the head has {(folder / HEAD).stat().st_size:,} bytes"
     lines["made by"] = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     for name, what in (
         ("ref_logps", "reference logps"),
@@ -215,6 +284,17 @@ def describe(folder: str | Path) -> str:
                 f"{float(x.mean()):.3f} ± {float(x.std()):.3f} nats, {float(x.min()):.3f} … {float(x.max()):.3f}"
             )
     return "\n".join(f"{name:<18}{text}" for name, text in lines.items())
+
+
+def _bytes_per_token(manifest: ScoreManifest, pieces: Sequence[Scores], of_tokens: Mapping[str, int]) -> Iterator[str]:
+    """Each kind of number with its bytes per response token of the policy."""
+    tokens = max(sum(shard.states - 2 * shard.pairs for shard in manifest.shards), 1)
+    for name in NAMES:
+        found = [x for piece in pieces if (x := getattr(piece, name)) is not None]
+        if found and (name != "lse_kappa" or manifest.kappa != 1.0):
+            yield f"{name} {sum(x.nbytes for x in found) / tokens:.1f}"
+    for name, size in of_tokens.items():
+        yield f"{name} {size / tokens:,.1f}"
 
 
 def _read_shard(path: Path, shard: Shard, manifest: ScoreManifest) -> Scores:
@@ -259,7 +339,8 @@ def check_score_folder(folder: Path) -> None:
 
 
 def _only_scores(folder: Path) -> bool:
-    return all(path.name == MANIFEST or path.match("scores*.safetensors") for path in folder.iterdir())
+    patterns = (MANIFEST, "scores*.safetensors", *PATTERNS)
+    return all(any(path.match(pattern) for pattern in patterns) for path in folder.iterdir())
 
 
 def _kind(fingerprint: object) -> str:

@@ -5,7 +5,7 @@ Letters: P pairs, M response states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from tvkd_fast.data.batch import PairBatch
 from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.ops import Head
+from tvkd_fast.scoring.kinds import token_kinds
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Scores:
     ref_hidden: Tensor | None = None
     """[N, D'] of a batch: the reference's states, likewise."""
     ref_head: Head | None = None
+    topk_ids: Tensor | None = None
+    """[N, k] int64 of a batch: the teacher's k most probable tokens of each row, most probable first."""
+    topk_logps: Tensor | None = None
+    """[N, k] float32: their log-probabilities, nats, over the whole vocabulary; what they leave is the tail's."""
+    sampled_ids: Tensor | None = None
+    """[N, k] int64 of a batch: the distinct tokens among k draws from the teacher, −1 behind the last."""
+    sampled_shares: Tensor | None = None
+    """[N, k] float32: the share of the draws that fell on each; a row's sum is 1."""
     base_hidden: Tensor | None = None
     """[N, D'] of a batch: those of the teacher's own reference, likewise."""
     base_head: Head | None = None
@@ -82,8 +91,15 @@ class ScoreLayout:
 
     def states(self, pairs: Tensor) -> Tensor:
         """(P,) pairs to the (M,) places of their responses' states, in a batch's order."""
+        return self._places(self.bounds, pairs)
+
+    def tokens(self, pairs: Tensor) -> Tensor:
+        """(P,) pairs to the (N,) places of their responses' tokens, of which each has one less than states."""
+        return self._places(self.bounds - torch.arange(len(self.bounds)), pairs)
+
+    def _places(self, bounds: Tensor, pairs: Tensor) -> Tensor:
         responses = self.responses(pairs)
-        ends = zip(self.bounds[responses].tolist(), self.bounds[responses + 1].tolist(), strict=True)
+        ends = zip(bounds[responses].tolist(), bounds[responses + 1].tolist(), strict=True)
         nothing = torch.empty(0, dtype=torch.int64)
         return torch.cat([nothing, *(torch.arange(start, end) for start, end in ends)])
 
@@ -93,10 +109,18 @@ def states_of(dataset: Sequence[TokenizedPair]) -> Tensor:
     return torch.tensor([[len(p.chosen_ids), len(p.rejected_ids)] for p in dataset], dtype=torch.int64).view(-1, 2) + 1
 
 
-NAMES = tuple(f.name for f in fields(Scores) if not f.name.endswith(("_hidden", "_head")))
-"""The numbers that a cache may hold."""
+TOKEN_NAMES = ("teacher_hidden", "topk_ids", "topk_logps", "sampled_ids", "sampled_shares")
+"""What has a row per response token, of which a cache keeps a coded form."""
+
+NAMES = tuple(f.name for f in fields(Scores) if f.name not in TOKEN_NAMES and not f.name.endswith(("_hidden", "_head")))
+"""The numbers of a response or a state that a cache may hold."""
 
 STATE_NAMES = ("lse", "lse_kappa", "reward")
 """The numbers with one value per state; the others have one per response."""
 
 RESPONSE_NAMES = tuple(name for name in NAMES if name not in STATE_NAMES)
+
+
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """Names of a manifest's numbers in their order: those of responses and states, then what is kept of tokens."""
+    return (*(name for name in NAMES if name in names), *token_kinds(names))

@@ -9,10 +9,20 @@ from typing import Any, Literal
 
 from tvkd_fast.files import read_signed, signed_json
 
-FORMAT = 4
-"""Format 3 did not say which numbers are kept, and is read as well."""
+FORMAT = 5
+"""Format 4 kept nothing per token, format 3 did not say either which numbers are kept; both are read as well."""
+
+_OF_TOKENS = ("states_dtype", "rotation", "head")
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Another file of the folder."""
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,8 @@ class Shard:
     pairs: int
     states: int
     sha256: str
+    beside: tuple[Part, ...] = ()
+    """The files of what is kept of these pairs' tokens, one of each kind."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,13 @@ class ScoreManifest:
     teacher_tokens: str | None = None
     """The fingerprint of the token ids that the teacher read: the dataset's, unless it has a tokenizer of its own."""
     numbers: tuple[str, ...] | None = None
-    """The names of the kept numbers, in their order; None in format 3."""
+    """The names of the kept numbers, in their order, and of what is kept per token; None in format 3."""
+    states_dtype: Literal["int8", "bfloat16"] | None = None
+    """The dtype of the teacher's states, where they are kept."""
+    rotation: int | None = None
+    """The seed of the rotation that int8 states, and their head, are kept under."""
+    head: Part | None = None
+    """The file of the states' head."""
     shards: tuple[Shard, ...] = ()
     format: int = FORMAT
 
@@ -67,11 +85,16 @@ class ScoreManifest:
 
     def same_numbers(self, other: ScoreManifest) -> bool:
         """Return whether both describe the same numbers, whatever their count and writer."""
-        return replace(self, shards=(), versions={}) == replace(other, shards=(), versions={})
+        return replace(self, shards=(), versions={}, head=None) == replace(other, shards=(), versions={}, head=None)
 
     def text(self) -> str:
         """Return the manifest file's exact text, with a checksum of its own: a file that differs is damaged."""
         body = asdict(self)
+        if self.format < 5:
+            for name in _OF_TOKENS:
+                del body[name]
+            for shard in body["shards"]:
+                del shard["beside"]
         if self.format == 3:
             del body["numbers"]
         return signed_json(body)
@@ -86,7 +109,7 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
     manifest = read_signed(
         path,
         _made,
-        formats=(3, FORMAT),
+        formats=(3, 4, FORMAT),
         command="`tvkd score`",
         missing=f"no score cache at {folder}: make one with `tvkd score --output_dir {folder} …`",
     )
@@ -96,6 +119,9 @@ def read_manifest(folder: str | Path, *, finished: bool = True) -> ScoreManifest
 
 
 def _made(body: dict[str, Any]) -> ScoreManifest:
-    numbers = body.get("numbers")
-    shards = tuple(Shard(**shard) for shard in body["shards"])
-    return ScoreManifest(**body | {"numbers": None if numbers is None else tuple(numbers), "shards": shards})
+    numbers, head = body.get("numbers"), body.get("head")
+    shards = tuple(
+        Shard(**shard | {"beside": tuple(Part(**part) for part in shard.get("beside", ()))}) for shard in body["shards"]
+    )
+    made = {"numbers": None if numbers is None else tuple(numbers), "head": None if head is None else Part(**head)}
+    return ScoreManifest(**body | made | {"shards": shards})

@@ -5,9 +5,11 @@ Letters: P pairs, M response states.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,15 @@ from tqdm import tqdm
 from tvkd_fast.data import MicroBatching, PairBatch, PairDataset
 from tvkd_fast.distributed import World
 from tvkd_fast.losses import running_sums, segment_sums
-from tvkd_fast.models import PolicyWithHead, TeacherWithHead, WithoutAdapters
+from tvkd_fast.models import FusedLMHead, PolicyWithHead, TeacherWithHead, WithoutAdapters
 from tvkd_fast.scoring.cache import ScoreCache, ScoreWriter
-from tvkd_fast.scoring.layout import NAMES, STATE_NAMES, ScoreLayout, Scores
-from tvkd_fast.scoring.manifest import ScoreManifest
+from tvkd_fast.scoring.distributions import kept_of
+from tvkd_fast.scoring.kinds import TOKEN_KINDS, VALUES, kind_of, token_kinds
+from tvkd_fast.scoring.layout import NAMES, STATE_NAMES, ScoreLayout, Scores, in_order
+from tvkd_fast.scoring.manifest import Part, ScoreManifest
+from tvkd_fast.scoring.rotation import Rotation
+from tvkd_fast.scoring.token_codec import Codec, Rows, codec_of
+from tvkd_fast.scoring.token_files import link_parts, write_head
 from tvkd_fast.transfer import to_device
 
 if TYPE_CHECKING:
@@ -36,7 +43,8 @@ class RewardTeacher(nn.Module):
     """The teacher of `value_from="implicit_reward"`: what it gained over its own reference, up to every response state.
 
     `forward(batch)` returns Σ_{k<t} log π_φ(y_{k+1}|s_k) − log π_φref(y_{k+1}|s_k), (M,) float32, 0 at s_0, unless
-    `values` is false, and the (N,) log π_φ(y_{k+1}|s_k), which are None unless `logps`.
+    `values` is false, and the (N,) log π_φ(y_{k+1}|s_k), which are None unless `logps`; behind them what `walk` makes
+    of the teacher's states and head, as in `TeacherWithHead`.
     """
 
     def __init__(self, teacher: PolicyWithHead, reference: PolicyWithHead) -> None:
@@ -55,15 +63,24 @@ class RewardTeacher(nn.Module):
     def vocab_size(self) -> int:
         return min(policy.vocab_size for policy in self.policies)
 
-    def forward(self, batch: PairBatch, *, values: bool = True, logps: bool = False) -> tuple[Tensor | None, ...]:
-        own = self.teacher(batch)
+    def forward(
+        self,
+        batch: PairBatch,
+        *,
+        values: bool = True,
+        logps: bool = False,
+        walk: Callable[[Tensor, FusedLMHead], Any] | None = None,
+    ) -> tuple[Any, ...]:
+        if walk is None:
+            own, walked = self.teacher(batch), []
+        else:
+            of_both = lambda hidden, head: (head(hidden, batch.labels), walk(hidden, head))  # noqa: E731
+            own, *walked = self.teacher(batch, walk=of_both)
         rewards = [running_sums(own - self.reference(batch), batch.cu_seqlens)] if values else []
-        return *rewards, own if logps else None
+        return *rewards, own if logps else None, *walked
 
 
 Teacher = TeacherWithHead | RewardTeacher
-TeacherNumbers = Literal["values", "logps"]
-VALUES: tuple[TeacherNumbers, ...] = ("values",)
 
 
 @dataclass(frozen=True)
@@ -77,10 +94,10 @@ class TeacherTokens:
 class OnlineScorer:
     """Runs the frozen models on every batch; the teacher on tokens of its own, where it is given some.
 
-    `of_teacher` is what it is asked for: its values (sums, or rewards of a `RewardTeacher`), the responses'
-    log-probabilities, or both in one pass. With `reference_states` the reference answers with its states as well, and
-    `base`, the teacher's own reference, with nothing else; their heads are taken once, a collective where they are
-    sharded.
+    `of_teacher` is what it is asked for, all in one pass: its values (sums, or rewards of a `RewardTeacher`), the
+    responses' log-probabilities, and what is kept of its distributions, by the names of `tvkd score --keep`. With
+    `reference_states` the reference answers with its states as well, and `base`, the teacher's own reference, with
+    nothing else; the heads of states are taken once, a collective where they are sharded.
     """
 
     def __init__(
@@ -90,30 +107,35 @@ class OnlineScorer:
         teacher_tokens: TeacherTokens | None = None,
         world: World | None = None,
         *,
-        of_teacher: Collection[TeacherNumbers] = VALUES,
+        of_teacher: Collection[str] = VALUES,
         reference_states: bool = False,
         base: PolicyWithHead | None = None,
     ) -> None:
         self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
         self.world, self.of_teacher = world, of_teacher
         self.base = base
+        self.teacher_head = None
+        if teacher is not None and "states" in of_teacher:
+            self.teacher_head = teacher.policies[0].head.gathered()
         self.ref_head = reference.head.gathered() if reference_states and reference is not None else None
         self.base_head = None if base is None else base.head.gathered()
 
-    def names_of(self, kind: TeacherNumbers) -> tuple[str, ...]:
-        """The names in `Scores` of what the teacher is asked for."""
+    def names_of(self, kind: str) -> tuple[str, ...]:
+        """What the teacher is asked for, by the names of a manifest's numbers."""
+        if kind_of(kind) in TOKEN_KINDS:
+            return (kind,)
         if kind == "logps":
             return ("teacher_logps",)
         return ("reward",) if isinstance(self.teacher, RewardTeacher) else ("lse", "lse_kappa")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the numbers that it answers with, in the order of `Scores`."""
+        """The names of the numbers that it answers with, in a manifest's order."""
         found = set() if self.reference is None else {"ref_logps"}
         if self.teacher is not None:
             found.update(*(self.names_of(kind) for kind in self.of_teacher))
             found.update(() if self.teacher_tokens is None else ("teacher_states", "teacher_ended"))
-        return tuple(name for name in NAMES if name in found)
+        return in_order(found)
 
     def layout(self, dataset: PairDataset) -> ScoreLayout:
         """Return the layout of the numbers that it computes for a dataset."""
@@ -158,9 +180,21 @@ class OnlineScorer:
     def _of_teacher(self, batch: PairBatch) -> Scores:
         assert self.teacher is not None
         values, logps = (name in self.of_teacher for name in ("values", "logps"))
-        *found, of_tokens = self.teacher(batch, values=values, logps=logps)
-        scores = Scores(**dict(zip(self.names_of("values"), found, strict=False)))
-        return replace(scores, teacher_logps=segment_sums(of_tokens, batch.cu_seqlens)) if logps else scores
+        kinds = token_kinds(self.of_teacher)
+        answers = list(
+            self.teacher(
+                batch,
+                values=values,
+                logps=logps,
+                walk=(lambda hidden, head: kept_of(kinds, batch, hidden, head.whole)) if kinds else None,
+            )
+        )
+        kept = answers.pop() if kinds else {}
+        of_tokens = answers.pop()
+        found: dict[str, Any] = dict(zip(self.names_of("values"), answers, strict=False))
+        if logps:
+            found["teacher_logps"] = segment_sums(of_tokens, batch.cu_seqlens)
+        return Scores(**found, **kept, teacher_head=self.teacher_head if "states" in kinds else None)
 
     def _in_its_own_tokens(self, batch: PairBatch, tokens: TeacherTokens) -> Scores:
         """The teacher's rows are packed anew: of the same pairs it may have more tokens than fit one row."""
@@ -185,8 +219,11 @@ class OnlineScorer:
             "teacher_states": layout.bounds.diff()[layout.responses(all_pairs)],
             "teacher_ended": ended.view(len(pairs), 2).T.flatten(),
         }
-        numbers = {name: x[order if name in STATE_NAMES else layout.responses(all_pairs)] for name, x in found.items()}
-        return Scores(**numbers, **{name: to_device(x, batch.labels.device) for name, x in of_responses.items()})
+        in_batch: dict[str, Any] = {
+            name: x[order if name in STATE_NAMES else layout.responses(all_pairs)] for name, x in found.items()
+        }
+        in_batch |= {name: to_device(x, batch.labels.device) for name, x in of_responses.items()}
+        return Scores(**in_batch)
 
 
 class CachedScorer:
@@ -196,9 +233,8 @@ class CachedScorer:
         self.cache = cache
 
     def of(self, batch: PairBatch) -> Scores:
-        scores = self.cache.of(batch.pairs)
-        device = batch.labels.device
-        return Scores(*(None if x is None else to_device(x, device) for x in vars(scores).values()))
+        chosen_only = len(batch.response_lengths) == batch.num_pairs
+        return self.cache.of(batch.pairs, batch.labels.device, chosen_only=chosen_only)
 
 
 def score_dataset(
@@ -212,11 +248,12 @@ def score_dataset(
 ) -> ScoreCache:
     """Run the scorer once over the dataset and keep its scores in memory, in the dataset's order.
 
-    Each process of `world` scores its part, and each gets the scores of all.
+    Each process of `world` scores its part, and each gets the scores of all. Nothing of single tokens is kept so.
     """
+    assert not token_kinds(scorer.of_teacher), "a dataset's distributions are for a disk"
     layout = scorer.layout(dataset)
     with _bar(len(dataset), 0, progress) as bar:
-        scores = _score_pairs(dataset, layout, range(len(dataset)), scorer, batching, world, bar)
+        scores, _ = _score_pairs(dataset, layout, range(len(dataset)), scorer, {}, batching, world, bar)
     return ScoreCache(manifest, [scores], layout)
 
 
@@ -238,18 +275,52 @@ def score_to_disk(
     dataset that are written beside those of the scorer, which computes the others alone.
     """
     layout = scorer.layout(dataset)
-    writer = ScoreWriter(folder, manifest, layout, dataset.pair_digests) if world.first else None
-    start = world.broadcast(0 if writer is None else writer.pairs)
+    codecs, head = _codecs(scorer, manifest)
+    if held is not None and held.manifest.head is not None:
+        of_held = held.manifest.head
+        head = lambda into: link_parts(Path(folder), into, [of_held])[0]  # noqa: E731
+    writer = ScoreWriter(folder, manifest, layout, dataset.pair_digests, head) if world.first else None
+    # What is held of tokens stays in its files, and so their pairs stay together.
+    grid = [shard.pairs for shard in held.manifest.shards] if held is not None and held.tokens is not None else None
+    grid, start = world.broadcast((grid, 0 if writer is None else writer.pairs))
     with _bar(len(dataset), start, progress) as bar:
-        for first in range(start, len(dataset), pairs_per_shard):
-            pairs = range(first, min(first + pairs_per_shard, len(dataset)))
-            scores = _score_pairs(dataset, layout, pairs, scorer, batching, world, bar)
-            if writer is not None:
-                writer.write(scores if held is None else _beside(held.between(pairs.start, pairs.stop), scores))
+        for place, pairs in enumerate(_shards(len(dataset), pairs_per_shard, grid)):
+            if pairs.start < start:
+                continue
+            scores, tokens = _score_pairs(dataset, layout, pairs, scorer, codecs, batching, world, bar)
+            if writer is None:
+                continue
+            if held is None:
+                writer.write(scores, tokens)
+            else:
+                linked = (Path(folder), held.manifest.shards[place].beside) if grid else None
+                writer.write(_beside(held.between(pairs.start, pairs.stop), scores), tokens, linked)
     if writer is not None:
         writer.finish()
     world.barrier()
     return ScoreCache.load(folder, dataset)
+
+
+def _shards(count: int, size: int, grid: list[int] | None) -> Iterator[range]:
+    """The pairs of each shard: as many as in `grid`, or `size` of them."""
+    ends = [0, *(accumulate(grid) if grid else (min(end, count) for end in range(size, count + size, size)))]
+    for first, last in pairwise(ends):
+        yield range(first, last)
+
+
+def _codecs(scorer: OnlineScorer, manifest: ScoreManifest) -> tuple[dict[str, Codec], Callable[[Path], Part] | None]:
+    """The codecs of what the scorer keeps of tokens, and the writer of the head of its states."""
+    kinds, head = token_kinds(scorer.of_teacher), scorer.teacher_head
+    if scorer.teacher is None or not kinds:
+        return {}, None
+    rotation = None
+    if head is not None and manifest.rotation is not None:
+        rotation = Rotation.seeded(head.weight.shape[1], manifest.rotation)
+    size = scorer.teacher.policies[0].vocab_size
+    codecs = {name: codec_of(name, manifest.states_dtype, size, rotation) for name in kinds}
+    if "states" not in kinds or head is None:
+        return codecs, None
+    return codecs, lambda into: write_head(into, head if rotation is None else rotation.folded(head))
 
 
 def _score_pairs(
@@ -257,28 +328,52 @@ def _score_pairs(
     layout: ScoreLayout,
     pairs: range,
     scorer: OnlineScorer,
+    codecs: Mapping[str, Codec],
     batching: MicroBatching,
     world: World,
     bar: tqdm,
-) -> Scores:
-    """Return the scores of consecutive pairs, in their order."""
+) -> tuple[Scores, dict[str, tuple[Codec, Rows]]]:
+    """Return the numbers of consecutive pairs, in their order, and in the first process their tokens' rows by kind."""
     kept: dict[str, Tensor] = {}
+    coded: dict[str, list[Rows]] = {name: [] for name in codecs}
+    places = [torch.empty(0, dtype=torch.int64)]
     states = layout.between(pairs.start, pairs.stop)
     batches = batching.share(dataset, pairs, rank=world.rank, size=world.size)
     for i, batch in enumerate(batches):
         scores = scorer.of(batch.to(world.device))
         of_states = layout.states(batch.pairs) - layout.bounds[2 * pairs.start]
         of_responses = layout.responses(batch.pairs) - 2 * pairs.start
-        for name, numbers in vars(scores).items():
+        for name in NAMES:
+            numbers = getattr(scores, name)
             if numbers is not None:
                 x = numbers.float().cpu() if numbers.is_floating_point() else numbers.cpu()
                 size, place = (states, of_states) if name in STATE_NAMES else (2 * len(pairs), of_responses)
                 kept.setdefault(name, x.new_zeros(size))[place] = x
+        if codecs and batch.num_pairs:
+            places.append(layout.tokens(batch.pairs) - int(layout.bounds[2 * pairs.start]) + 2 * pairs.start)
+            for name, codec in codecs.items():
+                coded[name].append({key: x.cpu() for key, x in codec.encode(scores).items()})
         bar.update(len(pairs) * (i + 1) // len(batches) - len(pairs) * i // len(batches))
     # Each number is in one process and 0 in the others.
-    summed = {name: sum(parts[1:], start=parts[0]) for name, parts in _by_name(world.all_gather(kept)).items()}
+    summed: dict[str, Any] = {
+        name: sum(parts[1:], start=parts[0]) for name, parts in _by_name(world.all_gather(kept)).items()
+    }
     summed = {name: x if name in STATE_NAMES else x.view(-1, 2) for name, x in summed.items()}
-    return Scores(**{name: summed.get(name) for name in NAMES})
+    numbers = Scores(**{name: summed.get(name) for name in NAMES})
+    # Rows of tokens are many: only the process that writes them gets them, one kind after the other.
+    order = world.gather(places) if codecs else []
+    return numbers, {name: (codec, _in_order(world.gather(coded[name]), order)) for name, codec in codecs.items()}
+
+
+def _in_order(found: list[list[Rows]], places: list[list[Tensor]]) -> Rows:
+    """Rows of all batches of all processes, each in its place; nothing where nothing was gathered."""
+    batches = [batch for of_one in found for batch in of_one]
+    rows = {}
+    for name in batches[0] if batches else ():
+        x, place = torch.cat([batch[name] for batch in batches]), torch.cat([torch.cat(of_one) for of_one in places])
+        assert len(x) == len(place)
+        rows[name] = torch.empty_like(x).index_copy_(0, place, x)
+    return rows
 
 
 def _beside(held: Scores, scores: Scores) -> Scores:
