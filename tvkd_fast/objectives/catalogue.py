@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from tvkd_fast.objectives.contract import NOT_CACHED, TEACHER, Need, Objective
+from tvkd_fast.objectives.contract import NOT_CACHED, STATES, TEACHER, Need, Objective
 from tvkd_fast.objectives.divergences.joint_numbers import SCORE, walks_of
 from tvkd_fast.objectives.registry import DEFAULT, objectives
 
@@ -28,6 +28,7 @@ _IN_WORDS = {
     Need.TEACHER_STATES: "teacher's states",
     Need.REFERENCE_STATES: "reference's states",
     Need.BASE_STATES: "states of the teacher's reference",
+    Need.SAMPLER_LOGPS: "sampler's log-probabilities",
 }
 _KEPT_PER_TOKEN = {Need.TEACHER_SUMS: "4", Need.TEACHER_REWARDS: "4", Need.TEACHER_STATES: "2D′"}
 _KEPT_PER_RESPONSE = {Need.REFERENCE: 4, Need.TEACHER_LOGPS: 4}
@@ -85,6 +86,9 @@ def products(objective: Objective) -> str:
         with_logps |= not alone
     if not with_logps:
         own += 3 if objective.per_pair else 4
+    if not objective.joint:
+        # States that no walk is over are read for the labels' log-probabilities.
+        frozen += len(objective.needs & STATES)
     own += Need.COLLISIONS in objective.needs
     return f"{own:g}" + (f" + {'' if frozen == 1 else f'{frozen:g}'}r" if frozen else "")
 

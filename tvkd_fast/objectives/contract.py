@@ -35,6 +35,7 @@ class Need(Enum):
     BASE_STATES = "the states of the teacher's own reference"
     REWARDS = "rewards, which are columns of the data"
     COLLISIONS = "the policy's log Σp², by one more product of its head"
+    SAMPLER_LOGPS = "the sampler's log-probabilities, which samples of the run itself have"
 
 
 TEACHER = frozenset(
@@ -49,6 +50,8 @@ _STATES: dict[Whose, Need] = {
     "ref": Need.REFERENCE_STATES,
     "base": Need.BASE_STATES,
 }
+STATES = frozenset(_STATES.values())
+"""Needs that are a frozen model's states and its head."""
 Divisor = Literal["pairs", "chosen_tokens", "tokens"]
 
 
@@ -80,6 +83,8 @@ class PolicyNumbers:
     """The same shape: Σ_t log Σ_v π_θ(v|s_t)² of each response, nats, without a gradient; under `Need.COLLISIONS`."""
     joint: Mapping[Joint, Tensor] = field(default_factory=dict)
     """(N,) of each of the objective's `joint` keys: a number of every response token, nats, differentiable."""
+    token_logps: Tensor | None = None
+    """(N,) the summands of `logps`, where an objective's own `numbers` gives them."""
 
     def summed(self, key: Joint, batch: PairBatch) -> Tensor:
         """(2P,) sums of a key's numbers over each response's tokens, differentiable."""
@@ -139,6 +144,8 @@ class Objective:
     linear: ClassVar[bool] = False
     """Whether the loss is linear in the policy's numbers: then walks over two vocabularies make their gradient in the
     forward. Where it is True and wrong, what is said of `per_pair` holds."""
+    on_policy: ClassVar[bool] = False
+    """Whether its responses are the policy's own samples, of its own law, unless a run says otherwise."""
     several_rewards: ClassVar[bool] = False
     """Whether, under `Need.REWARDS`, it takes more than one column of them."""
 
@@ -285,6 +292,8 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
         found.add(Need.TEACHER_LOGPS)
     if batch is not None and batch.rewards is not None:
         found.add(Need.REWARDS)
+    if batch is not None and batch.sampler_logps is not None:
+        found.add(Need.SAMPLER_LOGPS)
     return frozenset(found)
 
 

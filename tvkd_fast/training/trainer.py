@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.data import PairBatch, PairDataset, pairs_of_epochs, pairs_of_step
+from tvkd_fast.data import PairBatch, PairDataset, pairs_of_epochs
 from tvkd_fast.data.order import check_step
+from tvkd_fast.data.step_pairs import StepPairs
 from tvkd_fast.distributed import World
 from tvkd_fast.evaluation.evaluate import Evaluation, evaluate
 from tvkd_fast.files import written
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import Need
 from tvkd_fast.ops import HeadStats
+from tvkd_fast.rollout import Rollouts, Sampler
 from tvkd_fast.scoring.scorer import Scorer
+from tvkd_fast.scoring.timed import TimedScorer
 from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state, set_aside
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer
@@ -47,8 +50,9 @@ class Trainer:
         config: the run. Its data and model fields were used to make the other arguments and are only recorded.
         policy: on its device; its parameters are what is trained.
         scorer: scores training pairs by reference and teacher.
-        dataset: training pairs.
+        dataset: training pairs, or prompts alone where all steps sample.
         held_out: pairs to evaluate on, with a scorer of their own (or None: the policy alone is evaluated).
+        sampler: the policy as one that samples, where `config.sampled_share` of the steps learn from its responses.
         identity: names and fingerprints that a checkpoint must share to be resumed from.
         show_progress: draw a progress bar on stderr.
         world: the processes that share the policy; each of them runs a trainer of the same arguments.
@@ -64,12 +68,14 @@ class Trainer:
         *,
         held_out: PairDataset | None = None,
         held_out_scorer: Scorer | None = None,
+        sampler: Sampler | None = None,
         identity: dict[str, Any] | None = None,
         show_progress: bool = True,
         world: World | None = None,
         stop: StopSignal | None = None,
     ) -> None:
-        self.config, self.policy, self.scorer, self.dataset = config, policy, scorer, dataset
+        self.config, self.policy, self.dataset = config, policy, dataset
+        self.scorer: Scorer = scorer
         self.held_out, self.held_out_scorer = held_out, held_out_scorer
         self.world = World(next(policy.parameters()).device) if world is None else world
         self.stop = StopSignal() if stop is None else stop
@@ -83,6 +89,21 @@ class Trainer:
         self.flops = StepFlops(policy)
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.world, keep=config.keep_checkpoints)
         check_step(config.pairs_per_step, dataset)
+        self.data: StepPairs | Rollouts = StepPairs(
+            dataset,
+            self.batching,
+            config.seed,
+            config.pairs_per_step,
+            self.total_pairs,
+            chosen_only=Need.REJECTED not in config.loss.needs,
+            rank=self.world.rank,
+            size=self.world.size,
+        )
+        if sampler is not None:
+            self.scorer = timed = TimedScorer(scorer)
+            self.data = Rollouts(
+                self.data, sampler, config.rollout, share=config.sampled_share, world=self.world, scorer=timed
+            )
         self._unseen: list[tuple[int, Tensor]] = []
         """Steps, and whether each was finite, that nobody has looked at yet."""
         self.trained = False
@@ -105,8 +126,8 @@ class Trainer:
         with bar, closing(self.checkpoints), nullcontext() if log is None else closing(log):
             for step in range(done, self.max_steps):
                 start = time.perf_counter()
-                batches = self._batches(step)
-                pairs += len(self._pairs(step))
+                batches = [batch.to(self.world.device) for batch in self.data.batches(step)]
+                pairs += len(self.data.pairs(step))
                 waited += time.perf_counter() - start
                 lr = self._set_learning_rate(step)
                 out = self._step(step, batches)
@@ -122,7 +143,7 @@ class Trainer:
                         watch.look(number, numbers, last=last)
                     metrics = {"step": number, **numbers.metrics(), "lr": lr}
                     metrics |= self._speed(numbers.tokens, numbers.response_tokens, pairs, busy, waited)
-                    metrics |= self._head_metrics()
+                    metrics |= self._head_metrics() | self.data.metrics(busy)
                     self._write(log, metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
                     busy, waited, pairs = 0.0, 0.0, 0
@@ -170,7 +191,7 @@ class Trainer:
         if step is None:
             return
         self.checkpoints.wait()
-        path, pairs = self.folder / NONFINITE.format(step), sorted(self._pairs(step))
+        path, pairs = self.folder / NONFINITE.format(step), sorted(self.data.pairs(step))
         if self.world.first:
             record = {"step": step, "pairs": pairs, "config": to_record(self.config)}
             with written(path, RESUMES):
@@ -230,12 +251,14 @@ class Trainer:
             print(f"resuming from {path}")
         check_same_run(path, self.identity)
         self.checkpoints.load(path, self.policy, self.optimizer)
-        return int(read_state(path)["step"])
+        state = read_state(path)
+        self.data.load(state)
+        return int(state["step"])
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
         self._refuse_nonfinite()
         by = self.config.keep_best
-        extra: dict[str, Any] = {"identity": self.identity, "config": to_record(self.config)}
+        extra: dict[str, Any] = {"identity": self.identity, "config": to_record(self.config)} | self.data.state(step)
         if self.held_out is not None and by != "none":
             extra["scored_on"] = [by, self.held_out.fingerprint]
         figure = None if evaluation is None or by == "none" else getattr(evaluation, by)
@@ -247,23 +270,6 @@ class Trainer:
                 stacklevel=2,
             )
         self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
-
-    def _pairs(self, step: int) -> list[int]:
-        """Return the pairs of a step, over all processes."""
-        each = self.config.pairs_per_step
-        return pairs_of_step(
-            self.config.seed, step, num_pairs=len(self.dataset), pairs_per_step=each, total=self.total_pairs
-        )
-
-    def _batches(self, step: int) -> list[PairBatch]:
-        batches = self.batching.share(
-            self.dataset,
-            self._pairs(step),
-            rank=self.world.rank,
-            size=self.world.size,
-            chosen_only=Need.REJECTED not in self.config.loss.needs,
-        )
-        return [batch.to(self.world.device) for batch in batches]
 
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(step, self.max_steps, self.config.optim)
@@ -301,12 +307,17 @@ class Trainer:
 def _trajectory(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that determine a run's course. Resume requires identical values."""
     names = ("objective", "seed", "pairs_per_step", "max_steps", "epochs")
-    return {name: getattr(config, name) for name in names} | {
-        "loss": config.loss.settings(),
-        "optim": _plain(config.optim),
-        "head": asdict(config.head),
-        "lora": asdict(config.lora),
-    }
+    sampled = {"rollout": _plain(config.rollout)} if config.sampled_share else {}
+    return (
+        {name: getattr(config, name) for name in names}
+        | sampled
+        | {
+            "loss": config.loss.settings(),
+            "optim": _plain(config.optim),
+            "head": asdict(config.head),
+            "lora": asdict(config.lora),
+        }
+    )
 
 
 def _plain(config: Any) -> dict[str, Any]:
