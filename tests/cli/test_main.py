@@ -130,6 +130,38 @@ def test_a_mistyped_key_in_yaml_is_refused_with_the_nearest_name(text, wanted, t
     assert wanted in error_of(capsys, "train", "--config", str(config))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--objective", "[{dppo: {}}]"], "got 'dppo'; did you mean dpo?"),
+        (["--objective=[{dpo: {}, weight: 0}]"], "the weights of dpo sum to 0"),
+        (["--objective", "[{sft: {beta: 1}}]"], "beta is no setting of sft, which has none"),
+    ],
+)
+def test_what_is_no_mixture_is_refused_in_a_line(arguments, wanted, capsys):
+    error = error_of(capsys, "train", "--policy", "p", "--output_dir", "o", *arguments)
+    assert error.startswith("tvkd train: error: ")
+    assert wanted in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_list_for_an_objective_is_a_mixture_in_yaml_and_on_the_command_line(files, tmp_path, capsys):
+    parts = [{"dpo": {"beta": 0.3}, "weight": 1}, {"sft": {}, "weight": 0.5}]
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"policy: {files['policy']}\noutput_dir: {tmp_path / 'a'}\ndata:\n  train: {files['data']}\n"
+        f"objective: {json.dumps(parts)}\nmax_steps: 1\npairs_per_step: 4\n"
+    )
+    main(["train", "--config", str(config)])
+    state = json.loads((tmp_path / "a" / "checkpoints" / "step-000001" / "state.json").read_text())
+    assert state["config"]["objective"] == "mixture"
+    assert state["identity"]["loss"] == {"parts": parts}
+    main(["train", "--config", str(config), "--objective", "[{dpo: {}}, {cpo: {}}]", "--dry_run"])
+    assert "objective   mixture: 1 · dpo (beta 0.1, label_smoothing 0.0) + 1 · cpo (" in capsys.readouterr().out
+    config.write_text(config.read_text() + "loss: {beta: 0.1}\n")
+    assert "write each objective's settings into its part" in error_of(capsys, "train", "--config", str(config))
+
+
 def test_yaml_cannot_run_code(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("policy: !!python/object/apply:os.system ['touch pwned']\noutput_dir: o\n")

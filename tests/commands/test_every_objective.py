@@ -1,6 +1,7 @@
 """Every objective trains, is planned and evaluated, by what it needs and not by its name."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,20 @@ def settings_of(name: str, config: Any) -> dict[str, Any]:
             rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
             rewarded = [row | {"score_chosen": 1.0 + i % 3, "score_rejected": 0.5} for i, row in enumerate(rows)]
             Path(source).write_text("".join(json.dumps(row) + "\n" for row in rewarded))
-    if Need.BASE_STATES in needs:
-        return {"teacher_reference": config.policy}
     return {} if needs & TEACHER else {"teacher": None}
 
 
+@pytest.fixture
+def base(model_folder: Any) -> Callable[[str], dict[str, str]]:
+    """The teacher's own reference, where the objective needs its states."""
+    of_base = {"teacher_reference": model_folder(seed=2)}
+    return lambda name: of_base if Need.BASE_STATES in objectives()[name]().needs else {}
+
+
 @every
-def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any) -> None:
+def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any, base: Any) -> None:
     needs = objectives()[name]().needs
-    config = make_config(objective=name, max_steps=4, eval_every=2, save_every=2)
+    config = make_config(objective=name, max_steps=4, eval_every=2, save_every=2, **base(name))
     config = replace(config, **settings_of(name, config))
     figures = run(config)
     lines = read_metrics(Path(config.output_dir) / METRICS)
@@ -46,9 +52,9 @@ def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any) -> No
 
 
 @every
-def test_it_is_planned(name: str, make_config: Any) -> None:
+def test_it_is_planned(name: str, make_config: Any, base: Any) -> None:
     needs = objectives()[name]().needs
-    config = make_config(objective=name)
+    config = make_config(objective=name, **base(name))
     text = plan(replace(config, **settings_of(name, config)))
     assert f"objective   {name}: " in text
     assert (f"reference   none ({name})" in text) == needs.isdisjoint(OF_REFERENCE)
@@ -56,13 +62,15 @@ def test_it_is_planned(name: str, make_config: Any) -> None:
 
 
 @every
-def test_a_policy_is_evaluated_by_it(name: str, make_config: Any) -> None:
+def test_a_policy_is_evaluated_by_it(name: str, make_config: Any, base: Any) -> None:
     needs = objectives()[name]().needs
-    config = make_config(objective=name)
+    config = make_config(objective=name, **base(name))
     reference = config.policy if needs & SCORED else None
     teacher = config.teacher if needs & TEACHER else None
-    more = {key: x for key, x in settings_of(name, config).items() if x is not None}
+    settings_of(name, config)
     found = evaluate_policy(
-        EvalConfig(policy=config.policy, reference=reference, teacher=teacher, data=config.data, objective=name, **more)
+        EvalConfig(
+            policy=config.policy, reference=reference, teacher=teacher, data=config.data, objective=name, **base(name)
+        )
     )
     assert found.loss is not None

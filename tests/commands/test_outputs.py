@@ -149,7 +149,6 @@ KEEPS = {"keep_best": "accuracy", "eval_every": 2, "max_steps": 4}
     [
         ({}, "with --save_every 0 there is none but the last: set --save_every 2"),
         ({"save_every": 3}, "evaluations every 2 steps hardly ever meet checkpoints every 3: set --save_every 2"),
-        ({"save_every": 2, "objective": "sft", "keep_best": "loss"}, "under --objective sft have no loss"),
         ({"save_every": 2, "teacher": None, "scores": "s", "keep_best": "loss"}, "set --eval_scores or --teacher"),
     ],
 )

@@ -39,6 +39,19 @@ def test_adapters_are_counted(targets, model_folder, make_config):
     assert Footprint(make_config(lora=lora), model_shape(folder), None, TOKENS, 1).learning == learning
 
 
+def test_frozen_heads_are_counted_where_distributions_are_compared(make_config, model_folder):
+    shape = model_shape(model_folder())
+    config = make_config(objective="vard")
+    alone, both = (held(Footprint(config, shape, shape, TOKENS, processes)) for processes in (1, 2))
+    assert "frozen heads, whole" not in alone
+    assert both["frozen heads, whole"] == 2 * 4 * shape.head
+    assert alone["reference weights"] == alone["teacher weights"] == 4 * shape.parameters
+    walk = held(Footprint(make_config(objective="jsd"), shape, shape, TOKENS, 1))["head's workspace"]
+    # The two heads stand side by side for a walk.
+    assert alone["head's workspace"] == walk + 2 * 4 * shape.head
+    assert walk == 128 * 2**20
+
+
 def test_what_is_kept_is_shared_among_processes(make_config, model_folder):
     config, shape = make_config(), model_shape(model_folder())
     alone, both = (held(Footprint(config, shape, shape, TOKENS, processes)) for processes in (1, 2))

@@ -47,11 +47,18 @@ CASES: dict[str, dict[str, Any]] = {
     "dadpo": {"family": "tied", "objective": "dadpo", "tokens_per_micro_batch": FOUR},
     "cached-dadpo": {"family": "tied", "objective": "dadpo", "scores": "made by the script"},
     "d_dpo": {"family": "tied", "objective": "d_dpo", "tokens_per_micro_batch": FOUR},
+    "tdpo2": {"family": "tied", "objective": "tdpo2", "tokens_per_micro_batch": FOUR},
+    "jsd": {"family": "untied", "objective": "jsd", "tokens_per_micro_batch": FOUR},
+    "mixture": {
+        "family": "tied",
+        "objective": [{"dpo": {"beta": 0.3}}, {"forward_kl": {}, "weight": 0.5}],
+        "tokens_per_micro_batch": FOUR,
+    },
 }
 OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
 """The runs of one and two processes in the first tier."""
 AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
-AS_IN_TWO += ["rewards", "compiled", "wpo", "dadpo", "cached-dadpo", "d_dpo"]
+AS_IN_TWO += ["rewards", "compiled", "wpo", "dadpo", "cached-dadpo", "d_dpo", "tdpo2", "jsd", "mixture"]
 """Runs that are the same in two and in four processes; in four they take a minute and a half more."""
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
 """Runs of two replicas in four processes; one and two processes make the named run."""

@@ -16,12 +16,14 @@ from trl import DPOConfig, DPOTrainer
 
 from tvkd_fast.objectives import Objective, PolicyNumbers
 from tvkd_fast.objectives.cpo import CPO
+from tvkd_fast.objectives.divergences.jsd import JSD
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.dpo_norm import DPONorm
 from tvkd_fast.objectives.ipo import IPO
 from tvkd_fast.objectives.orpo import ORPO
 from tvkd_fast.objectives.robust import Robust
 from tvkd_fast.objectives.wpo import WPO
+from tvkd_fast.ops import linear_joint
 from tvkd_fast.scoring import Scores
 
 
@@ -91,6 +93,23 @@ def test_wpo_is_trls_where_no_weight_passes_1(theirs: Callable[..., Any]) -> Non
     weights = ((policy.logps - policy.log_collisions) / policy.lengths).view(2, -1).sum(0).exp()
     ours = WPO(beta=0.3).loss(policy, scores, None).losses  # type: ignore[arg-type]
     torch.testing.assert_close((ours * weights / weights.clamp(max=1.0)).mean(), loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.1, 0.5, 1.0])
+def test_jsd_is_trls_on_given_responses(mixing: float) -> None:
+    theirs = pytest.importorskip("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight, teacher_hidden, teacher_weight = (torch.randn(*s, generator=draw) for s in ((6, 4), (31, 4)) * 2)
+    wanted = theirs(hidden @ weight.T, teacher_hidden @ teacher_weight.T, beta=mixing, temperature=0.9)
+    key = JSD(mixing=mixing, temperature=0.9).divergence
+    found = linear_joint(
+        *(hidden, weight, teacher_hidden, teacher_weight),
+        outputs=(key.output,),
+        beta=key.beta,
+        temperature=key.temperature,
+    )
+    # Theirs is divided by the rows of the batch.
+    torch.testing.assert_close(found[key.output].sum() / 6, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

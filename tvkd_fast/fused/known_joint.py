@@ -20,6 +20,7 @@ from tvkd_fast.ops.joint.joint_op import TENSORS, joint_gradients_op
 from tvkd_fast.ops.joint.pair_input import joint_input
 from tvkd_fast.ops.known import are_same, broken_unless, common_factor, scaled
 from tvkd_fast.ops.registered import check_differentiated_once, wanted_gradients
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 NAME = "linear_joint"
 _OF_TEACHER = (False, False, False)
@@ -69,7 +70,8 @@ def known_joint(
         numbers={f"upstream[{name!r}]": x for name, x in upstream.items()},
     )
     kept = left_in(labels, rows, ignore_index)
-    known = _of_kept(torch.stack([x.detach() for x in upstream.values()]), kept)
+    dtype = accumulation_dtype(given.hidden.dtype)
+    known = _of_kept(torch.stack([x.detach().to(dtype) for x in upstream.values()]), kept)
     found: tuple[Tensor, ...] = _KnownJoint.apply(*given.tensors, known, kept, given.settings)
     return dict(zip(given.outputs.names, found, strict=True))
 

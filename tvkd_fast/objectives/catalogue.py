@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from tvkd_fast.objectives.contract import NOT_CACHED, STATES, TEACHER, Need, Objective
-from tvkd_fast.objectives.divergences.joint_numbers import SCORE, walks_of
+from tvkd_fast.objectives.divergences.joint_numbers import SCORE, TOP_GAP, walks_of
 from tvkd_fast.objectives.registry import DEFAULT, objectives
 
 COLUMNS = (
@@ -75,6 +75,10 @@ def products(objective: Objective) -> str:
     policy's, a product; what is over one of two responses counts half."""
     own, frozen, with_logps = 0.0, 0.0, False
     for walk, members in walks_of(objective.joint).items():
+        if walk.output == TOP_GAP:
+            # Nothing is handed down to the log-probabilities beside it.
+            own, frozen, with_logps = own + 2, frozen + 1, True
+            continue
         known = set(members) <= set(objective.linear_joint)
         of_all = walk.responses == "both" or Need.REJECTED not in objective.needs
         alone = walk.output == SCORE or not of_all or walk.temperature != 1.0 or with_logps

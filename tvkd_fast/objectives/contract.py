@@ -221,7 +221,7 @@ class Objective:
         if not constant or not batch.num_pairs:
             return KnownUpstream()
         # Where the loss is linear in a number, its derivative is the same at any: here at a policy that is certain.
-        numbers = self._numbers_of(torch.zeros_like(batch.lengths, dtype=torch.float32), batch, log_collisions)
+        numbers = self._numbers_of(torch.zeros_like(batch.lengths, dtype=torch.float64), batch, log_collisions)
         leaves = [numbers.logps, *(numbers.joint[key] for key in constant)]
         with torch.enable_grad():
             total = self.total(self.loss(numbers, scores, batch), factors)
@@ -300,7 +300,7 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
 def distributions(scores: Scores) -> Distributions:
     """The frozen models' distributions that the scores hold."""
     found = {whose: (getattr(scores, f"{whose}_hidden"), getattr(scores, f"{whose}_head")) for whose in _STATES}
-    return Distributions({whose: pair for whose, pair in found.items() if None not in pair})
+    return Distributions({whose: (hidden, head) for whose, (hidden, head) in found.items() if head is not None})
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:

@@ -16,6 +16,7 @@ from tvkd_fast.distributed.vocabulary import states_held
 from tvkd_fast.models import BITS_PER_WEIGHT, ModelShape
 from tvkd_fast.models.shared_prompt import HANDLED, Layout
 from tvkd_fast.objectives import SCORED, Need
+from tvkd_fast.objectives.divergences.joint_numbers import SCORE
 from tvkd_fast.ops.tiles.forward_gradients import WORKSPACE_MB, row_bytes
 from tvkd_fast.planning.activations import count_activations
 from tvkd_fast.training.train_config import TrainConfig
@@ -133,6 +134,8 @@ class Footprint:
             return total
         if config.loss.needs & _OF_REFERENCE:
             total += 2 * (policy.blocks * tokens + policy.head * answers)
+        if Need.REFERENCE_STATES in config.loss.needs:
+            total += 2 * policy.head * answers
         if teacher is not None:
             teachers = 1 if config.teacher_reference is None else 2
             total += 2 * teachers * (teacher.blocks * tokens + teacher.head * answers)
@@ -239,7 +242,17 @@ class Footprint:
             parts["teacher weights"] = self.teacher.parameters * size
             if config.teacher_reference is not None:
                 parts["its reference's weights"] = self.teacher.parameters * size
+        heads = self._frozen_heads
+        if self._group > 1 and heads:
+            parts["frozen heads, whole"] = heads * _BYTES[config.model.dtype]
         return parts
+
+    @property
+    def _frozen_heads(self) -> int:
+        """Parameters of the frozen models' heads whose distributions are compared."""
+        needs, teacher = self.config.loss.needs, 0 if self.teacher is None else self.teacher.head
+        own = self.policy.head if Need.REFERENCE_STATES in needs else 0
+        return own + teacher * len(needs & {Need.TEACHER_STATES, Need.BASE_STATES})
 
     @property
     def _gathered(self) -> dict[str, float]:
@@ -265,8 +278,11 @@ class Footprint:
     @property
     def _head_workspace(self) -> float:
         """Return the head's tiles; or a block's logits, of an exact gradient that is made in the forward."""
-        if self.config.loss.joint:
-            return float(_JOINT_WORKSPACE)
+        joint = self.config.loss.joint
+        if joint:
+            # The heads of models whose logits add up stand side by side while a walk lasts.
+            several = any(len(key.of) > 1 and key.output != SCORE for key in joint)
+            return float(_JOINT_WORKSPACE) + several * self._frozen_heads * self._compute
         if self.config.head.grad_mode != "exact" or self.shares_vocabulary:
             return float(_HEAD_WORKSPACE)
         impl = "triton" if self.config.model.device.startswith("cuda") else "torch"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvkd_fast.objectives import Joint
 from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
 from tvkd_fast.objectives.divergences.joint_numbers import Distributions
 from tvkd_fast.objectives.divergences.jsd import JSD
@@ -97,10 +96,3 @@ def test_a_softcap_keeps_logits_from_adding() -> None:
     with pytest.raises(ValueError, match="heads without a softcap"):
         frozen.one(((1.0, "ref"), (1.0, "teacher")))
     assert frozen.one(((1.0, "ref"),)) is capped
-
-
-def test_outputs_share_a_walk_where_nothing_but_their_names_differs() -> None:
-    jsd, kl = Joint("jsd"), Joint("forward_kl")
-    assert jsd.walk == kl.walk
-    assert Joint("jsd", beta=0.1).walk != kl.walk
-    assert Joint("forward_kl", responses="chosen").walk != kl.walk

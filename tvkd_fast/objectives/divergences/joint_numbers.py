@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tvkd_fast.fused.known_joint import known_joint
 from tvkd_fast.ops import Head, Upstream, linear_expected_score, linear_joint
+from tvkd_fast.ops.joint.top_gap import linear_top_gap
 
 if TYPE_CHECKING:
     from tvkd_fast.data import PairBatch
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 LOGPS = "logps"
 SCORE = "score"
+TOP_GAP = "top_gap"
+_ALONE = (SCORE, TOP_GAP)
+"""Outputs of walks of their own."""
 Whose = Literal["teacher", "ref", "base"]
 """The frozen models, by the prefix of their states and head in `Scores`."""
 Factored = tuple[tuple[float, Whose], ...]
@@ -33,8 +37,9 @@ REFERENCE: Factored = ((1.0, "ref"),)
 class Joint:
     """A number of every response token under the policy p and another distribution q, nats.
 
-    `output` is a divergence of `linear_joint`, or "score", E_p[Σ c·log q]. `of` are factors c and the models: with
-    several, a divergence is to softmax(Σ c·z). Outputs that share all but their names come from one walk.
+    `output` is a divergence of `linear_joint`, "score", E_p[Σ c·log q], or "top_gap", `linear_top_gap`. `of` are
+    factors c and the models: with several, a divergence is to softmax(Σ c·z). Outputs that share all but their names
+    come from one walk.
     """
 
     output: str
@@ -50,8 +55,8 @@ class Joint:
 
     @property
     def walk(self) -> Joint:
-        """What outputs of one walk have in common. A score has a walk of its own."""
-        return self if self.output == SCORE else replace(self, output="")
+        """What outputs of one walk have in common; those that have walks of their own are their own."""
+        return self if self.output in _ALONE else replace(self, output="")
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,10 @@ class KnownUpstream:
         if constants is None:
             return self.pairwise
         return Upstream(
-            lambda _, responses: constants[responses], batch.cu_seqlens, paired=False, lengths=batch.response_lengths
+            lambda logps, responses: constants[responses].to(logps.dtype),
+            batch.cu_seqlens,
+            paired=False,
+            lengths=batch.response_lengths,
         )
 
 
@@ -135,6 +143,9 @@ def joint_numbers(
         # Rows beyond the smaller head are padding of one tokenizer's vocabulary.
         size = min(head.out_features, other.vocab_size)
         own = head.whole if size == head.out_features else head.whole.columns(0, size)
+        if walk.output == TOP_GAP:
+            found[walk] = linear_top_gap(hidden, own, other_hidden, other.columns(0, size), rows)
+            continue
         alone = logps is not None or rows is not None or walk.temperature != 1.0 or size < head.out_features
         names = {key.output: key for key in members}
         options: dict[str, Any] = {"beta": walk.beta, "temperature": walk.temperature, "rows": rows}

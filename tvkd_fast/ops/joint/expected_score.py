@@ -121,7 +121,7 @@ def linear_expected_score(
         head.softcap,
         head.logit_scale,
         temperature,
-        list(clip or ()),
+        *((-math.inf, math.inf) if clip is None else map(float, clip)),
         backend.resolve_joint(impl),
     )
     return values
@@ -141,7 +141,9 @@ def _task(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    clip: Sequence[float],
+    *,
+    low: float,
+    high: float,
 ) -> Task:
     others = [
         Head(w, b if b.numel() else None, cap or None, scale)
@@ -150,7 +152,7 @@ def _task(
     sides = [Side(h, other, temperature) for h, other in zip(states, others, strict=True)]
     student = Side(hidden, Head(weight, bias, softcap, logit_scale), temperature)
     kept = backend.kept_rows(None, rows, 0)
-    outputs = replace(_OUTPUTS, clip=(clip[0], clip[1])) if clip else _OUTPUTS
+    outputs = replace(_OUTPUTS, clip=None if low == -math.inf and high == math.inf else (low, high))
     return Task(student, tuple(zip(factors, sides, strict=True)), outputs, kept=kept)
 
 
@@ -168,13 +170,16 @@ def _score(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    clip: Sequence[float],
+    low: float,
+    high: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The scores (N,), 0 in rows that are left out; for the backward sums and moment, [5, N]."""
     task = _task(
         *(hidden, weight, bias, states, weights, biases, rows),
-        *(factors, softcaps, scales, softcap, logit_scale, temperature, clip),
+        *(factors, softcaps, scales, softcap, logit_scale, temperature),
+        low=low,
+        high=high,
     )
     numbers = backend.joint_sums(task)
     values = numbers.moments["score"].to(accumulation_dtype(hidden.dtype))
@@ -201,7 +206,8 @@ def _score_gradients(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    clip: Sequence[float],
+    low: float,
+    high: float,
     impl: str,
     want_hidden: bool,
     want_weight: bool,
@@ -209,7 +215,9 @@ def _score_gradients(
 ) -> Gradients:
     task = _task(
         *(hidden, weight, bias, states, weights, biases, rows),
-        *(factors, softcaps, scales, softcap, logit_scale, temperature, clip),
+        *(factors, softcaps, scales, softcap, logit_scale, temperature),
+        low=low,
+        high=high,
     )
     if rows is not None:
         upstream = upstream.masked_fill(~rows, 0.0)
