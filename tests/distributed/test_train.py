@@ -49,6 +49,20 @@ CASES: dict[str, dict[str, Any]] = {
     "d_dpo": {"family": "tied", "objective": "d_dpo", "tokens_per_micro_batch": FOUR},
     "tdpo2": {"family": "tied", "objective": "tdpo2", "tokens_per_micro_batch": FOUR},
     "jsd": {"family": "untied", "objective": "jsd", "tokens_per_micro_batch": FOUR},
+    "opd": {
+        "family": "tied",
+        "objective": "opd",
+        "loss": {"lambda_": 1.25},
+        "rollout": {"n": 2, "max_new_tokens": 6, "every": 3},
+        "tokens_per_micro_batch": FOUR,
+    },
+    "lora-opd": {
+        "family": "untied",
+        "objective": "opd_sampled",
+        "rollout": {"max_new_tokens": 6},
+        "lora": {"rank": 4},
+        "optim": {"lr": 3e-2},
+    },
     "mixture": {
         "family": "tied",
         "objective": [{"dpo": {"beta": 0.3}}, {"forward_kl": {}, "weight": 0.5}],
@@ -58,7 +72,19 @@ CASES: dict[str, dict[str, Any]] = {
 OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
 """The runs of one and two processes in the first tier."""
 AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
-AS_IN_TWO += ["rewards", "compiled", "wpo", "dadpo", "cached-dadpo", "d_dpo", "tdpo2", "jsd", "mixture"]
+AS_IN_TWO += [
+    "rewards",
+    "compiled",
+    "wpo",
+    "dadpo",
+    "cached-dadpo",
+    "d_dpo",
+    "tdpo2",
+    "jsd",
+    "mixture",
+    "opd",
+    "lora-opd",
+]
 """Runs that are the same in two and in four processes; in four they take a minute and a half more."""
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
 """Runs of two replicas in four processes; one and two processes make the named run."""
@@ -131,6 +157,8 @@ def hold_to_one(case: str, processes: int, runs: Path) -> None:
     for one, many in zip(alone, shared, strict=True):
         for name, value in one.items():
             if name in ("tokens_per_s", "pairs_per_s", "data_wait", "peak_memory_gb", "fill"):
+                continue
+            if name.startswith("rollout/") and name.endswith(("_share", "/tokens_per_s")):
                 continue
             if case == "shared-sparse" and name.startswith("head_"):
                 # They tell of the rows that a process has.

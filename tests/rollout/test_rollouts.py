@@ -34,10 +34,12 @@ class Counting:
 
 @pytest.fixture
 def rollouts_of():
-    def make(config, *, dataset=PAIRS, share=1.0, sampler=None, rank=0, size=1):
-        given = StepPairs(dataset, MicroBatching(tokens=64), 0, 2, chosen_only=True, rank=rank, size=size)
+    def make(config, *, dataset=PAIRS, share=1.0, sampler=None):
+        given = StepPairs(dataset, MicroBatching(tokens=64), 0, 2, chosen_only=True)
         world = World(torch.device("cpu"))
-        return Rollouts(given, sampler or Counting(), config, share=share, world=world, scorer=TimedScorer(None))
+        return Rollouts(
+            given, sampler or Counting(), config, share=share, steps=8, world=world, scorer=TimedScorer(None)
+        )
 
     return make
 
@@ -48,11 +50,15 @@ def test_a_step_learns_from_samples_of_its_prompts(rollouts_of):
         (batch,) = rollouts.batches(step)
         first, second = ([1, i] for i in rollouts.pairs(step))
         rows = [prompt + [10 + step, prompt[1], i, 2][: 4 - i] for prompt in (first, second) for i in range(2)]
-        assert batch.input_ids.tolist() == [[token for row in rows for token in row]]
-        assert batch.response_lengths == (4, 3, 4, 3)
-        assert batch.ended.tolist() == [True, False, True, False]
-        assert batch.sampler_logps.tolist() == [-0.1] * 4 + [-0.2] * 3 + [-0.1] * 4 + [-0.2] * 3
-        assert batch.pairs.tolist() == [0, 1, 2, 3]
+        # Longer ones are packed first.
+        order = [0, 2, 1, 3]
+        assert batch.pairs.tolist() == order
+        assert batch.input_ids.tolist() == [[token for i in order for token in rows[i]]]
+        assert batch.response_lengths == (4, 4, 3, 3)
+        assert batch.ended.tolist() == [True, True, False, False]
+        assert batch.sampler_logps.tolist() == [-0.1] * 8 + [-0.2] * 6
+    # The second of each two never stopped.
+    assert rollouts.metrics(busy=1.0)["rollout/unfinished"] == 0.5
 
 
 def test_samples_of_several_steps_are_drawn_at_the_first_and_age(rollouts_of):
@@ -60,8 +66,11 @@ def test_samples_of_several_steps_are_drawn_at_the_first_and_age(rollouts_of):
     labels = [rollouts.batches(step)[0].labels[0].item() for step in range(4)]
     assert labels == [10, 10, 10, 13]
     assert rollouts.sampler.asked == [(0, 6), (3, 6)]
+    # The run ends after eight.
+    rollouts.batches(6)
+    assert rollouts.sampler.asked[-1] == (6, 4)
     found = rollouts.metrics(busy=2.0)
-    assert found["rollout/age"] == (0 + 1 + 2 + 0) / 4
+    assert found["rollout/age"] == (0 + 1 + 2 + 0 + 0) / 5
     assert found["rollout/length"] == 4
     assert found["rollout/unfinished"] == found["rollout/empty"] == 0
     shares = [found[f"rollout/{name}_share"] for name in ("sampling", "scoring", "learning")]
@@ -85,7 +94,7 @@ def test_what_waits_for_later_steps_survives_a_checkpoint(rollouts_of):
 def test_a_prompt_that_comes_twice_is_sampled_further(rollouts_of):
     rollouts = rollouts_of(RolloutConfig(n=2), dataset=[PAIRS[0], replace(PAIRS[0], row="again")])
     (batch,) = rollouts.batches(0)
-    assert [ids.tolist()[2] for ids in batch.labels.split(batch.lengths.tolist())] == [0, 1, 2, 3]
+    assert sorted(ids.tolist()[2] for ids in batch.labels.split(batch.lengths.tolist())) == [0, 1, 2, 3]
 
 
 def test_steps_over_samples_are_a_share_of_all_and_the_others_take_the_datas(rollouts_of):

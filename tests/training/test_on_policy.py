@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from tvkd_fast.commands.refusals import check_run
 from tvkd_fast.data.data_config import DataConfig
-from tvkd_fast.objectives.divergences.jsd import JSD
 from tvkd_fast.objectives.onpolicy.opd import OPD
 from tvkd_fast.rollout import ModelSampler, RolloutConfig
 from tvkd_fast.training.metrics import read_metrics
@@ -124,6 +123,7 @@ def test_held_out_pairs_are_evaluated_beside_samples(on_policy, run):
     ("changes", "message"),
     [
         ({"rollout": {"temperature": 0.7}}, "temperature 0.7 would bend it: set --rollout.temperature 1"),
+        ({"rollout": {"temperature": 0.0, "n": 1}}, "temperature 0 would bend it"),
         ({"rollout": {"top_p": 0.9, "top_k": 5}}, "top_p 0.9 and top_k 5 would bend it"),
         ({"objective": "dpo", "rollout": {"share": 0.5}}, "dpo compares two responses"),
         ({"objective": "opd_sampled", "rollout": {"share": 0.5}}, "set --rollout.share 1, or choose opd"),
@@ -138,12 +138,12 @@ def test_runs_that_cannot_sample_are_refused_before_they_begin(changes, message,
 
 def test_another_law_is_taken_where_it_is_asked_for_by_name(on_policy):
     check_run(on_policy(rollout={"temperature": 0.7, "any_law": True}))
-    check_run(on_policy(objective="jsd", loss=JSD(), rollout={"share": 1.0, "temperature": 0.9}))
+    check_run(on_policy(objective="jsd", rollout={"share": 1.0, "temperature": 0.9}))
 
 
 def test_a_base_that_is_asked_for_and_missing_is_named(on_policy):
     with pytest.raises(ValueError, match="set --teacher_reference"):
-        on_policy(loss=OPD(lambda_=1.25, base="teacher_reference"))
+        replace(on_policy(), loss=OPD(lambda_=1.25, base="teacher_reference"))
 
 
 def test_a_prompt_without_room_for_a_response_is_refused_by_its_row(on_policy, run):

@@ -33,6 +33,7 @@ class Rollouts:
         sampler: the policy; it is asked for the samples of `config.every` steps at once, at the first of them.
         config: how it is asked.
         share: of steps over samples, in [0, 1].
+        steps: of the run; nothing is sampled for later ones.
         world: the processes of the run; every one makes the same calls.
         scorer: whose seconds are reported beside those of sampling.
     """
@@ -44,11 +45,12 @@ class Rollouts:
         config: RolloutConfig,
         *,
         share: float,
+        steps: int,
         world: World,
         scorer: TimedScorer,
     ) -> None:
         self.given, self.sampler, self.config, self.share = given, sampler, config, share
-        self.world, self.scorer = world, scorer
+        self.steps, self.world, self.scorer = steps, world, scorer
         self._held: dict[int, Responses] = {}
         """Responses of the steps that are to come, by step."""
         self._sampled_at = 0
@@ -79,7 +81,7 @@ class Rollouts:
 
     def _sample(self, step: int) -> None:
         start = time.perf_counter()
-        end = (step // self.config.every + 1) * self.config.every
+        end = min((step // self.config.every + 1) * self.config.every, self.steps)
         steps = {later: self.pairs(later) for later in range(step, end) if self._samples(later)}
         asked = self._prompts([i for of_one in steps.values() for i in of_one])
         mine = self.sampler.sample(

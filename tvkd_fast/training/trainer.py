@@ -102,7 +102,13 @@ class Trainer:
         if sampler is not None:
             self.scorer = timed = TimedScorer(scorer)
             self.data = Rollouts(
-                self.data, sampler, config.rollout, share=config.sampled_share, world=self.world, scorer=timed
+                self.data,
+                sampler,
+                config.rollout,
+                share=config.sampled_share,
+                steps=self.max_steps,
+                world=self.world,
+                scorer=timed,
             )
         self._unseen: list[tuple[int, Tensor]] = []
         """Steps, and whether each was finite, that nobody has looked at yet."""
