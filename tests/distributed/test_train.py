@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "lora-opd": {
         "family": "untied",
-        "objective": "opd_sampled",
+        "objective": "opd",
         "rollout": {"max_new_tokens": 6},
         "lora": {"rank": 4},
         "optim": {"lr": 3e-2},

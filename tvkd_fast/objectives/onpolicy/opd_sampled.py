@@ -27,7 +27,7 @@ from tvkd_fast.objectives.divergences.joint_numbers import Joint
 from tvkd_fast.objectives.onpolicy.opd import OPD
 from tvkd_fast.objectives.registry import objective
 from tvkd_fast.ops import Head, linear_logps
-from tvkd_fast.ranges import POSITIVE, at_least, number
+from tvkd_fast.ranges import POSITIVE, Range, number
 from tvkd_fast.scoring.layout import Scores
 
 
@@ -42,7 +42,7 @@ class SampledOPD(OPD):
 
     clip_ratio: float = number(0.2, POSITIVE)
     """ε > 0: PPO's clip of ρ."""
-    importance_cap: float = number(5.0, at_least(1))
+    importance_cap: float = number(5.0, Range(1))
     """The most that ρ counts."""
 
     linear = False
