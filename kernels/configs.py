@@ -15,14 +15,7 @@ import torch
 from tvkd_fast.kernels.releases import RELEASE, Release
 
 Kernel = Literal[
-    "head_stats",
-    "selection_bits",
-    "exponentials",
-    "dlogits",
-    "product",
-    "joint_stats",
-    "joint_values",
-    "joint_dlogits",
+    "head_stats", "selection_bits", "exponentials", "dlogits", "product", "joint_stats", "joint_values", "joint_dlogits"
 ]
 
 
@@ -145,7 +138,7 @@ TABLE = (
     Row("head_stats", "sm_90", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 145, 8),
     Row("head_stats", "sm_90", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 255, 97),
     Row("head_stats", "sm_90", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 179, 129),
-    Row("head_stats", "sm_90", "plain", TileConfig(128, 256, 64, warps=8, stages=3, bulk=True), 255, 145),
+    Row("head_stats", "sm_90", "plain", TileConfig(128, 256, 64, warps=8, stages=4, bulk=True), 255, 193),
     Row("head_stats", "sm_100", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 141, 21),
     Row("head_stats", "sm_100", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 169, 17),
     Row("head_stats", "sm_100", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 255, 97),
@@ -205,7 +198,6 @@ TABLE = (
     Row("exponentials", "sm_90", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 109, 8),
     Row("exponentials", "sm_90", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 255, 97),
     Row("exponentials", "sm_90", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 223, 129),
-    Row("exponentials", "sm_90", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 149, 129),
     Row("exponentials", "sm_90", "plain", TileConfig(256, 128, 64, warps=8, stages=4, bulk=True), 255, 193),
     Row("exponentials", "sm_100", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 99, 21),
     Row("exponentials", "sm_100", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 128, 17),
@@ -238,14 +230,12 @@ TABLE = (
     Row("dlogits", "sm_90", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 80, 8),
     Row("dlogits", "sm_90", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 254, 97),
     Row("dlogits", "sm_90", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 247, 129),
-    Row("dlogits", "sm_90", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 166, 129),
     Row("dlogits", "sm_90", "plain", TileConfig(128, 256, 64, warps=8, stages=4, bulk=True), 255, 193),
     Row("dlogits", "sm_100", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 73, 21),
     Row("dlogits", "sm_100", "unaligned", TileConfig(64, 64, 32, warps=8, stages=2), 101, 17),
     Row("dlogits", "sm_100", "wide heavy bias", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 122, 89),
     Row("dlogits", "sm_100", "wide", TileConfig(128, 128, 32, warps=8, stages=3, bulk=True), 247, 97),
-    Row("dlogits", "sm_100", "heavy bias", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 114, 97),
-    Row("dlogits", "sm_100", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 206, 129),
+    Row("dlogits", "sm_100", "heavy", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 255, 129),
     Row("dlogits", "sm_100", "bias", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 210, 129),
     Row("dlogits", "sm_100", "plain", TileConfig(256, 128, 64, warps=8, stages=3, bulk=True), 252, 145),
     Row("dlogits", "gfx942", "unaligned wide", TileConfig(64, 32, 32, warps=8, stages=2), 88, 12),
@@ -317,7 +307,7 @@ TABLE = (
     Row("joint_values", "sm_90", "heavy", TileConfig(64, 64, 64, warps=8, stages=4, bulk=True), 191, 65),
     Row("joint_values", "sm_90", "plain", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 205, 97),
     Row("joint_values", "sm_100", "unaligned", TileConfig(64, 32, 16, warps=8, stages=2), 128, 11),
-    Row("joint_values", "sm_100", "wide heavy", TileConfig(64, 64, 32, warps=8, stages=4, bulk=True), 148, 65),
+    Row("joint_values", "sm_100", "wide heavy", TileConfig(64, 64, 32, warps=8, stages=3, bulk=True), 148, 49),
     Row("joint_values", "sm_100", "wide", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 194, 89),
     Row("joint_values", "sm_100", "heavy", TileConfig(64, 64, 64, warps=8, stages=4, bulk=True), 148, 65),
     Row("joint_values", "sm_100", "plain", TileConfig(128, 64, 64, warps=8, stages=4, bulk=True), 198, 97),
@@ -355,24 +345,37 @@ TABLE = (
 # fmt: on
 
 # fmt: off
+# selection_bits of the table spill 42 times on sm_90 under 3.6 and 58 under 3.7, 2 to 13 in float32, and 6 on 12.0.
+_OLDER_SELECTION = (
+    Row("selection_bits", "sm_80", "wide heavy", TileConfig(128, 64, 16, warps=8, stages=4), 235, 36),
+    Row("selection_bits", "sm_86", "wide heavy", TileConfig(128, 64, 16, warps=8, stages=4), 240, 36),
+    Row("selection_bits", "sm_86", "plain", TileConfig(128, 128, 32, warps=8, stages=4), 255, 48),
+    Row("selection_bits", "sm_90", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 203, 129),
+)
 OLDER: dict[Release, tuple[Row, ...]] = {
-    # The table spills 42 times on sm_90 under 3.6 and 58 under 3.7, 2 to 13 times in float32, and 6 times on 12.0.
-    # 3.8 was not compiled.
+    (3, 6): _OLDER_SELECTION,
+    (3, 7): _OLDER_SELECTION,
+    # Those of the table spill 2 to 18 times; under 3.6 and 3.7 they do not, and some of these would.
     (3, 8): (
-        Row("selection_bits", "sm_80", "wide heavy", TileConfig(128, 64, 16, warps=8, stages=4), 235, 36),
-        Row("selection_bits", "sm_86", "wide heavy", TileConfig(128, 64, 16, warps=8, stages=4), 240, 36),
-        Row("selection_bits", "sm_86", "plain", TileConfig(128, 128, 32, warps=8, stages=4), 255, 48),
-        Row("selection_bits", "sm_90", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 203, 129),
+        *_OLDER_SELECTION,
+        Row("head_stats", "sm_86", "wide heavy", TileConfig(64, 64, 16, warps=8, stages=4), 170, 32),
+        Row("head_stats", "sm_100", "wide heavy", TileConfig(128, 64, 32, warps=8, stages=4, bulk=True), 188, 89),
+        Row("head_stats", "sm_100", "plain", TileConfig(128, 128, 64, warps=8, stages=3, bulk=True), 180, 97),
+        Row("exponentials", "sm_100", "plain", TileConfig(128, 128, 64, warps=8, stages=4, bulk=True), 166, 129),
+        Row("joint_stats", "sm_80", "wide heavy", TileConfig(32, 64, 32, warps=8, stages=2), 255, 24),
+        Row("joint_stats", "sm_86", "wide heavy", TileConfig(64, 32, 16, warps=4, stages=4), 243, 24),
+        Row("joint_stats", "sm_100", "heavy", TileConfig(64, 64, 64, warps=8, stages=4, bulk=True), 170, 65),
+        Row("joint_values", "sm_80", "wide heavy", TileConfig(64, 32, 16, warps=4, stages=4), 241, 24),
+        Row("joint_values", "sm_80", "wide", TileConfig(64, 32, 32, warps=8, stages=2), 255, 24),
     ),
 }
 # fmt: on
-"""Rows in place of TABLE's, or beside them, by the last release that needs them: an older compiler holds less."""
+"""Rows in place of TABLE's, or beside them, by release of Triton: another compiler holds less."""
 
 
 @cache
 def _rows(release: Release) -> dict[tuple[Kernel, str, Shape], Row]:
-    older = (row for last, rows in sorted(OLDER.items(), reverse=True) if release <= last for row in rows)
-    return {(row.kernel, row.target, row.shape): row for row in (*TABLE, *older)}
+    return {(row.kernel, row.target, row.shape): row for row in (*TABLE, *OLDER.get(release, ()))}
 
 
 def row_of(kernel: Kernel, target: str, demand: Demand, release: Release = RELEASE) -> Row:

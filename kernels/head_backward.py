@@ -19,6 +19,7 @@ from tvkd_fast.kernels.configs import TileConfig
 from tvkd_fast.kernels.dlogits import dlogits
 from tvkd_fast.kernels.products import library_sums, product
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums
+from tvkd_fast.kernels.sliced_head import LastColumns, bytes_per_column
 
 HIDDEN_SUM_SHARE = 2
 """The workspace over the most that float32 sums of a whole 16-bit dH may take of it. A larger dH takes its own pass,
@@ -64,6 +65,8 @@ class BlockWalk:
     def __init__(self, hidden: Tensor, head: Head, tiles_of_dlogits: TileConfig, largest: Tensor, alpha: float) -> None:
         """Set out over hidden [N, D]; `largest` (N,) float32 bounds a row's entries before they are rounded."""
         self.hidden, self.head, self.alpha = hidden, head, alpha
+        self.columns = LastColumns(head)
+        self.bytes_per_column = bytes_per_column(head)
         self.count, self.size = hidden.shape
         self.wide = hidden.dtype == torch.float32
         self.tiles = tiles_of_dlogits
@@ -84,8 +87,8 @@ class BlockWalk:
         """Walk; with dW column by column, and else row by row."""
         hidden, head = self.hidden, self.head
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
-        grad_weight = head.weight.new_empty(head.weight.shape) if want_weight else None
-        grad_bias = None if head.bias is None or not want_bias else torch.empty_like(head.bias)
+        grad_weight = hidden.new_empty((head.vocab_size, self.size)) if want_weight else None
+        grad_bias = None if head.bias is None or not want_bias else hidden.new_empty(head.vocab_size)
 
         def fill(budget: int) -> None:
             want_columns = grad_weight is not None or grad_bias is not None
@@ -106,8 +109,8 @@ class BlockWalk:
             (self.tiles, self.product_tiles),
             budget=budget,
             row_sums=row_sums,
-            column_sums=column_sums,
-            always=library_sums(self.hidden.device, self.hidden.dtype),
+            column_sums=column_sums + self.bytes_per_column,
+            always=library_sums(self.hidden.device, self.hidden.dtype) or self.bytes_per_column > 0,
         )
         return blocks.rows, blocks.columns, self.hidden.new_empty((blocks.rows, blocks.columns))
 
@@ -134,7 +137,7 @@ class BlockWalk:
             for columns in slices(self.head.vocab_size, width):
                 self.dlogits(rows, columns, buffer)
                 total.turn(columns.start == 0, columns.stop == self.head.vocab_size)
-                self.add(buffer, self.head.weight[columns], total)
+                self.add(buffer, self.columns(columns).weight, total)
 
     def by_columns(
         self, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, budget: int
@@ -158,7 +161,7 @@ class BlockWalk:
                 if grad_hidden is not None and hidden_sums is not None:
                     total = _Sum(grad_hidden[rows], hidden_sums[rows])
                     total.turn(columns.start == 0, columns.stop == vocab)
-                    self.add(buffer, self.head.weight[columns], total)
+                    self.add(buffer, self.columns(columns).weight, total)
                 if grad_weight is not None:
                     place = grad_weight[columns]
                     total = _Sum(place, place if slice_sums is None else slice_sums[: place.shape[0]])
@@ -199,7 +202,7 @@ class _Walk(BlockWalk):
         sums = HeadSums(self.sums.maximum[rows], self.sums.log_total[rows])
         return dlogits(
             self.hidden[rows],
-            self.head.columns(columns.start, columns.stop),
+            self.columns(columns),
             self.labels[rows],
             sums,
             self.coefficients[rows],

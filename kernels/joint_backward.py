@@ -19,6 +19,7 @@ from tvkd_fast.kernels.head_backward import BlockWalk
 from tvkd_fast.kernels.joint_dlogits import Factors, joint_dlogits
 from tvkd_fast.kernels.joint_stats import biased, heavy
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, JointSums, JointValues
+from tvkd_fast.kernels.sliced_head import LastColumns, bytes_per_column
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,22 @@ class JointWeights:
         numbers = {x.name: getattr(self, x.name) for x in fields(self)}
         return {name: x.float() for name, x in numbers.items() if x is not None}
 
+    def of_rows(self, labels: Tensor | None, ignore_index: int, vocab_size: int | None) -> dict[str, Tensor]:
+        """What is given, (N,) each, 0 in ignored rows; with a vocabulary's size NaN where it lacks the label.
+
+        A label that no row of weight holds has no logp, and must not get a gradient that looks like one.
+        """
+        given = self.given
+        assert "logps" not in given or labels is not None
+        if labels is None:
+            return given
+        ignored = labels == ignore_index
+        given = {name: x.masked_fill(ignored, 0.0) for name, x in given.items()}
+        if "logps" in given and vocab_size is not None:
+            nowhere = ~ignored & ((labels < 0) | (labels >= vocab_size))
+            given["logps"] = given["logps"].masked_fill(nowhere, torch.nan)
+        return given
+
 
 def joint_gradients(
     hidden: Tensor,
@@ -97,7 +114,8 @@ def joint_gradients(
     hidden, head, None, sums.swapped(), weights.swapped(), values.swapped(), …)`.
 
     Args:
-        hidden: [N, D] and head, other_hidden [N, D'] and other_head, labels (N,): as `joint_sums` took them.
+        hidden: [N, D] and head, other_hidden [N, D'] and other_head, labels (N,): as `joint_sums` took them, or as
+            `sums_by_slices` did.
         sums: as `joint_sums` gave them, with entropy and log_squares where their weights are given.
         weights: upstream gradients.
         values: as `joint_values` gave them, where a weight of theirs is given: it holds β' and α too.
@@ -130,19 +148,11 @@ class _JointWalk(BlockWalk):
         ignore_index: int,
         elsewhere: bool,
     ) -> None:
-        self.other_hidden, self.other_head = other_hidden, other_head
+        self.other_hidden, self.other_columns = other_hidden, LastColumns(other_head)
         self.labels, self.sums, self.ignore_index = labels, sums, ignore_index
         values = values or JointValues()
         self.beta, self.alpha_of_power = values.beta, values.alpha
-        given = weights.given
-        if labels is not None:
-            ignored = labels == ignore_index
-            given = {name: x.masked_fill(ignored, 0.0) for name, x in given.items()}
-            if "logps" in given and not elsewhere:
-                # A label that no row of weight holds has no logp, and must not get a gradient that looks like one.
-                nowhere = ~ignored & ((labels < 0) | (labels >= head.vocab_size))
-                given["logps"] = given["logps"].masked_fill(nowhere, torch.nan)
-        assert "logps" not in given or labels is not None
+        given = weights.of_rows(labels, ignore_index, None if elsewhere else head.vocab_size)
         factors = factors_of(given, sums, values)
         self.flags = factors.flags
         stacked = factors.stacked()
@@ -150,15 +160,16 @@ class _JointWalk(BlockWalk):
         demand = {"heavy": heavy(head, other_head) or more, "bias": biased(head, other_head)}
         chosen = joint_tiles("joint_dlogits", (hidden, other_hidden), (head.weight, other_head.weight), **demand)
         super().__init__(hidden, head, chosen, largest_of(given, sums, values), alpha=head.logit_scale)
+        self.bytes_per_column += bytes_per_column(other_head)
         self.factors = stacked if self.wide else stacked / self.scale
 
     def dlogits(self, rows: slice, columns: slice, buffer: Tensor, *, want_bias: bool = False) -> Tensor | None:
         own, other = self.sums.own, self.sums.other
         return joint_dlogits(
             self.hidden[rows],
-            self.head.columns(columns.start, columns.stop),
+            self.columns(columns),
             self.other_hidden[rows],
-            self.other_head.columns(columns.start, columns.stop),
+            self.other_columns(columns),
             None if self.labels is None else self.labels[rows],
             JointSums(
                 HeadSums(own.maximum[rows], own.log_total[rows]),

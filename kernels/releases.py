@@ -8,7 +8,7 @@ Release = tuple[int, int]
 """A release of Triton: its major and its minor number."""
 CENSUS_RELEASE = (3, 9)
 """The release that TABLE and its census are of."""
-RELEASES: tuple[Release, ...] = ((3, 6), (3, 7), CENSUS_RELEASE)
+RELEASES: tuple[Release, ...] = ((3, 6), (3, 7), (3, 8), CENSUS_RELEASE)
 """Releases under which the binaries nearest to a spill were compiled (`python -m bench.census.tritons`)."""
 RELEASE: Release = tuple(int(part) for part in triton.__version__.split(".")[:2])  # type: ignore[assignment]
 """The release that is installed."""

@@ -13,6 +13,7 @@ from tvkd_fast import integrations, losses
 
 SURFACE = {
     "DistillationOutput",
+    "ExpectedRows",
     "FusedLinearTVKDLoss",
     "Head",
     "HeadGradient",
@@ -22,7 +23,9 @@ SURFACE = {
     "dpo_loss",
     "fused_linear_distillation_loss",
     "fused_linear_tvkd_loss",
+    "linear_cached_forward_kl",
     "linear_divergence",
+    "linear_expected_rows",
     "linear_expected_score",
     "linear_joint",
     "linear_logps",
@@ -38,12 +41,20 @@ OF_PAIR = (
     "beta alpha temperature bias softcap logit_scale teacher_bias teacher_softcap teacher_logit_scale teacher_index "
     "teacher_lse rows"
 )
+GRADIENT = "grad_mode eps row_cap max_tail stats"
 ARGUMENTS = {
-    "linear_divergence": f"{PAIR} kind {OF_PAIR} impl",
-    "linear_joint": f"{PAIR} labels outputs {OF_PAIR} ignore_index impl",
-    "linear_expected_score": "hidden weight heads temperature bias softcap logit_scale rows impl",
+    "linear_divergence": f"{PAIR} kind {OF_PAIR} {GRADIENT} impl",
+    "linear_joint": f"{PAIR} labels outputs {OF_PAIR} ignore_index {GRADIENT} impl",
+    "linear_expected_rows": (
+        "teacher_hidden teacher_weight weight temperature bias teacher_bias teacher_softcap teacher_logit_scale "
+        "teacher_index impl"
+    ),
+    "linear_cached_forward_kl": (
+        "hidden weight expected_rows teacher_entropy expected_bias temperature bias softcap logit_scale rows impl"
+    ),
+    "linear_expected_score": "hidden weight heads temperature clip bias softcap logit_scale rows impl",
     "linear_sparse_divergence": "hidden weight ids probs tail kind temperature bias softcap logit_scale rows impl",
-    "fused_linear_distillation_loss": f"{PAIR} labels mixture token_weights {OF_PAIR} ignore_index impl",
+    "fused_linear_distillation_loss": f"{PAIR} labels mixture token_weights {OF_PAIR} ignore_index {GRADIENT} impl",
     "linear_logps": f"{HEAD} tail seed max_tail workspace_mb stats impl",
     "linear_soft_values": "hidden weight bias softcap logit_scale kappa value_scale value_from rows impl",
     "shaping_returns": "values cu_states gamma terminal ended",
@@ -51,7 +62,7 @@ ARGUMENTS = {
     "dpo_loss": "policy_logps ref_logps beta label_smoothing",
     "sft_loss": "policy_logps num_tokens",
 }
-INPUTS = {"teacher_hidden", "teacher_weight", "labels"}
+INPUTS = {"teacher_hidden", "teacher_weight", "labels", "expected_bias"}
 """Tensors that may be left out and are no settings."""
 EXPLAINED = [(tvkd_fast, name) for name in sorted(SURFACE - {"__version__"})]
 EXPLAINED += [(integrations, name) for name in ("patch_lm_head", "unpatch_lm_head")]

@@ -8,10 +8,13 @@ from tvkd_fast.fused import (
 )
 from tvkd_fast.losses import TVKDOutput, dpo_loss, sft_loss, shaping_returns, tvkd_loss
 from tvkd_fast.ops import (
+    ExpectedRows,
     Head,
     HeadGradient,
     HeadStats,
+    linear_cached_forward_kl,
     linear_divergence,
+    linear_expected_rows,
     linear_expected_score,
     linear_joint,
     linear_logps,
@@ -22,6 +25,7 @@ from tvkd_fast.version import __version__
 
 __all__ = [
     "DistillationOutput",
+    "ExpectedRows",
     "FusedLinearTVKDLoss",
     "Head",
     "HeadGradient",
@@ -31,7 +35,9 @@ __all__ = [
     "dpo_loss",
     "fused_linear_distillation_loss",
     "fused_linear_tvkd_loss",
+    "linear_cached_forward_kl",
     "linear_divergence",
+    "linear_expected_rows",
     "linear_expected_score",
     "linear_joint",
     "linear_logps",

@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from bench.census.epilogue import TENSOR, epilogue
 from bench.census.kept import kept
 from bench.harness.machine import made_by, write_report
+from tvkd_fast.kernels import block_divergences
 from tvkd_fast.kernels.block_softmax import BLOCK, SCALE, SLACK, WARPS, block_exponentials_kernel
 from tvkd_fast.kernels.configs import (
     FP_FUSION,
@@ -56,6 +57,9 @@ from tvkd_fast.kernels.head_stats import MERGE_AT_ONCE, MERGE_ROWS, head_stats_k
 from tvkd_fast.kernels.joint_dlogits import joint_dlogits_kernel
 from tvkd_fast.kernels.joint_stats import joint_merge_kernel, joint_stats_kernel
 from tvkd_fast.kernels.joint_values import joint_values_kernel
+from tvkd_fast.kernels.logit_sums import BLOCK as SUMS_BLOCK
+from tvkd_fast.kernels.logit_sums import WARPS as SUMS_WARPS
+from tvkd_fast.kernels.logit_sums import logit_sums_kernel
 from tvkd_fast.kernels.preference_epilogue import TERMINALS, preference_epilogue_kernel
 from tvkd_fast.kernels.products import product_kernel
 from tvkd_fast.kernels.selected_lists import COUNT_WORDS, LIST_WORDS, count_kernel, list_kernel
@@ -96,6 +100,9 @@ KERNELS = {
     "rescale": rescale_kernel,
     "dlogp_dhidden": dlogp_dhidden_kernel,
     "block_exponentials": block_exponentials_kernel,
+    "logit_sums": logit_sums_kernel,
+    "block_moments": block_divergences.block_moments_kernel,
+    "block_gradient": block_divergences.block_gradient_kernel,
     "preference_epilogue": preference_epilogue_kernel,
     "joint_stats": joint_stats_kernel,
     "joint_merge": joint_merge_kernel,
@@ -146,11 +153,12 @@ _JOINT_SWITCHES = {
     "joint_dlogits": ("LABELS", "LOGS", "MIXTURE", "VARIATION", "POWER", "COLUMN_SUMS"),
 }
 _OF_EITHER_HEAD = ("BIAS", "SOFTCAP")
+_OF_BLOCKS = ("LABELS", "LOGS", "MIXTURE", "VARIATION", "POWER")
 _FLOATS = ("logit_scale", "softcap", "kappa", "alpha", "eps")
 _FLOATS += ("other_logit_scale", "other_softcap", "beta", "log_beta", "log_rest")
 _SIZES = ("N", "V", "D", "M", "K", "R", "C", "W", "splits", "tiles", "vocab_start", "ignore_index", "first_column")
 _SIZES += ("OTHER_D",)
-_NUMBERS_PER_ROW = ("partials_stride", "factors_stride")
+_NUMBERS_PER_ROW = ("partials_stride", "factors_stride", "numbers_stride")
 """Strides of rows by rows, which are of any number."""
 
 
@@ -220,6 +228,8 @@ def builds(targets: tuple[str, ...] = tuple(TARGETS), dtypes: tuple[str, ...] = 
         yield from _selection_bits(target, dtype)
         yield from _gathers(target, dtype)
         yield from _block_softmax(target, dtype)
+        yield from _logit_sums(target, dtype)
+        yield from _block_divergences(target, dtype)
         yield from _two_heads(target, dtype)
     for target in targets:
         yield from _merges(target)
@@ -356,6 +366,27 @@ def _block_softmax(target: str, dtype: str) -> Iterator[Build]:
         switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BLOCK": BLOCK, "SLACK": SLACK[of], "SCALE": SCALE[of]}
         variant = _named("bias" * bias, "softcap" * softcap, "unaligned" * (not aligned)) or "plain"
         yield Build("block_exponentials", target, dtype, variant, switches, aligned=aligned, warps=WARPS)
+
+
+def _logit_sums(target: str, dtype: str) -> Iterator[Build]:
+    """Of float32 products, whichever dtype the bias has; none for float32 states, of which the library makes none."""
+    for bias, softcap, aligned in _flags(3) if dtype != "fp32" else ():
+        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "BLOCK": SUMS_BLOCK}
+        variant = _named("bias" * bias, "softcap" * softcap, "unaligned" * (not aligned)) or "plain"
+        yield Build("logit_sums", target, dtype, variant, switches, aligned=aligned, warps=SUMS_WARPS)
+
+
+def _block_divergences(target: str, dtype: str) -> Iterator[Build]:
+    """Yield the lightest set of switches and the heaviest, and the heaviest for rows that are not aligned."""
+    heads = tuple(f"HAS_{other}{name}" for other in ("", "OTHER_") for name in _OF_EITHER_HEAD)
+    names = (*heads, *(f"HAS_{name}" for name in _OF_BLOCKS))
+    for kernel, (asked, aligned) in product(
+        ("block_moments", "block_gradient"), (("divergences", True), ("all", True), ("all", False))
+    ):
+        switches: dict[str, Any] = dict.fromkeys(names, asked == "all")
+        switches["BLOCK"] = block_divergences.BLOCK
+        variant = _named(asked, "unaligned" * (not aligned))
+        yield Build(kernel, target, dtype, variant, switches, aligned=aligned, warps=block_divergences.WARPS)
 
 
 def _gathers(target: str, dtype: str) -> Iterator[Build]:

@@ -21,6 +21,7 @@ import triton
 from bench.census.binaries import PRODUCTS, TARGETS, Build, Row, builds, row, table
 from bench.harness.machine import made_by, write_report
 from tvkd_fast.kernels.configs import OLDER
+from tvkd_fast.kernels.releases import RELEASE
 
 CENSUS = Path(__file__).parents[1] / "results" / "census.json"
 LEAST = 240
@@ -31,9 +32,9 @@ NOT_LAUNCHED = ("all sums", "logps and both sums")
 
 def nearest(census: dict[str, Any], least: int) -> Iterator[Build]:
     """Builds with a product that ops launch and that took so many registers, on targets whose threads have 255; and
-    those with tiles of their own under an older Triton."""
+    those of kernels with tiles of their own under the installed Triton."""
     kept = {identity(entry["build"]): entry["facts"]["registers"] for entry in census["rows"]}
-    own = {(x.kernel, x.target) for rows in OLDER.values() for x in rows}
+    own = {(x.kernel, x.target) for x in OLDER.get(RELEASE, ())}
     for build in builds():
         if build.kernel not in PRODUCTS or build.target.startswith("gfx") or build.variant.startswith(NOT_LAUNCHED):
             continue

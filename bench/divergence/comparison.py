@@ -37,7 +37,6 @@ from bench.head.comparison import (
     timed_rows,
 )
 
-LIMITS = {"mean": 1e-3, "values": 1e-3, "hidden": 1e-4, "weight": 1e-4}
 KEYS = {"mean": "err_mean_nats", "values": "err_nats", "hidden": "rel_err_dh", "weight": "rel_err_dw"}
 """A report's names of errors."""
 NOISE = 0.3
@@ -46,16 +45,19 @@ NOISE = 0.3
 
 def call(contender: Contender, student: States, teacher: States) -> Call:
     """Forward and backward of the mean: it, values where there are any, and the student's gradients."""
-    hidden, weight = student.hidden.clone().requires_grad_(), student.weight.requires_grad_()
+    hidden, weight = student.hidden.clone().requires_grad_(), student.weight.requires_grad_(not contender.frozen)
+    of_teacher = contender.prepare(weight, teacher.hidden, teacher.weight)
 
     def run(rows: slice, columns: slice) -> dict[str, Tensor]:
         h, w = (
             (hidden, weight) if rows.stop is None else (x.detach()[y] for x, y in ((hidden, rows), (weight, columns)))
         )
-        h, w = h.requires_grad_(), w.requires_grad_()
-        mean, values = contender.run(h, w, teacher.hidden[rows], teacher.weight[columns])
-        grads = torch.autograd.grad(mean, (h, w))
-        found = {"mean": mean.detach(), "hidden": grads[0], "weight": grads[1]}
+        wanted = {"hidden": h.requires_grad_()}
+        if not contender.frozen:
+            wanted["weight"] = w.requires_grad_()
+        mean, values = contender.run(h, w, of_teacher[0][rows], of_teacher[1][columns])
+        grads = torch.autograd.grad(mean, list(wanted.values()))
+        found = {"mean": mean.detach(), **dict(zip(wanted, grads, strict=True))}
         return found if values is None else found | {"values": values}
 
     # The libraries' threads and buffers, and what they compile, are made before: they are not a contender's memory.
@@ -66,8 +68,8 @@ def call(contender: Contender, student: States, teacher: States) -> Call:
     return partial(run, whole, whole)
 
 
-def check(kind: str, reference: Path, got: dict[str, Tensor]) -> dict[str, Any]:
-    found = checked(load_reference(reference, kind).errors(got), LIMITS)
+def check(contender: Contender, reference: Path, got: dict[str, Tensor]) -> dict[str, Any]:
+    found = checked(load_reference(reference, contender.kind).errors(got), contender.limits)
     row: dict[str, Any] = {KEYS[name]: error for name, error in found["errors"].items()}
     return row | ({"wrong": found["wrong"]} if "wrong" in found else {})
 
@@ -84,15 +86,15 @@ def measure(
     rows: dict[str, dict[str, Any]] = {}
     jobs: dict[str, Job] = {}
     taken: dict[str, list[tuple[float, float]]] = {}
-    held = 4 * (student.hidden.numel() + student.weight.numel() + len(student.hidden))
+    results = student.hidden.numel() + len(student.hidden)
     for name, contender in chosen.items():
         rows[name] = {"name": name, "kind": contender.kind}
         if contender.refusal:
             rows[name]["refused"] = contender.refusal
             continue
-        job: Job = meter.start(partial(call, contender, student, teacher), partial(check, contender.kind, reference))
+        job: Job = meter.start(partial(call, contender, student, teacher), partial(check, contender, reference))
         before = unit.seconds()
-        rows[name] |= checked_row(job, held)
+        rows[name] |= checked_row(job, 4 * (results + (0 if contender.frozen else student.weight.numel())))
         if rows[name].keys() & {"refused", "wrong"}:
             job.close()
             continue

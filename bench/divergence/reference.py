@@ -23,22 +23,33 @@ SMALL = 1.0
 """Nats up to which a value is checked absolutely."""
 
 
+def in_blocks(
+    kind: str, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (N,), and the gradients [N, D] and [V, D] of their mean, of whole logits of `block` rows at a time.
+
+    In the inputs' dtype; the sums over blocks are float32's at least.
+    """
+    n, w = len(hidden), weight.detach().requires_grad_()
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    values, by_hidden = hidden.new_empty(n), torch.empty_like(hidden)
+    by_weight = torch.zeros_like(weight, dtype=precision)
+    for rows in torch.arange(n, device=hidden.device).split(block):
+        h = hidden[rows].detach().requires_grad_()
+        one = whole(kind, h, w, teacher[rows], teacher_weight)
+        dh, dw = torch.autograd.grad(one.sum() / n, (h, w))
+        values[rows], by_hidden[rows] = one.detach(), dh
+        by_weight += dw
+    return values, by_hidden, by_weight
+
+
 def compute(student: States, teacher: States) -> dict[str, Tensor]:
     """By kind: values (N,), dH [N, D] and dW [V, D]."""
-    n = len(student.hidden)
-    weight, teacher_weight = student.weight.double(), teacher.weight.double()
+    inputs = [x.double() for x in (student.hidden, student.weight, teacher.hidden, teacher.weight)]
     found: dict[str, Tensor] = {}
     for kind in KINDS:
-        values, by_hidden = torch.empty(n, dtype=torch.float64), student.hidden.new_empty(student.hidden.shape)
-        w = weight.requires_grad_()
-        by_weight = torch.zeros_like(weight)
-        for rows in torch.arange(n).split(BLOCK):
-            h, u = student.hidden[rows].double().requires_grad_(), teacher.hidden[rows].double()
-            one = whole(kind, h, w, u, teacher_weight)
-            dh, dw = torch.autograd.grad(one.sum() / n, (h, w))
-            values[rows], by_hidden[rows] = one.detach(), dh.float()
-            by_weight += dw
-        found |= {f"{kind}.values": values, f"{kind}.hidden": by_hidden, f"{kind}.weight": by_weight.float()}
+        values, by_hidden, by_weight = in_blocks(kind, *inputs, block=BLOCK)
+        found |= {f"{kind}.values": values, f"{kind}.hidden": by_hidden.float(), f"{kind}.weight": by_weight.float()}
     return found
 
 

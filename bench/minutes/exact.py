@@ -117,9 +117,15 @@ class InSlices:
         g = g * chain * c
         if self.precision == torch.float64 or call.hidden.dtype == torch.float32:
             return g
-        # float16 holds gradients relative to the largest coefficient, as the kernels scale them.
-        scale = c.abs().max() * _FLOAT16_SCALE if call.hidden.dtype == torch.float16 else c.new_ones(())
-        return (g / scale).to(call.hidden.dtype).float() * scale
+        return rounded(g, call.hidden.dtype, largest=c.abs().max())
+
+
+def rounded(grad: Tensor, dtype: torch.dtype, largest: Tensor | None = None) -> Tensor:
+    """A float32 gradient by logits as a product of 16 bits takes it: float16 relative to the largest of all."""
+    if dtype != torch.float16:
+        return grad.to(dtype).float()
+    scale = (grad.abs().max() if largest is None else largest) * _FLOAT16_SCALE
+    return (grad / scale).to(dtype).float() * scale
 
 
 def compared(call: Call, ours: Mapping[str, Tensor | None]) -> Row:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.divergence.contenders import KINDS, of_logits
+from bench.divergence.reference import in_blocks
 from bench.harness.checker import largest
 from bench.minutes.cases import Case, Row, Scale, judged, short
-from bench.minutes.exact import SLACK, Call, compared, random_call
-from tvkd_fast.ops import linear_entropy, linear_logps, linear_lse
+from bench.minutes.exact import SLACK, Call, compared, random_call, rounded
+from tvkd_fast.ops import linear_divergence, linear_entropy, linear_logps, linear_lse
 
 SIZES = {"N": (4097, 127, 1), "D": (40, 576, 2304, 5120), "V": (50257, 128256, 262144)}
 TINY = {"N": (40, 7, 1), "D": (16, 48), "V": (150, 70)}
@@ -27,6 +29,8 @@ TRANSFORMS: tuple[dict[str, Any], ...] = (
     {"logit_scale": 0.25},
     {"bias": True, "softcap": 30.0, "logit_scale": -2.0},
 )
+TEACHER, TINY_TEACHER = (127, 576, 896, 50257), (7, 32, 48, 150)
+"""N, the student's D, the teacher's, and V."""
 REPEATED, TINY_REPEATED = (1000, 576, 50257), (40, 32, 150)
 KAPPA = 0.5
 LIMIT = 40.0
@@ -47,6 +51,10 @@ def cases(scale: Scale) -> list[Case]:
     ]
     found = [numbers(scale, dtype, shape, TRANSFORMS[i % 5]) for i, (dtype, shape) in enumerate(dict.fromkeys(grid))]
     found += [Case(name=f"sums, {short(x)}", run=partial(sums, scale, x), limit=LIMIT) for x in scale.dtypes]
+    found += [
+        Case(name=f"{kind}, {short(x)}", run=partial(divergence, scale, x, kind), limit=LIMIT)
+        for x, kind in product(scale.dtypes, KINDS)
+    ]
     ways: dict[str, Callable[[Scale, Call], dict[str, Tensor]]] = {
         "the same bits twice": again,
         "the same bits on two streams": on_two_streams,
@@ -107,6 +115,37 @@ def sums(scale: Scale, dtype: torch.dtype) -> Row:
         errors[name] = largest(ours, exact)
         limits[name] = 2 * largest(plain, exact) + SLACK * float(exact.abs().max())
     return judged(errors, limits)
+
+
+def divergence(scale: Scale, dtype: torch.dtype, kind: Any) -> Row:
+    """A divergence to a wider teacher, and its gradients by the student's states and head."""
+    n, d, teacher_d, v = scale.of(TEACHER, TINY_TEACHER)
+    draw = torch.Generator(scale.device).manual_seed(0)
+    normal = partial(torch.randn, generator=draw, device=scale.device)
+    sides = ((normal(n, width), normal(v, width) * 2 / width**0.5) for width in (d, teacher_d))
+    hidden, weight, *teacher = (x.to(dtype) for side in sides for x in side)
+    leaves = (hidden.detach().requires_grad_(), weight.detach().requires_grad_())
+    values = linear_divergence(*leaves, *teacher, kind=kind, impl="triton")
+    found = (values.detach(), *torch.autograd.grad(values.mean(), leaves))
+    exact = in_blocks(kind, *(x.double() for x in (hidden, weight, *teacher)), block=n)
+    plain = in_float32(kind, hidden, weight, *teacher)
+    errors, limits = {}, {}
+    for name, ours, true, torchs in zip(("values", "hidden", "weight"), found, exact, plain, strict=True):
+        errors[name] = largest(ours, true)
+        limits[name] = 2 * largest(torchs.to(ours.dtype), true) + SLACK * float(true.abs().max())
+    return judged(errors, limits)
+
+
+def in_float32(
+    kind: str, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor
+) -> tuple[Tensor, ...]:
+    """What plain torch makes of the upcast inputs, its gradient by logits of 16 bits rounded as a product takes it."""
+    leaves = (hidden.float().requires_grad_(), weight.float().requires_grad_())
+    z = leaves[0] @ leaves[1].T
+    if hidden.dtype != torch.float32:
+        z.register_hook(partial(rounded, dtype=hidden.dtype))
+    values = of_logits(kind, z, teacher.float() @ teacher_weight.float().T)
+    return values.detach(), *torch.autograd.grad(values.mean(), leaves)
 
 
 def repeated(scale: Scale, way: Callable[[Scale, Call], dict[str, Tensor]]) -> Row:

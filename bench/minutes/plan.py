@@ -31,11 +31,18 @@ class Step:
 
 STEPS = (
     Step(name="machine", title="versions, power, memory, the link to the kernels", seconds=10),
-    Step(name="alone", title="every kernel alone, between guards", seconds=30, jobs=12, dry_seconds=45),
+    Step(
+        name="alone",
+        title="every kernel alone, between guards",
+        seconds=30,
+        jobs=12,
+        dry_seconds=45,
+        module="bench.minutes.alone.kernels",
+    ),
     Step(name="suites", title="the kernels' own tests", seconds=120, dry_seconds=60),
     Step(name="numbers", title="numbers beside float64", seconds=60, jobs=8, dry_seconds=45),
     Step(name="speed", title="each kernel beside cuBLAS", seconds=100, checks=False),
-    Step(name="whole", title="the whole head beside its peers", seconds=140, checks=False),
+    Step(name="whole", title="the whole head beside its peers", seconds=155, checks=False),
     Step(name="training", title="a whole training step", seconds=60, checks=False),
 )
 

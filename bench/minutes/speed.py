@@ -1,4 +1,5 @@
-"""Step 5: each kernel's time beside the library's product of the same sizes; workspaces, batches, and the host's time.
+"""Step 5: each kernel's time beside the library's product of the same sizes; workspaces, batches, and the host's time;
+pipeline stages and groups of row tiles other than the table's.
 
 Letters: N tokens, D hidden, V vocabulary, C columns of a block.
 """
@@ -6,25 +7,33 @@ Letters: N tokens, D hidden, V vocabulary, C columns of a block.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from typing import Literal
 from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from bench.harness.contenders import reason
 from bench.minutes.cases import Case, Row, Scale, short
 from bench.minutes.machine import power_now
 from tvkd_fast.kernels import blocks, products
-from tvkd_fast.kernels.autotune import tiles
+from tvkd_fast.kernels.autotune import joint_tiles, tiles
 from tvkd_fast.kernels.block_softmax import block_exponentials
 from tvkd_fast.kernels.dlogits import dlogits
 from tvkd_fast.kernels.head_dhidden import head_dlogp_dhidden
 from tvkd_fast.kernels.head_selection import select_entries
 from tvkd_fast.kernels.head_stats import head_sums, merge_splits
+from tvkd_fast.kernels.joint_dlogits import Factors, joint_dlogits
+from tvkd_fast.kernels.joint_stats import joint_sums
+from tvkd_fast.kernels.joint_values import joint_values
+from tvkd_fast.kernels.logit_sums import logit_sums
 from tvkd_fast.kernels.products import accumulate, product
-from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, SelectionRule
+from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, JointSums, SelectionRule
 from tvkd_fast.kernels.selected_lists import SelectedLists
 from tvkd_fast.kernels.sparse_columns import sparse_columns
 from tvkd_fast.kernels.sparse_rows import sparse_rows
@@ -41,6 +50,10 @@ GATHERED, TINY_GATHERED = ((4096, 2048), (4096, 4096), (4096, 8192), (2048, 1638
 """N and D of the gathers of a sparse gradient."""
 ENTRIES = 300
 """Of each row, drawn evenly from the vocabulary: the worst case of a cache, which real rows share columns in."""
+STAGES = (2, 3, 4)
+GROUPS = (1, 2, 4, 8, 16, 32)
+"""Row tiles that are taken column by column together; with 1 every program goes through the whole weight."""
+BETA = 0.5
 ROUNDS = 10
 LAUNCHES = 300
 LOAD = 1500
@@ -71,6 +84,15 @@ class Operands:
         return head_sums(self.hidden, self.head, labels=self.labels)
 
     @cached_property
+    def teacher(self) -> tuple[Tensor, Head]:
+        """States and head of another model of the same width."""
+        return self.hidden.flip(0), Head(self.weight.flip(0))
+
+    @cached_property
+    def joint(self) -> JointSums:
+        return joint_sums(self.hidden, self.head, *self.teacher)
+
+    @cached_property
     def logits(self) -> Tensor:
         """[N, C] float32 products of a block."""
         return (self.hidden @ self.weight[: self.width].T).float()
@@ -84,12 +106,16 @@ def operands(scale: Scale, dtype: torch.dtype) -> Operands:
 def cases(scale: Scale) -> list[Case]:
     kernels: dict[str, Callable[[Scale, Operands], Row]] = {
         "head_stats": head_stats,
+        "logit_sums, the library's product with it": sums_of_products,
         "dlogits": dlogits_of_a_block,
         "product, dH": partial(triton_product, transposed=False),
         "product, dW": partial(triton_product, transposed=True),
         "exponentials and product of a frozen head": frozen_head,
         "selection of a sparse gradient": selection,
         "block_exponentials": exponentials_of_products,
+        "joint_stats": joint_stats,
+        "joint_values, a mixture": mixture,
+        "joint_dlogits, forward KL": joint_dlogits_of_a_block,
     }
     found = [
         Case(name=f"{name}, {short(x)}", run=partial(of_kernel, scale, x, run))
@@ -110,6 +136,11 @@ def cases(scale: Scale) -> list[Case]:
         Case(name=f"forward and backward in {mb} MiB", run=partial(workspace, scale, mb))
         for mb in scale.of(WORKSPACES, WORKSPACES[:1])
     ]
+    # Last, since each of them compiles: what of these is left out is missed least.
+    found += [
+        Case(name="head_stats by pipeline stages", run=partial(settings, scale, "stages", STAGES)),
+        Case(name="head_stats by row tiles per group", run=partial(settings, scale, "group", GROUPS)),
+    ]
     return found
 
 
@@ -128,6 +159,12 @@ def beside(scale: Scale, ours: Callable[[], object], library: Callable[[], objec
 
 def head_stats(scale: Scale, of: Operands) -> Row:
     run = partial(head_sums, of.hidden, of.head, labels=of.labels)
+    return beside(scale, run, partial(torch.mm, of.hidden, of.weight.T), 2.0 * of.hidden.numel() * len(of.weight))
+
+
+def sums_of_products(scale: Scale, of: Operands) -> Row:
+    """What serves the values of wide states of 16 bits in place of `head_stats`."""
+    run = partial(logit_sums, of.hidden, of.head)
     return beside(scale, run, partial(torch.mm, of.hidden, of.weight.T), 2.0 * of.hidden.numel() * len(of.weight))
 
 
@@ -178,6 +215,59 @@ def exponentials_of_products(scale: Scale, of: Operands) -> Row:
     if not taken:
         return UNTIMED
     return {"ms": taken["ours"], "gb_per_s": (4 + out.element_size()) * out.numel() / taken["ours"] / 1e6}
+
+
+def both_products(of: Operands, columns: int) -> None:
+    """The library's products of both sides over so many columns, as a teacher of the student's width has them."""
+    for states, head in ((of.hidden, of.head), of.teacher):
+        torch.mm(states, head.weight[:columns].T)
+
+
+def joint_stats(scale: Scale, of: Operands) -> Row:
+    """Both log-sum-exps and KLs of one walk: a product of each side."""
+    run = partial(joint_sums, of.hidden, of.head, *of.teacher)
+    whole = len(of.weight)
+    return beside(scale, run, partial(both_products, of, whole), 4.0 * of.hidden.numel() * whole)
+
+
+def mixture(scale: Scale, of: Operands) -> Row:
+    """The second walk of a JSD, which makes both products again."""
+    run = partial(joint_values, of.hidden, of.head, *of.teacher, of.joint, beta=BETA)
+    whole = len(of.weight)
+    return beside(scale, run, partial(both_products, of, whole), 4.0 * of.hidden.numel() * whole)
+
+
+def joint_dlogits_of_a_block(scale: Scale, of: Operands) -> Row:
+    states, head = of.teacher
+    config = joint_tiles("joint_dlogits", (of.hidden, states), (of.weight, head.weight), heavy=False, bias=False)
+    factors = Factors(of.ones, -of.ones)
+    run = partial(
+        joint_dlogits,
+        *(of.hidden, of.head.columns(0, of.width), states, head.columns(0, of.width), None, of.joint),
+        *(factors.stacked(), factors.flags, of.block, config),
+        beta=None,
+        alpha=None,
+        first_column=0,
+        ignore_index=-100,
+        want_bias=False,
+    )
+    return beside(scale, run, partial(both_products, of, of.width), 4.0 * of.hidden.numel() * of.width)
+
+
+def settings(scale: Scale, field: Literal["stages", "group"], values: tuple[int, ...]) -> Iterator[Row]:
+    """A row per value of one setting of the tiles, the others as the table has them."""
+    of = operands(scale, scale.dtypes[0])
+    config = tiles("head_stats", of.hidden, of.weight, len(of.hidden))
+    library, flops = partial(torch.mm, of.hidden, of.weight.T), 2.0 * of.hidden.numel() * len(of.weight)
+    for value in scale.of(values, values[:2]):
+        changed = replace(config, stages=value) if field == "stages" else replace(config, group=value)
+        run = partial(head_sums, of.hidden, of.head, labels=of.labels, config=changed)
+        shown = f"{field} {value}" + (", the table's" if value == getattr(config, field) else "")
+        try:
+            yield {"name": f"head_stats, {shown}"} | beside(scale, run, library, flops)
+        except (OutOfResources, triton.CompilationError) as refused:
+            # More stages than shared memory holds.
+            yield {"name": f"head_stats, {shown}", "skipped": reason(refused)}
 
 
 def gathers(scale: Scale, n: int, d: int) -> Row:

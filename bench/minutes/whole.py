@@ -2,9 +2,10 @@
 
 Five tasks: `exact` gradients by hidden and weight; `known` coefficients, where the loss says them beforehand and the
 head makes its gradients in the forward; a `frozen` head; a teacher's `values`, forward alone; and `sparse` gradients,
-over states as peaked as a trained model's, with exact ones of the same states beside them. Each contender is checked
-before it is timed, by `RoundingChecker`. The unit is one forward product of the library's. What torch.compile makes
-comes after all others, whose time its compiling would take.
+over states as peaked as a trained model's, with exact ones of the same states beside them. Divergences to a teacher's
+head follow, which `divergences.py` has. Each contender is checked before it is timed, by `RoundingChecker`. The unit is
+one forward product of the library's. What torch.compile makes comes after all others, whose time its compiling would
+take.
 
 Letters: N tokens, D hidden, V vocabulary.
 """
@@ -28,6 +29,7 @@ from bench.harness.meters import GpuMeter
 from bench.head import peers
 from bench.head.chunked import chunked
 from bench.head.contenders import Contender, fused, lse, of, on_gpu, sparse
+from bench.minutes import divergences
 from bench.minutes.cases import Case, NotTriedError, Row, Scale, judged
 
 SHAPES, TINY = ((4096, 576, 49152), (4096, 4096, 128256), (8192, 4096, 128256)), ((24, 16, 97),)
@@ -81,6 +83,7 @@ def _cases(scale: Scale) -> Iterator[Case]:
                     limit=LIMIT,
                     peer=not name.startswith("tvkd_fast"),
                 )
+        yield from divergences.cases(scale, shape)
 
 
 @lru_cache(maxsize=1)

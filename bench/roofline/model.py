@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from bench.census.epilogue import issue_cycles
 from tvkd_fast.kernels import blocks
 from tvkd_fast.kernels.configs import Demand, Kernel, choose
+from tvkd_fast.kernels.dense_columns import DENSE_COLUMNS, DENSE_SHARE
+from tvkd_fast.kernels.logit_sums import LEAST_WIDTH
 from tvkd_fast.ops.tiles.forward_gradients import WORKSPACE_MB, row_bytes
 
 LIBRARY = 0.8
@@ -25,6 +28,9 @@ KERNEL = 0.85
 """Of ours over the library's in the main loop: the best that a reading of the compiled loops allows them."""
 ENTRIES = 300
 """Entries a token of a sparse gradient, those above 2⁻¹⁴ of a trained model's softmax."""
+HELD = ((1024 / 49152, 0.277), (2048 / 49152, 0.500), (4096 / 49152, 0.676), (8192 / 49152, 0.804))
+"""Columns that are dense, as a share of the vocabulary, and the share of those entries that lie in them: of one model's
+states (bench/results/dense_columns.json)."""
 WORKSPACE = blocks.MOST_BYTES
 
 
@@ -125,7 +131,7 @@ def _block_backward(n: int, d: int, v: int, visits: int) -> list[Phase]:
 def ours_kept(n: int, d: int, v: int, chip: Chip) -> Count:
     """The loss unknown: exponentials of all rows kept for the backward, beside products of a third of their size."""
     visits = math.ceil(n / max(1, 2 * n * v // 3 // row_bytes("triton", v, d, 2)))
-    return Count(_block_forward(n, d, v, visits), _block_backward(n, d, v, 1), 8 * n * v / 3)
+    return Count(_block_forward(n, d, v, visits), _block_backward(n, d, v, 1), 8 * n * v / 3 + 4 * v * d)
 
 
 def ours_frozen(n: int, d: int, v: int, chip: Chip) -> Count:
@@ -138,16 +144,36 @@ def ours_frozen(n: int, d: int, v: int, chip: Chip) -> Count:
 
 
 def ours_values(n: int, d: int, v: int, chip: Chip) -> Count:
-    return Count([_ours("head_stats", n, d, v, chip, _partials("head_stats", n, v, chip))])
+    """By the library and a pass over its products where states are wide, else by one kernel."""
+    if d < LEAST_WIDTH:
+        return Count([_ours("head_stats", n, d, v, chip, _partials("head_stats", n, v, chip))])
+    visits = math.ceil(4 * n * v / WORKSPACE)
+    of_library = Phase(1, 4 * n * v + visits * 2 * v * d + 2 * n * d)
+    return Count([of_library, Phase(0, 4 * n * v)], sums=min(WORKSPACE, 4 * n * v))
 
 
 def ours_sparse(n: int, d: int, v: int, chip: Chip) -> Count:
-    """Marks in the forward; rows of the head and of the states gathered, a column at a time, for the entries kept."""
-    forward = _ours("selection_bits", n, d, v, chip, n * v / 8 + _partials("selection_bits", n, v, chip))
-    entries = n * ENTRIES
+    """Marks in the forward, behind the dense columns' sums; then the exact gradient of these columns, and for the other
+    entries kept rows of the head and of the states gathered, a column at a time."""
+    dense = min(DENSE_COLUMNS, v // DENSE_SHARE)
+    bound = _ours("head_stats", n, d, dense, chip)
+    marks = _ours("selection_bits", n, d, v, chip, n * v / 8 + _partials("selection_bits", n, v, chip))
+    entries = n * ENTRIES * (1 - _held(dense / v))
     lists = Phase(0, n * v / 8 + 12 * entries)
+    share = dense / v
+    exact = [Phase(share, 2 * n * dense, "dlogits"), Phase(2 * share, 4 * n * dense + 8 * n * d + 4 * dense * d)]
     gathers = [Phase(0, 2 * d * entries + 8 * entries + 4 * n * d), Phase(0, 2 * d * entries + 8 * entries + 4 * v * d)]
-    return Count([forward, lists], gathers, n * v / 8 + 12 * entries)
+    forward = [replace(bound, products=share), marks, lists]
+    return Count(forward, [*exact, *gathers], n * v / 8 + 12 * entries + 2 * n * dense)
+
+
+def _held(share: float) -> float:
+    """`HELD` at a share, by straight lines of its logarithm."""
+    (first, least), *_, (last, most) = HELD
+    if not first < share < last:
+        return least if share <= first else most
+    (low, below), (high, above) = next(pair for pair in pairwise(HELD) if pair[0][0] <= share < pair[1][0])
+    return below + (above - below) * math.log(share / low) / math.log(high / low)
 
 
 def eager(n: int, d: int, v: int, chip: Chip) -> Count:
@@ -226,7 +252,9 @@ ASSUMPTIONS = (
     f"read twice in blocks of {WORKSPACE // 2**20} MiB; float32 sums are read and written once per block",
     "a loss that is known: float32 logits written once and read twice, the gradient by them written once, float32 sums "
     "of dW read and written once per block of rows",
-    f"sparse: {ENTRIES} entries per token, gathered at the memory's full rate",
+    f"values by the library's products from D = {LEAST_WIDTH:,} on: float32 logits written once and read once",
+    f"sparse: {ENTRIES} entries per token; dense columns hold of them what they held of one model's, at the same share "
+    "of the vocabulary; the rest is gathered at the memory's full rate",
     "eager, torch.compile, Liger and QuACK: operands once per product, logits as often as their steps read and write "
     "them, in 16 bits; their chunks are assumed to cost nothing else",
     "CCE: both gradients are read and written for every tile kept, as memory traffic, though L2 holds much of it",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.machine import without_paths
-from bench.tables import gradients, head, kernels, learning, minutes, runs, step
+from bench.tables import caches, gradients, head, kernels, learning, minutes, runs, step
 from bench.tables.markdown import JSON_LINK
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,7 @@ PAGES = (
         ROOT / "docs" / f"{name}.md"
         for name in (
             "benchmarks",
+            "divergences",
             "evidence",
             "faq",
             "gpu",
@@ -73,6 +74,7 @@ TABLES = {
     "gpu": kernels.gpu_table,
     "minutes": minutes.minutes_table,
     "numerics": kernels.numerics_table,
+    "caches": caches.caches_table,
 }
 
 PENDING = {"minutes": minutes.NOT_YET}

@@ -24,6 +24,13 @@ def test_a_library_that_refuses_another_is_no_failure() -> None:
     }
 
 
+def test_of_pieces_each_test_counts_once_by_its_last_report() -> None:
+    again = """<testsuites><testsuite><testcase classname="tests.a" name="wrong"/>
+<testcase classname="tests.c" name="right"/></testsuite></testsuites>"""
+    found = compat.counted(JUNIT, again)
+    assert (found["passed"], found["failures"]) == (3, ["tests.b::broken"])
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_row_takes_the_place_of_its_versions_row(again: bool) -> None:
     versions = [{"torch": torch, "triton": "3.9.0"} for torch in ("2.11.0", "2.13.0+cpu")]

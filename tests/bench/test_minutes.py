@@ -394,7 +394,8 @@ def test_the_dry_walk(tmp_path):
         assert not [row for row in step["rows"] if row.keys() & figures]
         assert not [row for row in step["rows"] if row.keys() & {"failed", "wrong", "cut"}]
     kernels = {row["name"].split(",")[0] for row in steps["alone"]["rows"]}
-    assert {"head_stats", "dlogits", "selection_bits", "sparse_columns", "block_exponentials"} <= kernels
+    assert {"head_stats", "logit_sums", "dlogits", "selection_bits", "sparse_columns", "block_exponentials"} <= kernels
+    assert {"joint_stats", "joint_values", "joint_dlogits"} <= kernels
     skipped = {row["name"] for row in steps["numbers"]["rows"] if "skipped" in row}
     assert skipped == {"the same bits on two streams", "the same bits under a CUDA graph"}
     assert sum(row["passed"] for row in steps["suites"]["rows"]) > 2

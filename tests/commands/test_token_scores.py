@@ -3,23 +3,29 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tvkd_fast.commands.caches import kept_per_token
 from tvkd_fast.commands.score import ScoreConfig
 from tvkd_fast.data import MicroBatching
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.files import sha256_of, unfinished
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead, load_model, load_tokenizer
+from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
+from tvkd_fast.objectives.divergences.jsd import JSD
+from tvkd_fast.objectives.divergences.sparse_kl import SparseKL
 from tvkd_fast.scoring import scorer as scorer_module
 from tvkd_fast.scoring.cache import ScoreCache, describe
 from tvkd_fast.scoring.layout import TOKEN_NAMES
 from tvkd_fast.scoring.manifest import MANIFEST, Part, read_manifest
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, RewardTeacher
 from tvkd_fast.scoring.token_files import HEAD
+from tvkd_fast.training.metrics import read_metrics
 
 KINDS = ("states", "topk:8", "sampled:20")
 
@@ -63,6 +69,16 @@ def test_cached_states_have_the_teachers_logits(dtype, off, scored, pairs, onlin
     assert empty.teacher_hidden.shape == (0, cache.tokens.head.weight.shape[1])
 
 
+def test_a_run_reads_nothing_of_tokens_that_its_objective_does_not_need(scored, pairs, make_config):
+    cache, batch = scored(keep=["values", *KINDS]), next(iter(batches(pairs)))
+    of_states = CachedScorer(cache, kept_per_token(ForwardKL().needs)).of(batch)
+    assert of_states.teacher_hidden is not None
+    assert of_states.topk_ids is of_states.sampled_ids is None
+    of_values = CachedScorer(cache, kept_per_token(make_config().loss.needs)).of(batch)
+    assert of_values.lse is not None
+    assert of_values.teacher_hidden is of_values.teacher_head is of_values.topk_ids is None
+
+
 def test_a_cached_head_is_rotated_with_its_states(scored, pairs, online):
     head, batch = scored(keep=["states"]).tokens.head, next(iter(batches(pairs)))
     plain = online("states").of(batch).teacher_head
@@ -81,6 +97,34 @@ def test_cached_top_k_and_samples_are_the_online_ones(scored, pairs, online):
         assert torch.equal(found.sampled_ids, wanted.sampled_ids[:, :most])
         assert torch.equal(found.sampled_shares, wanted.sampled_shares[:, :most])
         assert not wanted.sampled_shares[:, most:].any()
+
+
+RUNS = [
+    (ForwardKL(responses="both"), "states", 1e-2),
+    (JSD(mixing=0.5), "states", 1e-2),
+    (SparseKL(), "topk:50", 1e-3),
+    (SparseKL(kept="sampled", responses="both"), "sampled:50", 1e-5),
+]
+
+
+@pytest.mark.parametrize(("loss", "kind", "off"), RUNS, ids=lambda x: getattr(x, "name", ""))
+def test_a_run_on_what_is_kept_is_the_online_run(loss, kind, off, scored, make_config, run, files):
+    online = replace(make_config(objective=loss.name, output_dir=str(files / "online")), loss=loss)
+    cached = replace(online, teacher=None, scores=str(files / "scores"), output_dir=str(files / "cached"))
+    cached = replace(cached, data=replace(cached.data, eval=None))
+    scored()
+    with pytest.raises(ValueError, match=r"add them with `tvkd score .*--teacher MODEL --keep \[" + kind + r"\]`"):
+        run(cached)
+    scored(keep=[kind])
+    run(online)
+    run(cached)
+    found, wanted = (
+        [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
+        for config in (cached, online)
+    )
+    assert len(wanted) == 6
+    assert found == pytest.approx(wanted, rel=off)
+    assert wanted[0] != pytest.approx(wanted[-1], rel=2e-2)
 
 
 def test_the_teacher_of_rewards_has_states_too(scored, pairs, online, model_folder):

@@ -33,6 +33,18 @@ def test_a_shared_head_in_bfloat16_rounds_as_a_whole_one_does(launch: Launch) ->
         assert one.get("dW", 0.0) < 2 * one.get("dW whole", 1.0), one
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+def test_divergences_over_a_shared_vocabulary_are_those_of_a_whole_one(processes: int, launch: Launch) -> None:
+    """Uneven rows and tokens, heads with all transforms, a teacher that is whole and one that is shared, sparse too."""
+    found = [json.loads(line) for line in launch(processes, "shared_divergence.py").splitlines()]
+    assert len(found) == 6
+    for one in found:
+        assert one["values"] < 1e-5, one
+        assert one["dH"] < 1e-5, one
+        assert one["dW"] < 1e-5, one
+
+
 def test_a_world_of_one_is_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with init_distributed(torch.device("cpu")) as world:

@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared-wpo": {"family": "untied", "objective": "wpo", "loss": {"beta": 0.1}, "parallel": {"vocabulary": "shared"}},
     "dadpo": {"family": "tied", "objective": "dadpo", "tokens_per_micro_batch": FOUR},
     "cached-dadpo": {"family": "tied", "objective": "dadpo", "scores": "made by the script"},
+    "cached-states": {"family": "tied", "objective": "forward_kl", "scores": "made by the script"},
     "d_dpo": {"family": "tied", "objective": "d_dpo", "tokens_per_micro_batch": FOUR},
     "tdpo2": {"family": "tied", "objective": "tdpo2", "tokens_per_micro_batch": FOUR},
     "jsd": {"family": "untied", "objective": "jsd", "tokens_per_micro_batch": FOUR},
@@ -72,19 +73,8 @@ CASES: dict[str, dict[str, Any]] = {
 OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
 """The runs of one and two processes in the first tier."""
 AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
-AS_IN_TWO += [
-    "rewards",
-    "compiled",
-    "wpo",
-    "dadpo",
-    "cached-dadpo",
-    "d_dpo",
-    "tdpo2",
-    "jsd",
-    "mixture",
-    "opd",
-    "lora-opd",
-]
+AS_IN_TWO += ["rewards", "compiled", "wpo", "dadpo", "cached-dadpo", "cached-states", "d_dpo"]
+AS_IN_TWO += ["tdpo2", "jsd", "mixture", "opd", "lora-opd"]
 """Runs that are the same in two and in four processes; in four they take a minute and a half more."""
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
 """Runs of two replicas in four processes; one and two processes make the named run."""

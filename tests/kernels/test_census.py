@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tvkd_fast.fused.distillation import fused_linear_distillation_loss
 from tvkd_fast.kernels import gathers
 from tvkd_fast.kernels.configs import FP_FUSION, INTERPRETED, Demand, Kernel, TileConfig, choose
 from tvkd_fast.ops import Upstream, known_logps, linear_entropy, linear_logps, linear_lse
@@ -322,6 +323,22 @@ def joint_ops_of_two_heads(dtype: torch.dtype, d: int, other_d: int, bias: bool,
     joint_gradients(*sides, labels, sums, everything, values, **wants)
 
 
+def known_ops_of_two_heads(dtype: torch.dtype, bias: bool, softcap: float | None) -> None:
+    """A mixture whose gradient the forward makes: the lightest, one without labels, and everything."""
+    from tvkd_fast.kernels.records import Head
+
+    n, v = 5, 40
+    hidden, weight = torch.randn(n, 16).to(dtype).requires_grad_(), torch.randn(v, 16).to(dtype)
+    head, teacher = Head(weight, torch.randn(v).to(dtype) if bias else None, softcap), torch.randn(n, 32).to(dtype)
+    mixed = ("reverse_kl", "entropy", "jsd", "tvd", "alpha")
+    for labels, names in ((None, ("forward_kl",)), (None, mixed), (torch.randint(v, (n,)), (*mixed, "logps"))):
+        fused_linear_distillation_loss(
+            *(hidden, head, teacher, torch.randn(v, 32).to(dtype), labels),
+            mixture=dict.fromkeys(names, 1.0),
+            impl="triton",
+        )
+
+
 def rows_in_tiles(dtype: torch.dtype) -> None:
     """A sparse gradient of rows that no program holds whole."""
     with pytest.MonkeyPatch.context() as patch:
@@ -351,11 +368,12 @@ def test_launches_name_their_arguments_and_pointers_say_so() -> None:
     launches: list[Launch] = []
     with recording("fp32", launches):
         ops_of_a_head(torch.float32, 3, 16, 40, "none", None)
+        known_ops_of_two_heads(torch.float32, True, None)
         sparse_ops_of_a_head(torch.float32, 16, True, None, "unbiased", "both")
         joint_ops_of_two_heads(torch.float32, 16, 32, True, None)
         rows_in_tiles(torch.float32)
         epilogues()
-    assert len({x.kernel for x in launches}) == 19
+    assert len({x.kernel for x in launches}) == 21
 
 
 @cache
@@ -375,6 +393,8 @@ def recorded() -> tuple[Launch, ...]:
                         sparse_ops_of_a_head(dtype, d, bias, softcap, tail, "both")
                 for bias, softcap in ((False, None), (True, None), (True, 5.0)):  # type: ignore[assignment]
                     joint_ops_of_two_heads(dtype, d, 64, bias, softcap)
+            for bias, softcap in product((False, True), (None, 5.0)):  # type: ignore[assignment]
+                known_ops_of_two_heads(dtype, bias, softcap)
             rows_in_tiles(dtype)
     with recording("fp32", launches):
         epilogues()
@@ -423,7 +443,7 @@ OF_TWO_HEADS = ("OTHER_BIAS", "OTHER_SOFTCAP", "SQUARES", "LOGS", "MIXTURE", "VA
 ADDS = ("LABELS", "KAPPA", "ENTROPY", "BIAS", "SOFTCAP", "COLUMN_SUMS", "PREVIOUS", "GRAD", "START", *OF_TWO_HEADS)
 GATHERS = ("sparse_rows", "wide_rows", "sparse_columns")
 """Kernels of every D: all sets of switches are built at one, and a light and a heavy one at the others."""
-JOINT = ("joint_stats", "joint_values", "joint_dlogits")
+JOINT = ("joint_stats", "joint_values", "joint_dlogits", "block_moments", "block_gradient")
 """Kernels over two heads, which have hundreds of sets of switches: of each tile the one with the most code is built."""
 
 MORE = {"EVEN_K": False, "EVEN_N": False, "UNBIASED": True} | {f"HAS_{name}": True for name in ADDS}
@@ -507,6 +527,8 @@ def test_every_launch_is_built(launches: tuple[Launch, ...], census: ModuleType)
         ("joint_values", "mixture, biases"),
         ("joint_dlogits", "logs, biases"),
         ("joint_dlogits", "all, odd D"),
+        ("block_moments", "all"),
+        ("block_gradient", "all"),
     ],
 )
 def test_a_launch_that_is_not_is_found(

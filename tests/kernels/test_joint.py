@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import torch
 from draws import draws
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from joint_case import rounded
 from torch import Tensor
 
 from tvkd_fast.kernels.joint_backward import JointWeights, joint_gradients
@@ -162,13 +162,6 @@ def by_autograd(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], list
     return {name: x.detach() for name, x in found.items()}, [
         [None if x is None else next(grads) for x in side] for side in leaves
     ]
-
-
-def rounded(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Once to 16 bits; of float16 in a range that a power of 2 has moved."""
-    most = float(grad.abs().nan_to_num(posinf=0.0).max()) if grad.numel() else 0.0
-    factor = 2.0 ** (math.ceil(math.log2(most)) - 14) if dtype == torch.float16 and most > 0.0 else 1.0
-    return (grad / factor).to(dtype).float() * factor
 
 
 def outputs_of(sums: JointSums, values: JointValues | None, labels: Tensor | None) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ The tiles and the workspace are an H200's; nothing is computed.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,15 +16,19 @@ from replaced import replace_everywhere
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvkd_fast.kernels import blocks
+from tvkd_fast.kernels import blocks, launch
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops import triton_backend, triton_walk
+from tvkd_fast.ops.joint import triton_blocks, triton_joint
+from tvkd_fast.ops.joint.outputs import Outputs
 from tvkd_fast.ops.known import Upstream, known_logps
+from tvkd_fast.ops.tiles.joint.sides import Side
+from tvkd_fast.ops.tiles.joint.walk import Task
 
 PROCESSORS = 132
 FREE = {"empty", "empty_like", "new_empty", "detach", "alias", "lift_fresh", "empty_strided"}
 """Operators that launch nothing, as views do not."""
-OF_NUMBERS_A_ROW = {"merge_splits", "dlogp_dhidden", "rescale"}
+OF_NUMBERS_A_ROW = {"merge_splits", "joint_merge", "dlogp_dhidden", "rescale"}
 """Kernels whose programs take several rows each, and hardly any time."""
 
 
@@ -46,6 +52,7 @@ class Launches(TorchDispatchMode):
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> Launches:
     assert triton_walk
+    assert triton_blocks
     counts = Launches()
 
     def launch(kernel: Any, programs: int, **_: Any) -> None:
@@ -109,16 +116,40 @@ def values(n: int, d: int, v: int) -> None:
         triton_backend.head_sums(hidden, head)
 
 
-OPS = [known, unknown, kept, frozen, values]
+def two_heads(n: int, d: int, v: int, kind: str) -> Task:
+    """A student and a teacher of its width."""
+    (hidden, head, _), (teacher_hidden, teacher, _) = inputs(n, d, v), inputs(n, d, v)
+    return Task(Side(hidden, head), ((1.0, Side(teacher_hidden, teacher)),), Outputs((kind,)))
 
 
-@pytest.mark.parametrize(("op", "most"), list(zip(OPS, (8, 30, 10, 30, 2), strict=True)))
+def divergence(n: int, d: int, v: int, *, kind: str = "forward_kl") -> None:
+    task, upstream = two_heads(n, d, v, kind), torch.empty(1, n, device="meta")
+    with torch.no_grad():
+        sums, moments = triton_joint.joint_sums(task)
+        triton_joint.joint_gradients(task, sums, moments, upstream, (True, True, False), (False, False, False))
+
+
+def jsd(n: int, d: int, v: int) -> None:
+    divergence(n, d, v, kind="jsd")
+
+
+def known_divergence(n: int, d: int, v: int) -> None:
+    with torch.no_grad():
+        triton_blocks.block_walk(
+            two_heads(n, d, v, "jsd"), torch.empty(1, n, device="meta"), (True, True, False)
+        )  # fmt: skip
+
+
+OPS = [known, unknown, kept, frozen, values, divergence, jsd, known_divergence]
+
+
+@pytest.mark.parametrize(("op", "most"), list(zip(OPS, (8, 30, 10, 30, 4, 30, 31, 24), strict=True)))
 def test_launches_over_the_vocabulary(h200: Launches, op: Any, most: int) -> None:
     """At 4096 x 4096 x 128,256, where 40 are allowed; beside them are operations on a number a row."""
     with h200:
         op(4096, 4096, 128_256)
     assert len(h200.programs) + h200.products <= most
-    assert h200.others.total() <= 70
+    assert h200.others.total() <= (130 if op is known_divergence else 70)
 
 
 @pytest.mark.parametrize("d", [2048, 4096])
@@ -129,3 +160,24 @@ def test_small_batches_fill_the_chip(h200: Launches, op: Any, d: int) -> None:
     of_tiles = [(name, programs) for name, programs in h200.programs if name not in OF_NUMBERS_A_ROW]
     assert of_tiles
     assert min(programs for _, programs in of_tiles) >= 0.9 * PROCESSORS, of_tiles
+
+
+def test_a_launch_is_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever device is current: it becomes the tensor's for the launch, and only for it."""
+    events: list[object] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda **_: events.append(grid)
+
+    @contextmanager
+    def device_of(on: Tensor) -> Iterator[None]:
+        events.append(on)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    on = torch.empty(1, device="meta")
+    launch.launch(Kernel(), 3, on=on, options={})
+    launch.launch(Kernel(), 0, on=on, options={})
+    assert [x if isinstance(x, str | tuple) else x is on for x in events] == [True, (3,), "left"]

@@ -57,6 +57,9 @@ def make_numbers(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
     of_models: dict[str, Any] = {
         f"{whose}_{x}": y for whose in ("teacher", "ref", "base") for x, y in (("hidden", hidden), ("head", head))
     }
+    top = torch.arange(3).expand(len(batch.labels), -1)
+    of_models |= {"topk_ids": top, "topk_logps": torch.full(top.shape, -2.0)}
+    of_models |= {"sampled_ids": top, "sampled_shares": torch.full(top.shape, 1 / 3)}
     scores = Scores(
         -10 + normal(responses), lse, lse, normal(states), teacher_logps=-10 + normal(responses), **of_models
     )

@@ -48,7 +48,7 @@ def test_costs_follow_from_needs() -> None:
         DPO: ("4 per response", "3", "2"),
         TVKD: ("4 per token, 4 per response", "3", "3"),
         WPO: ("4 per response", "4", "2"),
-        ForwardKL: ("2D′ per token", "3 + r", "2"),
+        ForwardKL: ("D′ + 4 per token", "3 + r", "2"),
         TDPO1: ("not cached", "4 + 2r", "2"),
         ADPA: ("not cached", "5 + 2r", "3"),
     }

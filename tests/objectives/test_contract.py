@@ -111,6 +111,8 @@ def test_what_is_not_needed_may_be_missing(found: Objective, batch_of: Any, numb
         Need.TEACHER_REWARDS: ("reward",),
         Need.TEACHER_LOGPS: ("teacher_logps",),
         Need.TEACHER_STATES: ("teacher_hidden", "teacher_head"),
+        Need.TEACHER_TOP_K: ("topk_ids", "topk_logps"),
+        Need.TEACHER_SAMPLES: ("sampled_ids", "sampled_shares"),
         Need.REFERENCE_STATES: ("ref_hidden", "ref_head"),
         Need.BASE_STATES: ("base_hidden", "base_head"),
     }

@@ -313,14 +313,14 @@ def test_entries_are_collected_however_many_more_follow() -> None:
         [Entries(torch.full((n,), n).int(), torch.arange(n).int(), torch.rand(n), torch.rand(n)) for n in sizes]
         for sizes in ((1, 0), (90, 3), (4, 7))
     ]
-    found = Collected(torch.empty(0), torch.float32, chained=True, row_blocks=len(made))
+    found = Collected(torch.empty(0), [torch.int32] * 2 + [torch.float32] * 2, row_blocks=len(made))
     for tiles in made:
-        found.add(tiles)
+        found.add([x.parts for x in tiles])
     every = [tile for tiles in made for tile in tiles]
     assert found.count == 105
     assert found.bounds.tolist() == [0, 1, 1, 91, 94, 98, 105]
-    for name in ("rows", "columns", "p", "chain"):
-        assert torch.equal(getattr(found.entries(), name), torch.cat([getattr(x, name) for x in every]))
+    for part, theirs in zip(found.parts, zip(*(x.parts for x in every), strict=True), strict=True):
+        assert torch.equal(part, torch.cat(theirs))
     found.forget()
     assert found.bounds.tolist() == [0] * 7
-    assert found.entries().rows.numel() == 0
+    assert all(x.numel() == 0 for x in found.parts)

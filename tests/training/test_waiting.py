@@ -24,7 +24,8 @@ from tvkd_fast.objectives.simpo import SimPO
 from tvkd_fast.objectives.tvkd import TVKD
 from tvkd_fast.objectives.wpo import WPO
 from tvkd_fast.ops import known
-from tvkd_fast.scoring.layout import Scores
+from tvkd_fast.scoring.cache import ScoreCache
+from tvkd_fast.scoring.layout import ScoreLayout, Scores
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer
 from tvkd_fast.training.optim import OptimConfig, make_optimizer, update
 from tvkd_fast.training.step import train_step
@@ -110,8 +111,8 @@ def test_a_step_waits_for_nothing(walked, tiny_model, dataset, objective, packin
 
 def test_a_cache_is_read_without_waiting(dataset):
     batch = next(iter(MicroBatching().batches(dataset, range(len(dataset)))))
-    numbers = torch.zeros(2 * batch.num_pairs)
-    cache = SimpleNamespace(of=lambda pairs: Scores(numbers[: 2 * len(pairs.tolist())]))
+    scores = Scores(torch.zeros(len(dataset), 2))
+    cache = ScoreCache(SimpleNamespace(numbers=None), [scores], ScoreLayout.of(dataset))
     with NoListsToTheDevice(), NoWaitingCopies():
         scores = CachedScorer(cache).of(batch.to(META))
     assert scores.ref_logps.device == META

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tvkd_fast.commands.models import (
     FrozenModels,
+    of_teacher,
     precision,
 )
 from tvkd_fast.data import PairDataset, fingerprint_tokenizer
@@ -18,6 +20,7 @@ from tvkd_fast.models import (
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import TEACHER, Need, known
 from tvkd_fast.scoring.cache import ScoreCache
+from tvkd_fast.scoring.kinds import SAMPLED, TOP_K, kind_of, token_kinds
 from tvkd_fast.scoring.manifest import ScoreManifest
 from tvkd_fast.scoring.scorer import OnlineScorer
 from tvkd_fast.training.train_config import TrainConfig
@@ -35,6 +38,8 @@ ADDED_BY = {
     Need.TEACHER_REWARDS: "--teacher MODEL --teacher_reference MODEL",
     Need.TEACHER_LOGPS: "--teacher MODEL --keep [logps]",
     Need.TEACHER_STATES: "--teacher MODEL --keep [states]",
+    Need.TEACHER_TOP_K: f"--teacher MODEL --keep [{TOP_K}]",
+    Need.TEACHER_SAMPLES: f"--teacher MODEL --keep [{SAMPLED}]",
 }
 """The options of `tvkd score` that add a number to a folder of scores."""
 
@@ -84,6 +89,11 @@ def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected
             f"{ADDED_BY[need]}` and the other settings as before{other}"
         )
     return cache
+
+
+def kept_per_token(needs: Collection[Need]) -> tuple[str, ...]:
+    """Return the kinds of a folder's rows per token that are to be read of it."""
+    return tuple(kind_of(name) for name in token_kinds(of_teacher(needs)))
 
 
 def manifest_of(

@@ -43,16 +43,14 @@ from tvkd_fast.models import (
 )
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import Need, Objective
-from tvkd_fast.scoring.kinds import VALUES, token_kinds
+from tvkd_fast.objectives.contract import KEPT_NEEDS
+from tvkd_fast.scoring.kinds import SAMPLED, TOP_K, VALUES, kind_of, token_kinds
 from tvkd_fast.scoring.scorer import OnlineScorer, RewardTeacher, Teacher, TeacherTokens
 from tvkd_fast.training.train_config import micro_batching
 from tvkd_fast.training.usage import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-if TYPE_CHECKING:
-    pass
-
 
 P = TypeVar("P", bound=PolicyWithHead)
 
@@ -119,6 +117,8 @@ class FrozenModels:
             found.add(Need.TEACHER_LOGPS)
         if self.teacher is not None and "states" in self.of_teacher:
             found.add(Need.TEACHER_STATES)
+        if self.teacher is not None:
+            found |= {KEPT_NEEDS[kind] for kind in map(kind_of, self.of_teacher) if kind in KEPT_NEEDS}
         if self.reference is not None and self.reference_states:
             found.add(Need.REFERENCE_STATES)
         if self.base is not None:
@@ -204,6 +204,7 @@ def of_teacher(needs: Collection[Need]) -> tuple[str, ...]:
         found.append("logps")
     if Need.TEACHER_STATES in needs:
         found.append("states")
+    found += [name for name in (TOP_K, SAMPLED) if KEPT_NEEDS[kind_of(name)] in needs]
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ from tvkd_fast.commands.caches import (
     OF_TEACHER,
     expected_of_models,
     fitting_cache,
+    kept_per_token,
     manifest_of,
 )
 from tvkd_fast.commands.models import (
@@ -106,7 +107,7 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
             own = Need.TEACHER_REWARDS in config.loss.needs
             compared = [name for name in OF_TEACHER if own or name != "teacher_reference"]
             expected |= {name: getattr(cache.manifest, name) for name in compared}
-            scorer = CachedScorer(cache)
+            scorer = CachedScorer(cache, kept_per_token(config.loss.needs))
         if held_out is not None:
             held_out_scorer = held_out_scorer_of(config, policy, models, held_out, tokenizer, expected, world, verbose)
         identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
@@ -202,14 +203,15 @@ def held_out_scorer_of(
     # Here the policy is still its own reference, also when the run is resumed later on.
     scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
     if config.eval_scores is not None:
-        return CachedScorer(fitting_cache(config.eval_scores, config, held_out, expected, scorer))
+        cache = fitting_cache(config.eval_scores, config, held_out, expected, scorer)
+        return CachedScorer(cache, kept_per_token(config.loss.needs))
     if config.loss.needs & TEACHER and models.teacher is None and world.first:
         warnings.warn(
             "held-out pairs have no teacher's values: evaluation leaves the loss and the shaping out. Score them too, "
             "`tvkd score --which eval`, and give --eval_scores",
             stacklevel=2,
         )
-    if config.loss.needs & STATES:
+    if config.loss.joint or config.loss.needs & STATES:
         # Whole distributions are not held in memory: the frozen models are run at every evaluation.
         if models.reference is None and Need.REFERENCE in config.loss.needs:
             scorer.reference = policy_at_start(config, policy, world)

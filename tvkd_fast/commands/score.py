@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tvkd_fast.commands.caches import (
     manifest_of,
@@ -35,9 +35,6 @@ from tvkd_fast.scoring.kinds import check_kinds, token_kinds
 from tvkd_fast.scoring.scorer import score_to_disk
 from tvkd_fast.scoring.token_codec import StatesDtype
 from tvkd_fast.training.train_config import micro_batching
-
-if TYPE_CHECKING:
-    pass
 
 ROTATION = 0
 """The seed of the rotation that int8 states are kept under."""

@@ -161,7 +161,7 @@ class SharedHead(FusedLMHead):
         rows, count = self.rows, hidden.shape[0]
         longest = rows.longest(count, hidden.device)
         dtype = hidden.dtype if self.dtype is None else self.dtype
-        gathered = _Gathered.apply(pad(hidden.to(dtype), (0, 0, 0, longest - count)), rows)
+        gathered = gathered_states(hidden.to(dtype), longest, rows)
         weight = rows.own(self.weight).to(dtype)
         bias = None if self.bias is None else self.bias[rows.first : rows.first + rows.count].to(dtype)
         nobodys = labels is not None and dtype.itemsize == 2
@@ -276,6 +276,12 @@ class _OwnRows(torch.autograd.Function):
         if ctx.rows.replicas is not None:
             distributed.all_reduce(gradient, group=ctx.rows.replicas)
         return gradient, None
+
+
+def gathered_states(hidden: Tensor, longest: int, rows: Rows) -> Tensor:
+    """[S·longest, D] of every process's [N, D], N ≤ longest; back, each one's own sum of all parts."""
+    found: Tensor = _Gathered.apply(pad(hidden, (0, 0, 0, longest - hidden.shape[0])), rows)
+    return found
 
 
 class _Gathered(torch.autograd.Function):

@@ -17,9 +17,11 @@ from torch import Tensor
 from tvkd_fast.fused.distillation_op import distillation_op
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.dispatch import Impl
+from tvkd_fast.ops.gradient import GradMode, HeadGradient, HeadStats
 from tvkd_fast.ops.joint.backend import left_in
 from tvkd_fast.ops.joint.joint_op import SIX
-from tvkd_fast.ops.joint.pair_input import joint_input
+from tvkd_fast.ops.joint.pair_input import JointInput, joint_input
+from tvkd_fast.ops.joint.sparse_joint_op import is_sparse, sparse_joint
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 
@@ -62,6 +64,11 @@ def fused_linear_distillation_loss(
     teacher_lse: Tensor | None = None,
     rows: Tensor | None = None,
     ignore_index: int = -100,
+    grad_mode: GradMode = "exact",
+    eps: float | None = None,
+    row_cap: int | None = None,
+    max_tail: float = 0.1,
+    stats: HeadStats | None = None,
     impl: Impl = "auto",
 ) -> DistillationOutput:
     """A weighted mixture of log-likelihood and divergences of all tokens, in one walk over both vocabularies.
@@ -80,9 +87,12 @@ def fused_linear_distillation_loss(
 
     Returns:
         `DistillationOutput`. `loss` is differentiable once by hidden, weight and bias of the student, and by the
-        teacher's where they require a gradient. On a CPU the gradient is made in the forward: four products for a
-        teacher of the student's width, three where hidden or weight wants none. A second backward recomputes it.
-        Memory beyond inputs and gradients is 128 MB by count, float32 sums of 16-bit gradients apart.
+        teacher's where they require a gradient. The gradient is made in the forward: four products for a teacher of the
+        student's width, three where hidden or weight wants none. A second backward recomputes it. Memory beyond inputs
+        and gradients is 128 MB by count, float32 sums of 16-bit gradients apart; in Triton a 64th of the device's
+        memory, 1 GiB at most. There a teacher that learns, has an index or another dtype takes numbers first and
+        gradients after, as `linear_divergence` does. A sparse gradient (`grad_mode`) is made in the backward of the
+        entries that the forward keeps, 16 bytes each: two products.
 
     Raises:
         ValueError, RuntimeError: as `linear_joint`.
@@ -100,6 +110,7 @@ def fused_linear_distillation_loss(
     """
     if not isinstance(mixture, Mapping):
         raise ValueError(f"mixture must map outputs to weights, {{'forward_kl': 1.0}}, got a {type(mixture).__name__}")
+    gradient = HeadGradient(grad_mode=grad_mode, eps=eps, row_cap=row_cap, max_tail=max_tail)
     per_row = {f"mixture[{name!r}]": x for name, x in mixture.items() if isinstance(x, Tensor) and x.dim()}
     given = joint_input(
         "fused_linear_distillation_loss",
@@ -121,9 +132,17 @@ def fused_linear_distillation_loss(
         numbers={"token_weights": token_weights, **per_row},
     )
     upstream = _upstream(mixture, token_weights, left_in(labels, rows, ignore_index), given.hidden)
+    if is_sparse(given, gradient):
+        values = sparse_joint(given, gradient, stats, impl)
+        loss = (values.double() * upstream.double()).sum().to(values.dtype)
+        return DistillationOutput(loss, _by_name(given, values.detach()))
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in given.tensors[:SIX]]
     loss, values, *_ = distillation_op(*given.tensors, upstream, *given.settings, *wants)
-    return DistillationOutput(loss, dict(zip(given.outputs.names, values.unbind(0), strict=True)))
+    return DistillationOutput(loss, _by_name(given, values))
+
+
+def _by_name(given: JointInput, values: Tensor) -> dict[str, Tensor]:
+    return dict(zip(given.outputs.names, values.unbind(0), strict=True))
 
 
 def _upstream(

@@ -65,10 +65,10 @@ def _distillation(
     teacher_wants = (want_teacher_hidden, want_teacher_weight, want_teacher_bias)
     nothing = HeadGradients(None, None, None)
     if any((*wants, *teacher_wants)):
-        numbers, student, teacher = backend.joint_known(task, upstream, wants, teacher_wants)
+        numbers, student, teacher = backend.joint_known(task, impl, upstream, wants, teacher_wants)
     else:
-        numbers, student, teacher = backend.joint_sums(task), nothing, nothing
-    values = values_of(task, numbers, backend.left_in(labels, rows, ignore_index))
+        numbers, student, teacher = backend.joint_sums(task, impl), nothing, nothing
+    values = values_of(task, numbers)
     loss = (values.double() * upstream.double()).sum().to(values.dtype)
     return loss, values, numbers.packed(values.dtype), *six_of(student, teacher, hidden, teacher_hidden)
 

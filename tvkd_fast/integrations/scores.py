@@ -95,7 +95,7 @@ class CachedReturns:
     def _of(self, cache: ScoreCache, dataset: PairDataset, places: range) -> Tensor:
         """[2, P]."""
         batch = collate_pairs(dataset[places.start : places.stop], places)
-        scores, settings = cache.of(batch.pairs), self.settings
+        scores, settings = cache.of(batch.pairs, kinds=()), self.settings
         if settings.value_from == "implicit_reward":
             assert scores.reward is not None
             values = settings.value_scale * scores.reward

@@ -29,10 +29,12 @@ def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
         tensor([-3., -4.])
     """
     check_boundaries("cu_seqlens", cu_seqlens, per_token.shape[0])
+    unsafe = True
     # In a compiled graph on a CPU torch still compares the lengths' sum with N; it cannot where there are no lengths.
-    compared = torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu" and cu_seqlens.numel() > 1
-    lengths = cu_seqlens.diff()
-    sums = torch.segment_reduce(per_token.double(), "sum", lengths=lengths, unsafe=not compared, initial=0)
+    # Asked by `if`: of a symbolic size Dynamo would make a bool of a type of its own, which torch 2.15 refuses.
+    if torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu" and cu_seqlens.numel() > 1:
+        unsafe = False
+    sums = torch.segment_reduce(per_token.double(), "sum", lengths=cu_seqlens.diff(), unsafe=unsafe, initial=0)
     return sums.to(per_token.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from tvkd_fast.objectives.contract import NOT_CACHED, STATES, TEACHER, Need, Objective
-from tvkd_fast.objectives.divergences.joint_numbers import SCORE, TOP_GAP, walks_of
+from tvkd_fast.objectives.divergences.joint_numbers import KEPT, TOP_GAP, Joint, walks_of
 from tvkd_fast.objectives.registry import DEFAULT, objectives
 
 COLUMNS = (
@@ -26,11 +26,19 @@ _IN_WORDS = {
     Need.TEACHER_LOGPS: "teacher's log-probabilities",
     Need.REWARDS: "rewards of the data",
     Need.TEACHER_STATES: "teacher's states",
+    Need.TEACHER_TOP_K: "teacher's top k",
+    Need.TEACHER_SAMPLES: "teacher's samples",
     Need.REFERENCE_STATES: "reference's states",
     Need.BASE_STATES: "states of the teacher's reference",
     Need.SAMPLER_LOGPS: "sampler's log-probabilities",
 }
-_KEPT_PER_TOKEN = {Need.TEACHER_SUMS: "4", Need.TEACHER_REWARDS: "4", Need.TEACHER_STATES: "2D′"}
+_KEPT_PER_TOKEN = {
+    Need.TEACHER_SUMS: "4",
+    Need.TEACHER_REWARDS: "4",
+    Need.TEACHER_STATES: "D′ + 4",
+    Need.TEACHER_TOP_K: "304",
+    Need.TEACHER_SAMPLES: "251 at most",
+}
 _KEPT_PER_RESPONSE = {Need.REFERENCE: 4, Need.TEACHER_LOGPS: 4}
 _MODELS = (
     {Need.REFERENCE, Need.REFERENCE_STATES},
@@ -75,15 +83,18 @@ def products(objective: Objective) -> str:
     policy's, a product; what is over one of two responses counts half."""
     own, frozen, with_logps = 0.0, 0.0, False
     for walk, members in walks_of(objective.joint).items():
+        # Nothing is handed down to the log-probabilities beside these two.
         if walk.output == TOP_GAP:
-            # Nothing is handed down to the log-probabilities beside it.
             own, frozen, with_logps = own + 2, frozen + 1, True
             continue
+        if walk.output in KEPT:
+            own, with_logps = own + 4 * (1.0 if _of_all(walk, objective) else 0.5) + 1, True
+            continue
         known = set(members) <= set(objective.linear_joint)
-        of_all = walk.responses == "both" or Need.REJECTED not in objective.needs
-        alone = walk.output == SCORE or not of_all or walk.temperature != 1.0 or with_logps
-        # A score is computed again in the backward, whatever is known of it.
-        again = walk.output == SCORE or not known or not (alone or objective.linear)
+        of_all = _of_all(walk, objective)
+        alone = walk.is_alone or not of_all or walk.temperature != 1.0 or with_logps
+        # Some are computed again in the backward, whatever is known of them.
+        again = walk.is_alone or not known or not (alone or objective.linear)
         share = 1.0 if of_all else 0.5
         own += share * (3 + again)
         frozen += share * len(walk.of) * (1 + again)
@@ -95,6 +106,11 @@ def products(objective: Objective) -> str:
         frozen += len(objective.needs & STATES)
     own += Need.COLLISIONS in objective.needs
     return f"{own:g}" + (f" + {'' if frozen == 1 else f'{frozen:g}'}r" if frozen else "")
+
+
+def _of_all(walk: Joint, objective: Objective) -> bool:
+    """Whether a walk is over all responses that are computed."""
+    return walk.responses == "both" or Need.REJECTED not in objective.needs
 
 
 def _on_disk(needs: list[Need]) -> str:

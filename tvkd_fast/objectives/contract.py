@@ -31,6 +31,8 @@ class Need(Enum):
     TEACHER_REWARDS = "the teacher's rewards over its own reference"
     TEACHER_LOGPS = "the teacher's log-probabilities"
     TEACHER_STATES = "the teacher's states"
+    TEACHER_TOP_K = "the teacher's top k"
+    TEACHER_SAMPLES = "samples of the teacher's distributions"
     REFERENCE_STATES = "the reference's states"
     BASE_STATES = "the states of the teacher's own reference"
     REWARDS = "rewards, which are columns of the data"
@@ -39,7 +41,15 @@ class Need(Enum):
 
 
 TEACHER = frozenset(
-    {Need.TEACHER_SUMS, Need.TEACHER_REWARDS, Need.TEACHER_LOGPS, Need.TEACHER_STATES, Need.BASE_STATES}
+    {
+        Need.TEACHER_SUMS,
+        Need.TEACHER_REWARDS,
+        Need.TEACHER_LOGPS,
+        Need.TEACHER_STATES,
+        Need.TEACHER_TOP_K,
+        Need.TEACHER_SAMPLES,
+        Need.BASE_STATES,
+    }
 )
 SCORED = TEACHER | {Need.REFERENCE, Need.REFERENCE_STATES}
 """Needs for which frozen models are run, or a cache is read."""
@@ -52,6 +62,7 @@ _STATES: dict[Whose, Need] = {
 }
 STATES = frozenset(_STATES.values())
 """Needs that are a frozen model's states and its head."""
+KEPT_NEEDS = {"topk": Need.TEACHER_TOP_K, "sampled": Need.TEACHER_SAMPLES}
 Divisor = Literal["pairs", "chosen_tokens", "tokens"]
 
 
@@ -281,7 +292,8 @@ class Objective:
 
 def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
     """The needs that these scores, the batch's own columns, and any policy meet."""
-    found = {Need.REJECTED, Need.COLLISIONS} | {_STATES[whose] for whose in distributions(scores).of}
+    frozen = distributions(scores)
+    found = {Need.REJECTED, Need.COLLISIONS} | {_STATES[x] for x in frozen.of} | {KEPT_NEEDS[x] for x in frozen.kept}
     if scores.ref_logps is not None:
         found.add(Need.REFERENCE)
     if scores.lse is not None and scores.lse_kappa is not None:
@@ -300,7 +312,12 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
 def distributions(scores: Scores) -> Distributions:
     """The frozen models' distributions that the scores hold."""
     found = {whose: (getattr(scores, f"{whose}_hidden"), getattr(scores, f"{whose}_head")) for whose in _STATES}
-    return Distributions({whose: (hidden, head) for whose, (hidden, head) in found.items() if head is not None})
+    kept = {}
+    if scores.topk_ids is not None and scores.topk_logps is not None:
+        kept["topk"] = scores.topk_ids, scores.topk_logps.exp()
+    if scores.sampled_ids is not None and scores.sampled_shares is not None:
+        kept["sampled"] = scores.sampled_ids, scores.sampled_shares
+    return Distributions({whose: (hidden, head) for whose, (hidden, head) in found.items() if head is not None}, kept)
 
 
 def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:

@@ -155,3 +155,61 @@ def linear_joint(
 def _mean(p: Tensor, x: Tensor) -> Tensor:
     """Σ p·x over the vocabulary, where an entry of probability 0 counts as 0."""
     return (p * x.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def sparse_joint(
+    hidden: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    labels: Tensor | None = None,
+    *,
+    outputs: Sequence[str],
+    eps: float,
+    teacher_eps: float | None = None,
+    row_cap: int | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    **options: float,
+) -> dict[str, Tensor]:
+    """`linear_joint` of hidden, weight and a teacher's logits u [N, V], whose gradient by the products a is sparse.
+
+    With g = doutput/da it is g_j on M = {p ≥ ε} ∪ {q ≥ ε} ∪ {y}, and elsewhere Σ_{j∉M} g_j/(V − |M|); columns whose
+    bias is −inf are in neither. ε of q alone is `teacher_eps`. Rows with more than `row_cap` entries beside the label
+    have the exact gradient.
+    """
+    a = logit_scale * torch.nn.functional.linear(
+        hidden.double(), weight.double(), None if bias is None else bias.double()
+    )
+    leaf = a.detach().requires_grad_()
+    z = leaf if softcap is None else softcap * torch.tanh(leaf / softcap)
+    found = linear_joint(
+        z,
+        u,
+        labels,
+        outputs=outputs,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        **options,
+    )
+    v = weight.shape[0]
+    p, q = (z.detach() / temperature).softmax(-1), (u.detach() / temperature).softmax(-1)
+    live = torch.ones(v, dtype=torch.bool) if bias is None else ~bias.isneginf()
+    label = torch.zeros_like(p, dtype=torch.bool)
+    if labels is not None:
+        label = torch.nn.functional.one_hot(labels.where(labels != ignore_index, 0), v).bool()
+    selected = ((p >= eps) | (q >= (eps if teacher_eps is None else teacher_eps))) & live & ~label
+    others = ~(selected | label) & live
+    for name, value in found.items():
+        exact = torch.zeros_like(a)
+        if value.requires_grad:
+            exact = torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0].nan_to_num(0.0)
+        even = (exact * others).sum(1) / others.sum(1).clamp_min(1)
+        sparse = exact * ~others + even[:, None] * others
+        if row_cap is not None:
+            sparse = torch.where((selected.sum(1) > row_cap)[:, None], exact, sparse)
+        surrogate = (sparse * a.nan_to_num(neginf=0.0)).sum(1)
+        found[name] = value.detach() + surrogate - surrogate.detach()
+    return found

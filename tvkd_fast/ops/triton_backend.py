@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tvkd_fast.kernels import head_backward, head_dhidden, head_selection, head_stats, sparse_backward
+from tvkd_fast.kernels import head_backward, head_dhidden, head_selection, head_stats, logit_sums, sparse_backward
 from tvkd_fast.kernels.records import Head, HeadGradients, HeadSums, SelectionRule
 from tvkd_fast.kernels.selected_lists import SelectedLists
 from tvkd_fast.ops import triton_walk
@@ -26,9 +26,11 @@ def head_sums(
     entropy: bool = False,
 ) -> HeadSums:
     labels = None if labels is None else labels.contiguous()
-    return head_stats.head_sums(
-        packed_rows(hidden), packed(head), labels=labels, ignore_index=ignore_index, kappa=kappa, entropy=entropy
-    )
+    hidden, head = packed_rows(hidden), packed(head)
+    # The kernel skips tiles of rows to ignore; the library would multiply them too.
+    if labels is None and kappa is None and not entropy and logit_sums.is_faster(hidden):
+        return logit_sums.logit_sums(hidden, head)
+    return head_stats.head_sums(hidden, head, labels=labels, ignore_index=ignore_index, kappa=kappa, entropy=entropy)
 
 
 def logps_forward(

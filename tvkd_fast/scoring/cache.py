@@ -9,7 +9,7 @@ Letters: P pairs, M response states; responses are stored pair by pair, chosen t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import pairwise, takewhile
@@ -34,7 +34,7 @@ from tvkd_fast.files import (
     whole_files,
     write_whole,
 )
-from tvkd_fast.scoring.kinds import token_kinds
+from tvkd_fast.scoring.kinds import TOKEN_KINDS, token_kinds
 from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, in_order, states_of
 from tvkd_fast.scoring.manifest import MANIFEST, Part, ScoreManifest, Shard, read_manifest
 from tvkd_fast.scoring.token_codec import Codec, Rows
@@ -64,8 +64,18 @@ class ScoreCache:
             assert piece.ref_logps is not None
             self._firsts.append(self._firsts[-1] + piece.ref_logps.shape[0])
 
-    def of(self, pairs: Tensor, device: torch.device | str = "cpu", *, chosen_only: bool = False) -> Scores:
-        """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses, or the chosen ones alone."""
+    def of(
+        self,
+        pairs: Tensor,
+        device: torch.device | str = "cpu",
+        *,
+        chosen_only: bool = False,
+        kinds: Collection[str] | None = None,
+    ) -> Scores:
+        """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses, or the chosen ones alone.
+
+        `kinds` of "states", "topk" and "sampled" are read of what is kept per token; all that there are where None.
+        """
         kept = [name for name in NAMES if getattr(self.pieces[0], name) is not None]
         # An empty micro-batch has numbers too, none of each kind.
         found = {name: [getattr(self.pieces[0], name).flatten()[:0]] for name in kept}
@@ -85,7 +95,9 @@ class ScoreCache:
         whole: dict[str, Any] = {name: to_device(torch.cat(parts), device) for name, parts in found.items()}
         whole = {name: x.float() if x.is_floating_point() else x for name, x in whole.items()}
         scores = Scores(**whole)
-        return scores if self.tokens is None else replace(scores, **self.tokens.of(spans, torch.device(device)))
+        if self.tokens is None:
+            return scores
+        return replace(scores, **self.tokens.of(spans, torch.device(device), TOKEN_KINDS if kinds is None else kinds))
 
     @property
     def numbers(self) -> tuple[str, ...]:

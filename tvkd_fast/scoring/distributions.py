@@ -15,6 +15,7 @@ from tvkd_fast.kernels.hash_uniform import hashed
 from tvkd_fast.kernels.products import accumulate, library_sums
 from tvkd_fast.ops import Head
 from tvkd_fast.ops.inputs import head_input
+from tvkd_fast.ops.tiles.exact import accumulation_dtype
 from tvkd_fast.scoring.kinds import count_of, kind_of
 
 _ENTRIES = 2**24
@@ -36,13 +37,13 @@ def kept_of(kinds: Collection[str], batch: PairBatch, hidden: Tensor, head: Head
     if not counted:
         return found
     hidden, head = head_input(hidden, head)
-    n = len(hidden)
+    n, dtype = len(hidden), accumulation_dtype(hidden.dtype)
     if "topk" in counted:
         found["topk_ids"] = hidden.new_empty((n, counted["topk"]), dtype=torch.int64)
-        found["topk_logps"] = hidden.new_empty((n, counted["topk"]), dtype=torch.float32)
+        found["topk_logps"] = hidden.new_empty((n, counted["topk"]), dtype=dtype)
     if "sampled" in counted:
         found["sampled_ids"] = hidden.new_empty((n, counted["sampled"]), dtype=torch.int64)
-        found["sampled_shares"] = hidden.new_empty((n, counted["sampled"]), dtype=torch.float32)
+        found["sampled_shares"] = hidden.new_empty((n, counted["sampled"]), dtype=dtype)
         offsets = token_uniforms(batch)
     for rows, logps in _log_softmaxes(hidden, head):
         if "topk" in counted:
@@ -55,8 +56,8 @@ def kept_of(kinds: Collection[str], batch: PairBatch, hidden: Tensor, head: Head
 
 def token_uniforms(batch: PairBatch, seed: int = 0) -> Tensor:
     """(N,) float64 in (0, 1), a hash of seed, pair, response and the token's place in it, and of nothing else."""
-    sides = len(batch.response_lengths) // max(batch.num_pairs, 1)
-    responses = torch.cat([2 * batch.pairs + side for side in range(sides)]).to(batch.labels.device)
+    responses = torch.cat([2 * batch.pairs, 2 * batch.pairs + 1])[: len(batch.response_lengths)]
+    responses = responses.to(batch.labels.device)
     of_response = hashed(responses, 2 * seed).long()
     lengths = batch.lengths
     places = torch.arange(len(batch.labels), device=lengths.device)
@@ -77,14 +78,15 @@ def systematic_samples(logps: Tensor, offsets: Tensor, k: int) -> tuple[Tensor, 
     group = torch.nn.functional.pad((ids.diff(dim=1) != 0).long().cumsum(1), (1, 0))
     distinct = torch.full_like(ids, -1).scatter_(1, group, ids)
     counts = torch.zeros_like(ids).scatter_add_(1, group, torch.ones_like(ids))
-    return distinct, counts.float() / k
+    return distinct, counts.to(logps.dtype) / k
 
 
 def _log_softmaxes(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows and their log-probabilities [R, V] float32, in one workspace that is written over."""
+    """Blocks of rows and their log-probabilities [R, V], in one workspace that is written over: float32, or float64 of
+    float64 states."""
     size = max(1, min(len(hidden), _ENTRIES // head.vocab_size))
-    workspace = hidden.new_empty((size, head.vocab_size), dtype=torch.float32)
-    step = head.vocab_size if head.weight.is_cuda or head.weight.dtype == torch.float32 else _COLUMNS
+    workspace = hidden.new_empty((size, head.vocab_size), dtype=accumulation_dtype(hidden.dtype))
+    step = head.vocab_size if head.weight.is_cuda or hidden.dtype == workspace.dtype else _COLUMNS
     for start in range(0, len(hidden), size):
         rows = slice(start, min(start + size, len(hidden)))
         z = workspace[: rows.stop - start]
@@ -93,7 +95,7 @@ def _log_softmaxes(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]
             columns = slice(first, min(first + step, head.vocab_size))
             weight = head.weight[columns].to(h.dtype)
             if not library_sums(h.device, h.dtype):
-                h, weight = h.float(), weight.float()
+                h, weight = h.to(z.dtype), weight.to(z.dtype)
             accumulate(z[:, columns], h, weight.T, fresh=True)
         if head.bias is not None:
             z.add_(head.bias)

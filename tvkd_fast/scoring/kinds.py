@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 VALUES: tuple[str, ...] = ("values",)
+TOP_K, SAMPLED = "topk:50", "sampled:50"
+"""What a teacher that runs beside the policy is asked for where a part of its distribution is wanted."""
 
 TOKEN_KINDS = ("states", "topk", "sampled")
 """Kinds that are kept per response token: the distribution whole, its k largest probabilities, k samples of it."""

@@ -227,14 +227,14 @@ class OnlineScorer:
 
 
 class CachedScorer:
-    """Looks the batch's scores up in a cache."""
+    """Looks the batch's scores up in a cache; of what is kept per token the `kinds` alone, where they are given."""
 
-    def __init__(self, cache: ScoreCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: ScoreCache, kinds: Collection[str] | None = None) -> None:
+        self.cache, self.kinds = cache, kinds
 
     def of(self, batch: PairBatch) -> Scores:
         chosen_only = len(batch.response_lengths) == batch.num_pairs
-        return self.cache.of(batch.pairs, batch.labels.device, chosen_only=chosen_only)
+        return self.cache.of(batch.pairs, batch.labels.device, chosen_only=chosen_only, kinds=self.kinds)
 
 
 def score_dataset(
@@ -336,7 +336,7 @@ def _score_pairs(
     """Return the numbers of consecutive pairs, in their order, and in the first process their tokens' rows by kind."""
     kept: dict[str, Tensor] = {}
     coded: dict[str, list[Rows]] = {name: [] for name in codecs}
-    places = [torch.empty(0, dtype=torch.int64)]
+    places: list[Tensor] = []
     states = layout.between(pairs.start, pairs.stop)
     batches = batching.share(dataset, pairs, rank=world.rank, size=world.size)
     for i, batch in enumerate(batches):
@@ -367,13 +367,13 @@ def _score_pairs(
 
 def _in_order(found: list[list[Rows]], places: list[list[Tensor]]) -> Rows:
     """Rows of all batches of all processes, each in its place; nothing where nothing was gathered."""
-    batches = [batch for of_one in found for batch in of_one]
-    rows = {}
-    for name in batches[0] if batches else ():
-        x, place = torch.cat([batch[name] for batch in batches]), torch.cat([torch.cat(of_one) for of_one in places])
-        assert len(x) == len(place)
-        rows[name] = torch.empty_like(x).index_copy_(0, place, x)
-    return rows
+    batches = [x for of_one in zip(found, places, strict=True) for x in zip(*of_one, strict=True)]
+    count = sum(len(place) for _, place in batches)
+    ordered: dict[str, Tensor] = {}
+    for rows, place in batches:
+        for name, x in rows.items():
+            ordered.setdefault(name, x.new_empty((count, *x.shape[1:])))[place] = x
+    return ordered
 
 
 def _beside(held: Scores, scores: Scores) -> Scores:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tvkd_fast.files import sha256_of, to_disk
 from tvkd_fast.ops import Head
-from tvkd_fast.scoring.kinds import count_of, kind_of, token_kinds
+from tvkd_fast.scoring.kinds import TOKEN_KINDS, count_of, kind_of, token_kinds
 from tvkd_fast.scoring.manifest import Part, ScoreManifest, Shard
 from tvkd_fast.scoring.token_codec import Codec, Rows, codec_of
 from tvkd_fast.transfer import to_device
@@ -39,8 +39,11 @@ class TokenFiles:
         self.codecs, self.shards, self.head = codecs, shards, head
         self._heads: dict[torch.device, Head] = {}
 
-    def of(self, spans: Iterable[tuple[int, int, int]], device: torch.device) -> dict[str, Any]:
-        """The tensors of `Scores` by name, of rows start..end−1 of a shard for each span (shard, start, end).
+    def of(
+        self, spans: Iterable[tuple[int, int, int]], device: torch.device, kinds: Collection[str] = TOKEN_KINDS
+    ) -> dict[str, Any]:
+        """The tensors of `Scores` by name that these kinds are, of rows start..end−1 of a shard for each span (shard,
+        start, end).
 
         They are decoded on the device; states have the dtype of their head.
         """
@@ -48,10 +51,12 @@ class TokenFiles:
         # An empty micro-batch has rows too, none of each kind.
         spans = [(0, 0, 0), *spans]
         for name, codec in self.codecs.items():
+            if kind_of(name) not in kinds:
+                continue
             parts = [codec.rows(self.shards[shard][name], start, end) for shard, start, end in spans]
             rows = {key: to_device(torch.cat([part[key] for part in parts]), device) for key in parts[0]}
             found |= codec.decode(rows)
-        if self.head is not None:
+        if self.head is not None and "teacher_hidden" in found:
             head = self._heads.setdefault(device, _moved(self.head, device))
             found |= {"teacher_head": head, "teacher_hidden": found["teacher_hidden"].to(head.weight.dtype)}
         return found

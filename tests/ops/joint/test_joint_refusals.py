@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a short index": ({"teacher_index": torch.arange(V - 1)}, r"teacher_index must be \(12,\) integers"),
     "teacher_lse": ({"teacher_lse": torch.zeros(N + 1)}, r"teacher_lse must be \(6,\)"),
     "rows": ({"rows": torch.zeros(N)}, "rows must be bool"),
-    "triton": ({"impl": "triton"}, "impl='triton' cannot be had"),
+    "impl": ({"impl": "cuda"}, "impl must be one of auto, torch, triton, got 'cuda'"),
 }
 
 

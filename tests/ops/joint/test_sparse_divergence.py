@@ -159,3 +159,15 @@ def test_opcheck_and_one_graph() -> None:
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(*(torch.autograd.grad(g(hidden), hidden) for g in (compiled, f)))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_tokens_have_no_divergence_and_no_gradient(rows: int) -> None:
+    case = JointCase.draw((rows, 7, 11, 53))
+    hidden, head, *_ = case.arguments()
+    none = torch.zeros(rows, dtype=torch.bool) if rows else None
+    ids, probs = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
+    got = linear_sparse_divergence(hidden, head, ids, probs, rows=none)
+    assert (got.shape, bool(got.any())) == ((rows,), False)
+    grads = torch.autograd.grad(got.sum(), [hidden, head.weight])
+    assert not any(bool(x.any()) for x in grads)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.fused.known_joint import known_joint
-from tvkd_fast.ops import Head, Upstream, linear_expected_score, linear_joint
+from tvkd_fast.ops import Head, Upstream, linear_expected_score, linear_joint, linear_sparse_divergence
 from tvkd_fast.ops.joint.top_gap import linear_top_gap
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 LOGPS = "logps"
 SCORE = "score"
 TOP_GAP = "top_gap"
-_ALONE = (SCORE, TOP_GAP)
+KEPT = ("topk", "sampled")
+"""Outputs that compare with what is kept of the teacher's distribution, by the prefix of it in `Scores`."""
+_ALONE = (SCORE, TOP_GAP, *KEPT)
 """Outputs of walks of their own."""
 Whose = Literal["teacher", "ref", "base"]
 """The frozen models, by the prefix of their states and head in `Scores`."""
@@ -37,9 +39,10 @@ REFERENCE: Factored = ((1.0, "ref"),)
 class Joint:
     """A number of every response token under the policy p and another distribution q, nats.
 
-    `output` is a divergence of `linear_joint`, "score", E_p[Σ c·log q], or "top_gap", `linear_top_gap`. `of` are
-    factors c and the models: with several, a divergence is to softmax(Σ c·z). Outputs that share all but their names
-    come from one walk.
+    `output` is a divergence of `linear_joint`; "score", E_p[Σ c·log q]; "top_gap", `linear_top_gap`; or forward KL to
+    the teacher's "topk", the tail spread evenly, or to its "sampled" tokens, at temperature 1. `of` are factors c and
+    the models: with several, a divergence is to softmax(Σ c·z). Outputs that share all but their names come from one
+    walk.
     """
 
     output: str
@@ -56,7 +59,12 @@ class Joint:
     @property
     def walk(self) -> Joint:
         """What outputs of one walk have in common; those that have walks of their own are their own."""
-        return self if self.output in _ALONE else replace(self, output="")
+        return self if self.is_alone else replace(self, output="")
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is no output of `linear_joint`."""
+        return self.output in _ALONE
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Distributions:
     """A batch's frozen distributions: states [N, D'] at the response tokens and heads, by model."""
 
     of: Mapping[Whose, tuple[Tensor, Head]]
+    kept: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """[N, k] ids and probabilities of what is kept of the teacher's, by the names in `KEPT`."""
 
     def one(self, factors: Factored) -> tuple[Tensor, Head]:
         """States and head whose logits are Σ c·z: those of the only model, or of all side by side.
@@ -139,6 +149,9 @@ def joint_numbers(
         if walk.output == SCORE:
             found[walk] = _score(hidden, head.whole, walk, frozen, rows)
             continue
+        if walk.output in KEPT:
+            found[walk] = _of_kept(hidden, head.whole, *frozen.kept[walk.output], rows)
+            continue
         other_hidden, other = frozen.one(walk.of)
         # Rows beyond the smaller head are padding of one tokenizer's vocabulary.
         size = min(head.out_features, other.vocab_size)
@@ -182,6 +195,12 @@ def rows_of(walk: Joint, batch: PairBatch) -> Tensor | None:
     position = torch.arange(len(batch.labels), device=batch.labels.device)
     chosen = position < batch.chosen_tokens
     return chosen if walk.responses == "chosen" else ~chosen
+
+
+def _of_kept(hidden: Tensor, head: Head, ids: Tensor, probs: Tensor, rows: Tensor | None) -> Tensor:
+    # A token beyond the policy's head is padding of the teacher's, whose probability goes to the tail.
+    known = ids < head.vocab_size
+    return linear_sparse_divergence(hidden, head, ids.where(known, -1), probs.where(known, 0.0), rows=rows)
 
 
 def _score(hidden: Tensor, head: Head, walk: Joint, frozen: Distributions, rows: Tensor | None) -> Tensor:

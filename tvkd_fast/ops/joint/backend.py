@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -36,11 +37,11 @@ def unpacked(numbers: Tensor, outputs: Outputs) -> JointNumbers:
     return JointNumbers(RowSums(*numbers[:4]), dict(zip(outputs.moments, numbers[4:], strict=False)))
 
 
-def resolve_joint(impl: str) -> str:
-    """ "torch", whatever the device; "triton" has no joint walk yet."""
+def without_kernels(impl: str, what: str, remedy: str = "take impl='torch'") -> str:
+    """ "torch", for a call that no kernel computes: refused where it asks for one by name."""
     check_impl(impl)
     if impl == "triton":
-        raise ValueError("impl='triton' cannot be had: the joint walk has no Triton kernels here; take impl='torch'")
+        raise ValueError(f"impl='triton' cannot be had: no kernel computes {what}; {remedy}")
     return "torch"
 
 
@@ -60,13 +61,19 @@ def left_in(labels: Tensor | None, rows: Tensor | None, ignore_index: int) -> Te
     return kept if rows is None else kept & rows
 
 
-def joint_sums(task: walk.Task) -> JointNumbers:
+def joint_sums(task: walk.Task, impl: str) -> JointNumbers:
     with without_autocast(task.student.hidden):
-        return _spread(task, *walk.joint_sums(task))
+        if impl == "torch":
+            return spread_numbers(task, *walk.joint_sums(task))
+        if task.is_weighted:
+            sums, moments, _ = _blocks().block_walk(task)
+            return JointNumbers(sums, moments)
+        return JointNumbers(*_kernels().joint_sums(task))
 
 
 def joint_gradients(
     task: walk.Task,
+    impl: str,
     numbers: JointNumbers,
     upstream: Tensor,
     wants: Sequence[bool],
@@ -74,6 +81,11 @@ def joint_gradients(
 ) -> tuple[HeadGradients, HeadGradients]:
     """Gradients of Σ upstream·outputs, [O, N] upstream, by the student's hidden, weight and bias, and the teacher's."""
     with without_autocast(task.student.hidden):
+        if impl == "triton" and task.is_weighted:
+            *_, grads = _blocks().block_walk(task, upstream, wants)
+            return grads, HeadGradients(None, None, None)
+        if impl == "triton":
+            return _kernels().joint_gradients(task, numbers.sums, numbers.moments, upstream, wants, teacher_wants)
         kept = task.kept
         if kept is not None:
             numbers = JointNumbers(numbers.sums.of(kept), {name: x[kept] for name, x in numbers.moments.items()})
@@ -82,16 +94,41 @@ def joint_gradients(
 
 
 def joint_known(
-    task: walk.Task, upstream: Tensor, wants: Sequence[bool], teacher_wants: Sequence[bool], workspace_mb: int = 0
+    task: walk.Task,
+    impl: str,
+    upstream: Tensor,
+    wants: Sequence[bool],
+    teacher_wants: Sequence[bool],
+    workspace_mb: int = 0,
 ) -> tuple[JointNumbers, HeadGradients, HeadGradients]:
-    """Both of the above in one visit of every block, `upstream` [O, N] being known."""
+    """Both of the above, `upstream` [O, N] being known: from one visit of every block, but in Triton for a teacher that
+    learns."""
+    if impl == "triton" and (task.teacher is None or any(teacher_wants)):
+        numbers = joint_sums(task, impl)
+        return numbers, *joint_gradients(task, impl, numbers, upstream, wants, teacher_wants)
     with without_autocast(task.student.hidden):
+        if impl == "triton":
+            sums, moments, student = _blocks().block_walk(task, upstream, wants)
+            return JointNumbers(sums, moments), student, HeadGradients(None, None, None)
         known = upstream if task.kept is None else upstream[:, task.kept]
         sums, moments, student, teacher = walk.joint_known(task, known, wants, teacher_wants, workspace_mb)
-        return _spread(task, sums, moments), student, teacher
+        return spread_numbers(task, sums, moments), student, teacher
 
 
-def _spread(task: walk.Task, sums: RowSums, moments: dict[str, Tensor]) -> JointNumbers:
+def _kernels() -> ModuleType:
+    # Imported when asked for: it needs triton.
+    from tvkd_fast.ops.joint import triton_joint
+
+    return triton_joint
+
+
+def _blocks() -> ModuleType:
+    from tvkd_fast.ops.joint import triton_blocks
+
+    return triton_blocks
+
+
+def spread_numbers(task: walk.Task, sums: RowSums, moments: dict[str, Tensor]) -> JointNumbers:
     """The kept rows' numbers at their places among all, 0 elsewhere."""
     kept, n = task.kept, task.student.hidden.shape[0]
     if kept is None:

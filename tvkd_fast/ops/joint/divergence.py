@@ -11,9 +11,12 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.dispatch import Impl
+from tvkd_fast.ops.gradient import GradMode, HeadGradient, HeadStats
 from tvkd_fast.ops.joint.joint_op import joint_op
 from tvkd_fast.ops.joint.outputs import KINDS, Kind, Output
 from tvkd_fast.ops.joint.pair_input import joint_input
+from tvkd_fast.ops.joint.sparse_joint_op import is_sparse, sparse_joint
+from tvkd_fast.ops.joint.streamed_joint_op import is_streamed, streamed_joint
 
 
 def linear_divergence(
@@ -35,6 +38,11 @@ def linear_divergence(
     teacher_index: Tensor | None = None,
     teacher_lse: Tensor | None = None,
     rows: Tensor | None = None,
+    grad_mode: GradMode = "exact",
+    eps: float | None = None,
+    row_cap: int | None = None,
+    max_tail: float = 0.1,
+    stats: HeadStats | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """A divergence between two softmaxes of each token, without ever holding [N, V] logits of either model.
@@ -67,14 +75,23 @@ def linear_divergence(
         teacher_lse: (N,) LSE(u/τ) where it is known (`linear_lse`), a constant; it saves the teacher's sums, and not
             its product.
         rows: (N,) bool, the rows to compute; the others' divergences are 0 and cost nothing on a CPU. All where None.
-        impl: "torch", or "auto", which is the same: the joint walk has no Triton kernels yet.
+        grad_mode: "exact", or "sparse": the same value, and a gradient by the student alone that is made of the entries
+            with p ≥ ε or q ≥ ε (and the label's, where there is one), which the forward finds. What remains is spread
+            evenly, so that the gradient sums to what the exact one sums to. Two products and what is gathered, whatever
+            the upstream gradient is, in torch tiles on any device. "auto": sparse, and exact for a call with more
+            entries than pay. docs/divergences.md has the errors.
+        eps, row_cap, max_tail, stats: of a sparse gradient, as in `linear_logps`; row_cap None is V/8. What is left
+            out of a row is of p's and q's probability the larger one.
+        impl: "torch", "triton", or "auto", which takes Triton for CUDA and ROCm tensors of up to 32 bits. In Triton
+            models of two dtypes are both computed in float32, and `teacher_lse` saves nothing.
 
     Returns:
         (N,) float32 (float64 for float64 inputs), nats, never negative. Differentiable once by the student's hidden,
         weight and bias, and by the teacher's where they require a gradient; what does not costs none. Six products for
-        a student and a teacher of one width, forward and backward, the logits being computed twice;
-        `fused_linear_distillation_loss` takes four. Absolute error in float32 under 2e-6 at a KL up to 1. Memory beyond
-        inputs, result and gradients is 128 MB by count, whatever N is, float32 sums of 16-bit gradients apart.
+        a student and a teacher of one width, forward and backward, the logits being computed twice (in Triton three
+        times, eight products, but for the two KLs); `fused_linear_distillation_loss` takes four. Absolute error in
+        float32 under 2e-6 at a KL up to 1. Memory beyond inputs, result and gradients is 128 MB by count, whatever N
+        is, float32 sums of 16-bit gradients apart; in Triton a 64th of the device's memory, 1 GiB at most.
 
     Raises:
         ValueError: as `linear_logps`, of either model, which is named; rows that are not the same tokens'; vocabularies
@@ -110,6 +127,11 @@ def linear_divergence(
         teacher_index=teacher_index,
         teacher_lse=teacher_lse,
         rows=rows,
+        grad_mode=grad_mode,
+        eps=eps,
+        row_cap=row_cap,
+        max_tail=max_tail,
+        stats=stats,
         impl=impl,
     )
     return found[kind]
@@ -136,6 +158,11 @@ def linear_joint(
     teacher_lse: Tensor | None = None,
     rows: Tensor | None = None,
     ignore_index: int = -100,
+    grad_mode: GradMode = "exact",
+    eps: float | None = None,
+    row_cap: int | None = None,
+    max_tail: float = 0.1,
+    stats: HeadStats | None = None,
     impl: Impl = "auto",
 ) -> dict[str, Tensor]:
     """Several numbers of each token from one walk over student's and teacher's vocabulary.
@@ -168,6 +195,7 @@ def linear_joint(
         >>> found["logps"]
         tensor([-0.9048, -1.9048])
     """
+    gradient = HeadGradient(grad_mode=grad_mode, eps=eps, row_cap=row_cap, max_tail=max_tail)
     given = joint_input(
         "linear_joint",
         *(hidden, weight, teacher_hidden, teacher_weight, labels, outputs),
@@ -186,5 +214,10 @@ def linear_joint(
         ignore_index=ignore_index,
         impl=impl,
     )
-    values, _ = joint_op(*given.tensors, *given.settings)
+    if is_sparse(given, gradient):
+        values = sparse_joint(given, gradient, stats, impl)
+    elif is_streamed(given):
+        values = streamed_joint(given)
+    else:
+        values, _ = joint_op(*given.tensors, *given.settings)
     return dict(zip(given.outputs.names, values.unbind(0), strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import check_transforms, naming
-from tvkd_fast.ops.dispatch import Impl
+from tvkd_fast.ops.dispatch import Impl, resolve
 from tvkd_fast.ops.inputs import as_head, head_input
 from tvkd_fast.ops.joint import backend
 from tvkd_fast.ops.joint.outputs import SCORE, Outputs
@@ -122,7 +122,7 @@ def linear_expected_score(
         head.logit_scale,
         temperature,
         *((-math.inf, math.inf) if clip is None else map(float, clip)),
-        backend.resolve_joint(impl),
+        resolve(impl, hidden),
     )
     return values
 
@@ -153,7 +153,7 @@ def _task(
     student = Side(hidden, Head(weight, bias, softcap, logit_scale), temperature)
     kept = backend.kept_rows(None, rows, 0)
     outputs = replace(_OUTPUTS, clip=None if low == -math.inf and high == math.inf else (low, high))
-    return Task(student, tuple(zip(factors, sides, strict=True)), outputs, kept=kept)
+    return Task(student, tuple(zip(factors, sides, strict=True)), outputs, kept=kept, left_in=rows)
 
 
 def _score(
@@ -181,7 +181,7 @@ def _score(
         low=low,
         high=high,
     )
-    numbers = backend.joint_sums(task)
+    numbers = backend.joint_sums(task, impl)
     values = numbers.moments["score"].to(accumulation_dtype(hidden.dtype))
     if rows is not None:
         values = values.masked_fill(~rows, 0.0)
@@ -223,7 +223,7 @@ def _score_gradients(
         upstream = upstream.masked_fill(~rows, 0.0)
     known = backend.unpacked(numbers, _OUTPUTS)
     wants = (want_hidden, want_weight, want_bias)
-    grads, _ = backend.joint_gradients(task, known, upstream[None], wants, (False, False, False))
+    grads, _ = backend.joint_gradients(task, impl, known, upstream[None], wants, (False, False, False))
     return as_tensors(grads, hidden)
 
 

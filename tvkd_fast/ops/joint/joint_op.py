@@ -63,14 +63,14 @@ def task_of(
         check_index_range(teacher_index, teacher.vocab_size)
         index = None if teacher_index is None else teacher_index.long()
         teachers = ((1.0, Side(teacher_hidden, teacher, temperature, index)),)
-    kept = backend.kept_rows(labels, rows, ignore_index)
+    kept, left_in = backend.kept_rows(labels, rows, ignore_index), backend.left_in(labels, rows, ignore_index)
     if labels is not None:
         labels = labels.long()
         check_label_range(labels, student.head.vocab_size, ignore_index)
         if kept is None:
             # Where all rows are computed, those to ignore take any label: their numbers are dropped.
             labels = labels.masked_fill(labels == ignore_index, 0)
-    return Task(student, teachers, outputs_of(names, beta, alpha), labels, teacher_lse, kept)
+    return Task(student, teachers, outputs_of(names, beta, alpha), labels, teacher_lse, kept, left_in)
 
 
 def _joint(
@@ -109,20 +109,20 @@ def _joint(
         temperature,
         ignore_index,
     )
-    numbers = backend.joint_sums(task)
-    values = values_of(task, numbers, backend.left_in(labels, rows, ignore_index))
+    numbers = backend.joint_sums(task, impl)
+    values = values_of(task, numbers)
     return values, numbers.packed(values.dtype)
 
 
-def values_of(task: Task, numbers: backend.JointNumbers, left_in: Tensor | None) -> Tensor:
+def values_of(task: Task, numbers: backend.JointNumbers) -> Tensor:
     """The outputs [O, N] of a task, looked at for NaN and for divergences that are infinite."""
     outputs, student, teacher = task.outputs, task.student, task.teacher
     dtype = accumulation_dtype(student.hidden.dtype)
     values = torch.stack(
         [value_of(name, outputs.beta, numbers.sums, numbers.moments).to(dtype) for name in outputs.names]
     )
-    if left_in is not None:
-        values.masked_fill_(~left_in, 0.0)
+    if task.left_in is not None:
+        values.masked_fill_(~task.left_in, 0.0)
     of_teacher = None if teacher is None else (teacher.hidden, teacher.head)
     check_joint_finite(values, outputs.names, numbers.sums, (student.hidden, student.head), of_teacher)
     return values
@@ -171,11 +171,11 @@ def _joint_gradients(
         temperature,
         ignore_index,
     )
-    left_in = backend.left_in(labels, rows, ignore_index)
-    if left_in is not None:
-        upstream = upstream.masked_fill(~left_in, 0.0)
+    if task.left_in is not None:
+        upstream = upstream.masked_fill(~task.left_in, 0.0)
     found = backend.joint_gradients(
         task,
+        impl,
         backend.unpacked(numbers, task.outputs),
         upstream,
         (want_hidden, want_weight, want_bias),

@@ -206,6 +206,13 @@ def factors_of(outputs: Outputs, upstream: Tensor, moments: Numbers) -> dict[str
     return found
 
 
+def terms_of(outputs: Outputs) -> tuple[str, ...]:
+    """The terms of dz that these outputs have factors of, "p" among them, the label's apart."""
+    ones = {moment: torch.ones(1) for moment in outputs.moments}
+    found = early_factors(outputs, torch.ones(len(outputs.names), 1), ones)
+    return tuple(dict.fromkeys(("p", *(term for term in found if term != "label"))))
+
+
 def check_outputs(names: Sequence[str], beta: float, alpha: float, *, labels: bool, teacher: bool) -> Outputs:
     """The outputs of these names; refused with the remedy where they do not exist or lack what they are made of."""
     if isinstance(names, str):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import check_finite, check_labels, check_transforms, looks, naming
+from tvkd_fast.ops.dispatch import resolve
 from tvkd_fast.ops.inputs import as_head, head_input
-from tvkd_fast.ops.joint.backend import resolve_joint
 from tvkd_fast.ops.joint.outputs import Outputs, check_outputs
 from tvkd_fast.ops.joint.row_numbers import RowSums
 
@@ -127,7 +127,7 @@ def joint_input(
         ),
         (
             *(",".join(asked.names), asked.beta, asked.alpha, head.softcap, head.logit_scale),
-            *(*transforms, temperature, ignore_index, resolve_joint(impl)),
+            *(*transforms, temperature, ignore_index, resolve(impl, hidden)),
         ),
     )
 

@@ -14,7 +14,7 @@ from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.checks import check_transforms, looks
 from tvkd_fast.ops.dispatch import Impl
 from tvkd_fast.ops.inputs import as_head, head_input
-from tvkd_fast.ops.joint.backend import resolve_joint
+from tvkd_fast.ops.joint.backend import without_kernels
 from tvkd_fast.ops.joint.listed_op import NAME, listed_op
 from tvkd_fast.ops.joint.pair_input import check_numbers_per_row, check_temperature
 
@@ -53,7 +53,8 @@ def linear_sparse_divergence(
         tail: "even" or "bucket".
         kind: "forward_kl" KL(q‖p); with a bucket also "reverse_kl" KL(p‖q) and "tvd" ½Σ|p − q|.
         temperature: τ > 0, by which the student's logits are divided.
-        rows, impl: as in `linear_divergence`.
+        rows: as in `linear_divergence`.
+        impl: "torch", or "auto", which is the same: no kernel computes it.
 
     Returns:
         (N,) float32 (float64 for float64 inputs), nats, not negative but for rounding. Differentiable once by hidden,
@@ -71,7 +72,7 @@ def linear_sparse_divergence(
         >>> linear_sparse_divergence(hidden, weight, ids, probs)
         tensor([0.1833, 0.1348])
     """
-    resolve_joint(impl)
+    without_kernels(impl, NAME)
     check_temperature(temperature)
     if tail not in ("even", "bucket"):
         raise ValueError(f"tail must be one of even, bucket, got {tail!r}")

@@ -8,6 +8,7 @@ Letters: R rows and C vocabulary columns of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,11 @@ class Entries:
     columns: Tensor
     p: Tensor
     chain: Tensor | None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        found = (self.rows, self.columns, self.p)
+        return found if self.chain is None else (*found, self.chain)
 
     def where(self, keep: Tensor) -> Entries:
         # Counted once, and not by each of four masks.
@@ -186,9 +192,8 @@ class Collected:
     no memory on a CPU.
     """
 
-    def __init__(self, like: Tensor, acc: torch.dtype, *, chained: bool, row_blocks: int) -> None:
-        """`like` is on the entries' device."""
-        dtypes = [torch.int32, torch.int32, acc, acc][: 4 if chained else 3]
+    def __init__(self, like: Tensor, dtypes: Sequence[torch.dtype], *, row_blocks: int) -> None:
+        """`like` is on the entries' device; of what an entry has these are the dtypes."""
         self._parts = [like.new_empty(0, dtype=dtype) for dtype in dtypes]
         self._row_blocks, self._done = row_blocks, 0
         self._bounds = [0]
@@ -202,24 +207,24 @@ class Collected:
         """(tiles + 1,) int64, on the host: where each tile's entries begin and end."""
         return torch.tensor(self._bounds)
 
-    def add(self, tiles: list[Entries]) -> None:
+    @property
+    def parts(self) -> list[Tensor]:
+        """What the entries have, (E,) each."""
+        return [x[: self.count] for x in self._parts]
+
+    def add(self, tiles: Sequence[Sequence[Tensor]]) -> None:
         """Add the entries of a block of rows, tile of columns by tile of columns."""
         start, self._done = self.count, self._done + 1
-        for tile in tiles:
-            self._bounds.append(self.count + tile.rows.shape[0])
+        for first, *_ in tiles:
+            self._bounds.append(self.count + first.shape[0])
         self._reserve(start)
-        found = zip(*((x.rows, x.columns, x.p, x.chain)[: len(self._parts)] for x in tiles), strict=True)
-        for part, theirs in zip(self._parts, found, strict=True):
+        for part, theirs in zip(self._parts, zip(*tiles, strict=True), strict=True):
             torch.cat(theirs, out=part[start : self.count])
 
     def forget(self) -> None:
         """Empty all tiles, and keep their number."""
         self._parts = [x[:0].clone() for x in self._parts]
         self._bounds = [0] * len(self._bounds)
-
-    def entries(self) -> Entries:
-        rows, columns, p, *chain = (x[: self.count] for x in self._parts)
-        return Entries(rows, columns, p, chain[0] if chain else None)
 
     def _reserve(self, filled: int) -> None:
         if self.count <= self._parts[0].shape[0]:

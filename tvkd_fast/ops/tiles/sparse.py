@@ -32,7 +32,8 @@ def select_entries(
     tail, below = torch.zeros_like(maximum), torch.zeros_like(maximum)
     dense = torch.zeros_like(maximum, dtype=torch.bool)
     row_blocks = list(tiles.row_blocks())
-    found = Collected(hidden, tiles.acc, chained=head.softcap is not None, row_blocks=len(row_blocks))
+    dtypes = [torch.int32, torch.int32, tiles.acc, *([] if head.softcap is None else [tiles.acc])]
+    found = Collected(hidden, dtypes, row_blocks=len(row_blocks))
     candidates = 0
     for rows in row_blocks:
         h = tiles.states(rows)
@@ -47,17 +48,17 @@ def select_entries(
         maximum[rows], log_total[rows] = block.maximum, block.total.log()
         entries, tail[rows], below[rows], dense[rows] = block.finish(target[rows])
         candidates += block.candidates
-        found.add(entries)
-    if _too_flat(found.count, below.masked_fill(dense, 0.0), dense, rule):
+        found.add([x.parts for x in entries])
+    if too_flat(found.count, below.masked_fill(dense, 0.0), dense, rule):
         dense = torch.ones_like(dense)
         found.forget()
-    flat = found.entries()
+    entry_rows, entry_columns, p, *chain = found.parts
     everywhere = hidden.new_zeros(hidden.shape[0], dtype=tiles.acc)
     selected = SelectedEntries(
-        rows=flat.rows,
-        columns=flat.columns,
-        p=flat.p,
-        chain=flat.chain,
+        rows=entry_rows,
+        columns=entry_columns,
+        p=p,
+        chain=chain[0] if chain else None,
         bounds=found.bounds,
         tail=_placed(tail, kept, everywhere),
         dense=_placed(dense, kept, everywhere.bool()),
@@ -106,36 +107,38 @@ def sparse_gradients(
     return HeadGradients(parts.by_hidden(grads.hidden) if want_hidden else None, grads.weight, grads.bias)
 
 
-class Parts:
-    """A sparse gradient taken apart, row by row: entries less −u, the label less −u, and −u."""
+class SparseParts:
+    """A sparse gradient by logits taken apart, row by row: entries less −u, the label less −u, and −u.
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        sums: HeadSums,
-        selected: SelectedEntries,
-        grad_logps: Tensor,
-        kept: Tensor | None,
-    ) -> None:
-        self.tiles, self.selected = Tiles(hidden, head, kept), selected
-        self.hidden, self.head, n = hidden, head, hidden.shape[0]
-        self.place = torch.arange(n, device=hidden.device) if kept is None else kept
+    An entry's gradient is −c·p, of `c` (K,) and of what `selected` has for p.
+    """
+
+    even: Tensor
+    """(K,) u"""
+    own: Tensor
+    """(K,) the label's gradient less −u; 0 where a row has no label."""
+
+    def __init__(self, tiles: Tiles, labels: Tensor, selected: SelectedEntries) -> None:
+        self.tiles, self.selected = tiles, selected
+        self.hidden, self.head = tiles.hidden, tiles.head
+        n = self.hidden.shape[0]
+        self.place = torch.arange(n, device=self.hidden.device) if tiles.kept is None else tiles.kept
         self.dense = selected.dense[self.place]
         # A label that is nobody's (an ignored row's, on a GPU) has no weight row; its coefficient is 0.
-        self.labels = labels.clamp(0, head.vocab_size - 1)
-        c = (grad_logps * head.logit_scale).masked_fill(self.dense, 0.0)
-        self.live = None if head.bias is None else head.bias.isneginf().logical_not_().to(c.dtype)
-        live = head.vocab_size if self.live is None else self.live.sum()
-        free = live - 1 - self._counts(n)[self.place]
-        self.even = torch.where(free > 0, c * selected.tail[self.place] / free.clamp(min=1), 0.0)
-        assert sums.target is not None
-        own = c * torch.expm1(sums.logps).neg_()
-        if head.softcap is not None:
-            own *= 1.0 - (sums.target / head.softcap) ** 2
-        self.own = own + self.even
-        self.passes = native.passes(self.tiles.buffers) if selected.chain is None else None
+        self.labels = labels.clamp(0, self.head.vocab_size - 1)
+        bias = self.head.bias
+        self.live = None if bias is None else bias.isneginf().logical_not_().to(tiles.acc)
+        self.passes = native.passes(tiles.buffers) if selected.chain is None else None
+
+    def share(self, total: Tensor, labels: int) -> Tensor:
+        """`total` (K,) over the columns of each row that are neither entries nor its `labels`, 1 or 0."""
+        live = self.head.vocab_size if self.live is None else self.live.sum()
+        free = live - labels - self._counts(self.hidden.shape[0])[self.place]
+        return torch.where(free > 0, total / free.clamp(min=1), 0.0)
+
+    def spread(self, c: Tensor) -> None:
+        """Put u and c (K,) at the rows' places among all of hidden's."""
+        kept, n = self.tiles.kept, self.hidden.shape[0]
         self.even_everywhere, self.c_everywhere = (_placed(x, kept, c.new_zeros(n)) for x in (self.even, c))
 
     def _counts(self, n: int) -> Tensor:
@@ -194,10 +197,34 @@ class Parts:
         return total
 
 
+class Parts(SparseParts):
+    """Of Σ_t c_t·logp_t; c = `grad_logps`, labels and sums are (K,)."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        sums: HeadSums,
+        selected: SelectedEntries,
+        grad_logps: Tensor,
+        kept: Tensor | None,
+    ) -> None:
+        super().__init__(Tiles(hidden, head, kept), labels, selected)
+        c = (grad_logps * head.logit_scale).masked_fill(self.dense, 0.0)
+        self.even = self.share(c * selected.tail[self.place], 1)
+        assert sums.target is not None
+        own = c * torch.expm1(sums.logps).neg_()
+        if head.softcap is not None:
+            own *= 1.0 - (sums.target / head.softcap) ** 2
+        self.own = own + self.even
+        self.spread(c)
+
+
 class ByColumn:
     """The same entries by column, a tile of columns at a time, for what is summed over rows."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: SparseParts) -> None:
         self.parts, self.tiles = parts, parts.tiles
         self.even_states = parts.sum_of_states()
         self.columns = list(parts.tiles.column_blocks())
@@ -264,7 +291,7 @@ def bag(index: Tensor, rows: Tensor, edges: Tensor, factors: Tensor) -> Tensor:
     return embedding_bag(index, rows, edges, per_sample_weights=factors, mode="sum", include_last_offset=True)
 
 
-def _too_flat(entries: int, below: Tensor, dense: Tensor, rule: SelectionRule) -> bool:
+def too_flat(entries: int, below: Tensor, dense: Tensor, rule: SelectionRule) -> bool:
     """Return whether the rows that are not dense lose, or hold, more than the rule lets them on average."""
     sparse = int(dense.logical_not().sum())
     return sparse > 0 and (float(below.sum()) > rule.max_tail * sparse or entries > rule.max_entries * sparse)

@@ -113,22 +113,23 @@ class Entries:
         assert name == "power"
         return self.power
 
+    def term(self, name: str) -> Tensor:
+        """What a factor of dz multiplies, [C, R]; the label's term apart."""
+        if name in ("p", "q", "power"):
+            found: Tensor = getattr(self, name)
+            return found
+        if name == "p2":
+            return self.p.square()
+        if name == "sign":
+            return torch.sign(self.p - self.q).mul_(self.p)
+        return _times(self.p, getattr(self, name))
+
     def gradient(self, factors: Numbers, out: Tensor) -> Tensor:
         """dz in `out`, which may be either tile, of factors (R,) by term; the label's term is not in it."""
         total = torch.zeros_like(self.log_p)
-        for term, factor in factors.items():
-            if term == "p":
-                total.addcmul_(self.p, factor)
-            elif term == "q":
-                total.addcmul_(self.q, factor)
-            elif term == "power":
-                total.addcmul_(self.power, factor)
-            elif term == "p2":
-                total.addcmul_(self.p.square(), factor)
-            elif term == "sign":
-                total.addcmul_(torch.sign(self.p - self.q).mul_(self.p), factor)
-            elif term != "label":
-                total.addcmul_(_times(self.p, getattr(self, term)), factor)
+        for name, factor in factors.items():
+            if name != "label":
+                total.addcmul_(self.term(name), factor)
         return out.copy_(total)
 
 

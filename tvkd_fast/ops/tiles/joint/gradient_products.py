@@ -34,6 +34,10 @@ class Gradients:
                 self.weight.zero_()
         self._unwritten = True
 
+    def written(self) -> None:
+        """Weight's gradient has been filled with what others than the blocks that follow make of it."""
+        self._unwritten = False
+
     def begin(self, rows: Tensor, states: Tensor) -> None:
         """A block of rows, whose states [R', D] are filled up beyond them."""
         self._rows, self._states = rows, states

@@ -60,7 +60,7 @@ def listed_logits(student: Side, ids: Tensor, kept: Tensor | None) -> Listed:
         if student.head.softcap is not None:
             # tanh makes an infinite logit finite: 0·inf = NaN lets a broken state show all the same.
             total += block.student.sum(1) * 0.0
-        parts = (own.view(len(rows), -1), maximum, total.log(), rest)
+        parts = (own.view(len(rows), ids.shape[1]), maximum, total.log(), rest)
         for one, part in zip(found, parts, strict=True):
             one[here] = part[: len(rows)].to(acc)
     return Listed(*found)

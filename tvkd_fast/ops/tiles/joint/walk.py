@@ -35,7 +35,10 @@ BACKWARD_ROWS = 1024
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of which rows: `labels` (N,), `teacher_lse` (N,) if it is known, `kept` (K,) rows or all."""
+    """What is asked of which rows: `labels` (N,), `teacher_lse` (N,) if it is known, `kept` (K,) rows or all.
+
+    `left_in` (N,) bool, None where no row is left out, says which rows count, also where all are walked through.
+    """
 
     student: Side
     teachers: tuple[tuple[float, Side], ...]
@@ -44,10 +47,16 @@ class Task:
     labels: Tensor | None = None
     teacher_lse: Tensor | None = None
     kept: Tensor | None = None
+    left_in: Tensor | None = None
 
     @property
     def teacher(self) -> Side | None:
         return self.teachers[0][1] if self.teachers else None
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the second tile is a weighted sum of log-probabilities, or a limited one, and no teacher's logits."""
+        return len(self.teachers) > 1 or self.outputs.clip is not None
 
     @property
     def rows(self) -> Tensor:
@@ -219,6 +228,20 @@ def joint_gradients(
     """The gradients of Σ upstream·outputs by student and teacher, [O, K] upstream, the logits computed again."""
     made = Gradients(task.student, wants)
     made_by_teacher = None if task.teacher is None or not any(teacher_wants) else Gradients(task.teacher, teacher_wants)
+    add_gradients(task, sums, moments, upstream, made, made_by_teacher)
+    nothing = HeadGradients(None, None, None)
+    return made.rounded(), nothing if made_by_teacher is None else made_by_teacher.rounded()
+
+
+def add_gradients(
+    task: Task,
+    sums: RowSums,
+    moments: Numbers,
+    upstream: Tensor,
+    made: Gradients,
+    made_by_teacher: Gradients | None = None,
+) -> None:
+    """The same, added to what others than the task's rows have made of both."""
     room = Room(task, BACKWARD_ROWS, whole=False, spare=made_by_teacher is not None)
     start = 0
     for rows in task.rows.split(room.most):
@@ -228,8 +251,6 @@ def joint_gradients(
         padded = _Numbers(sums.of(here), {name: x[here] for name, x in moments.items()}, c)
         start += len(rows)
         _add_products(block, padded, made, made_by_teacher, recompute=True)
-    nothing = HeadGradients(None, None, None)
-    return made.rounded(), nothing if made_by_teacher is None else made_by_teacher.rounded()
 
 
 @dataclass(frozen=True)

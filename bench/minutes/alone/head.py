@@ -1,7 +1,4 @@
-"""Step 2: every kernel by its own launcher, on one small ragged problem, its outputs poisoned and between guards.
-
-A kernel that does not compile, crashes, leaves an entry unwritten, writes outside or is plainly off is a row here,
-before anything that is built of it. Tolerances are wide; step 4 has the narrow ones.
+"""Step 2, the kernels of one head and of the loss behind it.
 
 Letters: N tokens, D hidden, V vocabulary, R rows and C columns of a block.
 """
@@ -10,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from unittest.mock import patch
 
 import torch
 import triton
-from torch import Tensor
 
 from bench.harness.checker import largest, relative
-from bench.minutes.alone_sparse import SPARSE
-from bench.minutes.cases import Case, Row, Scale, judged, short
-from bench.minutes.guards import Guarded
+from bench.minutes.alone.problem import NATS, Problem
+from bench.minutes.cases import Row, judged
 from tvkd_fast.kernels import products
 from tvkd_fast.kernels.autotune import tiles
 from tvkd_fast.kernels.block_softmax import SCALE, block_exponentials
@@ -28,100 +23,11 @@ from tvkd_fast.kernels.blocks import WORKSPACE_BYTES
 from tvkd_fast.kernels.dlogits import dlogits
 from tvkd_fast.kernels.head_dhidden import _Pass, head_dlogp_dhidden
 from tvkd_fast.kernels.head_stats import head_sums, merge_splits
+from tvkd_fast.kernels.logit_sums import logit_sums
 from tvkd_fast.kernels.preference_epilogue import preference_epilogue
 from tvkd_fast.kernels.products import accumulate, product
-from tvkd_fast.kernels.records import Head, HeadSums
 
-SHAPE, TINY = (300, 576, 5003), (40, 32, 150)
 KAPPA, BETA, SPLITS = 0.5, 0.1, 37
-NATS = 1e-3
-"""What a log-sum-exp may be off: a hundred times the rounding of float32."""
-
-
-class Problem:
-    """hidden [N, D], weight [V, D], labels and coefficients (N,) between guards; their softmax in float64."""
-
-    def __init__(self, scale: Scale, dtype: torch.dtype, memory: Guarded) -> None:
-        self.shape = n, d, v = scale.of(SHAPE, TINY)
-        self.dtype, self.memory = dtype, memory
-        draw = torch.Generator().manual_seed(0)
-
-        def on_device(x: Tensor) -> Tensor:
-            return memory.copied(x.to(scale.device))
-
-        self.hidden = on_device(torch.randn(n, d, generator=draw).to(dtype))
-        self.weight = on_device((torch.randn(v, d, generator=draw) * 3 / d**0.5).to(dtype))
-        labels = torch.randint(v, (n,), generator=draw)
-        labels[::5] = -100
-        labels[-1] = v - 1
-        self.labels = on_device(labels)
-        self.coefficients = on_device(torch.randn(n, generator=draw))
-        self.head = Head(self.weight)
-        self.kept = self.labels != -100
-        self.own = self.labels.where(self.kept, 0)[:, None]
-
-    @cached_property
-    def z(self) -> Tensor:
-        """[N, V] float64 logits."""
-        return self.hidden.double() @ self.weight.double().T
-
-    @cached_property
-    def p(self) -> Tensor:
-        return self.z.softmax(1)
-
-    @cached_property
-    def others(self) -> Tensor:
-        """(N,) log Σ_{j≠y} exp z_j."""
-        return self.z.scatter(1, self.own, -torch.inf).logsumexp(1)
-
-    @cached_property
-    def delta(self) -> Tensor:
-        """[N, V] p − δ, 0 where a label is ignored."""
-        return (self.p - torch.zeros_like(self.p).scatter_(1, self.own, 1.0)) * self.kept[:, None]
-
-    @cached_property
-    def sums(self) -> HeadSums:
-        lse = self.z.logsumexp(1)
-        top = self.z.amax(1)
-        return HeadSums(top.float(), (lse - top).float(), target=self.z.gather(1, self.own)[:, 0].float())
-
-    @property
-    def rounding(self) -> float:
-        """The relative error that one rounding to the dtype, and sums of such numbers, may leave."""
-        return 2 * torch.finfo(self.dtype).eps + 1e-4
-
-
-def cases(scale: Scale) -> list[Case]:
-    with_a_product: dict[str, Callable[[Problem], Row]] = {
-        "head_stats": head_stats,
-        "dlogits": dlogits_of_a_block,
-        "exponentials": exponentials,
-        "rescale": rescale,
-        "dlogp_dhidden": dlogp_dhidden,
-        "product": partial(triton_product, transposed=False),
-        "product, transposed": partial(triton_product, transposed=True),
-        "block_exponentials": exponentials_of_products,
-        **SPARSE,
-    }
-    once: dict[str, Callable[[Problem], Row]] = {
-        "merge_splits": merged_splits,
-        "the library's product into float32": library_product,
-        "preference_epilogue": epilogue,
-    }
-    # float16 compiles to nearly what bfloat16 does, and is a dtype of step 4.
-    dtypes = (scale.dtypes[0], torch.float32)
-    runs = [(name, x, run) for name, run in with_a_product.items() for x in dtypes]
-    runs += [(name, dtypes[0], run) for name, run in once.items()]
-    return [Case(name=f"{name}, {short(x)}", run=partial(guarded, scale, x, run)) for name, x, run in runs]
-
-
-def guarded(scale: Scale, dtype: torch.dtype, run: Callable[[Problem], Row]) -> Row:
-    """What a check returns, and `wrong` where a guard was touched."""
-    with Guarded() as memory:
-        row = run(Problem(scale, dtype, memory))
-    if touched := memory.touched():
-        row["wrong"] = "; ".join([*touched, *([row["wrong"]] if "wrong" in row else [])])
-    return row
 
 
 def head_stats(of: Problem) -> Row:
@@ -150,6 +56,11 @@ def merged_splits(of: Problem) -> Row:
     merge_splits(partials, sums, SPLITS, labels=None, ignore_index=-100, kappa=1.0)
     want = (maximum.double() + total.double().log()).view(SPLITS, n).logsumexp(0)
     return judged({"lse": largest(sums["maximum"].double() + sums["log_total"].double(), want)}, NATS)
+
+
+def sums_of_products(of: Problem) -> Row:
+    """The log-sum-exp of products that the library made."""
+    return judged({"lse": largest(logit_sums(of.hidden, of.head).lse, of.z.logsumexp(1))}, NATS)
 
 
 def dlogits_of_a_block(of: Problem) -> Row:
@@ -291,3 +202,22 @@ def epilogue(of: Problem) -> Row:
         "coefficients": largest(found.coefficients, torch.cat([slope, -slope]).repeat_interleave(lengths)),
     }
     return judged(errors, 1e-5)
+
+
+HEAD: dict[str, Callable[[Problem], Row]] = {
+    "head_stats": head_stats,
+    "logit_sums": sums_of_products,
+    "dlogits": dlogits_of_a_block,
+    "exponentials": exponentials,
+    "rescale": rescale,
+    "dlogp_dhidden": dlogp_dhidden,
+    "product": partial(triton_product, transposed=False),
+    "product, transposed": partial(triton_product, transposed=True),
+    "block_exponentials": exponentials_of_products,
+}
+ONCE: dict[str, Callable[[Problem], Row]] = {
+    "merge_splits": merged_splits,
+    "the library's product into float32": library_product,
+    "preference_epilogue": epilogue,
+}
+"""Without a product of the operands' dtype, or of 16 bits alone."""

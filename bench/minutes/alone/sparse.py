@@ -6,13 +6,13 @@ Letters: N tokens, V vocabulary, E entries, W words of 32 bits per row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bench.harness.checker import largest, relative
+from bench.minutes.alone.problem import NATS, Problem
 from bench.minutes.cases import Row, judged
 from tvkd_fast.kernels import gathers
 from tvkd_fast.kernels.dense_columns import DenseColumns
@@ -22,13 +22,9 @@ from tvkd_fast.kernels.selection_bits import selection_bits, selection_tiles, wo
 from tvkd_fast.kernels.sparse_columns import sparse_columns
 from tvkd_fast.kernels.sparse_rows import sparse_rows
 
-if TYPE_CHECKING:
-    from bench.minutes.alone import Problem
-
 EPS = 2.0**-8
 KEPT = 9
 """Entries of each row in the gathers' checks, its label's among them."""
-NATS = 1e-3
 BORDER = 1e-2
 """An entry this near ε, relatively, may be selected or not."""
 
