@@ -11,7 +11,7 @@ from tvkd_fast.ops.joint.outputs import KINDS
 
 PACKAGE = ROOT / "tvkd_fast"
 FILES = sorted(python_files(PACKAGE))
-BELOW = ("ops/", "fused/", "kernels/")
+BELOW = ("ops/", "fused/", "kernels/", "distributed/")
 TRLS_OWN = {"integrations/trl.py", "integrations/trl_config.py"}
 """The files with TRL's names of losses, tags and choices, some of which are spelt like objectives."""
 

@@ -105,10 +105,14 @@ def measure(
     return {"tiling": tiling, "results": list(rows.values())}
 
 
-def prepared_pair(shape: tuple[int, int, int], *, model: str, data: str, layers: int) -> tuple[Path, Path]:
+def prepared_pair(
+    shape: tuple[int, int, int], *, model: str, data: str, layers: int, student_model: str | None = None
+) -> tuple[Path, Path]:
     """Files of the student's states and of the teacher's, made where they do not exist yet."""
     teacher = prepared_states(shape, model=model, data=data)
     if shape[1:] == PACKAGED:
+        if student_model is not None:
+            return prepared_states(shape, model=student_model, data=data), teacher
         return prepared_states(shape, model=model, data=data, layers=layers), teacher
     student = teacher.with_name(teacher.name.replace("states", "student"))
     if not student.exists():
@@ -139,13 +143,22 @@ def command(description: str | None) -> None:
     parser.add_argument("--data", default="bundled:train", help="pairs to take states from, of made ones lengths")
     parser.add_argument("--model", default="smollm2-135m", help="a model of the packaged one's shape")
     parser.add_argument("--layers", type=int, default=24, help="of the teacher's layers, those that the student keeps")
+    parser.add_argument(
+        "--student", help="a student's folder, of the packaged model's shape, in place of a pruned model"
+    )
     parser.add_argument("--only", action="append", help="a contender's name, or a part of names; may be repeated")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if platform.system() != "Linux":
         raise SystemExit("peak memory is read from /proc: run this on Linux")
     n, d, v = (int(x) for x in arguments.shape.split("x"))
-    files = prepared_pair((n, d, v), model=arguments.model, data=arguments.data, layers=arguments.layers)
+    files = prepared_pair(
+        (n, d, v),
+        model=arguments.model,
+        data=arguments.data,
+        layers=arguments.layers,
+        student_model=arguments.student,
+    )
     reference = prepared_reference(*files)
     torch.set_num_threads(1)
     student, teacher = (load_states(file) for file in files)

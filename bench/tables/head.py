@@ -64,6 +64,16 @@ def _head_cells(row: dict[str, Any]) -> list[str]:
     return [f"{row['over_floor']:.2f}", peak, errors]
 
 
+def divergences_table(report: dict[str, Any]) -> str:
+    """Every contender of student and teacher; the unit is the student's forward product."""
+    rows = [[raised(row["name"]), *_head_cells(row)] for row in report["results"]]
+    head = ["forward and backward", "time over the forward product", "memory beyond inputs and gradients"]
+    runs = max(len(row.get("rounds", [])) for row in report["results"])
+    what = f"{report['shape']} {report['dtype']}, student: {report['student']}, teacher: {report['teacher']}"
+    table = markdown([*head, "error of dH, dW"], rows)
+    return table + "\n" + provenance(report["made_by"], f"{what}; medians of {runs} runs")
+
+
 def values_table(report: dict[str, Any]) -> str:
     rows = [[raised(row["name"]), *_head_cells(row)] for row in report["results"]]
     head = ["values, forward alone", "time over the product", "memory beyond inputs and result", "error"]

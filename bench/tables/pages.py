@@ -54,6 +54,7 @@ TABLES = {
     "head": head.head_table,
     "heads": head.heads_table,
     "values": head.values_table,
+    "divergences": head.divergences_table,
     "sweep": head.sweep_table,
     "step": step.step_table,
     "lengths": step.lengths_table,

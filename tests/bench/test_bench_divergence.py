@@ -25,9 +25,12 @@ def test_every_row_is_checked_and_timed(tmp_path: Path) -> None:
     assert set(report["mean_nats"]) == {"forward_kl", "reverse_kl", "jsd"}
     rows = {row["name"]: row for row in report["results"]}
     assert {"tvkd_fast, jsd, known coefficients", "tvkd_fast, forward_kl", "eager, reverse_kl"} <= set(rows)
+    # Of so few tokens all rows are over the cap, and sparse gradients are the exact ones.
+    assert {"tvkd_fast, forward_kl, sparse 2^-14", "tvkd_fast, forward_kl, frozen head, cached teacher"} <= set(rows)
     for row in rows.values():
         assert row.get("seconds", 0) > 0, row
         assert len(row["rounds"]) == 2
         assert row["err_mean_nats"] < 1e-5
         assert row["rel_err_dh"] < 1e-5
-        assert row["rel_err_dw"] < 1e-5
+        assert ("rel_err_dw" in row) == ("frozen head" not in row["name"])
+        assert row.get("rel_err_dw", 0.0) < 1e-5

@@ -1,7 +1,10 @@
 """The model of the head's time: its units, its limits, and what it must say of algorithms whose counts are known."""
 
+import json
+
 import pytest
 
+from bench.roofline.__main__ import CENSUS, epilogues
 from bench.roofline.model import (
     ALGORITHMS,
     CHIPS,
@@ -10,6 +13,7 @@ from bench.roofline.model import (
     WORKSPACE,
     Count,
     Phase,
+    _held,
     estimate,
     estimates,
 )
@@ -55,3 +59,18 @@ def test_every_algorithm_is_counted_on_every_chip_and_none_holds_more_than_it_sa
         assert x.over_product > 0.99 * x.products * (1 if x.algorithm != "tvkd_fast, sparse 2^-14" else 0)
         if x.algorithm in ("tvkd_fast, exact", "tvkd_fast, frozen head"):
             assert x.held_mib <= WORKSPACE / 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "goal"),
+    [("loss known", 3.2), ("exact, exponentials kept", 3.6), ("frozen head", 2.3), ("values", 1.15)],
+)
+def test_goals_that_are_reached_by_count_stay_so(name: str, goal: float) -> None:
+    """In the library's products at the large shape on an H200, with the instructions of the census (docs/gpu.md)."""
+    counted = epilogues(json.loads(CENSUS.read_text()))
+    assert estimate(H200, LARGE, f"tvkd_fast, {name}", counted).over_product <= goal
+
+
+def test_dense_columns_hold_what_was_counted_at_their_share_of_the_vocabulary() -> None:
+    assert [_held(share) for share in (0.0, 4096 / 49152, 1.0)] == [0.277, 0.676, 0.804]
+    assert 0.500 < _held(3000 / 49152) < 0.676

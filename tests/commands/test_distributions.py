@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def losses(config):
 
 @pytest.mark.parametrize("name", ["dckd", "forward_kl", "mixture"])
 def test_a_cache_of_states_trains_as_the_teacher_does(name, make_config, run, scored, tmp_path):
-    more = {"loss_parts": [{"dpo": {}}, {"forward_kl": {}}]} if name == "mixture" else {}
+    more: dict[str, Any] = {"loss_parts": [{"dpo": {}}, {"forward_kl": {}}]} if name == "mixture" else {}
     online = make_config(objective=name, max_steps=3, data_eval=None, **more)
     run(online)
     folder = str(tmp_path / "states")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTJConfig
+from transformers import GPTNeoConfig
 
 from tvkd_fast.cli.main import main
 from tvkd_fast.commands.models import resolve_device
@@ -110,10 +110,11 @@ def test_a_dry_run_leaves_nothing_behind(make_config, files):
 
 
 def test_a_family_without_a_place_for_packed_rows_is_refused_by_both(make_config, tiny_model, chatml, tmp_path):
-    shape = {"vocab_size": 262, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4}
-    tiny_model(config=GPTJConfig(**shape)).save_pretrained(tmp_path / "gptj")
-    chatml.save_pretrained(tmp_path / "gptj")
-    refused(make_config(policy=str(tmp_path / "gptj"), objective="dpo"), "packing")
+    shape = {"vocab_size": 262, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256}
+    model = tiny_model(config=GPTNeoConfig(**shape, attention_types=[[["global"], 2]]))
+    model.save_pretrained(tmp_path / "gpt_neo")
+    chatml.save_pretrained(tmp_path / "gpt_neo")
+    refused(make_config(policy=str(tmp_path / "gpt_neo"), objective="dpo"), "packing")
 
 
 def test_a_gpu_that_is_not_there_is_refused_where_it_is_used(monkeypatch):

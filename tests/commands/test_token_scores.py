@@ -76,7 +76,7 @@ def test_a_run_reads_nothing_of_tokens_that_its_objective_does_not_need(scored, 
     assert of_states.topk_ids is of_states.sampled_ids is None
     of_values = CachedScorer(cache, kept_per_token(make_config().loss.needs)).of(batch)
     assert of_values.lse is not None
-    assert of_values.teacher_hidden is of_values.teacher_head is of_values.topk_ids is None
+    assert [of_values.teacher_hidden, of_values.teacher_head, of_values.topk_ids] == [None] * 3
 
 
 def test_a_cached_head_is_rotated_with_its_states(scored, pairs, online):

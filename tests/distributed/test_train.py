@@ -69,12 +69,16 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": [{"dpo": {"beta": 0.3}}, {"forward_kl": {}, "weight": 0.5}],
         "tokens_per_micro_batch": FOUR,
     },
+    "self_distillation": {"family": "tied", "objective": "self_distillation", "tokens_per_micro_batch": FOUR},
+    "relational": {"family": "tied", "objective": "relational", "tokens_per_micro_batch": FOUR},
+    "mixkd": {"family": "tied", "objective": "mixkd", "tokens_per_micro_batch": FOUR},
 }
 OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
 """The runs of one and two processes in the first tier."""
 AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
 AS_IN_TWO += ["rewards", "compiled", "wpo", "dadpo", "cached-dadpo", "cached-states", "d_dpo"]
 AS_IN_TWO += ["tdpo2", "jsd", "mixture", "opd", "lora-opd"]
+AS_IN_TWO += ["self_distillation", "relational", "mixkd"]
 """Runs that are the same in two and in four processes; in four they take a minute and a half more."""
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
 """Runs of two replicas in four processes; one and two processes make the named run."""

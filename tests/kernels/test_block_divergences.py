@@ -111,6 +111,7 @@ def by_hand(two: Two, labels: Tensor, f: Tensor) -> Tensor:
     return g.masked_fill((labels == IGNORED)[:, None], 0.0)
 
 
+@pytest.mark.each_once("interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 127, 128, 129, 300])
 @pytest.mark.parametrize("transforms", TRANSFORMS[:2], ids=str)
@@ -225,7 +226,7 @@ def test_a_loss_whose_gradient_is_made_in_the_forward(
     right(kit, case_of(dtype, **head), MIXTURES[name])
 
 
-@pytest.mark.parametrize("other", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("other", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.interpreter)], ids=str)
 def test_a_teacher_of_another_dtype_and_of_more_tokens(
     kit: SimpleNamespace, blocks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, other: torch.dtype
 ) -> None:
@@ -243,10 +244,12 @@ def test_a_teacher_of_another_dtype_and_of_more_tokens(
     right(kit, case, {"jsd": 1.0, "logps": -1.0}, teacher_index=index)
 
 
+@pytest.mark.interpreter
 def test_a_teacher_that_learns(kit: SimpleNamespace) -> None:
     right(kit, case_of(torch.float32, teacher_learns=True, softcap=3.0), {"jsd": 2.0, "logps": -1.0})
 
 
+@pytest.mark.interpreter
 def test_a_second_backward_recomputes() -> None:
     case = case_of(torch.float32)
     leaves = [x for x in case.leaves.values() if x is not None and x.requires_grad]

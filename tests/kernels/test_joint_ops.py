@@ -83,6 +83,7 @@ def test_all_outputs_from_one_walk(kit: SimpleNamespace, head: str, dtype: torch
     right(kit, case, OUTPUTS, beta=0.3, alpha=0.7, temperature=1.7)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_the_borders_of_beta(kit: SimpleNamespace, beta: float) -> None:
     """JSD is a KL; of the skew KLs one is, and the other is that of a softmax from itself."""
@@ -121,6 +122,7 @@ def test_an_index_into_a_larger_vocabulary(
     right(kit, case, outputs, index=index)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("dtype", "other"), [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=str)
 @pytest.mark.parametrize("small", [False, True])
 def test_models_of_two_dtypes(
@@ -150,7 +152,7 @@ def without(case: JointCase, student: Tensor, teacher: Tensor) -> JointCase:
     return changed(case, **leaves)
 
 
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("gathered", [pytest.param(False, marks=pytest.mark.interpreter), True])
 def test_tokens_that_neither_model_has(
     kit: SimpleNamespace, blocks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, gathered: bool
 ) -> None:
@@ -177,6 +179,7 @@ def test_tokens_that_neither_model_has(
         assert of_kept is ours or (ours[out.to(DEVICE)] == 0).all()
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd", "tvd", "alpha"])
 def test_tokens_that_the_teacher_lacks(
@@ -200,7 +203,7 @@ def test_tokens_that_the_teacher_lacks(
         assert linear_divergence(*case.arguments(), kind="reverse_kl", teacher_index=index, impl="triton").isinf().all()
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labelled", [pytest.param(False, marks=pytest.mark.interpreter), True])
 def test_rows_that_are_left_out(labelled: bool) -> None:
     """By `rows`, by labels of another ignore_index, and by both."""
     case, rows = drawn(bias=False), torch.arange(SHAPE[0], device=DEVICE) % 3 != 1
@@ -253,6 +256,7 @@ def test_everything_is_ignored() -> None:
         assert all((x == 0).all() for x in case.gradients(got))
 
 
+@pytest.mark.interpreter
 def test_a_known_log_sum_exp_changes_nothing() -> None:
     case = drawn()
     _, _, teacher_hidden, teacher = case.arguments()
@@ -287,12 +291,19 @@ def score_twin(case: JointCase, heads: list[tuple[float, Tensor, Head]], clip: A
     return (log_p.exp() * (score if clip is None else score.clamp(*clip))).sum(-1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("which", "clip"),
-    [(slice(0, 1), None), (slice(2, 3), None), (slice(0, 3), None), (slice(0, 1), (-6.0, -4.0))],
-    ids=["teacher", "factor", "several", "clipped"],
-)
+SCORES: dict[str, tuple[slice, Any]] = {
+    "teacher": (slice(0, 1), None),
+    "factor": (slice(2, 3), None),
+    "several": (slice(0, 3), None),
+    "clipped": (slice(0, 1), (-6.0, -4.0)),
+}
+ALL_SCORES = [
+    pytest.param(*SCORES[name], dtype, id=f"{name}-{dtype}", marks=[] if first else pytest.mark.interpreter)
+    for name, dtype, first in [(x, y, (x, y) == ("several", DTYPES[0])) for x in SCORES for y in DTYPES]
+]
+
+
+@pytest.mark.parametrize(("which", "clip", "dtype"), ALL_SCORES)
 def test_the_expected_score(
     kit: SimpleNamespace, blocks: SimpleNamespace, which: slice, clip: Any, dtype: torch.dtype
 ) -> None:
@@ -315,6 +326,7 @@ def test_the_expected_score(
     no_noisier(*grads)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_token_that_the_policy_lacks_has_no_score(count: int) -> None:
     """Whether the others have it, one of them or none."""
@@ -332,13 +344,10 @@ def test_a_token_that_the_policy_lacks_has_no_score(count: int) -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "wants",
-    [
-        (True, False, True, False, True, False),
-        pytest.param((True,) * 6, marks=pytest.mark.interpreter),
-        pytest.param((False, True) * 3, marks=pytest.mark.interpreter),
-    ],
+    [(True,) * 6, (True, False, True, False, True, False), (False, True) * 3],
     ids=str,
 )
 def test_opcheck(wants: tuple[bool, ...]) -> None:
@@ -350,6 +359,7 @@ def test_opcheck(wants: tuple[bool, ...]) -> None:
     torch.library.opcheck(op.joint_op, (*case.leaves.values(), case.labels, None, None, None, *settings))
 
 
+@pytest.mark.interpreter
 def test_one_graph_of_any_number_of_tokens() -> None:
     def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
         return linear_divergence(hidden, weight, teacher, teacher_weight, temperature=1.3, impl="triton").sum()

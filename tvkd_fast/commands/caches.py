@@ -88,6 +88,11 @@ def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected
             f"the scores at {folder} do not hold {need.value}: add them with `tvkd score --output_dir {folder} "
             f"{ADDED_BY[need]}` and the other settings as before{other}"
         )
+    if config.loss.trains_beside and cache.manifest.rotation is not None:
+        raise ValueError(
+            f"{config.objective} learns the coordinates of the teacher's states, and the scores at {folder} hold them "
+            "in int8 under a rotation: score anew with --states_dtype bfloat16, or leave --scores out"
+        )
     return cache
 
 

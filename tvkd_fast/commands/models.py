@@ -394,6 +394,6 @@ def world_of(config: RunConfig) -> AbstractContextManager[World]:
 def sharing_of(config: RunConfig, world: World, objective: Objective | None = None) -> Sharing:
     """Return how a run's models are laid out; an objective over whole distributions wants whole heads."""
     parallel = config.parallel
-    if objective is not None and objective.joint and parallel.vocabulary == "auto":
+    if objective is not None and objective.whole_head and parallel.vocabulary == "auto":
         parallel = replace(parallel, vocabulary="gathered")
     return Sharing(world, parallel, config.tokens_per_micro_batch)

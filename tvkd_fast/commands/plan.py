@@ -86,8 +86,8 @@ def _rollout_line(config: TrainConfig) -> str:
     rollout = config.rollout
     share = "" if config.sampled_share == 1 else f" in {config.sampled_share:.0%} of the steps"
     return (
-        f"rollout     {rollout.n} responses per prompt of at most {rollout.max_new_tokens} tokens{share}, counted as "
-        "learned from; the sampler's own passes and cache are not counted"
+        f"rollout     responses per prompt: {rollout.n}, of at most {rollout.max_new_tokens} tokens{share}; the "
+        "sampler's own passes and cache are not counted"
     )
 
 

@@ -39,7 +39,6 @@ from tvkd_fast.models import (
     model_config,
 )
 from tvkd_fast.objectives import SCORED, TEACHER, Need
-from tvkd_fast.objectives.contract import STATES
 from tvkd_fast.rollout import PolicySampler, Sampler
 from tvkd_fast.rollout.prompts import prompt_dataset
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer, score_dataset
@@ -79,6 +78,7 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
         read = config.data.reader(rewards=Need.REWARDS in needs)
         held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose, read=read)
     policy = _policy(config, world)
+    config.loss.check_policy(policy)
     for pairs in (dataset, held_out):
         if pairs is not None:
             check_readable(pairs, policy, "policy")
@@ -99,6 +99,7 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     if config.loss.needs & SCORED:
         models = frozen_models(config, policy, tokenizer, world)
         scorer = online = models.scorer(dataset, config, verbose=verbose)
+        online.teacher_learns = config.loss.teacher_lora is not None
         expected = expected_of_models(config, tokenizer, models, identity["policy"])
         expected["teacher_tokens"] = online.teacher_reads(dataset)
         if config.scores is not None:
@@ -111,6 +112,9 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
         if held_out is not None:
             held_out_scorer = held_out_scorer_of(config, policy, models, held_out, tokenizer, expected, world, verbose)
         identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
+        if config.loss.trains_beside:
+            one = next(iter(batching.batches(dataset, range(1))))
+            config.loss.attach(policy, models.teacher, lambda: scorer.of(one.to(world.device)))
         if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
             models.reference = models.teacher = online.reference = online.teacher = None
@@ -211,8 +215,8 @@ def held_out_scorer_of(
             "`tvkd score --which eval`, and give --eval_scores",
             stacklevel=2,
         )
-    if config.loss.joint or config.loss.needs & STATES:
-        # Whole distributions are not held in memory: the frozen models are run at every evaluation.
+    if config.loss.joint or Need.TEACHER_STATES in config.loss.needs:
+        # States are not held in memory: the frozen models are run at every evaluation.
         if models.reference is None and Need.REFERENCE in config.loss.needs:
             scorer.reference = policy_at_start(config, policy, world)
         return scorer

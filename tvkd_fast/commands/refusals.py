@@ -34,6 +34,18 @@ def check_run(config: TrainConfig) -> None:
     check_lora(config.lora, processes=processes, layers=config.student_layers)
     check_distributions(config)
     check_rollout(config)
+    if config.loss.trains_beside and processes > 1:
+        raise ValueError(
+            f"{config.objective} trains weights beside the policy's, which one process holds: set --nproc 1, or choose "
+            "another --objective"
+        )
+    if config.loss.teacher_lora is not None:
+        _check_online(config)
+    if config.loss.changes_input and config.scores is not None:
+        raise ValueError(
+            f"{config.objective} changes the input of every step, and scores on disk are of the data as it is: leave "
+            "--scores out, and set --teacher"
+        )
     if config.loss.needs & TEACHER and config.teacher is None and config.scores is None:
         other = config.loss.without(TEACHER)
         raise ValueError(
@@ -44,14 +56,12 @@ def check_run(config: TrainConfig) -> None:
 
 def check_distributions(config: TrainConfig) -> None:
     """Raise ValueError where an objective over whole distributions is asked for what it has not."""
-    if not config.loss.joint:
-        return
-    if config.head.grad_mode != "exact":
+    if config.loss.joint and config.head.grad_mode != "exact":
         raise ValueError(
             f"{config.objective} compares whole distributions, of which there are exact gradients alone: set "
             "--head.grad_mode exact"
         )
-    if config.parallel.vocabulary == "shared":
+    if config.loss.whole_head and config.parallel.vocabulary == "shared":
         raise ValueError(
             f"{config.objective} compares whole distributions, and no process has them while the vocabulary is shared: "
             "set --parallel.vocabulary gathered"
@@ -93,6 +103,18 @@ def check_rollout(config: TrainConfig) -> None:
             "--rollout.temperature 1, --rollout.top_p 1 and --rollout.top_k 0, or accept the bias by --rollout.any_law "
             "true"
         )
+
+
+def _check_online(config: TrainConfig) -> None:
+    """Raise ValueError where a teacher that learns would be read from disk, or cannot have adapters."""
+    for name in ("scores", "eval_scores"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{config.objective} trains adapters in the teacher, and scores on disk are of the teacher before: "
+                f"leave --{name} out, and set --teacher"
+            )
+    if not _is_installed("peft"):
+        raise ValueError("LoRA is peft's: pip install 'tvkd_fast[lora]'")
 
 
 class _Processes(Protocol):
@@ -142,13 +164,14 @@ def _is_installed(package: str) -> bool:
 
 
 def check_family(config: TrainConfig) -> None:
-    """Raise ValueError where the policy's family takes no packed rows or adapters; its weights are not needed for
-    that."""
+    """Raise ValueError where the policy's family takes no packed rows or adapters, or does not fit the objective; its
+    weights are not needed for that."""
     trust = config.model.trust_remote_code
     model = empty_of_family(config.policy, layers=config.student_layers, trust_remote_code=trust)
     policy = PolicyWithHead(model, packing=config.model.packing, probe=False)
     if config.lora.rank:
         add_lora(policy, lora_of(config.lora))
+    config.loss.check_policy(policy)
 
 
 def lora_of(config: LoraConfig) -> Lora:

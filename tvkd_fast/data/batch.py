@@ -54,6 +54,11 @@ class PairBatch:
     sampler_logps: Tensor | None = None
     """(N,) float64 log-probabilities of `labels` under the law that they were sampled from, of single responses that
     have them."""
+    partners: Tensor | None = None
+    """(rows·L,) int64 flat positions in `input_ids`: the token whose embedding is mixed into that of each, where
+    embeddings are mixed."""
+    shares: Tensor | None = None
+    """(rows·L,) float32: the share of a token's own embedding in the mixture, 1 where nothing is mixed into it."""
 
     @property
     def attention_mask(self) -> None:

@@ -5,7 +5,7 @@ Letters: P pairs, L row length, N response tokens, M response states, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tvkd_fast.models.head import FusedLMHead, answering_layer, fuse_head
 from tvkd_fast.models.lent import undone
+from tvkd_fast.models.parts.layer_states import with_layer_states
+from tvkd_fast.models.parts.mixed_embeddings import mixed_embeddings
 from tvkd_fast.models.probe import probe_head, probe_packing, refuse_lost_softcap, required_autocast, states_alone
 from tvkd_fast.models.prune import disable_dropout, few_layers
 from tvkd_fast.models.shared_prompt import Layout, share_prompts, states_of
@@ -88,6 +90,8 @@ class PolicyWithHead(nn.Module):
             if probe:
                 probe_head(model, required)
         self.model = model
+        self.beside = nn.ModuleDict()
+        """What is trained with it and is no part of it, by name: see `models.parts`."""
 
     def forward(
         self,
@@ -95,7 +99,8 @@ class PolicyWithHead(nn.Module):
         upstream: Upstream | Callable[[Tensor], Upstream | None] | None = None,
         *,
         collisions: bool = False,
-        walk: Callable[[Tensor, FusedLMHead], Any] | None = None,
+        walk: Callable[..., Any] | None = None,
+        layers: Sequence[int] = (),
     ) -> Any:
         """(N,) float32 log-probabilities of `batch.labels`; only response positions reach the head.
 
@@ -104,9 +109,13 @@ class PolicyWithHead(nn.Module):
         gradient and by one more product; `upstream` may then be a function of it.
 
         With `walk`, and nothing else, the answer is that function's, of the states [N, D] that predict the labels and
-        of the head: whatever else is computed from them belongs here, where a sharded head is whole.
+        of the head: whatever else is computed from them belongs here, where a sharded head is whole. Where `layers`
+        are given, inner ones, their states follow, each [N, D] as the head would read them (`with_layer_states`).
         """
         with self.precision():
+            if walk is not None and layers:
+                states, inner = with_layer_states(self.model, layers, lambda: self.states(batch), batch.predicting)
+                return walk(states, self.head, *inner)
             if walk is not None:
                 return walk(self.hidden(batch, batch.predicting), self.head)
             hidden, of_squares = self.hidden(batch, batch.predicting), None
@@ -147,8 +156,12 @@ class PolicyWithHead(nn.Module):
 
     def hidden(self, batch: ModelBatch, positions: Tensor) -> Tensor:
         """[len(positions), D] states of a batch at flat positions. Called from `forward` only."""
-        states = states_of(self.model, batch.input_ids, batch.layout, batch.attention_mask)
-        return states.flatten(0, 1)[positions]
+        return self.states(batch).flatten(0, 1)[positions]
+
+    def states(self, batch: ModelBatch) -> Tensor:
+        """[rows, L, D] states of a batch, likewise; of mixed embeddings where the batch has `partners`."""
+        with mixed_embeddings(self.model, batch):
+            return states_of(self.model, batch.input_ids, batch.layout, batch.attention_mask)
 
 
 class TeacherWithHead(PolicyWithHead):

@@ -31,7 +31,7 @@ def prune_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
     Works for families whose blocks are one list and whose parameters are named by it (`model.layers.7.…`). Raises
     ValueError where they are not, or where `keep` is not between 1 and the number of layers.
     """
-    prefix, blocks = _block_list(model)
+    prefix, blocks = block_list(model)
     layers = kept_layers(len(blocks), keep)
     with model.device:
         student = type(model)(config_of_layers(model.config, layers)).to(dtype=model.dtype)
@@ -46,8 +46,8 @@ def prune_layers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
 
 def pruned_from(model: PreTrainedModel, student: PreTrainedModel) -> dict[str, str]:
     """Return the name in `model` of each parameter and buffer of `prune_layers(model, …)`, by its new name."""
-    prefix, blocks = _block_list(model)
-    layers = kept_layers(len(blocks), len(_block_list(student)[1]))
+    prefix, blocks = block_list(model)
+    layers = kept_layers(len(blocks), len(block_list(student)[1]))
     return {name: _in_teacher(name, prefix, layers) for name in saved_tensors(student)}
 
 
@@ -83,14 +83,15 @@ def _in_teacher(name: str, prefix: str, layers: list[int]) -> str:
     return name if match is None else f"{prefix}.{layers[int(match[1])]}.{match[2]}"
 
 
-def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def block_list(model: PreTrainedModel, wanted: str = "to prune") -> tuple[str, nn.ModuleList]:
+    """The model's blocks, and the list's name. Raises ValueError, by what they were `wanted` for, without one."""
     depth = getattr(model.config, "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
     raise ValueError(
-        f"{type(model).__name__} has no list of {depth} blocks to prune: prune_layers knows decoders whose blocks are "
-        "one ModuleList of config.num_hidden_layers; choose another student"
+        f"{type(model).__name__} has no list of {depth} blocks {wanted}: that takes a decoder whose blocks are one "
+        "ModuleList of config.num_hidden_layers; choose another student"
     )
 
 

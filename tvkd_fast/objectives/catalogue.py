@@ -64,7 +64,7 @@ def row(cls: type[Objective]) -> tuple[str, ...]:
         formula(cls),
         ", ".join(_IN_WORDS[need] for need in needs if need in _IN_WORDS) or "–",
         ", ".join(f"`{setting}` {_value(value)}" for setting, value in made.settings().items()) or "–",
-        _on_disk(needs),
+        _on_disk(made, needs),
         products(made),
         str(1 + sum(not of_model.isdisjoint(needs) for of_model in _MODELS)),
         _link(cls.source),
@@ -101,10 +101,13 @@ def products(objective: Objective) -> str:
         with_logps |= not alone
     if not with_logps:
         own += 3 if objective.per_pair else 4
-    if not objective.joint:
-        # States that no walk is over are read for the labels' log-probabilities.
+    if Need.SAMPLER_LOGPS in objective.needs:
+        # The frozen models' log-probabilities of the samples.
         frozen += len(objective.needs & STATES)
-    own += Need.COLLISIONS in objective.needs
+    own += objective.more_products + (Need.COLLISIONS in objective.needs)
+    if objective.teacher_lora is not None:
+        # The gradient of its states.
+        frozen *= 1.5
     return f"{own:g}" + (f" + {'' if frozen == 1 else f'{frozen:g}'}r" if frozen else "")
 
 
@@ -113,8 +116,8 @@ def _of_all(walk: Joint, objective: Objective) -> bool:
     return walk.responses == "both" or Need.REJECTED not in objective.needs
 
 
-def _on_disk(needs: list[Need]) -> str:
-    if not NOT_CACHED.isdisjoint(needs):
+def _on_disk(objective: Objective, needs: list[Need]) -> str:
+    if objective.changes_input or objective.teacher_lora is not None or not NOT_CACHED.isdisjoint(needs):
         return "not cached"
     tokens = [_KEPT_PER_TOKEN[need] for need in needs if need in _KEPT_PER_TOKEN]
     response = sum(_KEPT_PER_RESPONSE.get(need, 0) for need in needs)

@@ -5,17 +5,17 @@ Letters: P pairs, 2P responses, chosen first, then rejected in the same order; M
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import segment_sums
-from tvkd_fast.models import FusedLMHead, PolicyWithHead
+from tvkd_fast.models import FusedLMHead, Lora, PolicyWithHead
 from tvkd_fast.objectives.divergences.joint_numbers import Distributions, Joint, KnownUpstream, Whose, joint_numbers
 from tvkd_fast.ops import Upstream
 from tvkd_fast.ranges import check_numbers
@@ -97,6 +97,10 @@ class PolicyNumbers:
     token_logps: Tensor | None = None
     """(N,) the summands of `logps`, where an objective's own `numbers` gives them."""
 
+    distances: Tensor | None = None
+    """(2P,) a distance of each response that the objective's own `numbers` measures, differentiable; None where
+    `loss` is asked for its dependence on log-probabilities alone."""
+
     def summed(self, key: Joint, batch: PairBatch) -> Tensor:
         """(2P,) sums of a key's numbers over each response's tokens, differentiable."""
         return segment_sums(self.joint[key], batch.cu_seqlens)
@@ -157,6 +161,12 @@ class Objective:
     forward. Where it is True and wrong, what is said of `per_pair` holds."""
     on_policy: ClassVar[bool] = False
     """Whether its responses are the policy's own samples, of its own law, unless a run says otherwise."""
+    more_products: ClassVar[int] = 0
+    """Products of the head that its own `numbers` take beside the log-probabilities', with their gradients."""
+    trains_beside: ClassVar[bool] = False
+    """Whether `attach` adds parameters, which are trained in one process."""
+    changes_input: ClassVar[bool] = False
+    """Whether `changed` makes other input of a training batch: scores on disk are not of it."""
     several_rewards: ClassVar[bool] = False
     """Whether, under `Need.REWARDS`, it takes more than one column of them."""
 
@@ -183,6 +193,32 @@ class Objective:
         """Return the numbers of the policy's and other models' distributions that `loss` reads, none by default;
         `needs` names those models' states."""
         return ()
+
+    @property
+    def whole_head(self) -> bool:
+        """Whether heads are read whole, which no process has of a shared vocabulary."""
+        return bool(self.joint) or not self.needs.isdisjoint(_STATES.values())
+
+    @property
+    def alone(self) -> bool:
+        """Whether no mixture can hold it: it measures the policy itself, or changes what is trained or read."""
+        return type(self).numbers is not Objective.numbers or self.trains_beside or self.changes_input
+
+    @property
+    def teacher_lora(self) -> Lora | None:
+        """Return the adapters that learn in the teacher, which then has to be online; none by default."""
+        return None
+
+    def check_policy(self, policy: PolicyWithHead) -> None:
+        """Raise ValueError where the settings do not fit the policy, whose weights may not be there yet."""
+
+    def attach(self, policy: PolicyWithHead, teacher: nn.Module | None, scores: Callable[[], Scores]) -> None:
+        """Put into `policy.beside` what is trained with it (`trains_beside`): called once, before a run makes its
+        optimizer. `teacher` is the online one, and `scores` gives a few pairs' of the run."""
+
+    def changed(self, batch: PairBatch, seed: int, step: int) -> PairBatch:
+        """Return the batch, on the host, as training shows it to all models: a function of the arguments alone."""
+        return batch
 
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
         """The losses of a batch with P ≥ 1 pairs, whose `scores` hold what `needs` names."""

@@ -18,7 +18,7 @@ from tvkd_fast.models.shared_prompt import HANDLED, Layout
 from tvkd_fast.objectives import SCORED, Need
 from tvkd_fast.objectives.divergences.joint_numbers import SCORE
 from tvkd_fast.ops.tiles.forward_gradients import WORKSPACE_MB, row_bytes
-from tvkd_fast.planning.activations import count_activations
+from tvkd_fast.planning.activations import Activations, count_activations
 from tvkd_fast.training.train_config import TrainConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -175,24 +175,39 @@ class Footprint:
         config = self.config
         if self._group == 1 or config.parallel.vocabulary != "auto":
             return self._group > 1 and config.parallel.vocabulary == "shared"
-        possible = config.model.packing != "padded" and not config.parallel.cpu_offload and not config.loss.joint
+        possible = config.model.packing != "padded" and not config.parallel.cpu_offload and not config.loss.whole_head
         return possible and self._group * config.tokens_per_micro_batch < self.policy.vocab
 
     @cached_property
     def activations(self) -> float:
         """Return the bytes of the activations in and around the policy's blocks, and of the head's states."""
         config, policy = self.config, self.policy
-        tokens = self._tokens
-        autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
-        trust = config.model.trust_remote_code
-        counted = count_activations(
-            policy.name, tokens, self._layout(tokens), sequences=self._rows, autocast=autocast, trust_remote_code=trust
-        )
-        size = counted.of(policy.layers, config.model.activation_checkpointing, tokens * policy.hidden * self._compute)
-        if autocast is not None and self._group > 1:
+        row = self._tokens * policy.hidden * self._compute
+        size = self._counted(policy).of(policy.layers, config.model.activation_checkpointing, row)
+        if config.model.autocast == "bfloat16" and self._group > 1:
             # Sharded weights are gathered in that dtype, and no cast of them is kept.
             size -= 2 * policy.blocks
         return size + self._answers * policy.hidden * self._compute
+
+    def _counted(self, shape: ModelShape) -> Activations:
+        """Count the activations of a model over a row."""
+        model, tokens = self.config.model, self._tokens
+        return count_activations(
+            shape.name,
+            tokens,
+            self._layout(tokens),
+            sequences=self._rows,
+            autocast=torch.bfloat16 if model.autocast == "bfloat16" else None,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    @property
+    def _teacher_learning(self) -> int:
+        """Return the parameters that learn in the teacher."""
+        lora = self.config.loss.teacher_lora
+        if lora is None or self.teacher is None:
+            return 0
+        return lora.rank * sum(size for _, size in self.teacher.adapted)
 
     @property
     def _rows(self) -> int:
@@ -240,6 +255,9 @@ class Footprint:
             parts["reference weights"] = self.policy.parameters * size
         if self.teacher is not None:
             parts["teacher weights"] = self.teacher.parameters * size
+            if self._teacher_learning:
+                # Weights and moments as the policy's, gradients in float32.
+                parts["teacher's adapters"] = self._teacher_learning * (3 * size + 4)
             if config.teacher_reference is not None:
                 parts["its reference's weights"] = self.teacher.parameters * size
         heads = self._frozen_heads
@@ -268,6 +286,11 @@ class Footprint:
             "activations": self.activations,
             "head's workspace": self._head_workspace,
         }
+        if self.teacher is not None and self._teacher_learning:
+            # Nothing of a teacher is recomputed.
+            counted, tokens = self._counted(self.teacher), self._tokens
+            states = (tokens + self._answers) * self.teacher.hidden * self._compute
+            parts["teacher's activations"] = counted.of(self.teacher.layers, "none", 0) + states
         if self.shares_vocabulary:
             parts["states of all tokens"] = states_held(self._group, self._answers, self.policy.hidden, self._compute)
         if self.config.lora.rank == 0:
@@ -278,8 +301,8 @@ class Footprint:
     @property
     def _head_workspace(self) -> float:
         """Return the head's tiles; or a block's logits, of an exact gradient that is made in the forward."""
-        joint = self.config.loss.joint
-        if joint:
+        if self.config.loss.whole_head:
+            joint = self.config.loss.joint
             # The heads of models whose logits add up stand side by side while a walk lasts.
             several = any(len(key.of) > 1 and key.output != SCORE for key in joint)
             return float(_JOINT_WORKSPACE) + several * self._frozen_heads * self._compute

@@ -117,6 +117,8 @@ class OnlineScorer:
         self.teacher_head = None
         if teacher is not None and "states" in of_teacher:
             self.teacher_head = teacher.policies[0].head.gathered()
+        self.teacher_learns = False
+        """Whether the numbers of a batch have a gradient by what learns in the teacher."""
         self.ref_head = reference.head.gathered() if reference_states and reference is not None else None
         self.base_head = None if base is None else base.head.gathered()
 
@@ -148,8 +150,11 @@ class OnlineScorer:
     def _read(self, dataset: PairDataset) -> PairDataset:
         return dataset if self.teacher_tokens is None else self.teacher_tokens.dataset
 
-    @torch.no_grad()
     def of(self, batch: PairBatch) -> Scores:
+        with torch.set_grad_enabled(self.teacher_learns and torch.is_grad_enabled()):
+            return self._of(batch)
+
+    def _of(self, batch: PairBatch) -> Scores:
         ref_logps, ref_hidden = self._of_reference(batch)
         if self.teacher is None:
             found = Scores()

@@ -57,7 +57,9 @@ class TokenFiles:
             rows = {key: to_device(torch.cat([part[key] for part in parts]), device) for key in parts[0]}
             found |= codec.decode(rows)
         if self.head is not None and "teacher_hidden" in found:
-            head = self._heads.setdefault(device, _moved(self.head, device))
+            if device not in self._heads:
+                self._heads[device] = _moved(self.head, device)
+            head = self._heads[device]
             found |= {"teacher_head": head, "teacher_hidden": found["teacher_hidden"].to(head.weight.dtype)}
         return found
 

@@ -12,18 +12,28 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tvkd_fast._compat import skips_on_device
+from tvkd_fast.models.parts.beside import Beside
 from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, check_numbers, number
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that require a gradient; vectors (norms, biases) without weight decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over the parameters that require a gradient; vectors (norms, biases) without weight decay.
+
+    What a policy holds beside its model has a group of its own, whose `lr_ratio` multiplies the learning rate.
+    """
+    beside = [module for module in model.modules() if isinstance(module, Beside)]
+    apart = {id(p) for module in beside for p in module.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     assert not isinstance(model, FSDPModule) or all(isinstance(p, DTensor) for p in trainable), "gathered, not shards"
     if not trainable:
         raise ValueError("the policy has no parameter that requires a gradient: nothing could be trained")
     groups = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups += [
+        {"params": list(module.parameters()), "weight_decay": config.weight_decay, "lr_ratio": module.lr_ratio}
+        for module in beside
     ]
     # One fused pass: on two CPU cores torch's plain loop over 71 M parameters takes a quarter of a small step.
     return torch.optim.AdamW(
@@ -46,6 +56,12 @@ def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         optimizer.step()
     finally:
         del scaled.found_inf, scaled.grad_scale
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of the next step, of each group at its ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:

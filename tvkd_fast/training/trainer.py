@@ -29,7 +29,7 @@ from tvkd_fast.scoring.scorer import Scorer
 from tvkd_fast.scoring.timed import TimedScorer
 from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state, set_aside
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
-from tvkd_fast.training.optim import learning_rate, make_optimizer
+from tvkd_fast.training.optim import learning_rate, make_optimizer, set_learning_rate
 from tvkd_fast.training.record import to_record
 from tvkd_fast.training.signals import Stopped, StopSignal
 from tvkd_fast.training.step import StepOutput, train_step
@@ -132,7 +132,7 @@ class Trainer:
         with bar, closing(self.checkpoints), nullcontext() if log is None else closing(log):
             for step in range(done, self.max_steps):
                 start = time.perf_counter()
-                batches = [batch.to(self.world.device) for batch in self.data.batches(step)]
+                batches = self._batches(step)
                 pairs += len(self.data.pairs(step))
                 waited += time.perf_counter() - start
                 lr = self._set_learning_rate(step)
@@ -277,10 +277,14 @@ class Trainer:
             )
         self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
 
+    def _batches(self, step: int) -> list[PairBatch]:
+        """This process's micro-batches of a step, as the objective changes them."""
+        changed = (self.config.loss.changed(batch, self.config.seed, step) for batch in self.data.batches(step))
+        return [batch.to(self.world.device) for batch in changed]
+
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(step, self.max_steps, self.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         return lr
 
     def _head_metrics(self) -> dict[str, float]:

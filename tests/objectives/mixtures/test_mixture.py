@@ -89,8 +89,8 @@ def test_one_forward_of_the_policy_and_one_walk(
     monkeypatch.setattr(joint_numbers, "linear_joint", counted_walk)
     parts, formula = MIXTURES["a pair's loss in the walk"]
     is_its_formula_from_logits(Mixture(parts=parts), formula)
-    # One step of one micro-batch, and one of four.
-    assert calls.count("forward") == calls.count("forward_kl,logps") == 1 + 4
+    # One step of one micro-batch, and one of five.
+    assert calls.count("forward") == calls.count("forward_kl,logps") == 1 + 5
 
 
 def test_a_part_of_no_weight_is_neither_computed_nor_scored() -> None:

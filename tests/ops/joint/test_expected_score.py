@@ -119,6 +119,26 @@ def test_a_refusal_names_the_remedy(name: str) -> None:
         linear_expected_score(hidden, head, heads=change(heads_of(case)))
 
 
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (-0.5, torch.inf)])
+def test_entries_are_clipped_before_the_mean(clip: tuple[float, float]) -> None:
+    case = JointCase.draw(SHAPE, dtype=torch.float64)
+    hidden, head, *_ = case.arguments()
+    found = linear_expected_score(hidden, head, heads=heads_of(case), clip=clip)
+    logits = [(c, reference.logits(h, x.weight, x.bias, x.softcap, x.logit_scale)) for c, h, x in heads_of(case)]
+    score = torch.stack([c * z.log_softmax(-1) for c, z in logits]).sum(0).detach().clamp(*clip)
+    wanted = (case.logits()[0].softmax(-1) * score).sum(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    ours, twins = (torch.autograd.grad(x.sum(), [hidden, head.weight, head.bias]) for x in (found, wanted))
+    assert_close(ours, twins, 1e-10)
+
+
+def test_limits_that_do_not_rise_are_refused() -> None:
+    case = JointCase.draw(SHAPE)
+    hidden, head, *_ = case.arguments()
+    with pytest.raises(ValueError, match="clip must be two rising limits"):
+        linear_expected_score(hidden, head, heads=heads_of(case), clip=(1.0, 0.0))
+
+
 def test_opcheck_and_one_graph() -> None:
     case = JointCase.draw(SHAPE)
     hidden, head, *_ = case.arguments()
@@ -129,7 +149,7 @@ def test_opcheck_and_one_graph() -> None:
         [x.weight.detach() for _, _, x in heads],
         [empty if x.bias is None else x.bias.detach() for _, _, x in heads],
     )
-    settings = ([1.0, -1.0, 0.4], [0.0, 2.5, 0.0], [1.0, 1.0, 0.3], None, 1.0, 1.2, "torch")
+    settings = ([1.0, -1.0, 0.4], [0.0, 2.5, 0.0], [1.0, 1.0, 0.3], None, 1.0, 1.2, -torch.inf, torch.inf, "torch")
     torch.library.opcheck(op.score_op, (hidden, head.weight, head.bias, *lists, None, *settings))
 
     def f(x: Tensor) -> Tensor:

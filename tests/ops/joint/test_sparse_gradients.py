@@ -415,6 +415,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mode": ({"grad_mode": "dense"}, "grad_mode must be one of exact, sparse, auto"),
     "eps": ({"grad_mode": "sparse", "eps": 0.5}, r"eps must lie in \[0, 2\*\*-4\]"),
     "cap": ({"grad_mode": "sparse", "row_cap": 0}, "row_cap must be at least 1"),
+    "triton": ({"grad_mode": "auto", "impl": "triton"}, "impl='triton' cannot be had"),
     "tail": ({"grad_mode": "sparse", "max_tail": 1.5}, "max_tail is a probability"),
 }
 

@@ -51,6 +51,12 @@ class Mixture(Objective):
         found = [_read(part) for part in self.parts]
         if not sum(weight for _, weight in found):
             raise ValueError(f"the weights of {_names(found)} sum to 0: give at least one objective a weight above 0")
+        alone = [part.name for part, _ in found if part.alone]
+        if alone:
+            raise ValueError(
+                f"{alone[0]} measures more of the policy than a mixture does, or changes what is trained or read: "
+                "train by it alone"
+            )
         # Parts of no weight are neither computed nor scored.
         self.objectives = tuple((part, weight) for part, weight in found if weight)
         self._check_teachers()

@@ -78,8 +78,8 @@ def linear_divergence(
         grad_mode: "exact", or "sparse": the same value, and a gradient by the student alone that is made of the entries
             with p ≥ ε or q ≥ ε (and the label's, where there is one), which the forward finds. What remains is spread
             evenly, so that the gradient sums to what the exact one sums to. Two products and what is gathered, whatever
-            the upstream gradient is, in torch tiles on any device. "auto": sparse, and exact for a call with more
-            entries than pay. docs/divergences.md has the errors.
+            the upstream gradient is; in torch tiles on any device, without Triton kernels. "auto": sparse, and exact
+            for a call with more entries than pay. docs/divergences.md has the errors.
         eps, row_cap, max_tail, stats: of a sparse gradient, as in `linear_logps`; row_cap None is V/8. What is left
             out of a row is of p's and q's probability the larger one.
         impl: "torch", "triton", or "auto", which takes Triton for CUDA and ROCm tensors of up to 32 bits. In Triton

@@ -1,0 +1,86 @@
+"""OKD: the teacher's adapters learn by the divergence too, are saved and resumed, and change nothing where frozen."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tvkd_fast.data import TokenizedPair, packed_length
+from tvkd_fast.models import fingerprint_weights, load_model
+from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
+from tvkd_fast.objectives.online.okd import OKD
+from tvkd_fast.training.metrics import METRICS, read_metrics
+
+pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
+
+
+def test_with_frozen_adapters_it_is_the_divergence(steps_of: Callable[..., SimpleNamespace]) -> None:
+    found = steps_of(OKD(teacher_lr_ratio=0.0, responses="both"), steps=3)
+    plain = steps_of(ForwardKL(responses="both"), steps=3)
+    torch.testing.assert_close(found.losses, plain.losses, rtol=1e-12, atol=1e-14)
+    for name, parameter in plain.policy.named_parameters():
+        torch.testing.assert_close(found.policy.get_parameter(name), parameter, rtol=1e-9, atol=1e-12)
+    learning = steps_of(OKD(responses="both"), steps=3)
+    assert learning.losses[0] == found.losses[0]
+    # Both sides move towards each other.
+    assert learning.losses[2] < found.losses[2]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_loss_and_all_gradients_are_those_of_whole_logits(
+    count: int,
+    pairs: list[TokenizedPair],
+    steps_of: Callable[..., SimpleNamespace],
+    divergence: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    tokens = 2048 if count == 1 else max(packed_length(pair) for pair in pairs)
+    # A rate of 0 leaves the weights, by which the gradients are looked at.
+    found = steps_of(OKD(teacher_rank=2, responses="both"), tokens=tokens, lr=1e-12)
+    assert found.count == count
+    total, number = torch.zeros((), dtype=torch.float64), 0
+    for pair in pairs:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.tensor([pair.prompt_ids + response])
+            predicting = slice(len(pair.prompt_ids) - 1, -1)
+            logits = [
+                m.model(input_ids=ids, use_cache=False).logits[0, predicting] for m in (found.teacher, found.policy)
+            ]
+            total = total + divergence(*logits)
+            number += len(response)
+    wanted = total / number
+    torch.testing.assert_close(found.losses[0], wanted.detach(), rtol=1e-8, atol=1e-12)
+    named = dict(found.policy.named_parameters())
+    gradients = torch.autograd.grad(wanted, list(named.values()))
+    assert any("beside" in name and grad.abs().max() > 1e-6 for name, grad in zip(named, gradients, strict=True))
+    for name, grad in zip(named, gradients, strict=True):
+        torch.testing.assert_close(found.gradients[name], grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_run_resumes_bit_for_bit_with_the_teachers_adapters(make_config: Any, run: Any, files: Path) -> None:
+    whole, cut = (make_config(objective="okd", output_dir=str(files / name), save_every=3) for name in ("whole", "cut"))
+    run(whole)
+    run(cut)
+    for file in (files / "cut" / "checkpoints" / "step-000006").iterdir():
+        file.unlink()
+    with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
+        run(cut)
+    losses = [
+        [line["loss"] for line in read_metrics(files / name / METRICS) if "loss" in line] for name in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+    finals = [fingerprint_weights(load_model(files / name / "final")) for name in ("whole", "cut")]
+    assert finals[0] == finals[1]
+
+
+def test_what_is_refused(make_config: Any, run: Any) -> None:
+    for name in ("scores", "eval_scores"):
+        with pytest.raises(ValueError, match=rf"okd trains adapters in the teacher, .*: leave --{name} out, and set"):
+            run(make_config(objective="okd", **{name: "scores"}))
+    with pytest.raises(ValueError, match=r"okd trains weights beside the policy's, .*: set --nproc 1, or"):
+        run(make_config(objective="okd", nproc=2))
+    with pytest.raises(ValueError, match=r"okd needs a teacher: set --teacher"):
+        run(make_config(objective="okd", teacher=None))

@@ -1,0 +1,1 @@
+"""Parts of models that objectives ask for: states of inner layers, and what is trained beside a policy."""

@@ -1,0 +1,1 @@
+"""Objectives that change the teacher while the policy learns, or the input."""
