@@ -155,3 +155,8 @@ def test_another_way_of_sampling_is_another_run(on_policy, run):
     run(on_policy(max_steps=2))
     with pytest.raises(RuntimeError, match="made with another rollout"):
         run(on_policy(max_steps=2, rollout={"n": 3}))
+
+
+def test_a_base_that_is_given_and_not_read_is_refused(on_policy):
+    with pytest.raises(ValueError, match=r"opd: --loss.base teacher_reference, λ not 1\): set all or none"):
+        replace(on_policy(), teacher_reference="base")

@@ -367,7 +367,8 @@ def check_teacher_reference(teacher: str | None, teacher_reference: str | None, 
         )
     if teacher_reference is not None and not ((rewards or base) and teacher is not None):
         raise ValueError(
-            "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
+            "--teacher_reference serves --teacher under --loss.value_from implicit_reward (opd: --loss.base "
+            "teacher_reference, λ not 1): set all or none"
         )
 
 
