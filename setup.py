@@ -35,7 +35,7 @@ setup(
     # imports where it is installed; find_packages passes over such a folder.
     packages=[*find_packages(include=["tvkd_fast", "tvkd_fast.*"]), "tvkd_fast.kernels"],
     package_dir={"tvkd_fast.kernels": "kernels"},
-    package_data={"tvkd_fast": ["py.typed", "recipes/*.yaml", "recipes/*/*.yaml"]},
+    package_data={"tvkd_fast": ["py.typed", "recipes/**/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",

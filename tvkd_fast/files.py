@@ -235,6 +235,7 @@ PATHS = frozenset(
         "recipe",
         "reference",
         "rejected_policy",
+        "reward_model",
         "scores",
         "teacher",
         "teacher_reference",

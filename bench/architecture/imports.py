@@ -39,7 +39,7 @@ APART: dict[str, set[str]] = {
     "data": {"synthetic"},
     "models": {"ops", "kernels"},
     "distributed": {"models", "ops", "kernels"},
-    "integrations": {"ops", "losses", "models", "data", "scoring"},
+    "integrations": {"ops", "losses", "models", "data", "scoring", "objectives"},
     "__init__": {"fused", "ops", "losses"},
     "__main__": {"cli"},
 }

@@ -50,6 +50,32 @@ def soak_table(report: dict[str, Any]) -> str:
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
 
 
+def selection_table(report: dict[str, Any]) -> str:
+    """An arm a row: what an update takes, and the held-out figures after the same number of them."""
+    head = [
+        "selection",
+        "pairs taken, kept",
+        "s per update",
+        "times none's",
+        "held-out reward accuracy",
+        "held-out loss",
+    ]
+    none = report["rows"][0]["seconds"]
+    rows = [
+        [
+            "none" if row["select"] == "no" else f"{row['select']}, ratio {row['ratio']:g}",
+            f"{row['taken']}, {row['kept']}",
+            f"{row['seconds']:.2f}",
+            f"{row['seconds'] / none:.2f}",
+            f"{row['reward_accuracy']:.3f}",
+            f"{row['loss']:.4f}",
+        ]
+        for row in report["rows"]
+    ]
+    what = f"{report['steps']} updates each"
+    return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
+
+
 def scaling_table(report: dict[str, Any]) -> str:
     """Counted by the planner: a layout a row."""
     head = ["processes", "sharded over", "replicas", "head"]

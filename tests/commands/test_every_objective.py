@@ -20,8 +20,9 @@ every = pytest.mark.parametrize("name", objectives())
 
 
 def settings_of(name: str, config: Any) -> dict[str, Any]:
-    """The models and columns that the objective needs, and no others."""
+    """The models and columns that the objective needs, and no others; labels of pairs are made of them."""
     needs = objectives()[name]().needs
+    config.data.unpair = Need.LABELS in needs
     if Need.REWARDS in needs:
         for source in (config.data.train, config.data.eval):
             rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
@@ -48,6 +49,7 @@ def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any, base:
     assert all(("margin" in line) == compares for line in lines if "loss" in line)
     assert (figures.reward_accuracy is not None) == compares
     assert (figures.loss is not None) == (Need.SAMPLER_LOGPS not in needs)
+    assert all(("kl" in line) == (Need.LABELS in needs) for line in lines if "loss" in line)
     state = json.loads((Path(config.output_dir) / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["identity"]["loss"] == config.loss.settings()
     assert ("reference" in state["identity"]) == bool(needs & SCORED)

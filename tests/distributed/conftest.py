@@ -101,7 +101,7 @@ def write_recipe(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Call
             "policy": str(folder / f"{family}-policy"),
             "teacher": str(folder / f"{family}-teacher"),
             "output_dir": str(folder / name),
-            "data": {"train": str(data), "eval": str(data), "eval_limit": 7},
+            "data": {"train": str(data), "eval": str(data), "eval_limit": 7} | changes.pop("data", {}),
             "optim": {"lr": 3e-3, "warmup_steps": 4},
             "max_steps": 20,
             "pairs_per_step": 5,

@@ -17,6 +17,8 @@ Launch = Callable[..., str]
 ONE, FOUR = 2048, 90
 """Tokens of a row: all of a step's pairs in one micro-batch, or about one in each."""
 SPARSE = {"grad_mode": "sparse", "eps": 1e-9, "row_cap": 10**6, "max_tail": 1.0}
+KTO = {"objective": "kto", "loss": {"beta": 0.5}, "data": {"unpair": True}}
+SELECTED = {"select": "learnability", "select_ratio": 0.5, "select_temperature": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "tied-one": {"family": "tied", "tokens_per_micro_batch": ONE},
     "tied-four": {"family": "tied", "tokens_per_micro_batch": FOUR},
@@ -48,6 +50,9 @@ CASES: dict[str, dict[str, Any]] = {
     "cached-dadpo": {"family": "tied", "objective": "dadpo", "scores": "made by the script"},
     "cached-states": {"family": "tied", "objective": "forward_kl", "scores": "made by the script"},
     "d_dpo": {"family": "tied", "objective": "d_dpo", "tokens_per_micro_batch": FOUR},
+    "kto": {"family": "tied", **KTO, "tokens_per_micro_batch": FOUR},
+    "cached-kto": {"family": "tied", **KTO, "scores": "made by the script"},
+    "selected": {"family": "tied", "data": SELECTED, "tokens_per_micro_batch": FOUR},
     "tdpo2": {"family": "tied", "objective": "tdpo2", "tokens_per_micro_batch": FOUR},
     "jsd": {"family": "untied", "objective": "jsd", "tokens_per_micro_batch": FOUR},
     "opd": {
@@ -77,7 +82,7 @@ OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
 """The runs of one and two processes in the first tier."""
 AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
 AS_IN_TWO += ["rewards", "compiled", "wpo", "dadpo", "cached-dadpo", "cached-states", "d_dpo"]
-AS_IN_TWO += ["tdpo2", "jsd", "mixture", "opd", "lora-opd"]
+AS_IN_TWO += ["tdpo2", "jsd", "mixture", "kto", "cached-kto", "selected", "opd", "lora-opd"]
 AS_IN_TWO += ["self_distillation", "relational", "mixkd"]
 """Runs that are the same in two and in four processes; in four they take a minute and a half more."""
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}

@@ -1,6 +1,7 @@
 """Losses of TRL's own trainers on the numbers that ours are given."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from tvkd_fast.data import TokenizedPair, collate_packed
 from tvkd_fast.objectives import Objective, PolicyNumbers
 from tvkd_fast.objectives.cpo import CPO
 from tvkd_fast.objectives.divergences.jsd import JSD
@@ -22,6 +24,7 @@ from tvkd_fast.objectives.dpo_norm import DPONorm
 from tvkd_fast.objectives.ipo import IPO
 from tvkd_fast.objectives.orpo import ORPO
 from tvkd_fast.objectives.robust import Robust
+from tvkd_fast.objectives.unpaired.kto import KTO
 from tvkd_fast.objectives.wpo import WPO
 from tvkd_fast.ops import linear_joint
 from tvkd_fast.scoring import Scores
@@ -85,6 +88,49 @@ def numbers(model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_dpo_and_its_kin_are_trls(options: dict[str, Any], found: Objective, theirs: Callable[..., Any]) -> None:
     loss, policy, scores = theirs(**options)
     ours = found.loss(policy, scores, None).losses.mean()  # type: ignore[arg-type]
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-5)
+
+
+def test_kto_is_trls(tmp_path: Path, folders: tuple[str, str]) -> None:
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [
+        {"prompt": f"{i}: say it.", "completion": " it" * (1 + i % 3) + f" {i}", "label": i % 3 > 0} for i in range(4)
+    ]
+    policy, reference = map(AutoModelForCausalLM.from_pretrained, folders)
+    args = KTOConfig(
+        str(tmp_path),
+        max_length=40,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+    )
+    trainer = KTOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folders[0]),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    policy.train(False)
+    others = {name: batch[f"KL_{name}"] for name in ("input_ids", "attention_mask", "completion_mask")}
+    with torch.no_grad():
+        loss = trainer.compute_loss(policy, dict(batch))
+        logps, ref_logps = (numbers(model, batch)[0] for model in (policy, reference))
+        of_others = [numbers(model, others)[0] for model in (policy, reference)]
+    pairs = [TokenizedPair([1], [2], [3], True, True, "row", desirable=bool(label)) for label in batch["label"]]
+    baseline = (of_others[0] - of_others[1]).mean().clamp(min=0)
+    mine = replace(collate_packed(pairs, range(4), chosen_only=True), baseline=baseline)
+    found = KTO(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
+    ours = found.loss(PolicyNumbers(logps, mine.lengths), Scores(ref_logps), mine).losses.mean()
     torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-5)
 
 

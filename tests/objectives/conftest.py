@@ -26,10 +26,21 @@ def make_batch(
     lengths: list[tuple[int, int]], *, chosen_only: bool = False, rewards: Rewards = ((1.0, 0.25), (0.5, 2.0))
 ) -> PairBatch:
     pairs = [
-        TokenizedPair([1, 2], [3] * c, [4] * r, True, True, "row", rewards=rewards, sampler_logps=(-0.5,) * c)
-        for c, r in lengths
+        TokenizedPair(
+            [1, 2],
+            [3] * c,
+            [4] * r,
+            True,
+            True,
+            "row",
+            rewards=rewards,
+            desirable=i % 2 == 0,
+            sampler_logps=(-0.5,) * c,
+        )
+        for i, (c, r) in enumerate(lengths)
     ]
-    return collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
+    batch = collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
+    return replace(batch, baseline=torch.tensor(0.75, dtype=torch.float64))
 
 
 class JointDraws(dict[Joint, Tensor]):

@@ -6,10 +6,27 @@ from pathlib import Path
 import pytest
 
 from tvkd_fast.cli.parser import load_recipe, recipes
+from tvkd_fast.commands.plan import plan
 from tvkd_fast.commands.train import train
+from tvkd_fast.objectives import objectives
 from tvkd_fast.training.metrics import METRICS, read_metrics
 
 OURS = [name for name in recipes() if name.endswith("-smollm2-135m") and not name.startswith("hh-")]
+
+
+LLAMA = [name for name in recipes() if "llama3.2-1b" in name]
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_recipes_of_a_gated_model_are_planned_without_it(name: str) -> None:
+    recipe = load_recipe(name)
+    text = plan(replace(recipe, device_memory_gib=80.0))
+    assert f"objective   {recipe.objective}: " in text
+    assert "available" in text
+
+
+def test_every_objective_has_a_recipe_of_that_model() -> None:
+    assert {load_recipe(name).objective for name in LLAMA} >= set(objectives())
 
 
 @pytest.mark.e2e

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tvkd_fast.data import MicroBatching, TokenizedPair
+from tvkd_fast.data import MicroBatching, TokenizedPair, pairs_of_step
 from tvkd_fast.data.step_pairs import StepPairs
 from tvkd_fast.distributed import World
 from tvkd_fast.rollout import RolloutConfig, Rollouts, Sample
@@ -35,10 +35,13 @@ class Counting:
 @pytest.fixture
 def rollouts_of():
     def make(config, *, dataset=PAIRS, share=1.0, sampler=None):
-        given = StepPairs(dataset, MicroBatching(tokens=64), 0, 2, chosen_only=True)
+        def pairs(step):
+            return pairs_of_step(0, step, num_pairs=len(dataset), pairs_per_step=2)
+
+        given = StepPairs(dataset, MicroBatching(tokens=64), pairs, chosen_only=True)
         world = World(torch.device("cpu"))
         return Rollouts(
-            given, sampler or Counting(), config, share=share, steps=8, world=world, scorer=TimedScorer(None)
+            given, sampler or Counting(), config, share=share, seed=0, steps=8, world=world, scorer=TimedScorer(None)
         )
 
     return make
@@ -48,7 +51,7 @@ def test_a_step_learns_from_samples_of_its_prompts(rollouts_of):
     rollouts = rollouts_of(RolloutConfig(n=2))
     for step in range(3):
         (batch,) = rollouts.batches(step)
-        first, second = ([1, i] for i in rollouts.pairs(step))
+        first, second = ([1, i] for i in rollouts.given.pairs(step))
         rows = [prompt + [10 + step, prompt[1], i, 2][: 4 - i] for prompt in (first, second) for i in range(2)]
         # Longer ones are packed first.
         order = [0, 2, 1, 3]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from tvkd_fast.commands.models import (
     precision,
 )
 from tvkd_fast.data import PairDataset, fingerprint_tokenizer
+from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.models import (
     PolicyWithHead,
     fingerprint_model,
@@ -22,8 +23,9 @@ from tvkd_fast.objectives import TEACHER, Need, known
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.kinds import SAMPLED, TOP_K, kind_of, token_kinds
 from tvkd_fast.scoring.manifest import ScoreManifest
+from tvkd_fast.scoring.reward_folder import load_rewards, read_reward_manifest
 from tvkd_fast.scoring.scorer import OnlineScorer
-from tvkd_fast.training.train_config import TrainConfig
+from tvkd_fast.training.train_config import TrainConfig, micro_batching
 from tvkd_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -67,22 +69,29 @@ def expected_of_settings(config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def fitting_cache(
-    folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any], scorer: OnlineScorer
+    folder: str,
+    config: TrainConfig,
+    dataset: PairDataset,
+    expected: dict[str, Any],
+    scorer: OnlineScorer,
+    needs: frozenset[Need],
 ) -> ScoreCache:
     """Open the cache, and check that it holds the scores that `scorer` would compute for the dataset."""
-    return open_scores(folder, config, dataset, expected | {"teacher_tokens": scorer.teacher_reads(dataset)})
+    return open_scores(folder, config, dataset, expected | {"teacher_tokens": scorer.teacher_reads(dataset)}, needs)
 
 
-def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any]) -> ScoreCache:
+def open_scores(
+    folder: str, config: TrainConfig, dataset: PairDataset, expected: dict[str, Any], needs: frozenset[Need]
+) -> ScoreCache:
     """Open the score cache of a dataset. Raises ValueError where a field differs from `expected`, or where the cache
-    lacks the values that the run's loss needs."""
+    lacks the values among `needs`."""
     cache = ScoreCache.load(folder, dataset)
     cache.check(**expected)
     held = known(cache.of(torch.empty(0, dtype=torch.int64)))
-    missing = [need for need in Need if need in config.loss.needs & TEACHER - held]
+    missing = [need for need in Need if need in needs & TEACHER - held]
     if missing:
         without = config.loss.without(missing)
-        other = "" if without is None else f", or train with --objective {without.name}"
+        other = "" if without is None or without is config.loss else f", or train with --objective {without.name}"
         need = missing[0]
         raise ValueError(
             f"the scores at {folder} do not hold {need.value}: add them with `tvkd score --output_dir {folder} "
@@ -94,6 +103,64 @@ def open_scores(folder: str, config: TrainConfig, dataset: PairDataset, expected
             "in int8 under a rotation: score anew with --states_dtype bfloat16, or leave --scores out"
         )
     return cache
+
+
+def load_pairs(
+    which: Literal["train", "eval"],
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_ids: Collection[int],
+    verbose: bool = False,
+) -> PairDataset:
+    """The training or held-out pairs of a run, with the labels and rewards that its objective reads.
+
+    Rewards are those in the folder of scores, where it has those that are asked for, and columns otherwise. Where
+    training reads a folder's, held-out pairs have theirs from their own folder or have none.
+    """
+    needs, held_out = config.loss.needs, which == "eval"
+    names = rewards_in(config.scores, config)
+    from_folder = names is not None
+    folder = config.scores
+    if held_out and from_folder:
+        folder = config.eval_scores
+        names = rewards_in(folder, config)
+    labels = Need.LABELS in needs
+    read = config.data.reader(
+        rewards=Need.REWARDS in needs and not from_folder,
+        paired=held_out or Need.REJECTED in needs,
+        labels=None if labels and held_out else labels,
+    )
+    batching = micro_batching(config)
+    dataset = load_dataset(which, config.data, tokenizer, batching, stop_ids=stop_ids, verbose=verbose, read=read)
+    if folder is None or names is None:
+        return dataset
+    return dataset.with_rewards(load_rewards(folder, dataset, names), names)
+
+
+def rewards_in(folder: str | None, config: TrainConfig) -> list[str] | None:
+    """The reward models whose numbers in a folder of scores this run reads; None where it reads none of them.
+
+    Raises ValueError where some of those that are asked for are missing, or there are more than the objective takes.
+    """
+    if folder is None or Need.REWARDS not in config.loss.needs:
+        return None
+    manifest = read_reward_manifest(folder)
+    held, asked = [] if manifest is None else manifest.names, config.data.rewards
+    if asked is None:
+        if len(held) > 1 and not config.loss.several_rewards:
+            raise ValueError(
+                f"{config.objective} reads one reward and {folder} holds {len(held)}: name one, --data.rewards "
+                f"[{held[0]}]"
+            )
+        return held or None
+    missing = [name for name in asked if name not in held]
+    if 0 < len(missing) < len(asked):
+        raise ValueError(
+            f"{folder} holds rewards of {', '.join(held)} and not of {', '.join(missing)}: add them by `tvkd score "
+            f"--output_dir {folder} --reward_model [...]` and the other settings as before"
+        )
+    return None if missing else list(asked)
 
 
 def kept_per_token(needs: Collection[Need]) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.evaluation import judged
-from tvkd_fast.evaluation.evaluate import Evaluation, evaluate
+from tvkd_fast.evaluation.evaluate import Evaluation
+from tvkd_fast.evaluation.labelled import evaluate_held_out
 from tvkd_fast.files import at_home, written
 from tvkd_fast.models import (
     load_stop_ids,
@@ -27,7 +28,7 @@ from tvkd_fast.models import (
 )
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import DEFAULT, SCORED, Need, Objective, settings_of
-from tvkd_fast.objectives.contract import check_rewards, check_teacher_reference
+from tvkd_fast.objectives.contract import check_labels, check_rewards, check_teacher_reference
 from tvkd_fast.ranges import at_least, check_numbers, number
 from tvkd_fast.training.train_config import micro_batching
 
@@ -83,6 +84,7 @@ class EvalConfig:
         check_numbers(self)
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
         check_rewards(self.data.rewards, self.loss)
+        check_labels(self.data.unpair, self.loss)
         if self.tabled and self.teacher is not None:
             raise ValueError("a table of models tells who is right, and has no shaping: leave out --teacher")
 
@@ -111,7 +113,7 @@ def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation
         micro_batching(config),
         stop_ids=stops,
         verbose=verbose,
-        read=config.data.reader(rewards=Need.REWARDS in needs),
+        read=config.data.reader(rewards=Need.REWARDS in needs, labels=None if Need.LABELS in needs else False),
     )
     sharing = sharing_of(config, world, config.loss)
     policy = load_policy(config.policy, config.model, sharing=sharing, frozen=True)
@@ -124,7 +126,7 @@ def _evaluated(config: EvalConfig, world: World, *, verbose: bool) -> Evaluation
         needs=needs,
         sharing=sharing,
     )
-    return evaluate(
+    return evaluate_held_out(
         policy,
         dataset,
         scorer=models.scorer(dataset, config, verbose=verbose),

@@ -7,15 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from tvkd_fast.commands.caches import expected_of_settings, open_scores
+from tvkd_fast.commands.caches import expected_of_settings, load_pairs, open_scores
 from tvkd_fast.commands.prepare import room_of
 from tvkd_fast.commands.refusals import check_family, check_run, check_same_tokenizer
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, pairs_of_epochs
-from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.data.order import check_step
 from tvkd_fast.data.reading.splits import FILE_SUFFIXES
 from tvkd_fast.files import check_folder
@@ -32,7 +31,7 @@ from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.planning.footprint import Footprint, PairTokens, compares
 from tvkd_fast.rollout.prompts import prompt_dataset
 from tvkd_fast.training.final import ADAPTER, FINAL
-from tvkd_fast.training.train_config import TrainConfig, micro_batching
+from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.training.usage import process_bytes
 
 if TYPE_CHECKING:
@@ -55,11 +54,11 @@ def plan(config: TrainConfig) -> str:
     trust = config.model.trust_remote_code
     policy = model_shape(config.policy, layers=config.student_layers, trust_remote_code=trust)
     teacher = None
-    if config.loss.needs & TEACHER and config.teacher is not None and config.scores is None:
+    if config.needs & TEACHER and config.teacher is not None and config.scores is None:
         teacher = model_shape(config.teacher, trust_remote_code=trust)
     tokens, pairs, source = _tokens(config, policy)
     responses = config.pairs_per_step * (config.rollout.n if config.sampled_share == 1 else 1)
-    passes = pairs_of_epochs(config.epochs, pairs) / config.pairs_per_step if pairs else None
+    passes = pairs_of_epochs(config.epochs, pairs) / config.pairs_taken if pairs else None
     steps = config.max_steps or (math.ceil(passes) if passes else None)
     learned = replace(config, pairs_per_step=responses)
     found = Footprint(learned, policy, teacher, tokens, int(os.environ.get("WORLD_SIZE", config.nproc)))
@@ -147,7 +146,7 @@ def _smaller(found: Footprint) -> Iterator[tuple[str, Footprint]]:
     if config.model.packing != "padded":
         half = config.tokens_per_micro_batch // 2
         yield f"--tokens_per_micro_batch {half}", replace(found, config=replace(config, tokens_per_micro_batch=half))
-    if config.scores is None and config.loss.needs & SCORED:
+    if config.scores is None and config.needs & SCORED:
         scored = replace(config, scores="scores of `tvkd score`")
         yield "scores on disk (tvkd score, --scores)", replace(found, config=scored, teacher=None)
     if config.lora.rank == 0:
@@ -192,7 +191,7 @@ def _tokens(config: TrainConfig, policy: ModelShape) -> tuple[PairTokens, int, s
         )
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = _read("train", config, tokenizer, policy, config.scores)
-    check_step(config.pairs_per_step, dataset)
+    check_step(config.pairs_per_step, dataset, taken=config.pairs_taken)
     if config.data.eval is not None and _counted(config.data.eval):
         _read("eval", config, tokenizer, policy, config.eval_scores)
     return tokens_of(dataset), dataset.report.pairs, str(dataset.report)
@@ -220,27 +219,30 @@ def _counted(source: str) -> bool:
 
 
 def _read(
-    which: str, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, policy: ModelShape, scores: str | None
+    which: Literal["train", "eval"],
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: ModelShape,
+    scores: str | None,
 ) -> PairDataset:
     """Read the pairs, and check that every model of the run that is on this machine can read them."""
     trust = config.model.trust_remote_code
     stops = load_stop_ids(config.policy, trust_remote_code=trust)
-    needs = config.loss.needs
-    read = config.data.reader(rewards=Need.REWARDS in needs, paired=which == "eval" or Need.REJECTED in needs)
-    dataset = load_dataset(which, config.data, tokenizer, micro_batching(config), stop_ids=stops, read=read)
+    dataset = load_pairs(which, config, tokenizer, stop_ids=stops)
     check_token_ids(dataset, policy.vocab)
     check_positions(dataset, policy.positions, "policy")
-    if not config.loss.needs & SCORED:
+    if not config.needs & SCORED:
         return dataset
     if config.reference is not None and _is_here(config.reference):
         check_same_tokenizer(tokenizer, config.reference, config.model, whose="policy")
         check_positions(dataset, longest_sequence(model_config(config.reference, trust_remote_code=trust)), "reference")
-    if config.loss.needs & TEACHER and config.teacher is not None and _is_here(config.teacher):
+    if config.needs & TEACHER and config.teacher is not None and _is_here(config.teacher):
         theirs = load_tokenizer(config.teacher, trust_remote_code=trust)
         if theirs.get_vocab() == tokenizer.get_vocab():
             check_positions(dataset, longest_sequence(model_config(config.teacher, trust_remote_code=trust)), "teacher")
     if scores is not None:
-        open_scores(scores, config, dataset, expected_of_settings(config, tokenizer))
+        read_here = config.needs if which == "train" else config.loss.needs
+        open_scores(scores, config, dataset, expected_of_settings(config, tokenizer), read_here)
     return dataset
 
 
@@ -280,6 +282,6 @@ def _reference_line(config: TrainConfig) -> str:
 
 
 def _teacher_line(config: TrainConfig, teacher: ModelShape | None) -> str:
-    if not config.loss.needs & TEACHER:
+    if not config.needs & TEACHER:
         return f"none ({config.objective})"
     return f"scored already, in {config.scores}" if teacher is None else _shape_line(teacher)

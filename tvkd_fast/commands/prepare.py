@@ -12,6 +12,7 @@ from tvkd_fast.commands.caches import (
     expected_of_models,
     fitting_cache,
     kept_per_token,
+    load_pairs,
     manifest_of,
 )
 from tvkd_fast.commands.models import (
@@ -26,7 +27,6 @@ from tvkd_fast.commands.models import (
 )
 from tvkd_fast.commands.refusals import check_readable
 from tvkd_fast.data import PairDataset
-from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.data.tokenization import PairTokenizer
 from tvkd_fast.distributed import World, compile_blocks
 from tvkd_fast.models import (
@@ -60,23 +60,19 @@ class Prepared:
     held_out_scorer: Scorer | None
     identity: dict[str, Any]
     sampler: Sampler | None = None
+    selection_scorer: Scorer | None = None
+    """What a selection reads, where there is one."""
 
 
 def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
-    batching = micro_batching(config)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    needs = config.loss.needs
-    read = config.data.reader(rewards=Need.REWARDS in needs, paired=Need.REJECTED in needs)
     if config.sampled_share == 1:
         room = room_of(config, model_config(config.policy, trust_remote_code=config.model.trust_remote_code))
         dataset = prompt_dataset(config.data, tokenizer, stop_ids=stops, max_length=room, verbose=verbose)
     else:
-        dataset = load_dataset("train", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose, read=read)
-    held_out = None
-    if config.data.eval:
-        read = config.data.reader(rewards=Need.REWARDS in needs)
-        held_out = load_dataset("eval", config.data, tokenizer, batching, stop_ids=stops, verbose=verbose, read=read)
+        dataset = load_pairs("train", config, tokenizer, stop_ids=stops, verbose=verbose)
+    held_out = load_pairs("eval", config, tokenizer, stop_ids=stops, verbose=verbose) if config.data.eval else None
     policy = _policy(config, world)
     config.loss.check_policy(policy)
     for pairs in (dataset, held_out):
@@ -89,31 +85,34 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     if Need.REWARDS in config.loss.needs:
         identity["rewards"] = dataset.rewards_fingerprint
     scorer: Scorer = OnlineScorer(None, None)
-    held_out_scorer = None
+    held_out_scorer = selection_scorer = None
     if verbose and config.unkept_evaluations:
         warnings.warn(
             f"keep_best goes by every {config.save_every // config.eval_every}th evaluation alone, which is at a "
             f"checkpoint: set --save_every {config.eval_every} for all of them",
             stacklevel=2,
         )
-    if config.loss.needs & SCORED:
+    if config.needs & SCORED:
         models = frozen_models(config, policy, tokenizer, world)
         scorer = online = models.scorer(dataset, config, verbose=verbose)
         online.teacher_learns = config.loss.teacher_lora is not None
         expected = expected_of_models(config, tokenizer, models, identity["policy"])
         expected["teacher_tokens"] = online.teacher_reads(dataset)
         if config.scores is not None:
-            cache = fitting_cache(config.scores, config, dataset, expected, online)
+            cache = fitting_cache(config.scores, config, dataset, expected, online, config.needs)
             # A folder may hold rewards beside what this run reads, and the held-out pairs' need not.
             own = Need.TEACHER_REWARDS in config.loss.needs
             compared = [name for name in OF_TEACHER if own or name != "teacher_reference"]
             expected |= {name: getattr(cache.manifest, name) for name in compared}
             scorer = CachedScorer(cache, kept_per_token(config.loss.needs))
+        selection_scorer = scorer if config.data.selection is not None else None
+        if selection_scorer is online:
+            scorer = online.asking(of_teacher(config.loss.needs))
         if held_out is not None:
             held_out_scorer = held_out_scorer_of(config, policy, models, held_out, tokenizer, expected, world, verbose)
         identity |= {name: expected[name] for name in ("reference", *OF_TEACHER)}
         if config.loss.trains_beside:
-            one = next(iter(batching.batches(dataset, range(1))))
+            one = next(iter(micro_batching(config).batches(dataset, range(1))))
             config.loss.attach(policy, models.teacher, lambda: scorer.of(one.to(world.device)))
         if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
@@ -123,7 +122,7 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
             # Only another tokenizer's tokens are made of them, and those are made.
             pairs.texts.clear()
     sampler = sampler_of(config, policy, PairTokenizer(tokenizer, stop_ids=stops).ends.generation_stops, world)
-    return Prepared(tokenizer, policy, scorer, dataset, held_out, held_out_scorer, identity, sampler)
+    return Prepared(tokenizer, policy, scorer, dataset, held_out, held_out_scorer, identity, sampler, selection_scorer)
 
 
 def room_of(config: TrainConfig, model: PretrainedConfig) -> int:
@@ -167,7 +166,7 @@ def frozen_models(
     config: TrainConfig, policy: PolicyWithHead, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> FrozenModels:
     """The reference and the teacher that this run has to hold, or was given to compare with a cache of scores."""
-    needs, sharing = config.loss.needs, sharing_of(config, world, config.loss)
+    needs, sharing = config.needs, sharing_of(config, world, config.loss)
     models = load_frozen(
         config,
         tokenizer,
@@ -207,7 +206,7 @@ def held_out_scorer_of(
     # Here the policy is still its own reference, also when the run is resumed later on.
     scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
     if config.eval_scores is not None:
-        cache = fitting_cache(config.eval_scores, config, held_out, expected, scorer)
+        cache = fitting_cache(config.eval_scores, config, held_out, expected, scorer, config.loss.needs)
         return CachedScorer(cache, kept_per_token(config.loss.needs))
     if config.loss.needs & TEACHER and models.teacher is None and world.first:
         warnings.warn(

@@ -46,10 +46,11 @@ def check_run(config: TrainConfig) -> None:
             f"{config.objective} changes the input of every step, and scores on disk are of the data as it is: leave "
             "--scores out, and set --teacher"
         )
-    if config.loss.needs & TEACHER and config.teacher is None and config.scores is None:
-        other = config.loss.without(TEACHER)
+    if config.needs & TEACHER and config.teacher is None and config.scores is None:
+        other = None if config.data.selection is not None else config.loss.without(TEACHER)
+        whose = config.objective if config.loss.needs & TEACHER else "--data.select"
         raise ValueError(
-            f"{config.objective} needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`"
+            f"{whose} needs a teacher: set --teacher, or --scores to a folder made by `tvkd score`"
             f"{'' if other is None else f'; --objective {other.name} needs none'}"
         )
 
@@ -84,7 +85,11 @@ def check_rollout(config: TrainConfig) -> None:
         )
     if not share:
         return
-    if Need.REJECTED in config.loss.needs:
+    if config.data.selection is not None:
+        raise ValueError(
+            "pairs are selected by their responses, and the run has yet to sample them: leave --data.select out"
+        )
+    if not config.loss.needs.isdisjoint({Need.REJECTED, Need.LABELS}):
         raise ValueError(
             f"{name} compares two responses, and a run samples single ones: set --rollout.share 0, or choose an "
             "objective over single responses, such as opd, reverse_kl or jsd"

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from tvkd_fast.commands.caches import (
     manifest_of,
 )
 from tvkd_fast.commands.models import (
+    FrozenModels,
     load_frozen,
     load_policy,
+    precision,
+    resolve_device,
     sharing_of,
     world_of,
 )
 from tvkd_fast.commands.refusals import check_processes
+from tvkd_fast.data import PairDataset, check_token_ids, retokenize
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig
@@ -25,6 +31,7 @@ from tvkd_fast.models import (
     fingerprint_model,
     load_stop_ids,
     load_tokenizer,
+    longest_sequence,
 )
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import SCORED, Need, objectives
@@ -32,9 +39,14 @@ from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
 from tvkd_fast.scoring.adding import check_beside, joined, leave_out, scores_to_keep
 from tvkd_fast.scoring.cache import ScoreCache, check_score_folder
 from tvkd_fast.scoring.kinds import check_kinds, token_kinds
-from tvkd_fast.scoring.scorer import score_to_disk
+from tvkd_fast.scoring.reward_folder import RewardMember, rewards_to_disk
+from tvkd_fast.scoring.reward_model import RewardModel, load_reward_model
+from tvkd_fast.scoring.scorer import OnlineScorer, score_to_disk
 from tvkd_fast.scoring.token_codec import StatesDtype
 from tvkd_fast.training.train_config import micro_batching
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROTATION = 0
 """The seed of the rotation that int8 states are kept under."""
@@ -54,6 +66,9 @@ class ScoreConfig:
     """The teacher's own reference: keep the teacher's rewards instead, for loss.value_from implicit_reward."""
     reference: str | None = None
     """Reference whose log-probabilities to keep; the policy where not given."""
+    reward_model: list[str] = field(default_factory=list)
+    """Sequence-classification models with one label whose rewards of both responses to keep, each in its own tokens and
+    chat template; --data.rewards of `tvkd train` asks for them by the last parts of their names."""
     student_layers: int | None = number(None, at_least(1))
     """As in `tvkd train`: the reference is the policy pruned to so many layers."""
     kappa: float = number(1.0, POSITIVE)
@@ -87,6 +102,10 @@ class ScoreConfig:
             raise ValueError("--teacher_reference is the reference of a teacher: set --teacher")
         if not self.keep:
             raise ValueError("keep names nothing: set --keep [values], [logps] or [values,logps]")
+        names = [last_part(name) for name in self.reward_model]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two reward models are called {twice}, by which their rewards are told apart: rename one")
         check_kinds(self.keep)
         if self.teacher is None and token_kinds(self.keep):
             raise ValueError(f"--keep {' '.join(token_kinds(self.keep))} is of a teacher: set --teacher")
@@ -103,7 +122,13 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
     dataset = load_dataset(
-        config.which, config.data, tokenizer, micro_batching(config), stop_ids=stops, verbose=verbose
+        config.which,
+        config.data,
+        tokenizer,
+        micro_batching(config),
+        stop_ids=stops,
+        verbose=verbose,
+        read=config.data.reader(rewards=False, labels=None),
     )
     sharing = sharing_of(config, world)
     if token_kinds(config.keep) and config.parallel.vocabulary == "auto":
@@ -114,9 +139,33 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
         models.reference = load_policy(
             config.policy, config.model, layers=config.student_layers, sharing=sharing, frozen=True
         )
-    assert isinstance(models.reference, PolicyWithHead)
     scorer = models.scorer(dataset, config, verbose=verbose)
+    readers = [reward_reader(name, dataset, tokenizer, config) for name in config.reward_model]
     dataset.texts.clear()
+    cache = _of_frozen(config, dataset, tokenizer, models, scorer, world, verbose)
+    if readers:
+        rewards_to_disk(
+            dataset,
+            readers,
+            config.output_dir,
+            pairs_per_shard=config.pairs_per_shard,
+            world=world,
+            progress=verbose,
+        )
+    return cache
+
+
+def _of_frozen(
+    config: ScoreConfig,
+    dataset: PairDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    models: FrozenModels,
+    scorer: OnlineScorer,
+    world: World,
+    verbose: bool,
+) -> ScoreCache:
+    """The numbers of reference and teacher."""
+    assert isinstance(models.reference, PolicyWithHead)
     manifest = manifest_of(
         dataset,
         tokenizer,
@@ -148,6 +197,38 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
     )
 
 
+def reward_reader(
+    name: str, dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, config: ScoreConfig
+) -> tuple[RewardMember, RewardModel]:
+    """A reward model with the dataset in its tokens, and what identifies its rewards. Every process holds the model."""
+    trust = config.model.trust_remote_code
+    model = load_reward_model(
+        name,
+        dtype=getattr(torch, config.model.dtype),
+        device=resolve_device(config.model),
+        trust_remote_code=trust,
+    )
+    own = retokenize(
+        dataset,
+        tokenizer,
+        load_tokenizer(name, trust_remote_code=trust),
+        max_length=longest_sequence(model.config),
+        chat_template=config.data.chat_template,
+        other_chat_template=config.data.teacher_chat_template,
+        stop_ids=load_stop_ids(config.policy, trust_remote_code=trust),
+        other_stop_ids=load_stop_ids(name, trust_remote_code=trust),
+    )
+    check_token_ids(own, model.get_input_embeddings().num_embeddings)
+    autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
+    member = RewardMember(last_part(name), fingerprint_model(model), own.fingerprint, precision(config.model))
+    return member, RewardModel(model, own, config.tokens_per_micro_batch, autocast)
+
+
+def last_part(name: str) -> str:
+    """The last part of a hub name or of a folder."""
+    return Path(name).name
+
+
 def check(config: ScoreConfig) -> None:
     """The checks that need no process group, before several processes are started."""
     check_score_folder(Path(config.output_dir))
@@ -160,6 +241,8 @@ def run(config: ScoreConfig) -> None:
     if not is_main_process():
         return
     print(f"scored {manifest.pairs:,} pairs ({manifest.states:,} states, kappa {manifest.kappa}): {config.output_dir}")
+    for name in config.reward_model:
+        print(f"rewards of {last_part(name)}: --data.rewards [{last_part(name)}]")
     if config.teacher is None:
         plain = [name for name, cls in objectives().items() if cls().needs & SCORED == {Need.REFERENCE}]
         names = f"{', '.join(plain[:-1])} or {plain[-1]}"

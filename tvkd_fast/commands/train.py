@@ -67,6 +67,7 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
             show_progress=show_progress,
             world=world,
             stop=stop,
+            selection_scorer=made.selection_scorer,
         )
         evaluation = trainer.run()
         folder = Path(config.output_dir)

@@ -54,6 +54,12 @@ class PairBatch:
     sampler_logps: Tensor | None = None
     """(N,) float64 log-probabilities of `labels` under the law that they were sampled from, of single responses that
     have them."""
+    sides: tuple[int, ...] = (0, 1)
+    """Which responses of each pair it holds: 0 the chosen, 1 the rejected one."""
+    desirable: Tensor | None = None
+    """(P,) bool labels of the chosen responses, where the rejected ones are of other prompts."""
+    baseline: Tensor | None = None
+    """() nats ≥ 0: KL(π_θ‖π_ref), estimated from a whole step's responses to other prompts, under `Need.LABELS`."""
     partners: Tensor | None = None
     """(rows·L,) int64 flat positions in `input_ids`: the token whose embedding is mixed into that of each, where
     embeddings are mixed."""
@@ -131,7 +137,16 @@ def collate_pairs(
         response_lengths=lengths,
         rewards=rewards_of(pairs, chosen_only=chosen_only),
         sampler_logps=sampler_logps_of(pairs, chosen_only=chosen_only),
+        sides=(0,) if chosen_only else (0, 1),
+        desirable=labels_of(pairs),
     )
+
+
+def labels_of(pairs: Sequence[TokenizedPair]) -> Tensor | None:
+    """(P,) bool labels; None where the pairs have none."""
+    if not pairs or pairs[0].desirable is None:
+        return None
+    return torch.tensor([bool(pair.desirable) for pair in pairs])
 
 
 def rewards_of(pairs: Sequence[TokenizedPair], *, chosen_only: bool) -> Tensor | None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.data import MicroBatching, PairDataset, build_dataset
 from tvkd_fast.data.reading.formats import ReadRow, to_preference, to_response
+from tvkd_fast.data.reading.labelled import labelled_or_paired, to_labelled, unpaired
 from tvkd_fast.data.reading.rewards import with_rewards
+from tvkd_fast.data.selection import By, Selection
 from tvkd_fast.files import at_home
-from tvkd_fast.ranges import at_least, check_numbers, number
+from tvkd_fast.ranges import NOT_NEGATIVE, Range, at_least, check_numbers, number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +50,15 @@ class DataConfig:
     """`auto` writes conversations with the tokenizer's template, `never` as plain text."""
     teacher_chat_template: Literal["auto", "never"] = "auto"
     """The same for a teacher with another tokenizer; one with the policy's reads what the policy reads."""
+    select: By = "no"
+    """Which of the pairs that a step takes it learns from: those whose loss exceeds the teacher's most (learnability),
+    those whose loss under the teacher is least (easy_reference), or all. Needs the teacher's log-probabilities."""
+    select_ratio: float = number(0.8, Range(0, 1, without_high=True))
+    """Share of the pairs of a step that selection leaves out; 0.8 takes five times pairs_per_step."""
+    select_temperature: float = number(0.0, NOT_NEGATIVE)
+    """Selection keeps the highest scores (0), or samples without replacement by softmax(score/temperature)."""
+    unpair: bool = False
+    """Make two responses with labels of every pair, a desirable and an undesirable one, for --objective kto."""
     rewards: list[str] | None = None
     """Rewards of the answers, such as [score] for columns score_chosen and score_rejected, or chosen_score and
     rejected_score: those an objective over rewards reads; where not given the one that there is."""
@@ -58,8 +69,20 @@ class DataConfig:
         if self.rewards is not None and (not self.rewards or len(set(self.rewards)) < len(self.rewards)):
             raise ValueError(f"rewards must be names, each once, got {self.rewards}: set --data.rewards [score]")
 
-    def reader(self, *, rewards: bool, paired: bool = True) -> ReadRow:
-        """What makes a pair of a row, with its rewards or without. Unless `paired`, of a row of one response too."""
+    @property
+    def selection(self) -> Selection | None:
+        """The rule of a step's selection; None where it keeps all pairs."""
+        if self.select == "no":
+            return None
+        return Selection(self.select, self.select_ratio, self.select_temperature)
+
+    def reader(self, *, rewards: bool, paired: bool = True, labels: bool | None = False) -> ReadRow:
+        """What makes a pair of a row, with its rewards or without. Unless `paired`, of a row of one response too. With
+        `labels` of a row of one response with a label, and where they are None of either."""
+        if self.unpair:
+            return unpaired
+        if labels is not False:
+            return to_labelled if labels else labelled_or_paired
         if rewards:
             return with_rewards(self.rewards)
         return to_preference if paired else to_response

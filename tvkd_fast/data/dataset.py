@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -25,10 +25,13 @@ from tvkd_fast.data.reading.formats import (
     read_row,
     to_preference,
 )
+from tvkd_fast.data.reading.labelled import with_mismatched
+from tvkd_fast.data.reading.rewards import check_told_apart
 from tvkd_fast.data.reading.row_pairs import by_row, share_prompt, truncate_row
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _ANOTHER = "another pair of the row was dropped"
@@ -105,7 +108,8 @@ class PairDataset(Sequence[TokenizedPair]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the pairs' token ids, of which of them ended, and of their order; of nothing else."""
+        """SHA-256 (hex) of the pairs' token ids, of which of them ended, of labels, and of their order; of nothing
+        else."""
         digest = hashlib.sha256(b"tvkd_fast pairs 1")
         for pair in self._pairs:
             digest.update(_in_bytes(pair))
@@ -117,6 +121,18 @@ class PairDataset(Sequence[TokenizedPair]):
         numbers = [[list(column) for column in pair.rewards] for pair in self._pairs]
         return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
+    def with_rewards(self, rewards: Tensor, names: Sequence[str]) -> PairDataset:
+        """The dataset with rewards [K, P, 2] of the chosen and the rejected responses, by models of these names.
+
+        Raises BadPair for a pair whose responses no reward sets apart.
+        """
+        pairs = []
+        for pair, columns in zip(self._pairs, rewards.transpose(0, 1).tolist(), strict=True):
+            own = tuple((chosen, rejected) for chosen, rejected in columns)
+            check_told_apart(own, names, pair.row)
+            pairs.append(replace(pair, rewards=own))
+        return PairDataset(pairs, self.report, self.texts)
+
     @cached_property
     def pair_digests(self) -> list[int]:
         """63 bits for each pair, of what `fingerprint` is made of: enough to find the first pair that differs."""
@@ -126,6 +142,7 @@ class PairDataset(Sequence[TokenizedPair]):
 def _in_bytes(pair: TokenizedPair) -> bytes:
     parts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     head = [*map(len, parts), pair.chosen_ended, pair.rejected_ended]
+    head += [] if pair.desirable is None else [pair.desirable]
     return np.array([*head, *(i for part in parts for i in part)], dtype="<i8").tobytes()
 
 
@@ -174,7 +191,10 @@ def build_dataset(
     dropped_overlong = 0
     first_dropped: BadPair | None = None
     made: list[tuple[TokenizedPair, bool, Preference]] = []
-    for texts in by_row(_with_progress(loaded.pairs, progress)):
+    preferences = loaded.pairs
+    if any(pair.desirable is not None for pair in preferences):
+        preferences = with_mismatched(preferences)
+    for texts in by_row(_with_progress(preferences, progress)):
         try:
             whole = share_prompt([to_tokens(text) for text in texts])
         except BadPair as bad:

@@ -36,8 +36,13 @@ def _epoch_order(seed: int, epoch: int, num_pairs: int) -> list[int]:
     return torch.randperm(num_pairs, generator=generator).tolist()
 
 
-def check_step(pairs_per_step: int, dataset: Sized) -> None:
-    """Raise ValueError where a step takes more pairs than there are."""
+def check_step(pairs_per_step: int, dataset: Sized, *, taken: int | None = None) -> None:
+    """Raise ValueError where a step takes more pairs than there are, or `taken` of which it keeps `pairs_per_step`."""
+    if taken is not None and pairs_per_step <= len(dataset) < taken:
+        raise ValueError(
+            f"a step takes {taken} pairs to keep {pairs_per_step} of them, and the data has {len(dataset)}, of which "
+            "less than a step would be left; lower --data.select_ratio or --pairs_per_step, or give more data"
+        )
     if pairs_per_step > len(dataset):
         raise ValueError(
             f"a step takes {pairs_per_step} pairs and the data has {len(dataset)}: it would repeat pairs; "

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from tvkd_fast.data.batch import PairBatch, micro_batches, rewards_of, sampler_logps_of
+from tvkd_fast.data.batch import PairBatch, labels_of, micro_batches, rewards_of, sampler_logps_of
 from tvkd_fast.data.reading.formats import BadPair
 from tvkd_fast.data.tokenization import TokenizedPair
 
@@ -68,6 +68,14 @@ class MicroBatching:
         mine = [places for places in bins[rank::size] if places]
         return self.filled(list(self._rows(dataset, indices, mine, chosen_only)), count)
 
+    def share_rejected(
+        self, dataset: Sequence[TokenizedPair], indices: Sequence[int], *, rank: int, size: int
+    ) -> list[PairBatch]:
+        """`share` of the rejected responses alone, each behind its prompt."""
+        alone, places = [_rejected_alone(dataset[i]) for i in indices], torch.tensor(indices)
+        batches = self.share(alone, range(len(alone)), rank=rank, size=size, chosen_only=True)
+        return [replace(batch, pairs=places[batch.pairs], sides=(1,)) for batch in batches]
+
     def _lengths(self, dataset: Sequence[TokenizedPair], indices: Sequence[int], chosen_only: bool) -> list[int]:
         for i in indices:
             self.check_fits(dataset[i], chosen_only=chosen_only)
@@ -109,6 +117,10 @@ class MicroBatching:
     def capacity(self, batch: PairBatch) -> int:
         """Tokens that would have fitted where this micro-batch is: `num_tokens` over it is the fill."""
         return batch.input_ids.numel() if self.packing == "padded" else self.tokens
+
+
+def _rejected_alone(pair: TokenizedPair) -> TokenizedPair:
+    return replace(pair, chosen_ids=pair.rejected_ids, chosen_ended=pair.rejected_ended, rejected_ids=[], rewards=())
 
 
 def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -201,4 +213,6 @@ def collate_packed(
         layout=tuple(layout),
         rewards=rewards_of(pairs, chosen_only=chosen_only),
         sampler_logps=sampler_logps_of(pairs, chosen_only=chosen_only),
+        sides=(0,) if chosen_only else (0, 1),
+        desirable=labels_of(pairs),
     )

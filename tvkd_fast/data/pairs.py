@@ -63,7 +63,8 @@ class Preference:
     `chat_template_kwargs`. `unread` names the row's other columns, so that a template that asks for one is noticed.
     `from_text` says that the row's prompt is a text, which was made the user's turn. `rewards` are the numbers that the
     row has for the chosen and the rejected answer, two per reward that was asked for. `single` says that there is one
-    response, which is compared with none; `rejected` is empty then.
+    response, which is compared with none; `rejected` is empty then. `desirable` is the label of a
+    row of one response; where it is given, `rejected` is a response to another prompt.
     """
 
     prompt: str | list[Message]
@@ -77,6 +78,7 @@ class Preference:
     rewards: tuple[tuple[float, float], ...] = ()
     single: bool = False
     sampled: SampledIds | None = field(default=None, compare=False)
+    desirable: bool | None = None
 
     def __post_init__(self) -> None:
         if len({isinstance(part, str) for part in (self.prompt, self.chosen, self.rejected)}) > 1:

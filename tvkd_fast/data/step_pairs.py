@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvkd_fast.data.batch import PairBatch
-from tvkd_fast.data.order import pairs_of_step
 from tvkd_fast.data.packing import MicroBatching
 from tvkd_fast.data.tokenization import TokenizedPair
 
 
 @dataclass(frozen=True)
 class StepPairs:
-    """The pairs of a dataset in the order of (seed, step), divided among `size` processes. They have no state."""
+    """A dataset's pairs, step by step, divided among `size` processes. They have no state."""
 
     dataset: Sequence[TokenizedPair]
     batching: MicroBatching
-    seed: int
-    pairs_per_step: int
-    total: int | None = None
-    """The pairs of all steps together, so that the last step may be short."""
+    pairs: Callable[[int], list[int]]
+    """The dataset's pairs that a step takes, over all processes."""
     chosen_only: bool = False
     rank: int = 0
     size: int = 1
-
-    def pairs(self, step: int) -> list[int]:
-        """The dataset's pairs that a step takes, over all processes."""
-        return pairs_of_step(
-            self.seed, step, num_pairs=len(self.dataset), pairs_per_step=self.pairs_per_step, total=self.total
-        )
 
     def batches(self, step: int) -> list[PairBatch]:
         """This process's micro-batches of a step."""

@@ -53,6 +53,8 @@ class TokenizedPair:
     """The ids are those that were sampled, and not made of text."""
     sampler_logps: tuple[float, ...] = ()
     """The log-probability of each of `chosen_ids` under the law that it was sampled from, nats, where it is known."""
+    desirable: bool | None = None
+    """As in `Preference`: the label of the chosen response, where the other one is of another prompt."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class PairTokenizer:
             merged=border < len(alone),
             written_before=by_itself or (not templated and self.written_before(prompt)),
             rewards=pair.rewards,
+            desirable=pair.desirable,
         )
 
     def prompt_of(self, pair: Preference) -> list[int]:

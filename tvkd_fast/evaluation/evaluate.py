@@ -98,9 +98,9 @@ def evaluate(
     figures: dict[str, Any] = {
         "pairs": len(dataset),
         "accuracy": float(right.mean()),
-        "accuracy_ci": _half_width(right),
+        "accuracy_ci": half_width(right),
         "margin": float(difference.mean()),
-        "margin_ci": _half_width(difference),
+        "margin_ci": half_width(difference),
     }
     if has_rewards.all():
         figures["reward_accuracy"] = float(_larger_than_0(margin).mean())
@@ -167,5 +167,6 @@ def _larger_than_0(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, (x > 0).double())
 
 
-def _half_width(x: Tensor) -> float:
+def half_width(x: Tensor) -> float:
+    """Return the half-width of a 95% interval (normal) of the mean of x (P,)."""
     return 1.96 * float(x.std()) / math.sqrt(x.numel()) if x.numel() > 1 else math.inf

@@ -42,6 +42,8 @@ class FusedLMOutput(ModelOutput):
     """[B, L−1] bool: where there are labels."""
     aux_loss: Tensor | None = None
     """The router's loss of a mixture of experts, as transformers computes it, where `output_router_logits` is set."""
+    log_sum_sq_probs: Tensor | None = None
+    """Shaped like `log_probs`: log Σ_v p(v)² of each label's distribution, without a gradient, where asked for."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,13 @@ def answer(
     logits_to_keep: Tensor | int = 0,
     return_dict: bool | None = None,
     derivative: Derivative | None = None,
+    collisions: bool = False,
     **inputs: Any,
 ) -> FusedLMOutput | tuple[Any, ...]:
     """The log-probabilities of labels [B, L], shifted here, or of `shift_labels` [B, L], which have been.
 
     `derivative` is that of a loss by each row's summed log-probability, of rows in pairs, where it is known: the head
-    then makes its gradient in the forward.
+    then makes its gradient in the forward. With `collisions` the answer has log Σp², by one more product.
     """
     if not isinstance(logits_to_keep, int) or logits_to_keep:
         raise ValueError("logits_to_keep leaves states out that labels belong to: mask labels by -100 instead")
@@ -94,6 +97,8 @@ def answer(
     log_probs = logps.new_zeros(mask.shape).masked_scatter(mask, logps)
     count = mask.sum().clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     found = {"loss": -logps.sum() / count.to(logps.device), "log_probs": log_probs, "label_mask": mask}
+    if collisions:
+        found["log_sum_sq_probs"] = logps.new_zeros(mask.shape).masked_scatter(mask, _collisions(model, hidden[mask]))
     if router:
         aux_loss, coefficient = _router_loss(model, states, inputs.get("attention_mask"))
         found |= {"loss": found["loss"] + coefficient * aux_loss.to(logps.device), "aux_loss": aux_loss}
@@ -130,6 +135,17 @@ def _logps(
     if not all(isinstance(linear, FusedLMHead) for linear in head_layers(head)) and not _fuse_anew(model, settings):
         return torch.cat([*_by_logits(model, head, hidden, labels)])
     return head(hidden, labels=labels, upstream=upstream)
+
+
+@torch.no_grad()
+def _collisions(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(N,) log Σ_v p(v)², from hidden [N, D]."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, FusedLMHead):
+        raise ValueError(f"log Σp² is computed by a fused head, and this model has a {type(head).__name__}")
+    lse, lse_2 = head(hidden, kappa=2.0)
+    found: Tensor = lse_2 - 2 * lse
+    return found
 
 
 @torch.compiler.disable

@@ -6,7 +6,7 @@ Letters: P pairs of a batch (2P rows, chosen first), L row length.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from datasets import Dataset, Features
 from torch import Tensor
 
 from tvkd_fast.data.dataset import written_before
+from tvkd_fast.data.pairs import Preference
 from tvkd_fast.data.reading.formats import to_preference
+from tvkd_fast.data.reading.rewards import with_rewards
 from tvkd_fast.data.reading.tables import decoded_row
 from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.data.tokenization import PairTokenizer, TokenizedPair, truncate_pair
@@ -29,7 +31,11 @@ RESPONSES = ("response_mask", "response_ended")
 """Keys of a batch that describe its responses, for a teacher that runs on the batch."""
 ROW = "source_row"
 """The column with a row's name, which stays the same when other rows are dropped or rows are shuffled."""
-_MADE = {*IDS, *RETURNS, MARK, ROW, *(f"ref_{which}_logps" for which in WHICH)}
+DATA_REWARDS = "data_rewards"
+"""The column, and the key of a batch, of the rewards that a row has for its responses."""
+OF_OBJECTIVES = (*RESPONSES, *RETURNS, DATA_REWARDS)
+"""Keys of a batch that are no inputs of a model."""
+_MADE = {DATA_REWARDS, *IDS, *RETURNS, MARK, ROW, *(f"ref_{which}_logps" for which in WHICH)}
 """Columns that a trainer has added to a dataset, and that are not read as data."""
 
 
@@ -40,12 +46,20 @@ class RowReader:
         tokenizer: the policy's.
         stop_ids: as in `ResponseEnds`.
         features: the dataset's; None where a stream has none.
+        rewards: whether rows have rewards, which are read with them.
+        reward_names: which ones; None where a row has one alone.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int], features: Features | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Collection[int],
+        features: Features | None,
+        rewards: bool = False,
+        reward_names: Sequence[str] | None = None,
     ) -> None:
-        self._given = tokenizer, sorted(stop_ids), features
+        self._given = tokenizer, sorted(stop_ids), features, rewards, reward_names
+        self._read = with_rewards(reward_names) if rewards else to_preference
         self._pairs = PairTokenizer(tokenizer, stop_ids=stop_ids)
         self._warned = False
 
@@ -56,13 +70,15 @@ class RowReader:
     def __call__(self, row: Mapping[str, Any], i: int) -> dict[str, Any]:
         """Returns the row's token ids and its name. Raises BadPair if it is no preference."""
         written = decoded_row({name: value for name, value in row.items() if name not in _MADE}, self._given[2])
-        pair = self._pairs(to_preference(written, f"row {i}"))
+        preference = self._read(written, f"row {i}")
+        assert isinstance(preference, Preference)
+        pair = self._pairs(preference)
         if pair.written_before and not self._warned:
             self._warned = True
             warnings.warn(written_before(pair.row), stacklevel=2)
-        return {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids} | {
-            ROW: pair.row
-        }
+        found = {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids}
+        rewards = {DATA_REWARDS: [list(reward) for reward in pair.rewards]} if pair.rewards else {}
+        return found | rewards | {ROW: pair.row}
 
 
 def read_rows(dataset: Any, reader: RowReader, **options: Any) -> Any:
@@ -117,7 +133,10 @@ def as_pairs(rows: Iterable[dict[str, Any]], ends: ResponseEnds, max_length: int
 
 @dataclass
 class WithReturns:
-    """A collator that adds Ψ if every row has the Ψ that `maker` would make, and otherwise marks the responses."""
+    """A collator that adds Ψ if every row has the Ψ that `maker` would make, and otherwise marks the responses.
+
+    For an objective it marks them in any case, and adds the rows' rewards [K, 2P] where they have some.
+    """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     ends: ResponseEnds
@@ -125,11 +144,17 @@ class WithReturns:
     """The collator's, "keep_start" or "keep_end"."""
     maker: Maker | None = None
     """None where no row's Ψ may be reused."""
+    for_objective: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(examples)
+        if self.for_objective and DATA_REWARDS in examples[0]:
+            rewards = torch.tensor([example[DATA_REWARDS] for example in examples])
+            batch[DATA_REWARDS] = rewards.permute(1, 2, 0).flatten(1)
         if self.maker is not None and all(map(self.maker.made, examples)):
-            return batch | {name: torch.tensor([example[name] for example in examples]) for name in RETURNS}
+            batch |= {name: torch.tensor([example[name] for example in examples]) for name in RETURNS}
+            if not self.for_objective:
+                return batch
         for example in examples:
             _check_prompt(example, example.get(ROW, "a row"))
         responses = [example[f"{which}_ids"] for which in WHICH for example in examples]

@@ -39,15 +39,20 @@ def numbers_of(manifest: ScoreManifest) -> tuple[str, ...]:
 
 
 class CachedReturns:
-    """Ψ of datasets, each from the folder that was made of its tokens."""
+    """Ψ of datasets, each from the folder that was made of its tokens; without settings the teacher's log-probabilities
+    of their responses, which are of the policy's tokens then."""
 
-    def __init__(self, folders: Sequence[str], settings: ShapingSettings) -> None:
+    def __init__(self, folders: Sequence[str], settings: ShapingSettings | None) -> None:
         self.settings, self.folders = settings, list(folders)
         self.manifests = [read_manifest(folder) for folder in folders]
         for folder, manifest in zip(folders, self.manifests, strict=True):
-            rewards, numbers = settings.value_from == "implicit_reward", numbers_of(manifest)
+            numbers = numbers_of(manifest)
             if manifest.teacher is None:
                 raise ValueError(f"{folder} holds no teacher's numbers: run `tvkd score --teacher …`")
+            if settings is None:
+                _check_log_probabilities(folder, manifest)
+                continue
+            rewards = settings.value_from == "implicit_reward"
             if ("reward" if rewards else "lse") not in numbers:
                 held = " and ".join(text for name, text in _IN_WORDS.items() if name in numbers)
                 raise ValueError(
@@ -96,6 +101,9 @@ class CachedReturns:
         """[2, P]."""
         batch = collate_pairs(dataset[places.start : places.stop], places)
         scores, settings = cache.of(batch.pairs, kinds=()), self.settings
+        if settings is None:
+            assert scores.teacher_logps is not None
+            return scores.teacher_logps.view(2, -1)
         if settings.value_from == "implicit_reward":
             assert scores.reward is not None
             values = settings.value_scale * scores.reward
@@ -104,3 +112,16 @@ class CachedReturns:
             assert scores.lse_kappa is not None
             values = settings.values(scores.lse, scores.lse_kappa)
         return settings.returns(values, *scores.boundaries(batch)).view(2, -1)
+
+
+def _check_log_probabilities(folder: str, manifest: ScoreManifest) -> None:
+    if "teacher_logps" not in numbers_of(manifest):
+        raise ValueError(
+            f"{folder} holds no log-probabilities of its teacher: add them by `tvkd score --output_dir {folder} "
+            "--keep [logps]` and the other settings as before"
+        )
+    if manifest.teacher_tokens != manifest.dataset:
+        raise ValueError(
+            f"{folder} is of a teacher with tokens of its own, of which its log-probabilities are: `tvkd train` "
+            "takes it, TVKDTrainer only for TVKD's own loss"
+        )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tvkd_fast.losses import Terminal, running_sums, shaping_returns
+from tvkd_fast.losses import Terminal, running_sums, segment_sums, shaping_returns
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead, fingerprint_model
 from tvkd_fast.models.lent import adapters_off, undone
 from tvkd_fast.ops import soft_values
@@ -108,7 +108,7 @@ class PaddedRows:
 
 
 class TeacherReturns:
-    """Computes Ψ of every row, by a teacher in the policy's tokens.
+    """Computes Ψ of every row, by a teacher in the policy's tokens; without settings its log-probability instead.
 
     Teacher and reference are lent. Only while one is called, it is in evaluation mode and has a fused head, and the
     models in `without_adapters` have their adapters off.
@@ -118,12 +118,12 @@ class TeacherReturns:
         self,
         teacher: PreTrainedModel,
         reference: PreTrainedModel | None,
-        settings: ShapingSettings,
+        settings: ShapingSettings | None,
         *,
         without_adapters: Collection[PreTrainedModel] = (),
     ) -> None:
         self.settings = settings
-        assert (reference is not None) == (settings.value_from == "implicit_reward")
+        assert (reference is not None) == (settings is not None and settings.value_from == "implicit_reward")
         self.models = (teacher,) if reference is None else (teacher, reference)
         """The teacher, and its reference where it has one."""
         self._without_adapters = {id(model) for model in without_adapters}
@@ -154,7 +154,7 @@ class TeacherReturns:
         with undone(model), self._without(model):
             kind: type[PolicyWithHead] = PolicyWithHead
             options: dict[str, Any] = {}
-            if self.settings.value_from != "implicit_reward":
+            if self.settings is not None and self.settings.value_from != "implicit_reward":
                 kind, options = TeacherWithHead, {"kappa": self.settings.kappa}
             asked = kind(model, probe=probe, **options).eval()
             # The head may be the policy's, which counts what its own gradients were made of.
@@ -163,13 +163,16 @@ class TeacherReturns:
 
     @torch.no_grad()
     def of(self, input_ids: Tensor, response: Tensor, ended: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(2P,) float32 Ψ of rows [2P, L], their responses' masks and (2P,) whether those end, padded on any side."""
+        """(2P,) float32 Ψ, or log-probabilities in nats without settings, of rows [2P, L], their responses' masks and
+        (2P,) whether those end, padded on any side."""
         rows = PaddedRows.of(input_ids, response, attention_mask)
         settings = self.settings
         found = []
         for model in self.models:
             with self._lent(model) as lent:
                 found.append(lent(rows))
+        if settings is None:
+            return segment_sums(found[0], rows.cu_seqlens)
         if settings.value_from == "implicit_reward":
             rewards = found[0] - found[1]
             values = settings.value_scale * running_sums(rewards, rows.cu_seqlens)

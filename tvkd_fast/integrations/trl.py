@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from os import PathLike, fspath
 from typing import Any, ClassVar
 
@@ -23,14 +22,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from trl import DPOTrainer
 from trl.trainer.dpo_trainer import global_then_local_main_first
 
-from tvkd_fast._compat import inside_compiled, is_compiled
+from tvkd_fast._compat import inside_compiled
 from tvkd_fast.data.response_end import ResponseEnds
 from tvkd_fast.integrations.patched import model_inside
 from tvkd_fast.integrations.returns import IDS, MARK, RETURNS, Maker, without_returns
 from tvkd_fast.integrations.rows import (
+    DATA_REWARDS,
+    OF_OBJECTIVES,
     RESPONSES,
     ROW,
     RowReader,
@@ -43,13 +43,7 @@ from tvkd_fast.integrations.rows import (
 from tvkd_fast.integrations.scores import CachedReturns
 from tvkd_fast.integrations.teacher import TeacherReturns
 from tvkd_fast.integrations.trl_config import TVKDConfig, check_shaping, shaping_settings
-from tvkd_fast.integrations.trl_head import (
-    LEFT_OUT,
-    AskedModel,
-    HeardModel,
-    TrainerHeads,
-    sigmoid_derivative,
-)
+from tvkd_fast.integrations.trl_head import TrainerHeads
 from tvkd_fast.integrations.trl_models import (
     ANOTHER_TOKENIZER,
     check_tokens,
@@ -58,14 +52,17 @@ from tvkd_fast.integrations.trl_models import (
     stops_of,
     teacher_or_folders,
 )
+from tvkd_fast.integrations.trl_objective import check_given, objective_of
+from tvkd_fast.integrations.trl_step import TrainerStep
 from tvkd_fast.models import fingerprint_settings, load_model, load_tokenizer, longest_sequence
 from tvkd_fast.models.lent import moves_with, on_base_of, undone
+from tvkd_fast.objectives import Need, Objective
 
 __all__ = ["TVKDConfig", "TVKDTrainer"]
 
 
-class TVKDTrainer(DPOTrainer):
-    """DPOTrainer with a teacher: all of its arguments, and `teacher_model`.
+class TVKDTrainer(TrainerStep):
+    """DPOTrainer with a teacher, or another objective: all of its arguments, and `teacher_model` and `objective`.
 
     Args:
         model, ref_model, args, …: as DPOTrainer takes them; `args` is a TVKDConfig.
@@ -73,6 +70,8 @@ class TVKDTrainer(DPOTrainer):
             it computed for the data before, whatever its tokens: a folder that `tvkd score` wrote, or a list of them,
             one for each dataset. Without it the run is DPO's own.
         teacher_reference: for `value_from="implicit_reward"`, what the teacher was before DPO; likewise.
+        objective: a loss of this library in place of TRL's, by its name or with its settings, such as
+            `SimPO(beta=2.5)`; `teacher_model` is then what the objective reads of a teacher.
 
     `rewards/*` stay unshaped, so that they compare with DPO's; `tvkd/shaping_margins` is the mean of α(Ψ_w − Ψ_l), and
     `tvkd/flipped` the share of pairs whose margin it turns over. With this library's head `entropy`, `logits/*` and
@@ -81,7 +80,8 @@ class TVKDTrainer(DPOTrainer):
     Raises:
         ValueError: what TRL can do and this cannot, by name: losses of more than the margin, other divergences,
             `ld_alpha`, images, a teacher with another tokenizer, a teacher or reference that training would change; and
-            with this library's head WPO's weighting, DeepSpeed and FSDP. The models are then as they were.
+            with this library's head TRL's `use_weighting`, DeepSpeed and FSDP; an objective whose numbers are not
+            computed here. The models are then as they were.
     """
 
     data_collator: Any
@@ -111,6 +111,7 @@ class TVKDTrainer(DPOTrainer):
         *,
         teacher_model: str | PathLike[str] | PreTrainedModel | Sequence[str | PathLike[str]] | None = None,
         teacher_reference: str | PathLike[str] | PreTrainedModel | None = None,
+        objective: str | Objective | None = None,
         **options: Any,
     ) -> None:
         if args is None:
@@ -121,6 +122,9 @@ class TVKDTrainer(DPOTrainer):
                 f"args is a {type(args).__name__}: TVKDTrainer takes a TVKDConfig, which has its fields: "
                 "from tvkd_fast.integrations.trl import TVKDConfig"
             )
+        self._objective: Objective | None = None
+        if objective is not None:
+            self._objective, args = objective_of(objective, args)
         with ExitStack() as stack:
             for given in (model, ref_model, teacher_model, teacher_reference):
                 if isinstance(given, nn.Module):
@@ -136,16 +140,20 @@ class TVKDTrainer(DPOTrainer):
         teacher_reference: str | PathLike[str] | PreTrainedModel | None,
         **options: Any,
     ) -> None:
-        self._shapes = teacher_model is not None and args.alpha != 0
+        objective = self._objective
+        if objective is not None:
+            check_given(objective, args, has_teacher=teacher_model is not None, has_reference=ref_model is not None)
+        self._asks_teacher = teacher_model is not None and args.alpha != 0
         teacher, folders = teacher_or_folders(teacher_model)
         teacher_reference = lent_model(teacher_reference, "teacher_reference")
-        self._cached = CachedReturns(folders, shaping_settings(args)) if self._shapes and folders else None
-        if self._shapes:
+        self._shaping = shaping_settings(args) if objective is None else None
+        self._cached = CachedReturns(folders, self._shaping) if self._asks_teacher and folders else None
+        if self._asks_teacher:
             check_shaping(args, has_reference=teacher_reference is not None, cached=self._cached is not None)
         self._heads = TrainerHeads(args)
         self._teacher: TeacherReturns | None = None
         named = {"policy": model, "reference": ref_model}
-        if self._shapes and self._cached is None:
+        if self._asks_teacher and self._cached is None:
             named |= {"teacher": teacher, "teacher's reference": teacher_reference}
         configs = {whose: config_of(one, args) for whose, one in named.items()}
         self._positions = {whose: longest_sequence(config) for whose, config in configs.items() if config is not None}
@@ -159,13 +167,19 @@ class TVKDTrainer(DPOTrainer):
                 "no weight of the model requires a gradient, so that nothing would be learned: give one that does, or "
                 "peft_config"
             )
-        if not self._shapes:
+        if objective is not None and Need.REFERENCE not in objective.needs:
+            self.ref_model = None
+        if not self._asks_teacher and objective is None:
             return
         if self._is_vision_dataset:
             raise ValueError(
                 "a teacher's values of images are not computed here: train on text alone, or by DPOTrainer"
             )
-        self.data_collator = WithReturns(self.data_collator, self._ends, args.truncation_mode)
+        self.data_collator = WithReturns(
+            self.data_collator, self._ends, args.truncation_mode, for_objective=objective is not None
+        )
+        if not self._asks_teacher:
+            return
         if self._cached is not None:
             if isinstance(self.train_dataset, IterableDataset):
                 raise ValueError("scores are looked up by row, which an IterableDataset has none of: give a Dataset")
@@ -180,7 +194,7 @@ class TVKDTrainer(DPOTrainer):
         self._heads.take(self)
         # Columns for a teacher are no inputs of the model.
         with self._heads.asked(self.ref_model, self.model):
-            return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in RESPONSES})
+            return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in OF_OBJECTIVES})
 
     def _load_teacher(
         self, teacher: str | PreTrainedModel, reference: str | PathLike[str] | PreTrainedModel | None
@@ -188,7 +202,7 @@ class TVKDTrainer(DPOTrainer):
         lent, before = self._loaded(teacher), None if reference is None else self._loaded(reference)
         # Adapters of the policy's own base are the policy's.
         based = [model for model in (lent, before) if model is not None and on_base_of(model, self.model)]
-        return TeacherReturns(lent, before, shaping_settings(self.args), without_adapters=based)
+        return TeacherReturns(lent, before, self._shaping, without_adapters=based)
 
     def _loaded(self, model: str | PathLike[str] | PreTrainedModel) -> PreTrainedModel:
         if isinstance(model, str | PathLike):
@@ -299,7 +313,9 @@ class TVKDTrainer(DPOTrainer):
         """The rows in the tokens that `tvkd score` reads. Raises ValueError for one that a model cannot."""
         options = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
         with global_then_local_main_first():
-            rows = read_rows(dataset, RowReader(self._tokenizer, self._stop_ids, dataset.features), **options)
+            rewards = self._objective is not None and Need.REWARDS in self._objective.needs
+            reader = RowReader(self._tokenizer, self._stop_ids, dataset.features, rewards, args.rewards)
+            rows = read_rows(dataset, reader, **options)
             if args.max_length is not None and args.truncation_mode == "keep_start":
                 rows = long_prompts_dropped(rows, args.max_length, num_proc=args.dataset_num_proc)
         for whose, positions in self._positions.items():
@@ -329,60 +345,5 @@ class TVKDTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in (*RETURNS, MARK, ROW) if name not in self._signature_columns]
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        self._heads.take(self)
-        mode = "train" if self.model.training else "eval"
-        if self._shapes:
-            found = self._shaped(model, dict(inputs), return_outputs, self._metrics[mode])
-        else:
-            held = self.ref_model
-            if held is not None:
-                self.ref_model = AskedModel(held, partial(self._heads.asked, held, self.model))
-            try:
-                found = super()._compute_loss(model, inputs, return_outputs)
-            finally:
-                self.ref_model = held
-        if self._heads.ours:
-            for name in LEFT_OUT:
-                self._metrics[mode].pop(name, None)
-        stats = self._heads.stats
-        if stats is not None and mode == "train" and self.accelerator.sync_gradients:
-            for name, number in stats.read().items():
-                self._metrics[mode][f"tvkd/{name}"].append(number)
-            stats.reset()
-        return found
-
-    def _shaped(self, policy: nn.Module, inputs: dict[str, Any], return_outputs: bool, metrics: Any) -> Any:
-        """TRL's loss over shifted reference log-probabilities; its reward metrics over those that were not shifted."""
-        columns = [inputs.pop(name, None) for name in RETURNS]
-        psi = torch.stack(columns if columns[0] is not None else list(self._asked(inputs)))
-        inputs = {name: x for name, x in inputs.items() if name not in RESPONSES}
-        if self.precompute_ref_logps:
-            ref = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-        else:
-            reference = self.model if self.ref_model is None else self.ref_model
-            ref = torch.stack(self.compute_ref_log_probs(reference, inputs))
-        shaping = self.args.alpha * psi.to(ref)
-        shifted = ref + shaping / self.beta
-        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = shifted
-        # A compiled model would take a new function in each step for a new program.
-        known = self._heads.ours and self.loss_types == ["sigmoid"] and not is_compiled(policy)
-        model = HeardModel(policy, sigmoid_derivative(self.beta, shifted.flatten()) if known else None)
-        before, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
-            found = super()._compute_loss(model, inputs, return_outputs)
-        finally:
-            self.precompute_ref_logps = before
-        rewards = self.beta * (torch.stack(model.logps.detach().chunk(2)) - ref)
-        margins, shifts = rewards[0] - rewards[1], shaping[0] - shaping[1]
-        rewards_and_shifts = torch.stack(
-            [*rewards, (margins > 0).float(), margins, shifts, (margins * (margins - shifts) < 0).float()]
-        )
-        means = self.accelerator.gather(rewards_and_shifts.T.contiguous()).mean(0).tolist()
-        for name, mean in zip(("chosen", "rejected", "accuracies", "margins"), means[:4], strict=True):
-            metrics[f"rewards/{name}"][-1] = mean
-        for name, mean in zip(("shaping_margins", "flipped"), means[4:], strict=True):
-            metrics[f"tvkd/{name}"].append(mean)
-        return found
+        read = (*RETURNS, MARK, ROW, DATA_REWARDS)
+        self._signature_columns += [name for name in read if name not in self._signature_columns]

@@ -36,6 +36,13 @@ class TVKDConfig(DPOConfig):
             "runs on every batch, as it must over an IterableDataset."
         },
     )
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards in the data that an objective over rewards reads, such as [score] for score_chosen and "
+            "score_rejected; where not given the one that there is."
+        },
+    )
     fused_head: Literal["auto", "tvkd", "trl"] = field(
         default="auto",
         metadata={

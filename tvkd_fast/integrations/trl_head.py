@@ -31,7 +31,6 @@ class TRLOutput(FusedLMOutput):
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.log_probs is not None and self.label_mask is not None:
@@ -98,19 +97,26 @@ class TrainerHeads:
 class HeardModel:
     """A model that is called, and the sums of the log-probabilities that it answered with.
 
-    With `derivative`, the loss's by those sums, this library's head makes its gradient as it answers.
+    With `derivative`, the loss's by those sums, this library's head makes its gradient as it answers; with `collisions`
+    it answers with log Σp² too.
     """
 
-    def __init__(self, model: Any, derivative: Derivative | None = None) -> None:
+    def __init__(self, model: Any, derivative: Derivative | None = None, *, collisions: bool = False) -> None:
         self._model = model
-        self._more = {} if derivative is None else {"derivative": derivative}
+        self._more: dict[str, Any] = {} if derivative is None else {"derivative": derivative}
+        if collisions:
+            self._more["collisions"] = True
         self.logps: Tensor
+        self.log_collisions: Tensor | None = None
+        self.aux_loss: Tensor | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         out = self._model(**inputs, **(self._more if inputs.get("fused_lm_head") else {}))
         if inputs.get("fused_lm_head"):
             # Prompt tuning puts virtual tokens before the real ones; they have no labels.
-            self.logps = out.log_probs.sum(1)
+            self.logps, self.aux_loss = out.log_probs.sum(1), getattr(out, "aux_loss", None)
+            if "collisions" in self._more:
+                self.log_collisions = out.log_sum_sq_probs.sum(1)
         return out
 
 

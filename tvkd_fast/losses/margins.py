@@ -53,6 +53,18 @@ def distillation_errors(margins: Tensor, rewards: Tensor) -> Tensor:
     return (chosen - rejected - margins).square()
 
 
+def labelled_losses(margins: Tensor, desirable: Tensor) -> Tensor:
+    """1 − σ(m) where desirable, 1 − σ(−m) elsewhere (P,), of single responses' margins m (P,) over a baseline, and of
+    their labels (P,) bool: KTO (arXiv 2402.01306). Differentiable by the margins.
+
+    Examples:
+        >>> import torch
+        >>> labelled_losses(torch.tensor([2.0, 2.0]), torch.tensor([True, False]))
+        tensor([0.1192, 0.8808])
+    """
+    return torch.sigmoid(torch.where(desirable, -margins, margins))
+
+
 def log_odds(logps: Tensor) -> Tensor:
     """log p − log(1 − p) (S,) of log-probabilities log p < 0 (S,); +inf at 0. Differentiable.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from tvkd_fast.objectives.contract import NOT_CACHED, STATES, TEACHER, Need, Objective
+from tvkd_fast.objectives.contract import NOT_CACHED, TEACHER, Need, Objective
 from tvkd_fast.objectives.divergences.joint_numbers import KEPT, TOP_GAP, Joint, walks_of
 from tvkd_fast.objectives.registry import DEFAULT, objectives
 
@@ -25,6 +25,7 @@ _IN_WORDS = {
     Need.TEACHER_REWARDS: "teacher's rewards",
     Need.TEACHER_LOGPS: "teacher's log-probabilities",
     Need.REWARDS: "rewards of the data",
+    Need.LABELS: "labels",
     Need.TEACHER_STATES: "teacher's states",
     Need.TEACHER_TOP_K: "teacher's top k",
     Need.TEACHER_SAMPLES: "teacher's samples",
@@ -46,6 +47,8 @@ _MODELS = (
     {Need.TEACHER_REWARDS, Need.BASE_STATES},
 )
 """What each of reference, teacher and teacher's reference is run for."""
+_PASSES_OVER_OTHERS = 2
+"""Passes of policy and reference over responses to other prompts, without a gradient."""
 
 
 def table() -> str:
@@ -66,7 +69,11 @@ def row(cls: type[Objective]) -> tuple[str, ...]:
         ", ".join(f"`{setting}` {_value(value)}" for setting, value in made.settings().items()) or "–",
         _on_disk(made, needs),
         products(made),
-        str(1 + sum(not of_model.isdisjoint(needs) for of_model in _MODELS)),
+        str(
+            1
+            + sum(not of_model.isdisjoint(needs) for of_model in _MODELS)
+            + _PASSES_OVER_OTHERS * (Need.LABELS in needs)
+        ),
         _link(cls.source),
     )
     return tuple(cell.replace("|", r"\|") for cell in cells)
@@ -79,8 +86,8 @@ def formula(cls: type[Objective]) -> str:
 
 def products(objective: Objective) -> str:
     """The head's products per step of tokens × hidden × vocabulary under exact gradients: forward, dH and dW; one more
-    where the logits are computed again in the backward, and one for Σp². A frozen head counts r, its width over the
-    policy's, a product; what is over one of two responses counts half."""
+    where the logits are computed again in the backward, one for Σp², and one for responses to other prompts. A frozen
+    head counts r, its width over the policy's, a product; what is over one of two responses counts half."""
     own, frozen, with_logps = 0.0, 0.0, False
     for walk, members in walks_of(objective.joint).items():
         # Nothing is handed down to the log-probabilities beside these two.
@@ -103,8 +110,8 @@ def products(objective: Objective) -> str:
         own += 3 if objective.per_pair else 4
     if Need.SAMPLER_LOGPS in objective.needs:
         # The frozen models' log-probabilities of the samples.
-        frozen += len(objective.needs & STATES)
-    own += objective.more_products + (Need.COLLISIONS in objective.needs)
+        frozen += len(objective.needs & {Need.TEACHER_STATES, *NOT_CACHED})
+    own += objective.more_products + len({Need.COLLISIONS, Need.LABELS} & objective.needs)
     if objective.teacher_lora is not None:
         # The gradient of its states.
         frozen *= 1.5

@@ -36,6 +36,7 @@ class Need(Enum):
     REFERENCE_STATES = "the reference's states"
     BASE_STATES = "the states of the teacher's own reference"
     REWARDS = "rewards, which are columns of the data"
+    LABELS = "labels of single responses, and responses to other prompts"
     COLLISIONS = "the policy's log Σp², by one more product of its head"
     SAMPLER_LOGPS = "the sampler's log-probabilities, which samples of the run itself have"
 
@@ -60,8 +61,6 @@ _STATES: dict[Whose, Need] = {
     "ref": Need.REFERENCE_STATES,
     "base": Need.BASE_STATES,
 }
-STATES = frozenset(_STATES.values())
-"""Needs that are a frozen model's states and its head."""
 KEPT_NEEDS = {"topk": Need.TEACHER_TOP_K, "sampled": Need.TEACHER_SAMPLES}
 Divisor = Literal["pairs", "chosen_tokens", "tokens"]
 
@@ -330,19 +329,16 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
     """The needs that these scores, the batch's own columns, and any policy meet."""
     frozen = distributions(scores)
     found = {Need.REJECTED, Need.COLLISIONS} | {_STATES[x] for x in frozen.of} | {KEPT_NEEDS[x] for x in frozen.kept}
-    if scores.ref_logps is not None:
-        found.add(Need.REFERENCE)
+    given = {
+        Need.REFERENCE: scores.ref_logps,
+        Need.TEACHER_REWARDS: scores.reward,
+        Need.TEACHER_LOGPS: scores.teacher_logps,
+    }
+    if batch is not None:
+        given |= {Need.LABELS: batch.desirable, Need.REWARDS: batch.rewards, Need.SAMPLER_LOGPS: batch.sampler_logps}
     if scores.lse is not None and scores.lse_kappa is not None:
         found.add(Need.TEACHER_SUMS)
-    if scores.reward is not None:
-        found.add(Need.TEACHER_REWARDS)
-    if scores.teacher_logps is not None:
-        found.add(Need.TEACHER_LOGPS)
-    if batch is not None and batch.rewards is not None:
-        found.add(Need.REWARDS)
-    if batch is not None and batch.sampler_logps is not None:
-        found.add(Need.SAMPLER_LOGPS)
-    return frozenset(found)
+    return frozenset(found | {need for need, x in given.items() if x is not None})
 
 
 def distributions(scores: Scores) -> Distributions:
@@ -367,8 +363,27 @@ def check_teacher_reference(teacher: str | None, teacher_reference: str | None, 
         )
     if teacher_reference is not None and not ((rewards or base) and teacher is not None):
         raise ValueError(
-            "--teacher_reference serves --teacher under --loss.value_from implicit_reward (opd: --loss.base "
-            "teacher_reference, λ not 1): set all or none"
+            "--teacher_reference serves --loss.value_from implicit_reward and --loss.base, with --teacher: set all or none"
+        )
+
+
+def check_labels(unpair: bool, objective: Objective) -> None:
+    """Raise ValueError where single responses are made of pairs, or labelled, and the objective compares two."""
+    if {Need.LABELS, Need.REJECTED} <= objective.needs:
+        raise ValueError(
+            f"{objective.name} would read labels of single responses and compare two: take parts that do one of these"
+        )
+    if unpair and Need.LABELS not in objective.needs:
+        raise ValueError(f"{objective.name} reads no labels: leave --data.unpair out, or take --objective kto")
+
+
+def check_selection(by: str, objective: Objective) -> None:
+    """Raise ValueError where pairs are to be selected by a loss that a pair has not by itself."""
+    own = objective.per_pair and Need.REJECTED in objective.needs and not objective.joint and not objective.alone
+    if by != "no" and not own:
+        raise ValueError(
+            f"--data.select {by} goes by a pair's own loss from its log-probabilities, and {objective.name} has none: "
+            "leave it out, or choose another --objective"
         )
 
 

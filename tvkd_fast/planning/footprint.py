@@ -15,7 +15,7 @@ import torch
 from tvkd_fast.distributed.vocabulary import states_held
 from tvkd_fast.models import BITS_PER_WEIGHT, ModelShape
 from tvkd_fast.models.shared_prompt import HANDLED, Layout
-from tvkd_fast.objectives import SCORED, Need
+from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.objectives.divergences.joint_numbers import SCORE
 from tvkd_fast.ops.tiles.forward_gradients import WORKSPACE_MB, row_bytes
 from tvkd_fast.planning.activations import Activations, count_activations
@@ -130,14 +130,20 @@ class Footprint:
         total = trained * (policy.blocks * tokens + policy.head * answers)
         if Need.COLLISIONS in config.loss.needs:
             total += 2 * policy.head * answers
-        if not config.loss.needs & SCORED or config.scores is not None:
+        forward = 2 * (policy.blocks * tokens + policy.head * answers)
+        # Over responses to other prompts, and over the pairs that a selection chooses from.
+        others = float(Need.LABELS in config.loss.needs)
+        chosen_from = 0.0 if config.data.selection is None else config.pairs_taken / config.pairs_per_step
+        total += forward * (others + chosen_from * (config.data.select == "learnability"))
+        if not config.needs & SCORED or config.scores is not None:
             return total
         if config.loss.needs & _OF_REFERENCE:
-            total += 2 * (policy.blocks * tokens + policy.head * answers)
+            total += forward * (1 + others + chosen_from)
         if Need.REFERENCE_STATES in config.loss.needs:
             total += 2 * policy.head * answers
         if teacher is not None:
-            teachers = 1 if config.teacher_reference is None else 2
+            asked = chosen_from + bool(config.loss.needs & TEACHER)
+            teachers = asked * (1 if config.teacher_reference is None else 2)
             total += 2 * teachers * (teacher.blocks * tokens + teacher.head * answers)
         return total
 

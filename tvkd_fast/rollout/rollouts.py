@@ -33,6 +33,7 @@ class Rollouts:
         sampler: the policy; it is asked for the samples of `config.every` steps at once, at the first of them.
         config: how it is asked.
         share: of steps over samples, in [0, 1].
+        seed: of the samples, and of which steps these are.
         steps: of the run; nothing is sampled for later ones.
         world: the processes of the run; every one makes the same calls.
         scorer: whose seconds are reported beside those of sampling.
@@ -45,20 +46,18 @@ class Rollouts:
         config: RolloutConfig,
         *,
         share: float,
+        seed: int,
         steps: int,
         world: World,
         scorer: TimedScorer,
     ) -> None:
-        self.given, self.sampler, self.config, self.share = given, sampler, config, share
+        self.given, self.sampler, self.config = given, sampler, config
+        self.share, self.seed = share, seed
         self.steps, self.world, self.scorer = steps, world, scorer
         self._held: dict[int, Responses] = {}
         """Responses of the steps that are to come, by step."""
         self._sampled_at = 0
         self._reset()
-
-    def pairs(self, step: int) -> list[int]:
-        """The dataset's pairs whose prompts a step answers, or whose chosen responses it takes."""
-        return self.given.pairs(step)
 
     def batches(self, step: int) -> list[PairBatch]:
         """This process's micro-batches of a step, which samples where the step has none yet."""
@@ -71,22 +70,20 @@ class Rollouts:
         self._ages.append(step - self._sampled_at)
         pairs = [
             _response(self.given.dataset[i], sample)
-            for i, of_prompt in zip(self.pairs(step), responses, strict=True)
+            for i, of_prompt in zip(self.given.pairs(step), responses, strict=True)
             for sample in of_prompt
         ]
         return self.given.share(pairs, range(len(pairs)))
 
     def _samples(self, step: int) -> bool:
-        return self.config.samples(self.share, self.given.seed, step)
+        return self.config.samples(self.share, self.seed, step)
 
     def _sample(self, step: int) -> None:
         start = time.perf_counter()
         end = min((step // self.config.every + 1) * self.config.every, self.steps)
-        steps = {later: self.pairs(later) for later in range(step, end) if self._samples(later)}
+        steps = {later: self.given.pairs(later) for later in range(step, end) if self._samples(later)}
         asked = self._prompts([i for of_one in steps.values() for i in of_one])
-        mine = self.sampler.sample(
-            asked[self.world.rank :: self.world.size], self.config, seed=self.given.seed, step=step
-        )
+        mine = self.sampler.sample(asked[self.world.rank :: self.world.size], self.config, seed=self.seed, step=step)
         found: Responses = [[] for _ in asked]
         for rank, part in enumerate(self.world.all_gather(mine)):
             found[rank :: self.world.size] = part

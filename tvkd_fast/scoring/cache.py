@@ -8,6 +8,7 @@ Letters: P pairs, M response states; responses are stored pair by pair, chosen t
 
 from __future__ import annotations
 
+import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from tvkd_fast.files import (
 from tvkd_fast.scoring.kinds import TOKEN_KINDS, token_kinds
 from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, in_order, states_of
 from tvkd_fast.scoring.manifest import MANIFEST, Part, ScoreManifest, Shard, read_manifest
+from tvkd_fast.scoring.reward_folder import REWARDS, read_reward_manifest
 from tvkd_fast.scoring.token_codec import Codec, Rows
 from tvkd_fast.scoring.token_files import HEAD, PATTERNS, TokenFiles, link_parts, read_tokens, token_bytes, write_tokens
 from tvkd_fast.transfer import to_device
@@ -69,10 +71,10 @@ class ScoreCache:
         pairs: Tensor,
         device: torch.device | str = "cpu",
         *,
-        chosen_only: bool = False,
+        sides: Sequence[int] = (0, 1),
         kinds: Collection[str] | None = None,
     ) -> Scores:
-        """The scores of `pairs` (P,), laid out as a `PairBatch` lays out its responses, or the chosen ones alone.
+        """The scores of `pairs` (P,), laid out as a `PairBatch` of these sides lays out its responses.
 
         `kinds` of "states", "topk" and "sampled" are read of what is kept per token; all that there are where None.
         """
@@ -80,8 +82,7 @@ class ScoreCache:
         # An empty micro-batch has numbers too, none of each kind.
         found = {name: [getattr(self.pieces[0], name).flatten()[:0]] for name in kept}
         spans = []
-        responses = self.layout.responses(pairs.cpu())
-        for response in responses[: len(pairs) if chosen_only else None].tolist():
+        for response in self.layout.responses(pairs.cpu(), sides).tolist():
             which = bisect_right(self._firsts, response // 2) - 1
             piece, first = self.pieces[which], 2 * self._firsts[which]
             start, end = (int(self.layout.bounds[r] - self.layout.bounds[first]) for r in (response, response + 1))
@@ -252,12 +253,14 @@ class ScoreWriter:
         for shard in self.manifest.shards:
             names |= {shard.file, *(part.file for part in shard.beside)}
         for path in self.partial.glob("*"):
-            if path.name not in names:
+            if path.name not in names and path.is_file():
                 path.unlink()
 
     def finish(self) -> None:
-        """Put the whole cache in its place."""
+        """Put the whole cache in its place, with the rewards that are there."""
         assert self.manifest.finished
+        if (self.folder / REWARDS).is_dir():
+            shutil.copytree(self.folder / REWARDS, self.partial / REWARDS, dirs_exist_ok=True)
         put_in_place(self.folder, "scores")
 
 
@@ -295,6 +298,9 @@ def describe(folder: str | Path) -> str:
             lines[what] = (
                 f"{float(x.mean()):.3f} ± {float(x.std()):.3f} nats, {float(x.min()):.3f} … {float(x.max()):.3f}"
             )
+    rewards = read_reward_manifest(folder)
+    if rewards is not None:
+        lines["rewards"] = ", ".join(f"{one.name} of {one.pairs:,} pairs" for one in rewards.members)
     return "\n".join(f"{name:<18}{text}" for name, text in lines.items())
 
 
@@ -351,7 +357,7 @@ def check_score_folder(folder: Path) -> None:
 
 
 def _only_scores(folder: Path) -> bool:
-    patterns = (MANIFEST, "scores*.safetensors", *PATTERNS)
+    patterns = (MANIFEST, REWARDS, "scores*.safetensors", *PATTERNS)
     return all(any(path.match(pattern) for pattern in patterns) for path in folder.iterdir())
 
 

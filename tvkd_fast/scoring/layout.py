@@ -85,9 +85,10 @@ class ScoreLayout:
         """States of the pairs first..last−1."""
         return int(self.bounds[2 * last] - self.bounds[2 * first])
 
-    def responses(self, pairs: Tensor) -> Tensor:
-        """(P,) pairs to the (2P,) places of their responses, in a batch's order: chosen first, then rejected."""
-        return torch.cat([2 * pairs, 2 * pairs + 1])
+    def responses(self, pairs: Tensor, sides: Sequence[int] = (0, 1)) -> Tensor:
+        """(P,) pairs to the (2P,) places of their responses, in a batch's order: chosen first, then rejected; of those
+        `sides` alone that the batch has."""
+        return torch.cat([2 * pairs + side for side in sides])
 
     def states(self, pairs: Tensor) -> Tensor:
         """(P,) pairs to the (M,) places of their responses' states, in a batch's order."""

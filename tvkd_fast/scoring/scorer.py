@@ -122,6 +122,12 @@ class OnlineScorer:
         self.ref_head = reference.head.gathered() if reference_states and reference is not None else None
         self.base_head = None if base is None else base.head.gathered()
 
+    def asking(self, of_teacher: Collection[str]) -> OnlineScorer:
+        """The same models, the teacher asked for these numbers; no teacher where they are none."""
+        teacher = self.teacher if of_teacher else None
+        tokens = self.teacher_tokens if of_teacher else None
+        return OnlineScorer(self.reference, teacher, tokens, self.world, of_teacher=of_teacher)
+
     def names_of(self, kind: str) -> tuple[str, ...]:
         """What the teacher is asked for, by the names of a manifest's numbers."""
         if kind_of(kind) in TOKEN_KINDS:
@@ -238,8 +244,7 @@ class CachedScorer:
         self.cache, self.kinds = cache, kinds
 
     def of(self, batch: PairBatch) -> Scores:
-        chosen_only = len(batch.response_lengths) == batch.num_pairs
-        return self.cache.of(batch.pairs, batch.labels.device, chosen_only=chosen_only, kinds=self.kinds)
+        return self.cache.of(batch.pairs, batch.labels.device, sides=batch.sides, kinds=self.kinds)
 
 
 def score_dataset(

@@ -53,6 +53,7 @@ class Interval:
             losses=torch.stack([out.loss for out in taken]).tolist() if taken else [],
             grad_norms=torch.stack([out.grad_norm for out in taken]).tolist() if taken else [],
             skipped=len(self._steps) - len(taken),
+            baselines=[float(out.baseline) for out in taken if out.baseline is not None],
             pairs=torch.cat([numbers for numbers, _ in gathered], 1),
             tokens=tokens,
             response_tokens=response_tokens,
@@ -81,6 +82,8 @@ class IntervalNumbers:
     """One per step that was taken."""
     skipped: int
     """Steps that were not, their loss or gradient being NaN or inf."""
+    baselines: list[float]
+    """The KL divergence of each step that was taken, where responses have labels."""
     pairs: torch.Tensor
     """[5, P] of every pair: margin, shaping margin, chosen and rejected reward, length difference; P = 0 where the
     objective compares nothing."""
@@ -98,6 +101,8 @@ class IntervalNumbers:
             "grad_norm": _mean(self.grad_norms),
             "fill": self.tokens / self.capacity,
         }
+        if self.baselines:
+            metrics["kl"] = _mean(self.baselines)
         if self.skipped:
             metrics["skipped"] = self.skipped
         if self.pairs.shape[1] == 0:

@@ -26,6 +26,7 @@ from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import Factors, Objective, ObjectiveOutput
 from tvkd_fast.ops import unchecked
 from tvkd_fast.scoring import Scorer
+from tvkd_fast.training.baseline import with_baseline
 from tvkd_fast.training.optim import update
 from tvkd_fast.transfer import to_device
 
@@ -55,6 +56,8 @@ class StepOutput:
     """(P,) each, beside `outputs`: chosen length − rejected length, in tokens."""
     finite: Tensor
     """() bool: whether loss and gradient were. Where they were not, the weights are as they were."""
+    baseline: Tensor | None = None
+    """() nats: the KL divergence from which responses with labels are measured."""
 
 
 def train_step(
@@ -67,11 +70,13 @@ def train_step(
     clip_norm: float,
     world: World | None = None,
     skip_nonfinite: bool = False,
+    mismatched: Sequence[PairBatch] = (),
 ) -> StepOutput:
     """Accumulate the gradient of the objective's mean over the step, clip it, and update if it is finite.
 
-    `batches` are this process's part of the step, as many as every other's in `world`. Raises NonFiniteStepError where
-    it is not finite; with `skip_nonfinite` nobody looks, and the host does not wait for the device.
+    `batches` are this process's part of the step, as many as every other's in `world`, and so are `mismatched`, the
+    step's responses to other prompts, for an objective under `Need.LABELS`. Raises NonFiniteStepError where it is not
+    finite; with `skip_nonfinite` nobody looks, and the host does not wait for the device.
     """
     world = World(batches[0].labels.device) if world is None else world
     counts = torch.tensor([[batch.num_pairs, batch.chosen_tokens, batch.labels.numel()] for batch in batches]).sum(0)
@@ -80,6 +85,8 @@ def train_step(
     losses, outputs, lengths = [], [], []
     # NaN and inf reach the loss of every process, and all of them decide on it together.
     with unchecked():
+        if mismatched:
+            batches = with_baseline(policy, scorer, batches, mismatched, world)
         for i, batch in enumerate(batches):
             sync_gradients(policy, now=i == len(batches) - 1)
             scores = scorer.of(batch)
@@ -105,4 +112,4 @@ def train_step(
         pairs = world.all_gather([int(i) for batch in batches for i in batch.pairs])
         raise NonFiniteStepError(sorted(i for of_one in pairs for i in of_one))
     optimizer.zero_grad(set_to_none=True)
-    return StepOutput(loss, grad_norm, outputs, lengths, finite)
+    return StepOutput(loss, grad_norm, outputs, lengths, finite, batches[0].baseline)

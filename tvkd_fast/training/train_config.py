@@ -10,8 +10,8 @@ from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.files import at_home
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
-from tvkd_fast.objectives import DEFAULT, TEACHER, Objective, settings_of
-from tvkd_fast.objectives.contract import check_rewards, check_teacher_reference
+from tvkd_fast.objectives import DEFAULT, TEACHER, Need, Objective, settings_of
+from tvkd_fast.objectives.contract import check_labels, check_rewards, check_selection, check_teacher_reference
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
 from tvkd_fast.rollout.rollout_config import RolloutConfig
@@ -101,6 +101,19 @@ class TrainConfig:
             raise ValueError("eval_every and eval_scores need held-out pairs: set --data.eval")
         check_teacher_reference(self.teacher, self.teacher_reference, self.loss)
         check_rewards(self.data.rewards, self.loss)
+        check_labels(self.data.unpair, self.loss)
+        check_selection(self.data.select, self.loss)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What training reads: the objective's needs, and the teacher's log-probabilities for a selection."""
+        return self.loss.needs if self.data.selection is None else self.loss.needs | {Need.TEACHER_LOGPS}
+
+    @property
+    def pairs_taken(self) -> int:
+        """The pairs that a step takes, some of which a selection leaves out."""
+        rule = self.data.selection
+        return self.pairs_per_step if rule is None else rule.taken(self.pairs_per_step)
 
     def check_keep_best(self) -> None:
         """Raise ValueError where no step is both evaluated and saved, or no evaluation has the figure."""

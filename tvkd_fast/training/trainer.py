@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvkd_fast.data import PairBatch, PairDataset, pairs_of_epochs
+from tvkd_fast.data import PairBatch, PairDataset, pairs_of_epochs, pairs_of_step
 from tvkd_fast.data.order import check_step
 from tvkd_fast.data.step_pairs import StepPairs
 from tvkd_fast.distributed import World
-from tvkd_fast.evaluation.evaluate import Evaluation, evaluate
+from tvkd_fast.evaluation.evaluate import Evaluation
+from tvkd_fast.evaluation.labelled import evaluate_held_out
 from tvkd_fast.files import written
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import Need
@@ -31,6 +32,7 @@ from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_stat
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer, set_learning_rate
 from tvkd_fast.training.record import to_record
+from tvkd_fast.training.selection import Selected, Selector, selection_metrics
 from tvkd_fast.training.signals import Stopped, StopSignal
 from tvkd_fast.training.step import StepOutput, train_step
 from tvkd_fast.training.train_config import TrainConfig, micro_batching
@@ -57,6 +59,7 @@ class Trainer:
         show_progress: draw a progress bar on stderr.
         world: the processes that share the policy; each of them runs a trainer of the same arguments.
         stop: a wish to end early, looked at after every step.
+        selection_scorer: scores the pairs that a selection chooses from; `scorer` where not given.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Trainer:
         show_progress: bool = True,
         world: World | None = None,
         stop: StopSignal | None = None,
+        selection_scorer: Scorer | None = None,
     ) -> None:
         self.config, self.policy, self.dataset = config, policy, dataset
         self.scorer: Scorer = scorer
@@ -84,17 +88,22 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.total_pairs = None if config.max_steps else pairs_of_epochs(config.epochs, len(dataset))
         """The pairs of a run that is measured in passes; its last step may be short."""
-        self.max_steps = config.max_steps or math.ceil((self.total_pairs or 0) / config.pairs_per_step)
+        self.max_steps = config.max_steps or math.ceil((self.total_pairs or 0) / config.pairs_taken)
         self.optimizer = make_optimizer(policy, config.optim)
         self.flops = StepFlops(policy)
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, self.world, keep=config.keep_checkpoints)
-        check_step(config.pairs_per_step, dataset)
+        check_step(config.pairs_per_step, dataset, taken=config.pairs_taken)
+        rule = config.data.selection
+        self.selector = None
+        if rule is not None:
+            read = scorer if selection_scorer is None else selection_scorer
+            self.selector = Selector(rule, policy, read, dataset, config.loss, self.batching, self.world)
+        self._selected: dict[int, Selected] = {}
+        """What the steps since the last line of metrics kept."""
         self.data: StepPairs | Rollouts = StepPairs(
             dataset,
             self.batching,
-            config.seed,
-            config.pairs_per_step,
-            self.total_pairs,
+            self._pairs,
             chosen_only=Need.REJECTED not in config.loss.needs,
             rank=self.world.rank,
             size=self.world.size,
@@ -106,6 +115,7 @@ class Trainer:
                 sampler,
                 config.rollout,
                 share=config.sampled_share,
+                seed=config.seed,
                 steps=self.max_steps,
                 world=self.world,
                 scorer=timed,
@@ -132,9 +142,10 @@ class Trainer:
         with bar, closing(self.checkpoints), nullcontext() if log is None else closing(log):
             for step in range(done, self.max_steps):
                 start = time.perf_counter()
+                pairs += len(self._pairs(step))
+                chosen = time.perf_counter()
                 batches = self._batches(step)
-                pairs += len(self.data.pairs(step))
-                waited += time.perf_counter() - start
+                waited += time.perf_counter() - chosen
                 lr = self._set_learning_rate(step)
                 out = self._step(step, batches)
                 self.trained = True
@@ -150,6 +161,9 @@ class Trainer:
                     metrics = {"step": number, **numbers.metrics(), "lr": lr}
                     metrics |= self._speed(numbers.tokens, numbers.response_tokens, pairs, busy, waited)
                     metrics |= self._head_metrics() | self.data.metrics(busy)
+                    if self._selected:
+                        metrics |= selection_metrics(list(self._selected.values()))
+                        self._selected.clear()
                     self._write(log, metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
                     busy, waited, pairs = 0.0, 0.0, 0
@@ -178,6 +192,7 @@ class Trainer:
             clip_norm=self.config.optim.clip_norm,
             world=self.world,
             skip_nonfinite=True,
+            mismatched=self._mismatched(step),
         )
         if self.config.nonfinite == "stop":
             self._unseen.append((step, out.finite))
@@ -197,7 +212,7 @@ class Trainer:
         if step is None:
             return
         self.checkpoints.wait()
-        path, pairs = self.folder / NONFINITE.format(step), sorted(self.data.pairs(step))
+        path, pairs = self.folder / NONFINITE.format(step), sorted(self._pairs(step))
         if self.world.first:
             record = {"step": step, "pairs": pairs, "config": to_record(self.config)}
             with written(path, RESUMES):
@@ -277,10 +292,31 @@ class Trainer:
             )
         self.checkpoints.save(step, self.policy, self.optimizer, extra, score=score)
 
+    def _pairs(self, step: int) -> list[int]:
+        """Return the pairs of a step, over all processes."""
+        seed, each = self.config.seed, self.config.pairs_taken
+        taken = pairs_of_step(seed, step, num_pairs=len(self.dataset), pairs_per_step=each, total=self.total_pairs)
+        if self.selector is None:
+            return taken
+        if step not in self._selected:
+            # The last step of a run may take fewer.
+            count = max(1, round(len(taken) * self.config.pairs_per_step / each))
+            self._selected[step] = self.selector.of(step, taken, count, seed=seed)
+        return self._selected[step].pairs
+
     def _batches(self, step: int) -> list[PairBatch]:
         """This process's micro-batches of a step, as the objective changes them."""
         changed = (self.config.loss.changed(batch, self.config.seed, step) for batch in self.data.batches(step))
         return [batch.to(self.world.device) for batch in changed]
+
+    def _mismatched(self, step: int) -> list[PairBatch]:
+        """Return the step's responses to other prompts, where the objective reads them."""
+        if Need.LABELS not in self.config.loss.needs:
+            return []
+        found = self.batching.share_rejected(
+            self.dataset, self._pairs(step), rank=self.world.rank, size=self.world.size
+        )
+        return [batch.to(self.world.device) for batch in found]
 
     def _set_learning_rate(self, step: int) -> float:
         lr = learning_rate(step, self.max_steps, self.config.optim)
@@ -304,7 +340,7 @@ class Trainer:
     def _evaluate(self) -> Evaluation:
         assert self.held_out is not None
         self._refuse_nonfinite()
-        return evaluate(
+        return evaluate_held_out(
             self.policy,
             self.held_out,
             scorer=self.held_out_scorer,
@@ -317,17 +353,14 @@ class Trainer:
 def _trajectory(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that determine a run's course. Resume requires identical values."""
     names = ("objective", "seed", "pairs_per_step", "max_steps", "epochs")
-    sampled = {"rollout": _plain(config.rollout)} if config.sampled_share else {}
-    return (
-        {name: getattr(config, name) for name in names}
-        | sampled
-        | {
-            "loss": config.loss.settings(),
-            "optim": _plain(config.optim),
-            "head": asdict(config.head),
-            "lora": asdict(config.lora),
-        }
-    )
+    return {name: getattr(config, name) for name in names} | {
+        "loss": config.loss.settings(),
+        "optim": _plain(config.optim),
+        "head": asdict(config.head),
+        "lora": asdict(config.lora),
+        **({"rollout": _plain(config.rollout)} if config.sampled_share else {}),
+        **({} if config.data.selection is None else {"selection": asdict(config.data.selection)}),
+    }
 
 
 def _plain(config: Any) -> dict[str, Any]:

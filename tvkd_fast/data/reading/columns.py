@@ -181,7 +181,7 @@ def _answers(record: Record, row: str) -> tuple[tuple[str, ...], Any, Any]:
             "Rename the file's columns, or make chosen and rejected of them; docs/data.md has the names that are read"
         )
         if "completion" in record:
-            remedy = "One response per row is for objectives that compare none, such as --objective sft"
+            remedy = "One response per row is for objectives that compare none, such as --objective sft, or kto"
         raise BadPair(row, "missing column", f"found: {found}; wanted: {wanted}", remedy)
     if len(fitting) > 1:
         fits = "; ".join(", ".join(columns) for columns, _ in fitting)

@@ -27,13 +27,18 @@ def with_rewards(names: Sequence[str] | None) -> ReadRow:
         pair = to_preference(record, row)
         asked = [_the_one(record, row)] if names is None else list(names)
         rewards = tuple(_of_both(record, name, row) for name in asked)
-        if all(chosen == rejected for chosen, rejected in rewards):
-            held = ", ".join(f"{name} {chosen:g}" for name, (chosen, _) in zip(asked, rewards, strict=True))
-            remedy = "Leave such rows out, --data.bad_pairs drop"
-            raise BadPair(row, "both answers have the same reward", held, remedy)
+        check_told_apart(rewards, asked, row)
         return replace(pair, rewards=rewards)
 
     return read
+
+
+def check_told_apart(rewards: Sequence[tuple[float, float]], names: Sequence[str], row: str) -> None:
+    """Raise BadPair where every reward, called so, is the same for both answers."""
+    if all(chosen == rejected for chosen, rejected in rewards):
+        held = ", ".join(f"{name} {chosen:g}" for name, (chosen, _) in zip(names, rewards, strict=True))
+        remedy = "Leave such rows out, --data.bad_pairs drop where they are columns"
+        raise BadPair(row, "both answers have the same reward", held, remedy)
 
 
 def _columns(record: Mapping[str, Any], name: str) -> tuple[str, str] | None:
@@ -68,7 +73,8 @@ def _missing(record: Mapping[str, Any], name: str, row: str) -> BadPair:
     detail = (
         f"chosen_{name} and rejected_{name}, or {name}_chosen and {name}_rejected; found: {', '.join(map(str, record))}"
     )
-    return BadPair(row, "missing reward columns", detail, f"Add them, or name those that there are, {_OPTION} [NAME]")
+    remedy = f"Add them, name those that there are, {_OPTION} [NAME], or have a model score: tvkd score --reward_model"
+    return BadPair(row, "missing reward columns", detail, remedy)
 
 
 def _number(value: Any, column: str, row: str) -> float:

@@ -1,0 +1,1 @@
+"""Objectives over single responses with a label, desirable or not."""
