@@ -158,5 +158,5 @@ def test_another_way_of_sampling_is_another_run(on_policy, run):
 
 
 def test_a_base_that_is_given_and_not_read_is_refused(on_policy):
-    with pytest.raises(ValueError, match=r"and --loss\.base, with --teacher: set all or none"):
+    with pytest.raises(ValueError, match=r"or --loss\.base: set all or none"):
         replace(on_policy(), teacher_reference="base")

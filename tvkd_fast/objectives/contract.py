@@ -363,7 +363,7 @@ def check_teacher_reference(teacher: str | None, teacher_reference: str | None, 
         )
     if teacher_reference is not None and not ((rewards or base) and teacher is not None):
         raise ValueError(
-            "--teacher_reference serves --loss.value_from implicit_reward and --loss.base, with --teacher: set all or none"
+            "--teacher_reference serves --teacher, by --loss.value_from implicit_reward or --loss.base: set all or none"
         )
 
 
