@@ -55,6 +55,20 @@ CASES: dict[str, dict[str, Any]] = {
     "selected": {"family": "tied", "data": SELECTED, "tokens_per_micro_batch": FOUR},
     "tdpo2": {"family": "tied", "objective": "tdpo2", "tokens_per_micro_batch": FOUR},
     "jsd": {"family": "untied", "objective": "jsd", "tokens_per_micro_batch": FOUR},
+    "opd": {
+        "family": "tied",
+        "objective": "opd",
+        "loss": {"lambda_": 1.25},
+        "rollout": {"n": 2, "max_new_tokens": 6, "every": 3},
+        "tokens_per_micro_batch": FOUR,
+    },
+    "lora-opd": {
+        "family": "untied",
+        "objective": "opd",
+        "rollout": {"max_new_tokens": 6},
+        "lora": {"rank": 4},
+        "optim": {"lr": 3e-2},
+    },
     "mixture": {
         "family": "tied",
         "objective": [{"dpo": {"beta": 0.3}}, {"forward_kl": {}, "weight": 0.5}],
@@ -68,7 +82,7 @@ OF_EACH_KIND = ["tied-four", "cached", "shared-untied", "lora-tied"]
 """The runs of one and two processes in the first tier."""
 AS_IN_TWO = ["cached", "pruned", "reduced", "bf16", "padded", "recomputed", "selective", "sft", "sparse", "offloaded"]
 AS_IN_TWO += ["rewards", "compiled", "wpo", "dadpo", "cached-dadpo", "cached-states", "d_dpo"]
-AS_IN_TWO += ["tdpo2", "jsd", "mixture", "kto", "cached-kto", "selected"]
+AS_IN_TWO += ["tdpo2", "jsd", "mixture", "kto", "cached-kto", "selected", "opd", "lora-opd"]
 AS_IN_TWO += ["self_distillation", "relational", "mixkd"]
 """Runs that are the same in two and in four processes; in four they take a minute and a half more."""
 REPLICAS = {"replicas": "tied-four", "shared-replicas": "shared-tied"}
@@ -142,6 +156,8 @@ def hold_to_one(case: str, processes: int, runs: Path) -> None:
     for one, many in zip(alone, shared, strict=True):
         for name, value in one.items():
             if name in ("tokens_per_s", "pairs_per_s", "data_wait", "peak_memory_gb", "fill"):
+                continue
+            if name.startswith("rollout/") and name.endswith(("_share", "/tokens_per_s")):
                 continue
             if case == "shared-sparse" and name.startswith("head_"):
                 # They tell of the rows that a process has.

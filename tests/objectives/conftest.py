@@ -26,7 +26,17 @@ def make_batch(
     lengths: list[tuple[int, int]], *, chosen_only: bool = False, rewards: Rewards = ((1.0, 0.25), (0.5, 2.0))
 ) -> PairBatch:
     pairs = [
-        TokenizedPair([1, 2], [3] * c, [4] * r, True, True, "row", rewards=rewards, desirable=i % 2 == 0)
+        TokenizedPair(
+            [1, 2],
+            [3] * c,
+            [4] * r,
+            True,
+            True,
+            "row",
+            rewards=rewards,
+            desirable=i % 2 == 0,
+            sampler_logps=(-0.5,) * c,
+        )
         for i, (c, r) in enumerate(lengths)
     ]
     batch = collate_packed(pairs, range(len(pairs)), chosen_only=chosen_only)
@@ -64,7 +74,9 @@ def make_numbers(batch: PairBatch) -> tuple[PolicyNumbers, Scores]:
     scores = Scores(
         -10 + normal(responses), lse, lse, normal(states), teacher_logps=-10 + normal(responses), **of_models
     )
-    return PolicyNumbers(logps, batch.lengths, -9 + normal(responses), JointDraws(len(batch.labels))), scores
+    log_collisions, token_logps = -9 + normal(responses), -1 - normal(len(batch.labels)).abs()
+    joint = JointDraws(len(batch.labels))
+    return PolicyNumbers(logps, batch.lengths, log_collisions, joint, token_logps.requires_grad_()), scores
 
 
 @pytest.fixture

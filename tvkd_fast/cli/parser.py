@@ -254,6 +254,8 @@ def expand(arguments: list[str]) -> list[str]:
     if arguments[:1] == ["sample"]:
         # It reads one set of prompts, and has no other.
         arguments = [re.sub(r"^--data(?==|$)", "--data.train", argument) for argument in arguments]
+    # λ is spelt with the underscore that keeps Python's keyword apart.
+    arguments = [re.sub(r"^--loss\.lambda(?==|$)", "--loss.lambda_", argument) for argument in arguments]
     expanded: list[str] = []
     for i, argument in enumerate(arguments):
         expanded.append(argument)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from tvkd_fast.commands.caches import expected_of_settings, load_pairs, open_scores
+from tvkd_fast.commands.prepare import room_of
 from tvkd_fast.commands.refusals import check_family, check_run, check_same_tokenizer
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids, pairs_of_epochs
 from tvkd_fast.data.order import check_step
@@ -28,6 +29,7 @@ from tvkd_fast.models import (
 from tvkd_fast.models.load import PACKAGED
 from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.planning.footprint import Footprint, PairTokens, compares
+from tvkd_fast.rollout.prompts import prompt_dataset
 from tvkd_fast.training.final import ADAPTER, FINAL
 from tvkd_fast.training.train_config import TrainConfig
 from tvkd_fast.training.usage import process_bytes
@@ -55,10 +57,12 @@ def plan(config: TrainConfig) -> str:
     if config.needs & TEACHER and config.teacher is not None and config.scores is None:
         teacher = model_shape(config.teacher, trust_remote_code=trust)
     tokens, pairs, source = _tokens(config, policy)
+    responses = config.pairs_per_step * (config.rollout.n if config.sampled_share == 1 else 1)
     passes = pairs_of_epochs(config.epochs, pairs) / config.pairs_taken if pairs else None
     steps = config.max_steps or (math.ceil(passes) if passes else None)
-    found = Footprint(config, policy, teacher, tokens, int(os.environ.get("WORLD_SIZE", config.nproc)))
-    per_step, operations = config.pairs_per_step * tokens.of(config.model.packing, compares(config)), found.arithmetic()
+    learned = replace(config, pairs_per_step=responses)
+    found = Footprint(learned, policy, teacher, tokens, int(os.environ.get("WORLD_SIZE", config.nproc)))
+    per_step, operations = responses * tokens.of(config.model.packing, compares(config)), found.arithmetic()
     lines = [
         f"objective   {config.objective}: {config.loss.describe()}",
         f"policy      {_shape_line(policy)}",
@@ -69,10 +73,21 @@ def plan(config: TrainConfig) -> str:
         f"{config.pairs_per_step} pairs each, {_batching_line(config)}",
         f"a step      {per_step:,.0f} tokens{'' if pairs else ' at most'}, {operations:.2e} floating-point operations",
     ]
+    if config.sampled_share:
+        lines.insert(-2, _rollout_line(config))
     if steps:
         taken = config.max_steps or passes or 0
         lines[-1] += f"; in all {taken * per_step:,.0f} and {taken * operations:.2e}"
     return "\n".join([*lines, *_memory_lines(found)])
+
+
+def _rollout_line(config: TrainConfig) -> str:
+    rollout = config.rollout
+    share = "" if config.sampled_share == 1 else f" in {config.sampled_share:.0%} of the steps"
+    return (
+        f"rollout     responses per prompt: {rollout.n}, of at most {rollout.max_new_tokens} tokens{share}; the "
+        "sampler's own passes and cache are not counted"
+    )
 
 
 def _memory_lines(found: Footprint) -> Iterator[str]:
@@ -165,6 +180,8 @@ def _tokens(config: TrainConfig, policy: ModelShape) -> tuple[PairTokens, int, s
     source = config.data.train
     if source is None:
         raise ValueError("no train data: set --data.train")
+    if config.sampled_share == 1 and _counted(source):
+        return _prompts(config, source)
     if not _counted(source):
         longest = config.data.max_length
         return (
@@ -178,6 +195,21 @@ def _tokens(config: TrainConfig, policy: ModelShape) -> tuple[PairTokens, int, s
     if config.data.eval is not None and _counted(config.data.eval):
         _read("eval", config, tokenizer, policy, config.eval_scores)
     return tokens_of(dataset), dataset.report.pairs, str(dataset.report)
+
+
+def _prompts(config: TrainConfig, source: str) -> tuple[PairTokens, int, str]:
+    """The same of prompts whose responses are sampled, each as long as it may be."""
+    trust = config.model.trust_remote_code
+    tokenizer = load_tokenizer(config.policy, trust_remote_code=trust)
+    stops = load_stop_ids(config.policy, trust_remote_code=trust)
+    room = room_of(config, model_config(config.policy, trust_remote_code=trust))
+    dataset = prompt_dataset(config.data, tokenizer, stop_ids=stops, max_length=room, verbose=False)
+    check_step(config.pairs_per_step, dataset)
+    lengths = [len(pair.prompt_ids) for pair in dataset]
+    responses = [min(config.rollout.max_new_tokens, room - length) for length in lengths]
+    longest = max(map(sum, zip(lengths, responses, strict=True)))
+    tokens = PairTokens(sum(lengths) / len(dataset), sum(responses) / len(dataset), 0, longest)
+    return tokens, len(dataset), f"{len(dataset):,} prompts of {source}"
 
 
 def _counted(source: str) -> bool:

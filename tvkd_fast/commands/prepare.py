@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from tvkd_fast.commands.caches import (
 )
 from tvkd_fast.commands.models import (
     FrozenModels,
+    freeze,
     frozen_copy,
     load_frozen,
     load_policy,
@@ -25,6 +27,7 @@ from tvkd_fast.commands.models import (
 )
 from tvkd_fast.commands.refusals import check_readable
 from tvkd_fast.data import PairDataset
+from tvkd_fast.data.tokenization import PairTokenizer
 from tvkd_fast.distributed import World, compile_blocks
 from tvkd_fast.models import (
     PolicyWithHead,
@@ -32,13 +35,17 @@ from tvkd_fast.models import (
     fingerprint_model,
     load_stop_ids,
     load_tokenizer,
+    longest_sequence,
+    model_config,
 )
 from tvkd_fast.objectives import SCORED, TEACHER, Need
+from tvkd_fast.rollout import PolicySampler, Sampler
+from tvkd_fast.rollout.prompts import prompt_dataset
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer, score_dataset
 from tvkd_fast.training.train_config import TrainConfig, micro_batching
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -52,6 +59,7 @@ class Prepared:
     held_out: PairDataset | None
     held_out_scorer: Scorer | None
     identity: dict[str, Any]
+    sampler: Sampler | None = None
     selection_scorer: Scorer | None = None
     """What a selection reads, where there is one."""
 
@@ -59,7 +67,11 @@ class Prepared:
 def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
-    dataset = load_pairs("train", config, tokenizer, stop_ids=stops, verbose=verbose)
+    if config.sampled_share == 1:
+        room = room_of(config, model_config(config.policy, trust_remote_code=config.model.trust_remote_code))
+        dataset = prompt_dataset(config.data, tokenizer, stop_ids=stops, max_length=room, verbose=verbose)
+    else:
+        dataset = load_pairs("train", config, tokenizer, stop_ids=stops, verbose=verbose)
     held_out = load_pairs("eval", config, tokenizer, stop_ids=stops, verbose=verbose) if config.data.eval else None
     policy = _policy(config, world)
     config.loss.check_policy(policy)
@@ -109,7 +121,33 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
         if pairs is not None:
             # Only another tokenizer's tokens are made of them, and those are made.
             pairs.texts.clear()
-    return Prepared(tokenizer, policy, scorer, dataset, held_out, held_out_scorer, identity, selection_scorer)
+    sampler = sampler_of(config, policy, PairTokenizer(tokenizer, stop_ids=stops).ends.generation_stops, world)
+    return Prepared(tokenizer, policy, scorer, dataset, held_out, held_out_scorer, identity, sampler, selection_scorer)
+
+
+def room_of(config: TrainConfig, model: PretrainedConfig) -> int:
+    """The most tokens of a prompt and a response that the policy samples: as many as its rows and positions hold."""
+    rows = [config.tokens_per_micro_batch] if config.model.packing != "padded" else []
+    return min(config.data.max_length, longest_sequence(model), *rows)
+
+
+def sampler_of(
+    config: TrainConfig, policy: PolicyWithHead, stops: Collection[int], world: World
+) -> PolicySampler | None:
+    """The policy as one that samples; None where the run learns from the data's responses alone."""
+    if not config.sampled_share:
+        return None
+    whole = None
+    if world.mesh is not None:
+        alone = replace(config.model, packing="padded", compile=False, activation_checkpointing="none")
+        whole = freeze(load_policy(config.policy, alone, layers=config.student_layers, lora=config.lora))
+    return PolicySampler(
+        policy,
+        stops,
+        max_length=room_of(config, policy.model.config),
+        tokens_at_once=config.rollout.tokens_at_once,
+        whole=whole,
+    )
 
 
 def _policy(config: TrainConfig, world: World, *, frozen: bool = False) -> PolicyWithHead:

@@ -33,6 +33,7 @@ def check_run(config: TrainConfig) -> None:
             raise ValueError(f"{name} is not installed: pip install {name}, or leave it out of --trackers")
     check_lora(config.lora, processes=processes, layers=config.student_layers)
     check_distributions(config)
+    check_rollout(config)
     if config.loss.trains_beside and processes > 1:
         raise ValueError(
             f"{config.objective} trains weights beside the policy's, which one process holds: set --nproc 1, or choose "
@@ -71,6 +72,41 @@ def check_distributions(config: TrainConfig) -> None:
         raise ValueError(
             f"{config.objective} needs {lacking[0].value}, which no folder of scores holds: leave --scores and "
             "--eval_scores out"
+        )
+
+
+def check_rollout(config: TrainConfig) -> None:
+    """Raise ValueError where a run cannot learn from samples of its policy, or its objective needs more of them."""
+    share, rollout, name = config.sampled_share, config.rollout, config.objective
+    if Need.SAMPLER_LOGPS in config.loss.needs and share < 1:
+        raise ValueError(
+            f"{name} weighs its samples by their log-probabilities when they were drawn, which the data's responses "
+            "have not: set --rollout.share 1, or choose opd"
+        )
+    if not share:
+        return
+    if config.data.selection is not None:
+        raise ValueError(
+            "pairs are selected by their responses, and the run has yet to sample them: leave --data.select out"
+        )
+    if not config.loss.needs.isdisjoint({Need.REJECTED, Need.LABELS}):
+        raise ValueError(
+            f"{name} compares two responses, and a run samples single ones: set --rollout.share 0, or choose an "
+            "objective over single responses, such as opd, reverse_kl or jsd"
+        )
+    if config.scores is not None:
+        raise ValueError(
+            "samples that the run has yet to draw have no scores on disk: leave --scores out and set --teacher"
+        )
+    if config.model.compile:
+        raise ValueError(
+            "a compiled block would be compiled anew for every token that is sampled: leave --model.compile out"
+        )
+    if config.loss.on_policy and not rollout.any_law and rollout.bent:
+        raise ValueError(
+            f"{name} needs samples of the policy's own law, and {' and '.join(rollout.bent)} would bend it: set "
+            "--rollout.temperature 1, --rollout.top_p 1 and --rollout.top_k 0, or accept the bias by --rollout.any_law "
+            "true"
         )
 
 

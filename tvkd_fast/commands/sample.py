@@ -150,7 +150,7 @@ def _sample(config: SampleConfig, world: World, *, verbose: bool) -> Sampled:
     policy = Responder(config.policy, config)
     rejected = None if config.rejected_policy is None else Responder(config.rejected_policy, config)
     responders = [policy] if rejected is None else [policy, rejected]
-    prompts = load_prompts(config.data, config.n, [(x.to_tokens, x.sampler) for x in responders])
+    prompts = load_prompts(config.data, config.n, [(x.to_tokens, x.sampler.max_length) for x in responders])
     manifest = SampleManifest(_made_of(config, responders, prompts), len(prompts.texts), _versions())
     writer = SampleWriter(config.output_dir, manifest) if world.first else None
     start = world.broadcast(0 if writer is None else writer.manifest.done)

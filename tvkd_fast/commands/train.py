@@ -62,6 +62,7 @@ def _train(config: TrainConfig, world: World, *, show_progress: bool) -> Evaluat
             made.dataset,
             held_out=made.held_out,
             held_out_scorer=made.held_out_scorer,
+            sampler=made.sampler,
             identity=made.identity,
             show_progress=show_progress,
             world=world,

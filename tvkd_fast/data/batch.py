@@ -51,6 +51,9 @@ class PairBatch:
     layout: Layout | None = None
     rewards: Tensor | None = None
     """[K, 2P] float32 numbers of the responses by each of K columns of the data, where they were read."""
+    sampler_logps: Tensor | None = None
+    """(N,) float64 log-probabilities of `labels` under the law that they were sampled from, of single responses that
+    have them."""
     sides: tuple[int, ...] = (0, 1)
     """Which responses of each pair it holds: 0 the chosen, 1 the rejected one."""
     desirable: Tensor | None = None
@@ -133,6 +136,7 @@ def collate_pairs(
         num_tokens=sum(len(prompt) + len(response) for prompt, response in rows),
         response_lengths=lengths,
         rewards=rewards_of(pairs, chosen_only=chosen_only),
+        sampler_logps=sampler_logps_of(pairs, chosen_only=chosen_only),
         sides=(0,) if chosen_only else (0, 1),
         desirable=labels_of(pairs),
     )
@@ -152,6 +156,13 @@ def rewards_of(pairs: Sequence[TokenizedPair], *, chosen_only: bool) -> Tensor |
     sides = 1 if chosen_only else 2
     columns = zip(*(pair.rewards for pair in pairs), strict=True)
     return torch.tensor([[one[side] for side in range(sides) for one in column] for column in columns])
+
+
+def sampler_logps_of(pairs: Sequence[TokenizedPair], *, chosen_only: bool) -> Tensor | None:
+    """(N,) log-probabilities of single responses under the law that they were sampled from; None where one has none."""
+    if not pairs or not chosen_only or any(not pair.sampler_logps for pair in pairs):
+        return None
+    return torch.tensor([logp for pair in pairs for logp in pair.sampler_logps], dtype=torch.float64)
 
 
 def micro_batches(

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from tvkd_fast.data.batch import PairBatch, labels_of, micro_batches, rewards_of
+from tvkd_fast.data.batch import PairBatch, labels_of, micro_batches, rewards_of, sampler_logps_of
 from tvkd_fast.data.reading.formats import BadPair
 from tvkd_fast.data.tokenization import TokenizedPair
 
@@ -78,7 +78,7 @@ class MicroBatching:
 
     def _lengths(self, dataset: Sequence[TokenizedPair], indices: Sequence[int], chosen_only: bool) -> list[int]:
         for i in indices:
-            self.check_fits(dataset[i])
+            self.check_fits(dataset[i], chosen_only=chosen_only)
         shared = self.packing == "shared"
         return [packed_length(dataset[i], shared=shared, chosen_only=chosen_only) for i in indices]
 
@@ -102,9 +102,9 @@ class MicroBatching:
             empty = replace(empty, layout=None)
         return batches + [empty] * (count - len(batches))
 
-    def check_fits(self, pair: TokenizedPair) -> None:
+    def check_fits(self, pair: TokenizedPair, *, chosen_only: bool = False) -> None:
         """Raises a BadPair that names the row, where no packed row can hold the pair."""
-        tokens = packed_length(pair, shared=self.packing == "shared")
+        tokens = packed_length(pair, shared=self.packing == "shared", chosen_only=chosen_only)
         if self.packing != "padded" and tokens > self.tokens:
             raise BadPair(
                 pair.row,
@@ -212,6 +212,7 @@ def collate_packed(
         response_lengths=lengths,
         layout=tuple(layout),
         rewards=rewards_of(pairs, chosen_only=chosen_only),
+        sampler_logps=sampler_logps_of(pairs, chosen_only=chosen_only),
         sides=(0,) if chosen_only else (0, 1),
         desirable=labels_of(pairs),
     )

@@ -51,6 +51,8 @@ class TokenizedPair:
     """As in `Preference`."""
     sampled: bool = False
     """The ids are those that were sampled, and not made of text."""
+    sampler_logps: tuple[float, ...] = ()
+    """The log-probability of each of `chosen_ids` under the law that it was sampled from, nats, where it is known."""
     desirable: bool | None = None
     """As in `Preference`: the label of the chosen response, where the other one is of another prompt."""
 

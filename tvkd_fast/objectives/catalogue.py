@@ -31,6 +31,7 @@ _IN_WORDS = {
     Need.TEACHER_SAMPLES: "teacher's samples",
     Need.REFERENCE_STATES: "reference's states",
     Need.BASE_STATES: "states of the teacher's reference",
+    Need.SAMPLER_LOGPS: "sampler's log-probabilities",
 }
 _KEPT_PER_TOKEN = {
     Need.TEACHER_SUMS: "4",
@@ -107,6 +108,9 @@ def products(objective: Objective) -> str:
         with_logps |= not alone
     if not with_logps:
         own += 3 if objective.per_pair else 4
+    if Need.SAMPLER_LOGPS in objective.needs:
+        # The frozen models' log-probabilities of the samples.
+        frozen += len(objective.needs & {Need.TEACHER_STATES, *NOT_CACHED})
     own += objective.more_products + len({Need.COLLISIONS, Need.LABELS} & objective.needs)
     if objective.teacher_lora is not None:
         # The gradient of its states.

@@ -38,6 +38,7 @@ class Need(Enum):
     REWARDS = "rewards, which are columns of the data"
     LABELS = "labels of single responses, and responses to other prompts"
     COLLISIONS = "the policy's log Σp², by one more product of its head"
+    SAMPLER_LOGPS = "the sampler's log-probabilities, which samples of the run itself have"
 
 
 TEACHER = frozenset(
@@ -92,6 +93,8 @@ class PolicyNumbers:
     """The same shape: Σ_t log Σ_v π_θ(v|s_t)² of each response, nats, without a gradient; under `Need.COLLISIONS`."""
     joint: Mapping[Joint, Tensor] = field(default_factory=dict)
     """(N,) of each of the objective's `joint` keys: a number of every response token, nats, differentiable."""
+    token_logps: Tensor | None = None
+    """(N,) the summands of `logps`, where an objective's own `numbers` gives them."""
 
     distances: Tensor | None = None
     """(2P,) a distance of each response that the objective's own `numbers` measures, differentiable; None where
@@ -155,6 +158,8 @@ class Objective:
     linear: ClassVar[bool] = False
     """Whether the loss is linear in the policy's numbers: then walks over two vocabularies make their gradient in the
     forward. Where it is True and wrong, what is said of `per_pair` holds."""
+    on_policy: ClassVar[bool] = False
+    """Whether its responses are the policy's own samples, of its own law, unless a run says otherwise."""
     more_products: ClassVar[int] = 0
     """Products of the head that its own `numbers` take beside the log-probabilities', with their gradients."""
     trains_beside: ClassVar[bool] = False
@@ -324,19 +329,16 @@ def known(scores: Scores, batch: PairBatch | None = None) -> frozenset[Need]:
     """The needs that these scores, the batch's own columns, and any policy meet."""
     frozen = distributions(scores)
     found = {Need.REJECTED, Need.COLLISIONS} | {_STATES[x] for x in frozen.of} | {KEPT_NEEDS[x] for x in frozen.kept}
-    if scores.ref_logps is not None:
-        found.add(Need.REFERENCE)
+    given = {
+        Need.REFERENCE: scores.ref_logps,
+        Need.TEACHER_REWARDS: scores.reward,
+        Need.TEACHER_LOGPS: scores.teacher_logps,
+    }
+    if batch is not None:
+        given |= {Need.LABELS: batch.desirable, Need.REWARDS: batch.rewards, Need.SAMPLER_LOGPS: batch.sampler_logps}
     if scores.lse is not None and scores.lse_kappa is not None:
         found.add(Need.TEACHER_SUMS)
-    if scores.reward is not None:
-        found.add(Need.TEACHER_REWARDS)
-    if scores.teacher_logps is not None:
-        found.add(Need.TEACHER_LOGPS)
-    if batch is not None and batch.desirable is not None:
-        found.add(Need.LABELS)
-    if batch is not None and batch.rewards is not None:
-        found.add(Need.REWARDS)
-    return frozenset(found)
+    return frozenset(found | {need for need, x in given.items() if x is not None})
 
 
 def distributions(scores: Scores) -> Distributions:
@@ -361,7 +363,7 @@ def check_teacher_reference(teacher: str | None, teacher_reference: str | None, 
         )
     if teacher_reference is not None and not ((rewards or base) and teacher is not None):
         raise ValueError(
-            "--teacher_reference serves --teacher under --loss.value_from implicit_reward: set all or none"
+            "--teacher_reference serves --teacher, by --loss.value_from implicit_reward or --loss.base: set all or none"
         )
 
 

@@ -127,11 +127,12 @@ class ModelSampler:
     def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         """Rows of like length together, the longest first, at most `tokens_at_once` or one row."""
         batch: list[_Row] = []
+        room = 0
         for row in sorted(rows, key=lambda row: (-len(row.ids), row.prompt)):
-            widest = [*batch, row]
-            if batch and len(widest) * (len(widest[0].ids) + max(x.room for x in widest)) > self.tokens_at_once:
+            room = max(room, row.room)
+            if batch and (len(batch) + 1) * (len(batch[0].ids) + room) > self.tokens_at_once:
                 yield batch
-                batch = []
+                batch, room = [], row.room
             batch.append(row)
         if batch:
             yield batch

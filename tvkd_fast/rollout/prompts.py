@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tvkd_fast.data import BadPair
+from tvkd_fast.data import BadPair, PairDataset, TokenizedPair
 from tvkd_fast.data.data_config import DataConfig
-from tvkd_fast.data.dataset import load_rows
+from tvkd_fast.data.dataset import load_rows, report_of
 from tvkd_fast.data.reading.formats import Preference, to_prompt
 from tvkd_fast.data.tokenization import PairTokenizer
-from tvkd_fast.rollout.model_sampler import ModelSampler
 from tvkd_fast.rollout.samples import SamplePrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Prompts:
         return "; ".join(parts)
 
 
-def load_prompts(config: DataConfig, n: int, models: Sequence[tuple[PairTokenizer, ModelSampler]]) -> Prompts:
-    """The prompts of `config.train`, one of each row, for models that sample `n` responses to each.
+def load_prompts(config: DataConfig, n: int, models: Sequence[tuple[PairTokenizer, int]]) -> Prompts:
+    """The prompts of `config.train`, one of each row, for models that sample `n` responses to each; of each model its
+    tokenizer, and the most tokens of prompt and response.
 
     Raises:
         BadPair: a row has no prompt that can be read, or one that leaves a model no room for a response, and the
@@ -72,8 +77,8 @@ def load_prompts(config: DataConfig, n: int, models: Sequence[tuple[PairTokenize
             left_out[bad.reason] += 1
             continue
         try:
-            for own, (_, sampler) in zip(ids, models, strict=True):
-                _check_room(text.row, len(own), sampler.max_length)
+            for own, (_, max_length) in zip(ids, models, strict=True):
+                _check_room(text.row, len(own), max_length)
         except BadPair as bad:
             if config.overlong == "error":
                 raise
@@ -89,6 +94,26 @@ def load_prompts(config: DataConfig, n: int, models: Sequence[tuple[PairTokenize
             f"{config.train}: no prompt is left of {len(loaded.pairs)}; the first one dropped was {first_dropped}"
         )
     return Prompts(texts, of_model, left_out, sum(asked.values()) - len(asked))
+
+
+def prompt_dataset(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Collection[int], max_length: int, verbose: bool
+) -> PairDataset:
+    """The prompts of `config.train` as a dataset without responses, for a run that samples them. Raises as
+    `load_prompts`; `verbose` prints on stderr what was dropped."""
+    to_tokens = PairTokenizer(tokenizer, chat_template=config.chat_template, stop_ids=stop_ids)
+    found = load_prompts(config, 1, [(to_tokens, max_length)])
+    pairs = [TokenizedPair(prompt.ids, [], [], False, False, prompt.row) for prompt in found.of_model[0]]
+    if verbose:
+        print(f"train: {found.report(str(config.train), 0)}", file=sys.stderr)
+    report = report_of(
+        pairs,
+        source=str(config.train),
+        max_length=max_length,
+        truncation=config.truncation,
+        dropped_bad=dict(found.left_out),
+    )
+    return PairDataset(pairs, report)
 
 
 def _check_room(row: str, length: int, most: int) -> None:

@@ -6,6 +6,7 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,10 +29,14 @@ class Sampling:
     top_k: int = number(0, at_least(0))
     """Keep the k likeliest tokens; 0 keeps all."""
 
+    group: ClassVar[str] = ""
+    """The prefix of the options, such as "rollout"."""
+
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_numbers(self, self.group)
         if self.greedy and self.n > 1:
-            raise ValueError(f"temperature 0 is greedy, and all {self.n} responses would be the same: set --n 1")
+            option = f"--{self.group}.n" if self.group else "--n"
+            raise ValueError(f"temperature 0 is greedy, and all {self.n} responses would be the same: set {option} 1")
 
     @property
     def greedy(self) -> bool:

@@ -14,6 +14,7 @@ from tvkd_fast.objectives import DEFAULT, TEACHER, Need, Objective, settings_of
 from tvkd_fast.objectives.contract import check_labels, check_rewards, check_selection, check_teacher_reference
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
+from tvkd_fast.rollout.rollout_config import RolloutConfig
 from tvkd_fast.training.optim import OptimConfig
 
 
@@ -46,6 +47,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadGradient = field(default_factory=HeadGradient)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     nproc: int = number(1, at_least(1))
@@ -134,6 +136,11 @@ class TrainConfig:
                 "keep_best loss: evaluations have no loss where held-out pairs have no teacher's values; set "
                 "--eval_scores or --teacher, or keep_best accuracy or margin"
             )
+
+    @property
+    def sampled_share(self) -> float:
+        """The share of steps over samples of the policy."""
+        return float(self.loss.on_policy) if self.rollout.share is None else self.rollout.share
 
     @property
     def unkept_evaluations(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tvkd_fast.data import PairBatch, PairDataset, pairs_of_epochs, pairs_of_step
 from tvkd_fast.data.order import check_step
+from tvkd_fast.data.step_pairs import StepPairs
 from tvkd_fast.distributed import World
 from tvkd_fast.evaluation.evaluate import Evaluation
 from tvkd_fast.evaluation.labelled import evaluate_held_out
@@ -24,7 +25,9 @@ from tvkd_fast.files import written
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import Need
 from tvkd_fast.ops import HeadStats
+from tvkd_fast.rollout import Rollouts, Sampler
 from tvkd_fast.scoring.scorer import Scorer
+from tvkd_fast.scoring.timed import TimedScorer
 from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_state, set_aside
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer, set_learning_rate
@@ -49,8 +52,9 @@ class Trainer:
         config: the run. Its data and model fields were used to make the other arguments and are only recorded.
         policy: on its device; its parameters are what is trained.
         scorer: scores training pairs by reference and teacher.
-        dataset: training pairs.
+        dataset: training pairs, or prompts alone where all steps sample.
         held_out: pairs to evaluate on, with a scorer of their own (or None: the policy alone is evaluated).
+        sampler: the policy as one that samples, where `config.sampled_share` of the steps learn from its responses.
         identity: names and fingerprints that a checkpoint must share to be resumed from.
         show_progress: draw a progress bar on stderr.
         world: the processes that share the policy; each of them runs a trainer of the same arguments.
@@ -67,13 +71,15 @@ class Trainer:
         *,
         held_out: PairDataset | None = None,
         held_out_scorer: Scorer | None = None,
+        sampler: Sampler | None = None,
         identity: dict[str, Any] | None = None,
         show_progress: bool = True,
         world: World | None = None,
         stop: StopSignal | None = None,
         selection_scorer: Scorer | None = None,
     ) -> None:
-        self.config, self.policy, self.scorer, self.dataset = config, policy, scorer, dataset
+        self.config, self.policy, self.dataset = config, policy, dataset
+        self.scorer: Scorer = scorer
         self.held_out, self.held_out_scorer = held_out, held_out_scorer
         self.world = World(next(policy.parameters()).device) if world is None else world
         self.stop = StopSignal() if stop is None else stop
@@ -94,6 +100,26 @@ class Trainer:
             self.selector = Selector(rule, policy, read, dataset, config.loss, self.batching, self.world)
         self._selected: dict[int, Selected] = {}
         """What the steps since the last line of metrics kept."""
+        self.data: StepPairs | Rollouts = StepPairs(
+            dataset,
+            self.batching,
+            self._pairs,
+            chosen_only=Need.REJECTED not in config.loss.needs,
+            rank=self.world.rank,
+            size=self.world.size,
+        )
+        if sampler is not None:
+            self.scorer = timed = TimedScorer(scorer)
+            self.data = Rollouts(
+                self.data,
+                sampler,
+                config.rollout,
+                share=config.sampled_share,
+                seed=config.seed,
+                steps=self.max_steps,
+                world=self.world,
+                scorer=timed,
+            )
         self._unseen: list[tuple[int, Tensor]] = []
         """Steps, and whether each was finite, that nobody has looked at yet."""
         self.trained = False
@@ -134,7 +160,7 @@ class Trainer:
                         watch.look(number, numbers, last=last)
                     metrics = {"step": number, **numbers.metrics(), "lr": lr}
                     metrics |= self._speed(numbers.tokens, numbers.response_tokens, pairs, busy, waited)
-                    metrics |= self._head_metrics()
+                    metrics |= self._head_metrics() | self.data.metrics(busy)
                     if self._selected:
                         metrics |= selection_metrics(list(self._selected.values()))
                         self._selected.clear()
@@ -246,12 +272,14 @@ class Trainer:
             print(f"resuming from {path}")
         check_same_run(path, self.identity)
         self.checkpoints.load(path, self.policy, self.optimizer)
-        return int(read_state(path)["step"])
+        state = read_state(path)
+        self.data.load(state)
+        return int(state["step"])
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
         self._refuse_nonfinite()
         by = self.config.keep_best
-        extra: dict[str, Any] = {"identity": self.identity, "config": to_record(self.config)}
+        extra: dict[str, Any] = {"identity": self.identity, "config": to_record(self.config)} | self.data.state(step)
         if self.held_out is not None and by != "none":
             extra["scored_on"] = [by, self.held_out.fingerprint]
         figure = None if evaluation is None or by == "none" else getattr(evaluation, by)
@@ -277,14 +305,8 @@ class Trainer:
         return self._selected[step].pairs
 
     def _batches(self, step: int) -> list[PairBatch]:
-        batches = self.batching.share(
-            self.dataset,
-            self._pairs(step),
-            rank=self.world.rank,
-            size=self.world.size,
-            chosen_only=Need.REJECTED not in self.config.loss.needs,
-        )
-        changed = (self.config.loss.changed(batch, self.config.seed, step) for batch in batches)
+        """This process's micro-batches of a step, as the objective changes them."""
+        changed = (self.config.loss.changed(batch, self.config.seed, step) for batch in self.data.batches(step))
         return [batch.to(self.world.device) for batch in changed]
 
     def _mismatched(self, step: int) -> list[PairBatch]:
@@ -336,6 +358,7 @@ def _trajectory(config: TrainConfig) -> dict[str, Any]:
         "optim": _plain(config.optim),
         "head": asdict(config.head),
         "lora": asdict(config.lora),
+        **({"rollout": _plain(config.rollout)} if config.sampled_share else {}),
         **({} if config.data.selection is None else {"selection": asdict(config.data.selection)}),
     }
 

@@ -1,0 +1,1 @@
+"""Objectives over the policy's own samples."""
