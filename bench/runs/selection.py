@@ -36,7 +36,6 @@ def run_arm(config: TrainConfig, by: Any, ratio: float, output: Path) -> dict[st
     data = replace(config.data, select=by, select_ratio=ratio)
     config = replace(config, data=data, output_dir=str(output))
     figures = train(config, show_progress=False)
-    assert figures is not None
     lines = [line for line in read_metrics(output / METRICS) if "loss" in line]
     return {
         "select": by,
@@ -44,21 +43,21 @@ def run_arm(config: TrainConfig, by: Any, ratio: float, output: Path) -> dict[st
         "taken": config.pairs_taken,
         "kept": config.pairs_per_step,
         "seconds": median(config.pairs_per_step / line["pairs_per_s"] for line in lines[SETTLING:]),
-        "reward_accuracy": figures.reward_accuracy,
-        "accuracy_ci": figures.accuracy_ci,
-        "loss": figures.loss,
+        "held_out": None if figures is None else {"reward_accuracy": figures.reward_accuracy, "loss": figures.loss},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--held_out", type=int, default=96, help="held-out pairs to judge each arm by; 0: none")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     recipe = load_recipe(RECIPE)
     with TemporaryDirectory() as folder:
         taken = {"train_limit": 5 * recipe.pairs_per_step * arguments.steps, "max_length": 128, "overlong": "drop"}
-        data = replace(recipe.data, **taken)
+        judged = f"bundled:eval:{arguments.held_out}" if arguments.held_out else None
+        data = replace(recipe.data, eval=judged, **taken)
         scores = f"{folder}/scores"
         score(
             ScoreConfig(
@@ -79,14 +78,15 @@ def main() -> None:
             scores=scores,
             data=data,
             max_steps=arguments.steps,
-            eval_every=arguments.steps,
+            eval_every=arguments.steps if arguments.held_out else 0,
             save_every=-1,
             log_every=1,
         )
-        rows = [run_arm(config, by, ratio, Path(folder, f"{by}-{ratio}")) for by, ratio in ARMS]
-    report = {"steps": arguments.steps, "rows": rows, "made_by": made_by()}
-    for row in rows:
-        print(row)
+        rows = []
+        for by, ratio in ARMS:
+            rows.append(run_arm(config, by, ratio, Path(folder, f"{by}-{ratio}")))
+            print(rows[-1], flush=True)
+    report = {"steps": arguments.steps, "held_out": arguments.held_out, "rows": rows, "made_by": made_by()}
     write_report(report, arguments.json)
 
 

@@ -51,29 +51,22 @@ def soak_table(report: dict[str, Any]) -> str:
 
 
 def selection_table(report: dict[str, Any]) -> str:
-    """An arm a row: what an update takes, and the held-out figures after the same number of them."""
-    head = [
-        "selection",
-        "pairs taken, kept",
-        "s per update",
-        "times none's",
-        "held-out reward accuracy",
-        "held-out loss",
-    ]
+    """An arm a row: what an update takes, and the held-out figures after the same number of them where there are."""
+    head = ["selection", "pairs taken, kept", "s per update", "times none's"]
+    head += ["held-out reward accuracy", "held-out loss"] if report["held_out"] else []
     none = report["rows"][0]["seconds"]
-    rows = [
-        [
+    rows = []
+    for row in report["rows"]:
+        cells = [
             "none" if row["select"] == "no" else f"{row['select']}, ratio {row['ratio']:g}",
             f"{row['taken']}, {row['kept']}",
             f"{row['seconds']:.2f}",
             f"{row['seconds'] / none:.2f}",
-            f"{row['reward_accuracy']:.3f}",
-            f"{row['loss']:.4f}",
         ]
-        for row in report["rows"]
-    ]
-    what = f"{report['steps']} updates each"
-    return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
+        if row["held_out"] is not None:
+            cells += [f"{row['held_out']['reward_accuracy']:.3f}", f"{row['held_out']['loss']:.4f}"]
+        rows.append(cells)
+    return markdown(head, rows) + "\n" + provenance(report["made_by"], f"{report['steps']} updates each")
 
 
 def scaling_table(report: dict[str, Any]) -> str:

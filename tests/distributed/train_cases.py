@@ -22,8 +22,9 @@ def main() -> None:
                 config.parallel.replicas = 2
             if config.scores is not None:
                 config.scores = f"{config.output_dir}-scores"
-                made = {name: getattr(config, name) for name in ("policy", "teacher", "data")}
-                made["keep"] = list(of_teacher(config.loss.needs))
+                made = {name: getattr(config, name) for name in ("policy", "data")}
+                kept = list(of_teacher(config.loss.needs))
+                made |= {"teacher": config.teacher, "keep": kept} if kept else {}
                 _score(ScoreConfig(output_dir=config.scores, pairs_per_shard=8, **made), world, verbose=False)
                 config.teacher = None
             _train(config, world, show_progress=False)
