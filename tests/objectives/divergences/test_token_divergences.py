@@ -12,7 +12,7 @@ from tvkd_fast.objectives.divergences.joint_numbers import Distributions
 from tvkd_fast.objectives.divergences.jsd import JSD
 from tvkd_fast.objectives.divergences.reverse_kl import ReverseKL
 from tvkd_fast.objectives.divergences.vard import VARD
-from tvkd_fast.ops import Head
+from tvkd_fast.ops import Head, linear_divergence
 
 Response = dict[str, Any]
 
@@ -51,6 +51,16 @@ def test_jsd_is_its_formula_and_a_kl_at_both_ends(
         return mixing * kl(log_q, log_m) + (1 - mixing) * kl(log_p, log_m)
 
     is_its_formula_from_logits(JSD(mixing=mixing), formula)
+
+
+def test_jsd_over_its_smaller_share_tends_to_the_kls() -> None:
+    """To GKD's special cases, while the formula itself tends to 0."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight, other, its = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in ((5, 4), (31, 4)) * 2)
+    for mixing, kind in ((1e-6, "forward_kl"), (1 - 1e-6, "reverse_kl")):
+        jsd = linear_divergence(hidden, weight, other, its, kind="jsd", beta=JSD(mixing=mixing).divergence.beta)
+        wanted = linear_divergence(hidden, weight, other, its, kind=kind)
+        torch.testing.assert_close(jsd / 1e-6, wanted, rtol=1e-3, atol=0.0)
 
 
 def test_vard_is_the_reverse_kl_to_the_references_logits_and_the_teachers_value(
