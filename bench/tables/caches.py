@@ -23,5 +23,5 @@ def caches_table(report: dict[str, Any]) -> str:
     passes = report["passes"]
     head = ["`--keep`", "bytes a token", "error of p − q", f"of the mean of {passes} passes"]
     teacher, student = (report[whose].split(" over ")[0] for whose in ("teacher", "student"))
-    what = f"{report['tokens']:,} tokens, {teacher}, p {student.removeprefix('states ')}"
+    what = f"{report['tokens']:,} {teacher}, p {student.removeprefix('states ')}"
     return markdown(head, rows) + "\n" + provenance(report["made_by"], what)
