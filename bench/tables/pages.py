@@ -126,7 +126,7 @@ def by_lines(report: dict[str, Any]) -> str:
     for name, value in report.items():
         text = json.dumps(value)
         if isinstance(value, list) and value:
-            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+            text = "[\n  " + ",\n  ".join(json.dumps(item, separators=(",", ":")) for item in value) + "\n ]"
         parts.append(f' "{name}": {text}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

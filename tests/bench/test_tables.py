@@ -59,7 +59,7 @@ def test_a_report_is_added_without_what_nothing_reads(pages: Any, tmp_path: Path
     written = (tmp_path / "results" / "census.json").read_text()
     assert json.loads(written) == pages.KEPT["census"](census())
     # One line per row, so that a change of one is seen as one.
-    assert sum('"kernel": "dlogits"' in line for line in written.splitlines()) == 5
+    assert sum('"kernel":"dlogits"' in line for line in written.splitlines()) == 5
     assert (tmp_path / "census.png").read_bytes() == b"picture"
     pages.add("other", report)
     assert json.loads((tmp_path / "results" / "other.json").read_text()) == census()

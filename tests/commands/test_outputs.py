@@ -178,7 +178,7 @@ def test_an_evaluation_that_is_not_finite_is_reported_and_never_the_best(make_co
     def evaluate(*args, **kwargs):
         return Evaluation(pairs=1, accuracy=next(evaluations), accuracy_ci=0.0, margin=0.0, margin_ci=0.0)
 
-    monkeypatch.setattr("tvkd_fast.training.trainer.evaluate", evaluate)
+    monkeypatch.setattr("tvkd_fast.training.trainer.evaluate_held_out", evaluate)
     config = make_config(**KEEPS | {"save_every": 2, "max_steps": 6, "objective": "dpo", "keep_checkpoints": 1})
     with pytest.warns(UserWarning, match="is never the best") as warned:
         run(config)

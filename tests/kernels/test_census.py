@@ -377,7 +377,7 @@ def test_launches_name_their_arguments_and_pointers_say_so() -> None:
         joint_ops_of_two_heads(torch.float32, 16, 32, True, None)
         rows_in_tiles(torch.float32)
         epilogues()
-    assert len({x.kernel for x in launches}) == 21
+    assert len({x.kernel for x in launches}) == 22
 
 
 @cache

@@ -127,9 +127,9 @@ def test_it_is_replayed_pair_by_pair(broken, capsys):
 def test_a_replay_of_bad_weights_names_the_pairs(broken, monkeypatch, capsys):
     real = replay.replay_pairs
 
-    def poisoned(policy, *arguments):
+    def poisoned(policy, *arguments, **options):
         poison(policy)
-        return real(policy, *arguments)
+        return real(policy, *arguments, **options)
 
     monkeypatch.setattr(replay, "replay_pairs", poisoned)
     cli.main(["replay", str(Path(broken.output_dir) / "nonfinite-step-000003.json")])

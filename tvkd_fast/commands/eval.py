@@ -20,7 +20,7 @@ from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.evaluation import judged
 from tvkd_fast.evaluation.evaluate import Evaluation
-from tvkd_fast.evaluation.labelled import evaluate_held_out
+from tvkd_fast.evaluation.held_out import evaluate_held_out
 from tvkd_fast.files import at_home, written
 from tvkd_fast.models import (
     load_stop_ids,

@@ -20,7 +20,7 @@ from tvkd_fast.data.order import check_step
 from tvkd_fast.data.step_pairs import StepPairs
 from tvkd_fast.distributed import World
 from tvkd_fast.evaluation.evaluate import Evaluation
-from tvkd_fast.evaluation.labelled import evaluate_held_out
+from tvkd_fast.evaluation.held_out import evaluate_held_out
 from tvkd_fast.files import written
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import Need
@@ -32,7 +32,7 @@ from tvkd_fast.training.checkpoint import Checkpoints, check_same_run, read_stat
 from tvkd_fast.training.metrics import METRICS, RESUMES, Interval, MetricsLog, ShapingWatch, progress_bar
 from tvkd_fast.training.optim import learning_rate, make_optimizer, set_learning_rate
 from tvkd_fast.training.record import to_record
-from tvkd_fast.training.selection import Selected, Selector, selection_metrics
+from tvkd_fast.training.selector import Selected, Selector, selection_metrics
 from tvkd_fast.training.signals import Stopped, StopSignal
 from tvkd_fast.training.step import StepOutput, train_step
 from tvkd_fast.training.train_config import TrainConfig, micro_batching

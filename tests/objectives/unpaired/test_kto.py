@@ -10,7 +10,7 @@ import torch
 
 from tvkd_fast.data import MicroBatching, build_dataset, collate_packed, packed_length
 from tvkd_fast.data.reading.labelled import unpaired
-from tvkd_fast.evaluation.labelled import evaluate_labelled
+from tvkd_fast.evaluation.held_out import evaluate_labelled
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import PolicyNumbers
 from tvkd_fast.objectives.contract import check_labels

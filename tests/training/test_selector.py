@@ -18,7 +18,7 @@ from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.scoring import OnlineScorer
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.metrics import METRICS, read_metrics
-from tvkd_fast.training.selection import Selector
+from tvkd_fast.training.selector import Selector
 
 
 def of_response(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
