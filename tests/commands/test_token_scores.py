@@ -20,7 +20,6 @@ from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
 from tvkd_fast.objectives.divergences.jsd import JSD
 from tvkd_fast.objectives.divergences.sparse_kl import SparseKL
 from tvkd_fast.objectives.states.relational import Relational
-from tvkd_fast.scoring import scorer as scorer_module
 from tvkd_fast.scoring.cache import ScoreCache, describe
 from tvkd_fast.scoring.layout import TOKEN_NAMES
 from tvkd_fast.scoring.manifest import MANIFEST, Part, read_manifest
@@ -162,18 +161,8 @@ def test_states_are_added_to_values(scored, computed):
     assert torch.equal(cache.of(torch.arange(24)).lse, values.of(torch.arange(24)).lse)
 
 
-def test_a_killed_pass_goes_on_with_its_head(scored, computed, monkeypatch, files):
-    write = scorer_module.ScoreWriter.write
-
-    def killed(self, *shard):
-        if self.pairs >= 14:
-            raise KeyboardInterrupt
-        write(self, *shard)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(scorer_module.ScoreWriter, "write", killed)
-        with pytest.raises(KeyboardInterrupt):
-            scored(keep=list(KINDS))
+def test_a_killed_pass_goes_on_with_its_head(scored, computed, killed_at, files):
+    killed_at(14, lambda: scored(keep=list(KINDS)))
     head = unfinished(files / "scores") / HEAD
     inode = head.stat().st_ino
     torn = unfinished(files / "scores") / "topk8-00001.safetensors"
