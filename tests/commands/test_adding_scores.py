@@ -95,6 +95,30 @@ def test_a_killed_addition_leaves_the_old_scores_and_is_gone_on_with(scored, com
     assert found["teacher_logps"].all()
 
 
+def test_a_kill_as_added_numbers_take_their_place_loses_none(scored, computed, monkeypatch, files):
+    """Between two renames no folder has the name, and the old numbers lie aside."""
+    before = contents(scored(keep=["values", "states"]))
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name == ".scores.partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            scored(keep=["logps"])
+    assert sorted(path.name for path in files.glob("*scores*")) == [".scores.old", ".scores.partial"]
+    computed.clear()
+    cache = scored(keep=["logps"])
+    assert computed == []
+    assert cache.numbers == ("ref_logps", "lse", "lse_kappa", "teacher_logps", "states")
+    found = contents(cache)
+    assert all(torch.equal(found[name], x) for name, x in before.items() if name != "teacher_head")
+    assert [path.name for path in files.glob("*scores*")] == ["scores"]
+
+
 @pytest.mark.parametrize("sizes", [(4, 9), (9, 4)])
 @pytest.mark.parametrize("keep", [["values"], ["values", "states", "sampled:5"]])
 def test_a_killed_pass_is_gone_on_with_in_shards_of_another_size(keep, sizes, scored, killed_at, files):

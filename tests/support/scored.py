@@ -50,8 +50,9 @@ def killed_at(monkeypatch):
                 raise KeyboardInterrupt
             write(self, *shard)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(scorer_module.ScoreWriter, "write", killed)
-            scoring()
+            with pytest.raises(KeyboardInterrupt):
+                scoring()
 
     return kill

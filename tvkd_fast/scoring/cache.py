@@ -27,6 +27,7 @@ from tvkd_fast.data.dataset import PairDataset
 from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.files import (
     is_whole,
+    put_back,
     put_in_place,
     refuse_place,
     sha256_of,
@@ -344,7 +345,12 @@ def _teacher_states(pieces: Sequence[Scores], otherwise: Tensor) -> Tensor:
 
 
 def check_score_folder(folder: Path) -> None:
-    """Raise ValueError where scores cannot be written there, or something else would have to give way to them."""
+    """Raise ValueError where scores cannot be written there, or something else would have to give way to them. Scores
+    that a kill left aside, as others were to take their place, are there again."""
+    try:
+        put_back(folder)
+    except OSError as error:
+        raise refuse_place(folder, "folder", error) from error
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give --output_dir a folder of its own")
     if folder.exists() and not _only_scores(folder):
