@@ -161,8 +161,8 @@ def signed_json(body: dict[str, Any]) -> str:
     return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
 
 
-class NothingThere(ValueError):
-    """A file that there is not, as opposed to one that cannot be read."""
+class MissingError(ValueError):
+    """There is no such file, as opposed to one that cannot be read."""
 
 
 class Signed(Protocol):
@@ -179,8 +179,8 @@ def read_signed(
 ) -> M:
     """What `make` makes of the body of a file that `signed_json` wrote.
 
-    Raises NothingThere where it is `missing`, and ValueError where it is of none of these formats, damaged, or cannot be
-    read: `command` is what to run again.
+    Raises MissingError where it is `missing`, and ValueError where it is of none of these formats, damaged, or cannot
+    be read: `command` is what to run again.
     """
     try:
         text = path.read_bytes().decode()
@@ -195,7 +195,7 @@ def read_signed(
         if made.text() != text:
             raise TypeError("it is not what was written")
     except FileNotFoundError:
-        raise NothingThere(missing) from None
+        raise MissingError(missing) from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); run {command} again") from error
     return made
