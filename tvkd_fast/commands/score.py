@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from tvkd_fast.data import PairDataset, check_token_ids, retokenize
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig
-from tvkd_fast.files import at_home
+from tvkd_fast.files import at_home, written_here_alone
 from tvkd_fast.models import (
     PolicyWithHead,
     fingerprint_model,
@@ -115,8 +116,9 @@ class ScoreConfig:
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep their scores."""
-    check_score_folder(Path(config.output_dir))
-    with world_of(config) as world:
+    folder = Path(config.output_dir)
+    check_score_folder(folder)
+    with world_of(config) as world, written_here_alone(folder) if world.first else nullcontext():
         return _score(config, world, verbose=show_progress and world.first)
 
 

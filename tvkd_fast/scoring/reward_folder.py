@@ -156,10 +156,10 @@ def rewards_to_disk(
     world: World,
     progress: bool = False,
 ) -> RewardManifest:
-    """Score the dataset by each reward model, loaded as its turn comes, into the folder, which the first process writes.
+    """Score the dataset by each reward model, loaded as its turn comes, into a folder that the first process writes.
 
-    What is there of the same data and models is not computed again, whatever the model was called. Raises ValueError for
-    a reward that is no finite number, for one model twice, and where the disk refuses.
+    What is there of the same data and models is not computed again, whatever the model was called. Raises ValueError
+    for a reward that is no finite number, for one model twice, and where the disk refuses.
     """
     keys = [member.key for member, _ in readers]
     twice = [member.name for member, _ in readers if keys.count(member.key) > 1]
