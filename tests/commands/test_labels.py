@@ -57,7 +57,13 @@ def test_pairs_may_be_held_out(labelled: Any, make_config: Any, run: Any) -> Non
     config.data.eval = make_config().data.eval
     figures = run(config)
     assert figures.loss is None
-    assert figures.pairs > 0
+    alone = evaluate_policy(
+        EvalConfig(
+            policy=str(Path(config.output_dir) / "final"), reference=config.policy, data=config.data, objective="dpo"
+        )
+    )
+    assert figures.reward_accuracy == alone.reward_accuracy
+    assert figures.reward_margin == pytest.approx(alone.reward_margin, rel=1e-4)
 
 
 def test_what_is_no_labelled_set_is_refused(labelled: Any, make_config: Any, run: Any) -> None:

@@ -14,8 +14,9 @@ from tvkd_fast.distributed import check_compiler, check_replicas
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family, load_tokenizer, longest_sequence
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
-from tvkd_fast.objectives import TEACHER, Need
+from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.objectives.contract import NOT_CACHED
+from tvkd_fast.ranges import changed
 from tvkd_fast.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -84,7 +85,18 @@ def check_rollout(config: TrainConfig) -> None:
             "have not: set --rollout.share 1, or choose opd"
         )
     if not share:
+        unread = [setting for setting in changed(rollout) if setting != "share"]
+        if unread:
+            raise ValueError(
+                f"{name} samples nothing at share 0, and rollout.{unread[0]} would be ignored: set --rollout.share "
+                f"above 0, or leave --rollout.{unread[0]} out"
+            )
         return
+    if not config.loss.on_policy and config.loss.needs.isdisjoint(SCORED):
+        raise ValueError(
+            f"{name} reads no other model, and there is nothing to learn from the policy's own samples by it: leave "
+            "--rollout.share out, or choose an objective with a teacher, such as opd, reverse_kl or jsd"
+        )
     if config.data.selection is not None:
         raise ValueError(
             "pairs are selected by their responses, and the run has yet to sample them: leave --data.select out"

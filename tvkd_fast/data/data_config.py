@@ -13,7 +13,7 @@ from tvkd_fast.data.reading.labelled import labelled_or_paired, to_labelled, unp
 from tvkd_fast.data.reading.rewards import with_rewards
 from tvkd_fast.data.selection import By, Selection
 from tvkd_fast.files import at_home
-from tvkd_fast.ranges import NOT_NEGATIVE, Range, at_least, check_numbers, number
+from tvkd_fast.ranges import NOT_NEGATIVE, Range, at_least, changed, check_numbers, number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +68,12 @@ class DataConfig:
         check_numbers(self, "data")
         if self.rewards is not None and (not self.rewards or len(set(self.rewards)) < len(self.rewards)):
             raise ValueError(f"rewards must be names, each once, got {self.rewards}: set --data.rewards [score]")
+        unread = [name for name in changed(self) if name in ("select_ratio", "select_temperature")]
+        if self.select == "no" and unread:
+            raise ValueError(
+                f"no pairs are selected, and {unread[0]} would be ignored: set --data.select to learnability or "
+                f"easy_reference, or leave --data.{unread[0]} out"
+            )
 
     @property
     def selection(self) -> Selection | None:
