@@ -49,12 +49,6 @@ def test_settings_that_make_no_sense_are_refused(name: str, value: float) -> Non
         DataConfig(train="x", **{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "value"), [("select_ratio", 0.5), ("select_temperature", 0.5)])
-def test_a_rule_of_no_selection_is_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"{name} would be ignored: set --data.select to .*, or leave --data.{name}"):
-        DataConfig(train="x", **{name: value})  # type: ignore[arg-type]
-
-
 def test_a_ratio_that_leaves_less_than_a_step_is_refused() -> None:
     with pytest.raises(ValueError, match=r"takes 20 pairs to keep 4 of them, and the data has 12.*--data.select_ratio"):
         check_step(4, range(12), taken=20)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids
+from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed import check_compiler, check_replicas
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family, load_tokenizer, longest_sequence
@@ -34,6 +35,7 @@ def check_run(config: TrainConfig) -> None:
             raise ValueError(f"{name} is not installed: pip install {name}, or leave it out of --trackers")
     check_lora(config.lora, processes=processes, layers=config.student_layers)
     check_distributions(config)
+    check_selected(config.data)
     check_rollout(config)
     if config.loss.trains_beside and processes > 1:
         raise ValueError(
@@ -73,6 +75,16 @@ def check_distributions(config: TrainConfig) -> None:
         raise ValueError(
             f"{config.objective} needs {lacking[0].value}, which no folder of scores holds: leave --scores and "
             "--eval_scores out"
+        )
+
+
+def check_selected(data: DataConfig) -> None:
+    """Raise ValueError where the rule of a selection is set, and nothing is selected."""
+    unread = [name for name in changed(data) if name in ("select_ratio", "select_temperature")]
+    if data.selection is None and unread:
+        raise ValueError(
+            f"no pairs are selected, and {unread[0]} would be ignored: set --data.select to learnability or "
+            f"easy_reference, or leave --data.{unread[0]} out"
         )
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.data import MicroBatching, PairDataset, build_dataset
-from tvkd_fast.data.reading.formats import ReadRow, to_preference, to_response
-from tvkd_fast.data.reading.labelled import labelled_or_paired, to_labelled, unpaired
+from tvkd_fast.data.reading.formats import ReadRow, to_preference
+from tvkd_fast.data.reading.labelled import labelled_or_paired, to_chosen, to_labelled, unpaired
 from tvkd_fast.data.reading.rewards import with_rewards
 from tvkd_fast.data.selection import By, Selection
 from tvkd_fast.files import at_home
-from tvkd_fast.ranges import NOT_NEGATIVE, Range, at_least, changed, check_numbers, number
+from tvkd_fast.ranges import NOT_NEGATIVE, Range, at_least, check_numbers, number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,12 +68,6 @@ class DataConfig:
         check_numbers(self, "data")
         if self.rewards is not None and (not self.rewards or len(set(self.rewards)) < len(self.rewards)):
             raise ValueError(f"rewards must be names, each once, got {self.rewards}: set --data.rewards [score]")
-        unread = [name for name in changed(self) if name in ("select_ratio", "select_temperature")]
-        if self.select == "no" and unread:
-            raise ValueError(
-                f"no pairs are selected, and {unread[0]} would be ignored: set --data.select to learnability or "
-                f"easy_reference, or leave --data.{unread[0]} out"
-            )
 
     @property
     def selection(self) -> Selection | None:
@@ -91,7 +85,7 @@ class DataConfig:
             return to_labelled if labels else labelled_or_paired
         if rewards:
             return with_rewards(self.rewards)
-        return to_preference if paired else to_response
+        return to_preference if paired else to_chosen
 
 
 def load_dataset(
