@@ -355,17 +355,12 @@ def _trajectory(config: TrainConfig) -> dict[str, Any]:
     names = ("objective", "seed", "pairs_per_step", "max_steps", "epochs")
     return {name: getattr(config, name) for name in names} | {
         "loss": config.loss.settings(),
-        "optim": _plain(config.optim),
+        "optim": asdict(config.optim),
         "head": asdict(config.head),
         "lora": asdict(config.lora),
-        **({"rollout": _plain(config.rollout)} if config.sampled_share else {}),
+        **({"rollout": asdict(config.rollout)} if config.sampled_share else {}),
         **({} if config.data.selection is None else {"selection": asdict(config.data.selection)}),
     }
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """Return the config as JSON reads it back, with lists for tuples."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def _due(step: int, every: int) -> bool:
