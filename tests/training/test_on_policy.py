@@ -1,5 +1,6 @@
 """The loop of an on-policy run: rollout, score, step; resume, metrics, refusals."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tvkd_fast.commands import prepare
 from tvkd_fast.commands.refusals import check_run
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.objectives.onpolicy.opd import OPD
@@ -134,6 +136,26 @@ def test_held_out_pairs_are_evaluated_beside_samples(on_policy, run):
 def test_runs_that_cannot_sample_are_refused_before_they_begin(changes, message, on_policy):
     with pytest.raises(ValueError, match=message):
         check_run(on_policy(**changes))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_teacher_of_another_tokenizer_is_refused_before_models_are_loaded(
+    share, on_policy, run, model_folder, train_tokenizer, monkeypatch
+):
+    teacher = model_folder(seed=1, tokenizer=train_tokenizer(["say red green blue"] * 9), vocab_size=404)
+    monkeypatch.setattr(prepare, "_policy", None)
+    with pytest.raises(ValueError, match=r"another tokenizer \(they differ at .*: choose a teacher of the policy's"):
+        run(on_policy(teacher=teacher, objective="jsd", rollout={"share": share}))
+
+
+def test_a_teacher_may_have_a_token_more(on_policy, run, model_folder, chatml):
+    more = copy.deepcopy(chatml)
+    more.add_tokens(["<more>"])
+    settings = {"teacher": model_folder(seed=1, tokenizer=more), "data_eval": on_policy().data.train, "max_steps": 1}
+    assert run(on_policy(**settings)).loss > 0
+    plain = on_policy(**settings | {"teacher": model_folder(seed=1)}, output_dir=on_policy().output_dir + "-plain")
+    run(plain)
+    assert lines(on_policy())[0]["loss"] == lines(plain)[0]["loss"]
 
 
 def test_another_law_is_taken_where_it_is_asked_for_by_name(on_policy):

@@ -25,7 +25,7 @@ from tvkd_fast.commands.models import (
     precision,
     sharing_of,
 )
-from tvkd_fast.commands.refusals import check_readable
+from tvkd_fast.commands.refusals import check_readable, check_sampled_tokens
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.tokenization import PairTokenizer
 from tvkd_fast.distributed import World, compile_blocks
@@ -67,6 +67,7 @@ class Prepared:
 def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
+    check_sampled_tokens(config, tokenizer)
     if config.sampled_share == 1:
         room = room_of(config, model_config(config.policy, trust_remote_code=config.model.trust_remote_code))
         dataset = prompt_dataset(config.data, tokenizer, stop_ids=stops, max_length=room, verbose=verbose)
@@ -175,6 +176,9 @@ def frozen_models(
         needs=needs,
         sharing=sharing,
     )
+    if config.sampled_share:
+        # `check_sampled_tokens` has found it to read the policy's, and prompts have no text to write anew.
+        models.teacher_tokenizer = None
     if models.reference is None and config.scores is None and needs & {Need.REFERENCE, Need.REFERENCE_STATES}:
         models.reference = policy_at_start(config, policy, world)
     return models
