@@ -47,6 +47,8 @@ from tvkd_fast.training.train_config import TrainConfig, micro_batching
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_OF_REFERENCE = frozenset({Need.REFERENCE, Need.REFERENCE_STATES})
+
 
 @dataclass
 class Prepared:
@@ -179,7 +181,7 @@ def frozen_models(
     if config.sampled_share:
         # `check_sampled_tokens` has found it to read the policy's, and prompts have no text to write anew.
         models.teacher_tokenizer = None
-    if models.reference is None and config.scores is None and needs & {Need.REFERENCE, Need.REFERENCE_STATES}:
+    if models.reference is None and config.scores is None and needs & _OF_REFERENCE:
         models.reference = policy_at_start(config, policy, world)
     return models
 
@@ -208,7 +210,8 @@ def held_out_scorer_of(
 ) -> Scorer:
     """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
     # Here the policy is still its own reference, also when the run is resumed later on.
-    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
+    reference = models.reference or policy if config.loss.needs & _OF_REFERENCE else None
+    scorer = replace(models, reference=reference).scorer(held_out, config, verbose=verbose)
     if config.eval_scores is not None:
         cache = fitting_cache(config.eval_scores, config, held_out, expected, scorer, config.loss.needs)
         return CachedScorer(cache, kept_per_token(config.loss.needs))
@@ -222,6 +225,8 @@ def held_out_scorer_of(
         # States are not held in memory: the frozen models are run at every evaluation.
         if models.reference is None and Need.REFERENCE in config.loss.needs:
             scorer.reference = policy_at_start(config, policy, world)
+        return scorer
+    if not scorer.names:
         return scorer
     names = {name: expected[name] for name in ("teacher", "teacher_reference", "reference")}
     names["kappa"] = config.loss.teacher_kappa
