@@ -17,7 +17,7 @@ from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import model_shape
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.planning.footprint import Footprint, PairTokens
-from tvkd_fast.planning.sampling import cache_bytes
+from tvkd_fast.planning.sampler_memory import cache_bytes
 from tvkd_fast.rollout import RolloutConfig
 
 TOKENS = PairTokens(20, 40, 40, 60)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,28 @@ def test_a_teacher_of_another_tokenizer_is_refused_before_models_are_loaded(
     monkeypatch.setattr(prepare, "_policy", None)
     with pytest.raises(ValueError, match=r"another tokenizer \(they differ at .*: choose a teacher of the policy's"):
         run(on_policy(teacher=teacher, objective="jsd", rollout={"share": share}))
+
+
+def test_a_step_that_is_not_finite_leaves_a_record_of_its_samples(on_policy, run, monkeypatch):
+    drawn = []
+    sample = ModelSampler.sample
+    monkeypatch.setattr(
+        ModelSampler, "sample", lambda *given, **more: drawn.append(sample(*given, **more)) or drawn[-1]
+    )
+
+    def broken(*given):
+        out = loss(*given)
+        return replace(out, losses=out.losses * (math.nan if len(drawn) == 2 else 1.0))
+
+    loss = OPD.loss
+    monkeypatch.setattr(OPD, "loss", broken)
+    config = on_policy(log_every=4)
+    with pytest.raises(FloatingPointError, match=r"step 2 .* holds the responses .* for them\. Lower --optim\.lr"):
+        run(config)
+    record = json.loads((Path(config.output_dir) / "nonfinite-step-000001.json").read_text())
+    found = [list(map(int, one["ids"].split())) for one in record["samples"]]
+    assert found == [one.ids for samples in drawn[1] for one in samples]
+    assert sorted({one["pair"] for one in record["samples"]}) == record["pairs"]
 
 
 def test_a_teacher_may_have_a_token_more(on_policy, run, model_folder, chatml):

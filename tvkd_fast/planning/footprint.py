@@ -19,7 +19,7 @@ from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.objectives.divergences.joint_numbers import SCORE
 from tvkd_fast.ops.tiles.forward_gradients import WORKSPACE_MB, row_bytes
 from tvkd_fast.planning.activations import Activations, count_activations
-from tvkd_fast.planning.sampling import cache_bytes, whole_copy
+from tvkd_fast.planning.sampler_memory import cache_bytes, whole_copy
 from tvkd_fast.training.train_config import TrainConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
