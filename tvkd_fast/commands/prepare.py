@@ -38,6 +38,7 @@ from tvkd_fast.models import (
     longest_sequence,
     model_config,
 )
+from tvkd_fast.models.parts.beside import draw_beside
 from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.rollout import PolicySampler, Sampler
 from tvkd_fast.rollout.prompts import prompt_dataset
@@ -117,6 +118,7 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
         if config.loss.trains_beside:
             one = next(iter(micro_batching(config).batches(dataset, range(1))))
             config.loss.attach(policy, models.teacher, lambda: scorer.of(one.to(world.device)))
+            draw_beside(policy, config.seed)
         if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
             models.reference = models.teacher = online.reference = online.teacher = None
@@ -162,6 +164,7 @@ def _policy(config: TrainConfig, world: World, *, frozen: bool = False) -> Polic
         sharing=sharing_of(config, world, config.loss),
         frozen=frozen,
         lora=config.lora,
+        seed=config.seed,
     )
 
 
