@@ -163,11 +163,7 @@ class FrozenModels:
         )
 
     def _tokens(
-        self,
-        teacher: Teacher,
-        tokenizer: PreTrainedTokenizerBase,
-        dataset: PairDataset,
-        config: RunConfig,
+        self, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, dataset: PairDataset, config: RunConfig
     ) -> TeacherTokens:
         own = retokenize(
             dataset,
