@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tvkd_fast.commands.eval import EvalConfig, evaluate_policy
 from tvkd_fast.commands.plan import plan
+from tvkd_fast.commands.prepare import prepare
+from tvkd_fast.distributed import World
+from tvkd_fast.evaluation.evaluate import evaluate
 from tvkd_fast.objectives import SCORED, TEACHER, Need, objectives
+from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.training.metrics import METRICS, read_metrics
+from tvkd_fast.training.train_config import micro_batching
 
 OF_REFERENCE = {Need.REFERENCE, Need.REFERENCE_STATES}
 BY_WHAT_IS_NOT_SAVED = {"projected": "a projection that is", "okd": "a teacher whose adapters are"}
@@ -53,6 +59,22 @@ def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any, base:
     state = json.loads((Path(config.output_dir) / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["identity"]["loss"] == config.loss.settings()
     assert ("reference" in state["identity"]) == bool(needs & SCORED)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "opd", "dckd", "sparse_kl", "projected", "simpo", "tdpo1"])
+def test_a_reference_answers_where_one_is_needed(name: str, make_config: Any, base: Any) -> None:
+    needs = objectives()[name]().needs
+    config = make_config(objective=name, **base(name))
+    config = replace(config, **settings_of(name, config))
+    made = prepare(config, World(torch.device("cpu")), verbose=False)
+    assert made.held_out is not None
+    batches = list(micro_batching(config).batches(made.held_out, range(len(made.held_out))))
+    asked: list[Any] = []
+    made.policy.model.base_model.register_forward_hook(lambda *_: asked.append(None))
+    evaluate(made.policy, made.held_out, scorer=made.held_out_scorer, objective=config.loss)
+    assert len(asked) == len(batches)
+    scores = Scores() if made.held_out_scorer is None else made.held_out_scorer.of(batches[0])
+    assert (scores.ref_logps is not None) == bool(needs & OF_REFERENCE)
 
 
 @every

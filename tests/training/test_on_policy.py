@@ -1,6 +1,8 @@
 """The loop of an on-policy run: rollout, score, step; resume, metrics, refusals."""
 
+import copy
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tvkd_fast.commands import prepare
 from tvkd_fast.commands.refusals import check_run
 from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.objectives.mixtures.mixture import Mixture
@@ -152,6 +155,48 @@ def test_a_mixture_with_a_part_over_samples_is_over_samples(on_policy, run):
     run(config)
     assert all(line["rollout/age"] == 0 for line in lines(config))
     assert replace(config, loss=Mixture(parts=[{"forward_kl": {}}, {"sft": {}}])).sampled_share == 0.0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_teacher_of_another_tokenizer_is_refused_before_models_are_loaded(
+    share, on_policy, run, model_folder, train_tokenizer, monkeypatch
+):
+    teacher = model_folder(seed=1, tokenizer=train_tokenizer(["say red green blue"] * 9), vocab_size=404)
+    monkeypatch.setattr(prepare, "_policy", None)
+    with pytest.raises(ValueError, match=r"another tokenizer \(they differ at .*: choose a teacher of the policy's"):
+        run(on_policy(teacher=teacher, objective="jsd", rollout={"share": share}))
+
+
+def test_a_step_that_is_not_finite_leaves_a_record_of_its_samples(on_policy, run, monkeypatch):
+    drawn = []
+    sample = ModelSampler.sample
+    monkeypatch.setattr(
+        ModelSampler, "sample", lambda *given, **more: drawn.append(sample(*given, **more)) or drawn[-1]
+    )
+
+    def broken(*given):
+        out = loss(*given)
+        return replace(out, losses=out.losses * (math.nan if len(drawn) == 2 else 1.0))
+
+    loss = OPD.loss
+    monkeypatch.setattr(OPD, "loss", broken)
+    config = on_policy(log_every=4)
+    with pytest.raises(FloatingPointError, match=r"step 2 .* holds the responses .* for them\. Lower --optim\.lr"):
+        run(config)
+    record = json.loads((Path(config.output_dir) / "nonfinite-step-000001.json").read_text())
+    found = [list(map(int, one["ids"].split())) for one in record["samples"]]
+    assert found == [one.ids for samples in drawn[1] for one in samples]
+    assert sorted({one["pair"] for one in record["samples"]}) == record["pairs"]
+
+
+def test_a_teacher_may_have_a_token_more(on_policy, run, model_folder, chatml):
+    more = copy.deepcopy(chatml)
+    more.add_tokens(["<more>"])
+    settings = {"teacher": model_folder(seed=1, tokenizer=more), "data_eval": on_policy().data.train, "max_steps": 1}
+    assert run(on_policy(**settings)).loss > 0
+    plain = on_policy(**settings | {"teacher": model_folder(seed=1)}, output_dir=on_policy().output_dir + "-plain")
+    run(plain)
+    assert lines(on_policy())[0]["loss"] == lines(plain)[0]["loss"]
 
 
 def test_another_law_is_taken_where_it_is_asked_for_by_name(on_policy):

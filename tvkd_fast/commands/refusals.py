@@ -223,6 +223,21 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: 
     )
 
 
+def check_sampled_tokens(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where a teacher is to read what the policy samples, and a token of the policy's, or its id, is
+    none of the teacher's. Tokens that the teacher has besides, and rows that pad its head, are in nobody's way."""
+    if not config.sampled_share or config.teacher is None or not config.needs & TEACHER:
+        return
+    theirs = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code).get_vocab()
+    odd = next((token for token, i in tokenizer.get_vocab().items() if theirs.get(token) != i), None)
+    if odd is not None:
+        raise ValueError(
+            f"the teacher {config.teacher} reads what the policy samples token by token, and has another tokenizer "
+            f"(they differ at {odd!r}): choose a teacher of the policy's tokenizer, or set --rollout.share 0 and an "
+            "objective over a teacher's values or log-probabilities"
+        )
+
+
 def check_readable(dataset: PairDataset, policy: PolicyWithHead, whose: str) -> None:
     """Raises a ValueError that names the first row which the model cannot read: a token it does not have, or more of
     them than it has positions."""
