@@ -48,6 +48,8 @@ class Task:
     teacher_lse: Tensor | None = None
     kept: Tensor | None = None
     left_in: Tensor | None = None
+    unrounded: bool = False
+    """Whether the student's gradient by hidden under a known upstream stays in the accumulator's dtype."""
 
     @property
     def teacher(self) -> Side | None:
@@ -304,7 +306,7 @@ def joint_known(
     task: Task, upstream: Tensor, wants: Sequence[bool], teacher_wants: Sequence[bool], workspace_mb: int = 0
 ) -> tuple[RowSums, dict[str, Tensor], HeadGradients, HeadGradients]:
     """`joint_sums`, and in the same visit of every block the gradients under a known upstream, [O, K]."""
-    made = Gradients(task.student, wants)
+    made = Gradients(task.student, wants, unrounded=task.unrounded)
     by_teacher = None if task.teacher is None or not any(teacher_wants) else Gradients(task.teacher, teacher_wants)
     most = workspace_rows(task, workspace_mb or WORKSPACE_MB)
     room = Room(task, most, whole=True, spare=by_teacher is not None)
