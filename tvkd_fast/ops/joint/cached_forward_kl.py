@@ -38,8 +38,8 @@ _IMPOSSIBLE = -1e-2
 """A KL below this, over 1 + |LSE(z)|, is no rounding, not of cached rows in bfloat16 either: it is another head's."""
 
 
-_DOUBLES = 2**20
-"""States that are float64 at a time: 8 MiB of each of two."""
+_DOUBLES = 2**18
+"""States that are float64 at a time: 2 MiB of each of two, and of their product."""
 
 
 class ExpectedRows(NamedTuple):

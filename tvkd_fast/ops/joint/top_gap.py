@@ -139,4 +139,4 @@ class _Products(torch.autograd.Function):
 
 def _row_blocks(hidden: Tensor) -> Iterator[slice]:
     """Rows whose [R, 2, D] and what is made of them stay within 64 MiB."""
-    return blocks(len(hidden), max(1, _ENTRIES // (8 * hidden.shape[1])))
+    return blocks(len(hidden), max(1, _ENTRIES // (16 * hidden.shape[1])))

@@ -27,6 +27,8 @@ from tvkd_fast.ops.tiles.joint.sides import Side
 
 WORKSPACE_MB = 96
 """MiB of a block's logits; 128 with the states, a tile's temporaries and the library's own buffers."""
+STATES = 8
+"""The workspace holds so many times a block's states, too: they are few but where a vocabulary is small."""
 TILE_FLOATS = 2**19
 """Entries of a tile: those of both models stay in the cache between their product and their pass."""
 BACKWARD_ROWS = 1024
@@ -201,8 +203,9 @@ class Room:
 def workspace_rows(task: Task, megabytes: int) -> int:
     """The rows whose logits of all models fit; one where not one does."""
     models = 1 if task.teacher is None else 2
-    itemsize = torch.empty(0, dtype=task.student.acc).element_size()
-    return max(1, megabytes * 2**20 // (models * task.student.entries * itemsize))
+    itemsize = task.student.acc.itemsize
+    wide = sum(side.hidden.shape[1] for side in (task.student, *(side for _, side in task.teachers)))
+    return max(1, megabytes * 2**20 // (max(models * task.student.entries, STATES * wide) * itemsize))
 
 
 def joint_sums(task: Task) -> tuple[RowSums, dict[str, Tensor]]:
