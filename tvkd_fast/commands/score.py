@@ -36,7 +36,7 @@ from tvkd_fast.models import (
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import SCORED, Need, objectives
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
-from tvkd_fast.scoring.adding import check_beside, joined, leave_out, scores_to_keep
+from tvkd_fast.scoring.adding import joined, leave_out, scores_to_keep
 from tvkd_fast.scoring.cache import ScoreCache, check_score_folder
 from tvkd_fast.scoring.kinds import check_kinds, token_kinds
 from tvkd_fast.scoring.reward_folder import RewardMember, rewards_to_disk
@@ -179,7 +179,6 @@ def _of_frozen(
     if "states" in config.keep:
         rotation = ROTATION if config.states_dtype == "int8" else None
         manifest = replace(manifest, states_dtype=config.states_dtype, rotation=rotation)
-    check_beside(config.output_dir, manifest)
     held = scores_to_keep(config.output_dir, dataset, manifest) if world.first else None
     names, manifest = world.broadcast(((), manifest) if held is None else (held.numbers, joined(held, manifest)))
     if not leave_out(scorer, names):
