@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from os.path import expanduser
 from pathlib import Path
@@ -127,6 +128,25 @@ def put_back(target: Path) -> Path:
         with suppress(FileNotFoundError):
             old.rename(target)
     return old
+
+
+@contextmanager
+def written_here_alone(target: Path) -> Iterator[None]:
+    """Refuse, by ValueError, a second process that would write the folder, or what is to take its place, meanwhile.
+
+    A lock ends with its process, whatever ends that; a file system that has none is taken as it is.
+    """
+    with ExitStack() as held:
+        for folder in filter(Path.is_dir, (unfinished(target), target)):
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{target} is being written by another process: wait for it to end") from None
+            except OSError:
+                continue
+        yield
 
 
 def refuse_place(path: Path, what: str, error: OSError) -> ValueError:

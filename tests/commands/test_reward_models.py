@@ -1,6 +1,8 @@
 """Rewards of responses by sequence-classification models: scored once, kept beside other scores, and trained on."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from tvkd_fast.commands.plan import plan
 from tvkd_fast.commands.score import ScoreConfig, score
@@ -150,6 +157,29 @@ def test_a_model_under_another_name_is_asked_for_by_it(
     assert manifest is not None
     assert manifest.names == ["rm-best", "rm-v1"]
     assert torch.equal(load_rewards(folder, dataset, ["rm-best", "rm-v1"]), before)
+
+
+def test_models_are_in_memory_one_at_a_time(
+    reward_model: Any, scored: Any, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, loaded = RewardModel.rewards, weakref.WeakSet()  # type: ignore[var-annotated]
+    init, alive = PreTrainedModel.__init__, []
+
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        loaded.add(self)
+
+    def noted(self: RewardModel, pairs: Any) -> Any:
+        gc.collect()
+        # Of a model and its trunk, the one that is whole.
+        alive.append(sum("For" in type(x).__name__ for x in loaded))
+        return of(self, pairs)
+
+    one, two, teacher = reward_model("one"), reward_model("two", seed=1), model_folder(seed=1)
+    monkeypatch.setattr(PreTrainedModel, "__init__", made)
+    monkeypatch.setattr(RewardModel, "rewards", noted)
+    scored(one, two, teacher=teacher)
+    assert set(alive) == {1}
 
 
 def test_one_model_under_two_names_is_refused(reward_model: Any, scored: Any) -> None:

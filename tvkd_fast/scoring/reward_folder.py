@@ -9,7 +9,7 @@ Letters: P pairs, K reward models.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from os.path import expanduser
@@ -149,16 +149,18 @@ def load_rewards(folder: str | Path, dataset: PairDataset, names: Sequence[str])
 
 def rewards_to_disk(
     dataset: PairDataset,
-    readers: Sequence[tuple[RewardMember, RewardReader]],
+    readers: Sequence[tuple[RewardMember, Callable[[], RewardReader]]],
     folder: str | Path,
     *,
     pairs_per_shard: int,
     world: World,
     progress: bool = False,
 ) -> RewardManifest:
-    """Score the dataset by each reward model into the folder, which the first process writes; what is there of the same
-    data and models is not computed again, whatever the model was called. Raises ValueError for a reward that is no
-    finite number, for one model twice, and where the disk refuses."""
+    """Score the dataset by each reward model, loaded as its turn comes, into a folder that the first process writes.
+
+    What is there of the same data and models is not computed again, whatever the model was called. Raises ValueError
+    for a reward that is no finite number, for one model twice, and where the disk refuses.
+    """
     keys = [member.key for member, _ in readers]
     twice = [member.name for member, _ in readers if keys.count(member.key) > 1]
     if twice:
@@ -166,13 +168,15 @@ def rewards_to_disk(
     place = Path(expanduser(folder)) / REWARDS
     manifest = world.broadcast(_kept(place, dataset, [member for member, _ in readers]) if world.first else None)
     assert manifest is not None
-    for wanted, reader in readers:
+    for wanted, load in readers:
         which = next(i for i, member in enumerate(manifest.members) if member.same_numbers(wanted))
         member = manifest.members[which]
         what, done = f"rewards of {member.name}", member.pairs
+        reader = load() if done < len(dataset) else None
         with tqdm(total=len(dataset), initial=done, desc=what, unit="pair", disable=not progress) as bar:
             for first in range(member.pairs, len(dataset), pairs_per_shard):
                 pairs = range(first, min(first + pairs_per_shard, len(dataset)))
+                assert reader is not None
                 rewards = _of_all(reader, pairs, world)
                 _check_finite(rewards, pairs, dataset, member.name)
                 if world.first:
@@ -183,6 +187,8 @@ def rewards_to_disk(
                         manifest = replace(manifest, members=members)
                         write_whole(place / _MANIFEST, manifest.text())
                 bar.update(len(pairs))
+        # The next one needs its memory.
+        del reader
     return world.broadcast(manifest if world.first else None) or manifest
 
 
