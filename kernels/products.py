@@ -160,7 +160,7 @@ def library_sums(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     ones, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
     try:
-        accumulate(total, ones, ones)
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):
         # torch before 2.11 has no such product, and ROCm's not every dtype of it.
         return False
@@ -172,8 +172,8 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool = Fals
     beta = 0 if fresh else 1
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, beta=beta, alpha=alpha, out=total)
-    elif left.is_cuda:
+    elif left.is_cuda and library_sums(left.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, alpha=alpha, out=total)
     else:
-        # Triton's interpreter, whose tensors are a CPU's: only a GPU's library sums 16 bits in float32.
+        # As in Triton's interpreter, whose tensors are a CPU's.
         torch.addmm(total, left.float(), right.float(), beta=beta, alpha=alpha, out=total)

@@ -189,7 +189,7 @@ def learning(case: JointCase, teacher: bool) -> JointCase:
 def right(kit: SimpleNamespace, case: JointCase, mixture: dict[str, float], **given: Any) -> None:
     """The loss no worse than torch's on upcast inputs, its gradients no noisier than of dlogits rounded once."""
     weights = torch.randn(21, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-    options = {"beta": 0.3, "temperature": 1.4}
+    options = {"beta": 0.3, "temperature": given.pop("temperature", 1.4)}
     out = fused_linear_distillation_loss(
         *case.arguments(), case.labels, mixture=mixture, token_weights=weights, impl="triton", **options, **given
     )
@@ -224,6 +224,13 @@ def test_a_loss_whose_gradient_is_made_in_the_forward(
     blocks.shrink(8 * 131 * 10)
     monkeypatch.setattr(triton_joint, "joint_gradients", None)
     right(kit, case_of(dtype, **head), MIXTURES[name])
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_a_large_scale_of_logits_does_not_overflow(kit: SimpleNamespace, temperature: float) -> None:
+    """Float16's gradients by products are those by logits times 10, or 16."""
+    case = case_of(torch.float16, logit_scale=1.0 if temperature < 1.0 else 16.0)
+    right(kit, case, {"forward_kl": 1.0}, temperature=temperature)
 
 
 @pytest.mark.parametrize("other", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.interpreter)], ids=str)

@@ -147,9 +147,18 @@ def test_without_such_a_product_tritons_serves(monkeypatch: pytest.MonkeyPatch) 
         def refuse(*_: Any, raised: type[Exception] = error, **__: Any) -> None:
             raise raised("no such product")
 
-        monkeypatch.setattr(products, "accumulate", refuse)
+        monkeypatch.setattr(torch, "addmm", refuse)
         products.library_sums.cache_clear()
         assert not products.library_sums(gpu, torch.float16)
     products.library_sums.cache_clear()
     assert not products.library_sums(torch.device("cpu"), torch.float16)
     assert not products.library_sums(torch.device("cuda", 0), torch.float32)
+
+
+def test_without_such_a_product_a_sum_takes_upcast_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch, "addmm", lambda total, *operands, **options: taken.append((*operands, *options)))
+    monkeypatch.setattr(products, "library_sums", lambda device, dtype: False)
+    operand: Any = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.float16, float=lambda: "upcast")
+    products.accumulate(torch.zeros(1), operand, operand)
+    assert taken == [("upcast", "upcast", "beta", "alpha", "out")]

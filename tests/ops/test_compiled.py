@@ -4,7 +4,7 @@ import math
 import multiprocessing
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from tvkd_fast.ops.tiles import native
 
 pytest.importorskip("numba", reason="numba is not installed: pip install 'tvkd_fast[numba]'")
 from tvkd_fast.ops.tiles import numba_passes
+from tvkd_fast.ops.tiles.joint import compiled, numba_pairs, numba_selection, one_walk
 
 
 @pytest.fixture
@@ -181,3 +182,19 @@ def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert native.passes(torch.zeros(1)) is None
     assert "numba is installed and cannot compile here" in caplog.text
     native._compiled.cache_clear()
+
+
+@pytest.mark.parametrize(("place", "kernels"), [(compiled, numba_pairs), (one_walk, numba_selection)])
+def test_where_a_joint_walk_cannot_be_compiled_torch_computes(
+    place: ModuleType, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(kernels, "compile_all", broken)
+    native.compiled_module.cache_clear()
+    assert place.passes(torch.zeros(1)) is None
+    assert "joint walk's passes here (no compiler here): they are torch's" in caplog.text
+    native.compiled_module.cache_clear()
+    monkeypatch.undo()
+    assert place.passes(torch.zeros(1)) is not None

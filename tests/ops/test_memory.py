@@ -21,7 +21,8 @@ import json, sys
 from pathlib import Path
 import torch
 from tvkd_fast import fused_linear_tvkd_loss
-from tvkd_fast.ops import HeadStats, linear_logps, linear_soft_values
+from tvkd_fast.ops import HeadStats, linear_cached_forward_kl, linear_divergence, linear_logps, linear_soft_values
+from tvkd_fast.ops.joint.top_gap import linear_top_gap
 
 op, n, d, v, dtype, options = json.loads(sys.argv[1])
 torch.set_num_threads(2)
@@ -35,6 +36,15 @@ def resident(which):
 def call(hidden, weight, bias, labels):
     if op == "soft_values":
         return linear_soft_values(hidden, weight, bias=bias, kappa=0.7, **options), []
+    teacher = hidden.detach(), weight.detach()
+    if op == "cached":
+        rows, entropy = torch.zeros(1).expand(len(hidden), d), torch.zeros(len(hidden))
+        return linear_cached_forward_kl(hidden, teacher[1], rows, entropy), []
+    if op == "streamed":
+        return linear_divergence(hidden, teacher[1], *teacher), []
+    if op == "top_gap":
+        gap = linear_top_gap(hidden, weight, *teacher)
+        return gap, torch.autograd.grad(gap.sum(), (hidden, weight))
     if op == "sparse":
         options.update(grad_mode="sparse", max_tail=1.0, stats=stats)
     if op == "frozen":
@@ -125,6 +135,27 @@ def test_a_frozen_head_keeps_its_gradient_in_float32(dtype: str, options: dict[s
     used = beyond("frozen", 4096, 1024, 1024, dtype, **options)
     record_property("mebibytes", used)
     assert used <= 64 + 4096 * 1024 * 4 / MEBI
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", ["cached", "streamed"])
+def test_a_derivative_that_is_kept_takes_no_more_than_itself_and_128_mb(
+    op: str, dtype: str, record_property: Any
+) -> None:
+    used = beyond(op, 16_384, 2048, 64, dtype)
+    record_property("mebibytes", used)
+    assert used <= 128 + 16_384 * 2048 * 4 / MEBI
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "d", "v"), [(4, 1024, 131_072), (16_384, 1024, 1024)], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_top_gaps_stay_within_their_blocks(n: int, d: int, v: int, dtype: str, record_property: Any) -> None:
+    """Of 16 bits also states and the weight's gradient in float32."""
+    used = beyond("top_gap", n, d, v, dtype)
+    record_property("mebibytes", used)
+    assert used <= (64 if dtype == "float32" else 128 + 4 * (n + v) * d / MEBI)
 
 
 @pytest.mark.slow

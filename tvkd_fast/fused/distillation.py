@@ -90,8 +90,8 @@ def fused_linear_distillation_loss(
         teacher's where they require a gradient. The gradient is made in the forward: four products for a teacher of the
         student's width, three where hidden or weight wants none. A second backward recomputes it. Memory beyond inputs
         and gradients is 128 MB by count, float32 sums of 16-bit gradients apart; in Triton a 64th of the device's
-        memory, 1 GiB at most. There a teacher that learns, has an index or another dtype takes numbers first and
-        gradients after, as `linear_divergence` does. A sparse gradient (`grad_mode`) is made in the backward of the
+        memory, 1 GiB at most. There a teacher that learns, or none, takes numbers first and gradients after, as
+        `linear_divergence` does. A sparse gradient (`grad_mode`) is made in the backward of the
         entries that the forward keeps, 16 bytes each: two products.
 
     Raises:

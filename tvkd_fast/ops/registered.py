@@ -76,6 +76,28 @@ def differentiate(
     op.register_autograd(backward, setup_context=setup)
 
 
+def differentiate_by_hidden(op: Any, left_in: Callable[[tuple[Any, ...]], Tensor | None], *, name: str) -> None:
+    """Register the derivative of an op whose second result is the first one's by hidden, [N, D].
+
+    `left_in(inputs)` is (N,) bool, true of the rows that count, or None where all do: the derivative of others is 0,
+    which an infinite upstream gradient must not meet.
+    """
+
+    def keep(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
+        return (output[1], left_in(inputs)), (inputs[0].dtype,)
+
+    def gradients(
+        upstream: Tensor, kept: Sequence[Any], settings: Sequence[Any], wants: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        (derivative, counted), (dtype,) = kept, settings
+        c = upstream.flatten()
+        if counted is not None:
+            c = c.masked_fill(~counted, 0.0)
+        return ((derivative * c[:, None]).to(dtype),)
+
+    differentiate(op, keep, gradients, name=name, count=1)
+
+
 def check_differentiated_once(op: str) -> None:
     """Refuse create_graph=True, which runs a backward with gradients on: its result would be treated as a constant."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -35,10 +35,10 @@ class Gradients:
         with_bias = want_bias and head.bias is not None
         self._bias = hidden.new_zeros(head.vocab_size, dtype=torch.float32) if with_bias else None
 
-    def add(self, rows: Tensor, states: Tensor, e: Tensor, by_entry: Tensor) -> None:
+    def add(self, rows: Tensor, states: Tensor, e: Tensor, by_entry: Tensor, largest: float | None = None) -> None:
         """Those of rows with states [R, D] and exponentials e [R, V], which `by_entry` (R,) float64 multiplies as they
-        are stored."""
-        scale = _scale(by_entry, e.dtype)
+        are stored; of float16 the host waits for the largest of it, unless it is known."""
+        scale = _scale(by_entry, e.dtype) if largest is None else largest
         factors = by_entry.float()[:, None]
         if self._hidden is not None:
             grad = e.new_empty(states.shape, dtype=torch.float32)

@@ -165,7 +165,8 @@ def linear_soft_values(
         impl: as in `linear_logps`.
 
     Returns:
-        (M,) float32 (float64 for float64 inputs). Memory beyond inputs and result is bounded by 64 MB.
+        (M,) float32 (float64 for float64 inputs). Memory beyond inputs and result is bounded by 64 MB; on a GPU, whose
+        library's products take a workspace, by a 64th of the device's memory, 1 GiB at most.
 
     Raises:
         ValueError: as `linear_logps`; κ ≤ 0; an unknown value_from; rows that are no (M,) bool on hidden's device.

@@ -115,13 +115,14 @@ class OnlineScorer:
         self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
         self.world, self.of_teacher = world, of_teacher
         self.base = base
+        device = None if world is None else world.device
         self.teacher_head = None
         if teacher is not None and "states" in of_teacher:
-            self.teacher_head = teacher.policies[0].head.gathered()
+            self.teacher_head = teacher.policies[0].head.gathered(device)
         self.teacher_learns = False
         """Whether the numbers of a batch have a gradient by what learns in the teacher."""
-        self.ref_head = reference.head.gathered() if reference_states and reference is not None else None
-        self.base_head = None if base is None else base.head.gathered()
+        self.ref_head = reference.head.gathered(device) if reference_states and reference is not None else None
+        self.base_head = None if base is None else base.head.gathered(device)
 
     def asking(self, of_teacher: Collection[str]) -> OnlineScorer:
         """The same models, the teacher asked for these numbers; no teacher where they are none."""

@@ -116,6 +116,63 @@ def test_the_cached_numbers_are_means_under_the_teacher(passes: str) -> None:
     assert not found.rows.requires_grad
 
 
+def test_a_token_that_neither_model_gives_has_no_weight() -> None:
+    case = frozen()
+    case.leaves["bias"][4] = case.leaves["teacher_bias"][4] = -torch.inf  # type: ignore[index]
+    found = linear_expected_rows(*case.arguments()[2:], case.heads()[0])
+    assert all(x.isfinite().all() for x in found)
+    got, want = cached(case), linear_divergence(*case.arguments())
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
+    assert_close([by_hidden(case, got)], [by_hidden(case, want)], 3e-6)
+    case.leaves["teacher_bias"][4] = 0.0  # type: ignore[index]
+    with pytest.raises(ValueError, match="the student's bias is infinite at a token that the teacher gives"):
+        cached(case)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_means_of_a_broken_head_are_refused(value: float) -> None:
+    case = frozen(bias=False)
+    case.leaves["weight"][7, 2] = value  # type: ignore[index]
+    with pytest.raises(ValueError, match="the student's weight has NaN or inf in row 7"):
+        cached(case)
+    case = frozen()
+    case.leaves["bias"][7] = value  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"the student's bias (has NaN or inf|is infinite)"):
+        cached(case)
+
+
+@pytest.mark.parametrize("of", ["streamed", "cached"])
+def test_an_infinite_upstream_gradient_of_rows_that_are_left_out_is_none(of: str) -> None:
+    """√x has one at 0, where the divergence of a row that is left out is."""
+    case = frozen()
+    rows = torch.arange(SHAPE[0]) % 3 != 1
+    found = cached(case, rows=rows) if of == "cached" else linear_divergence(*case.arguments(), rows=rows)
+    grad = by_hidden(case, found.sqrt())
+    assert grad.isfinite().all()
+    assert (grad[~rows] == 0).all()
+    assert (grad[rows] != 0).any(1).all()
+    if of == "streamed":
+        case.labels[~rows] = -100
+        grad = by_hidden(case, linear_joint(*case.arguments(), case.labels, outputs=("entropy",))["entropy"].sqrt())
+        assert grad.isfinite().all()
+
+
+def test_a_value_alone_takes_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = frozen()
+    want = cached(case)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a second product")
+
+    monkeypatch.setattr("tvkd_fast.ops.tiles.block_walk.BlockWalk.mean_rows", refuse)
+    with torch.no_grad():
+        torch.testing.assert_close(cached(case), want.detach())
+    case.leaves["hidden"].requires_grad_(requires_grad=False)  # type: ignore[union-attr]
+    torch.testing.assert_close(cached(case), want.detach())
+    with pytest.raises(AssertionError, match="a second product"):
+        cached(frozen())
+
+
 def test_large_logits_cost_no_digits() -> None:
     """LSE and h·Σqw are of 100 nats each, and their difference is one of nearly none."""
     draw = torch.Generator().manual_seed(0)
@@ -146,7 +203,7 @@ def test_opcheck_and_one_graph() -> None:
     case = frozen((9, 5, 6, 30))
     hidden, head, teacher_hidden, teacher = case.arguments()
     found = linear_expected_rows(teacher_hidden, teacher, head)
-    given = (hidden, head.weight, head.bias, found.rows, found.entropy, found.bias, None, 1.3)
+    given = (hidden, head.weight, head.bias, found.rows, found.entropy, found.bias, None, 1.3, True)
     torch.library.opcheck(cached_forward_kl.cached_kl_op, given)
     settings = ("jsd", 0.3, 0.5, None, 1.0, None, 1.0, 1.2, -100)
     tensors = (*case.leaves.values(), case.labels, None, None, None)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tvkd_fast.fused.distillation import fused_linear_distillation_loss
 from tvkd_fast.ops import Head, HeadStats, reference
-from tvkd_fast.ops.joint import sparse_joint_op
+from tvkd_fast.ops.joint import backend, sparse_joint_op
 from tvkd_fast.ops.joint.divergence import linear_divergence, linear_joint
 from tvkd_fast.ops.joint.outputs import OF_STUDENT_ALONE, OUTPUTS
 from tvkd_fast.ops.tiles import exact, native
@@ -359,6 +359,24 @@ def test_everything_is_left_out(passes: str) -> None:
     got = linear_joint(*case.arguments(), outputs=("forward_kl",), rows=torch.zeros(SHAPE[0]).bool(), **WIDE)
     assert (got["forward_kl"] == 0).all()
     assert all((x == 0).all() for x in gradients(case, got))
+
+
+def test_rows_that_are_left_out_do_not_count_on_a_gpu_either(monkeypatch: pytest.MonkeyPatch, passes: str) -> None:
+    """Half of the rows are flat and left out: alone they would make every row exact."""
+    case, rows = draw(bias=False, spread=2.0), torch.arange(SHAPE[0]) % 2 == 0
+    for name in ("hidden", "teacher_hidden"):
+        case.leaves[name].data[~rows] = 0.0  # type: ignore[union-attr]
+    found = []
+    for _ in ("on a CPU", "as on a GPU"):
+        stats = HeadStats()
+        options = {"outputs": ("forward_kl",), "grad_mode": "sparse", "eps": 2.0**-7, "rows": rows, "stats": stats}
+        value = linear_joint(*case.arguments(), **options)  # type: ignore[arg-type]
+        assert stats.sums is not None
+        found.append((value["forward_kl"], *gradients(case, value), stats.sums))
+        monkeypatch.setattr(backend, "kept_rows", lambda labels, rows, ignore_index: None)
+    torch.testing.assert_close(*found)
+    assert found[0][-1][1] > 0
+    assert found[0][-1][-1] < rows.sum() / 2
 
 
 def test_auto_takes_the_exact_gradient_where_entries_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import torch
 from joint_case import JointCase, assert_close
 from torch import Tensor
 
+from tvkd_fast.kernels.records import Head
 from tvkd_fast.ops.joint import top_gap
 from tvkd_fast.ops.joint.top_gap import linear_top_gap
 
@@ -51,3 +52,30 @@ def test_rows_that_are_left_out_are_0_and_one_token_for_both_is_too() -> None:
 def test_vocabularies_of_two_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="vocabulary has 5 tokens and the teacher's 6"):
         linear_top_gap(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, 4), torch.zeros(6, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_16_bits_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """1,500 rows add to one row of the weight: a sum in 16 bits stops growing long before."""
+    case = JointCase.draw((1500, 8, 8, 3), dtype=dtype)
+    twin = case.double()
+    leaves = ["hidden", "weight", "bias"]
+    got, want = (
+        torch.autograd.grad(x.double().sum(), [of.leaves[name] for name in leaves])
+        for x, of in ((linear_top_gap(*case.arguments()), case), (whole(twin), twin))
+    )
+    assert_close(got, want, 0.6 * torch.finfo(dtype).eps)
+
+
+def test_a_near_tie_is_not_positive_and_has_its_gradient() -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=draw) for n in (2000, 8))
+    weight = torch.cat([weight, weight + 1e-7 * torch.randn(8, 64, generator=draw)])
+    teacher = weight + 1e-7 * torch.randn(16, 64, generator=draw)
+    hidden.requires_grad_()
+    found = linear_top_gap(hidden, weight, hidden, teacher)
+    assert (found <= 0).all()
+    (grad,) = torch.autograd.grad(found.sum(), hidden)
+    s, t = (top_gap._top(hidden.detach(), Head(x)) for x in (weight, teacher))
+    torch.testing.assert_close(grad, weight[t] - weight[s])
+    assert (grad[found == 0] != 0).any()

@@ -11,7 +11,6 @@ Letters: N tokens, D hidden of the student, D' of the teacher, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +28,18 @@ from tvkd_fast.ops.joint.pair_input import (
     check_temperature,
     check_vocabularies,
 )
-from tvkd_fast.ops.registered import Kept, differentiate
-from tvkd_fast.ops.tiles.exact import accumulation_dtype
+from tvkd_fast.ops.registered import differentiate_by_hidden
+from tvkd_fast.ops.tiles.exact import accumulation_dtype, blocks
 from tvkd_fast.ops.tiles.joint import expected_rows as means
 from tvkd_fast.ops.tiles.joint.sides import Side
 
 NAME = "linear_cached_forward_kl"
 _IMPOSSIBLE = -1e-2
 """A KL below this, over 1 + |LSE(z)|, is no rounding, not of cached rows in bfloat16 either: it is another head's."""
+
+
+_DOUBLES = 2**18
+"""States that are float64 at a time: 2 MiB of each of two, and of their product."""
 
 
 class ExpectedRows(NamedTuple):
@@ -54,7 +57,7 @@ class ExpectedRows(NamedTuple):
     entropy: Tensor
     """(N,) H(q), nats."""
     bias: Tensor | None = None
-    """(N,) Σ_j q_j·b_j of the student's bias, where it has one."""
+    """(N,) Σ_j q_j·b_j of the student's bias, where it has one; a token of q_j = 0 adds nothing, whatever b_j is."""
 
 
 @torch.no_grad()
@@ -86,7 +89,8 @@ def linear_expected_rows(
         product of the teacher's and one of the student's; memory as in `linear_divergence`.
 
     Raises:
-        ValueError: as `linear_divergence`; a softcap of the student's.
+        ValueError: as `linear_divergence`; a softcap of the student's; on a CPU a bias of −inf at a token to which the
+            teacher gives a probability.
 
     Examples:
         >>> import torch
@@ -112,6 +116,7 @@ def linear_expected_rows(
         found = means.teacher_means(Side(teacher_hidden, teacher, temperature, index), head, every)
     with naming("teacher"):
         check_finite(found.entropy, teacher_hidden, teacher.weight, teacher.bias)
+    _check_means(found, head)
     return ExpectedRows(found.rows, found.entropy, None if head.bias is None else found.bias)
 
 
@@ -144,8 +149,9 @@ def linear_cached_forward_kl(
 
     Returns:
         (N,) float32 (float64 for float64 inputs), nats, never negative. Differentiable once by hidden. Two products,
-        forward and backward: dKL/dh is made in the forward, [N, D] of the result's dtype, and kept. Memory beyond
-        inputs, result, gradient and that is 128 MB by count.
+        forward and backward: dKL/dh is made in the forward, [N, D] of the result's dtype, and kept. Where hidden
+        requires no gradient, or none is recorded, one product, and nothing is kept. Memory beyond inputs, result,
+        gradient and that is 128 MB by count; of 16 bits the backward rounds one more [N, D].
 
     Raises:
         ValueError, RuntimeError: as `linear_divergence`; a softcap, with which logits are not linear in the head's
@@ -185,8 +191,22 @@ def linear_cached_forward_kl(
         None if expected_bias is None else expected_bias.detach(),
         rows,
         head.logit_scale / temperature,
+        torch.is_grad_enabled() and hidden.requires_grad,
     )[0]
     return value
+
+
+def _check_means(found: means.TeacherMeans, head: Head) -> None:
+    """Means of the student's rows and bias that are finite."""
+    ends = torch.stack(found.rows.aminmax(dim=1))
+    with naming("student"):
+        for x in (ends, found.bias):
+            check_finite(x, head.weight[:0], head.weight, head.bias)
+    if looks(found.bias) and len(bad := found.bias.isinf().nonzero()[:, 0]):
+        raise ValueError(
+            f"the student's bias is infinite at a token that the teacher gives a probability in row {int(bad[0])}, and "
+            "so is the forward KL: give the teacher the same teacher_bias, or leave the token in"
+        )
 
 
 def _check_softcap(head: Head) -> None:
@@ -206,52 +226,55 @@ def _cached_kl(
     expected_bias: Tensor | None,
     rows: Tensor | None,
     scale: float,
+    want_derivative: bool,
 ) -> tuple[Tensor, Tensor]:
-    """KL(q‖p) (N,) and dKL/dh [N, D], 0 in rows that are left out."""
+    """KL(q‖p) (N,) and dKL/dh [N, D], 0 in rows that are left out; no derivative, (0,), where none is wanted."""
     acc = accumulation_dtype(hidden.dtype)
     kept = kept_rows(None, rows, 0)
     place = torch.arange(len(hidden), device=hidden.device) if kept is None else kept
+    found, lse = hidden.new_zeros((2, len(hidden)), dtype=torch.float64)
+    slopes = hidden.new_zeros(_derivative_shape(hidden, want_derivative), dtype=acc)
     with without_autocast(hidden):
-        own = means.own_means(hidden, Head(weight, bias, None, scale), place)
-        mean = expected_rows[place].to(acc)
-        # Two large numbers whose difference is small.
-        product = torch.linalg.vecdot(hidden[place].double(), mean.double())
+        head = Head(weight, bias, None, scale)
+        for here, own in means.own_means(hidden, head, place, with_rows=want_derivative):
+            # In float64: large numbers whose difference is small.
+            found[here] = lse[here] = own.maximum + own.log_total
+            for part in blocks(len(here), max(1, _DOUBLES // hidden.shape[1])):
+                some = here[part]
+                found[some] -= scale * torch.linalg.vecdot(hidden[some].double(), expected_rows[some].double())
+                if own.rows is not None:
+                    slopes[some] = own.rows[part].sub_(expected_rows[some]).mul_(scale)
+        found[place] -= teacher_entropy[place].double()
         if expected_bias is not None:
-            product += expected_bias[place].double()
-        found = own.log_total + (own.maximum - scale * product) - teacher_entropy[place].double()
-        value, slopes = hidden.new_zeros(len(hidden), dtype=acc), hidden.new_zeros(hidden.shape, dtype=acc)
-        value[place], slopes[place] = found.to(acc), own.rows.sub_(mean).mul_(scale)
+            found[place] -= scale * expected_bias[place].double()
     if kept is None and rows is not None:
-        value, slopes = value.masked_fill(~rows, 0.0), slopes.masked_fill(~rows[:, None], 0.0)
+        found.masked_fill_(~rows, 0.0)
+        if want_derivative:
+            slopes.masked_fill_(~rows[:, None], 0.0)
+    value = found.to(acc)
     check_finite(value, hidden, weight, bias)
     if looks(value):
-        bad = (found < _IMPOSSIBLE * (1.0 + (own.maximum + own.log_total).abs())).nonzero()[:, 0]
+        bad = (found < _IMPOSSIBLE * (1.0 + lse.abs())).nonzero()[:, 0]
         if len(bad):
             raise ValueError(
-                f"the divergence is {float(found[bad[0]]):.3g} in row {int(place[bad[0]])}: expected_rows and "
+                f"the divergence is {float(found[bad[0]]):.3g} in row {int(bad[0])}: expected_rows and "
                 "teacher_entropy are not of this head, these tokens or this temperature; make them again"
             )
     return value.clamp_min_(0.0), slopes
+
+
+def _derivative_shape(hidden: Tensor, wanted: bool) -> tuple[int, ...]:
+    return tuple(hidden.shape) if wanted else (0,)
 
 
 cached_kl_op = torch.library.custom_op("tvkd_fast::cached_forward_kl", _cached_kl, mutates_args=())
 
 
 @cached_kl_op.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(hidden.dtype)
-    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape, dtype=dtype)
+    shape = _derivative_shape(hidden, args[-1])
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(shape, dtype=dtype)
 
 
-def _kept(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
-    return (output[1],), (inputs[0].dtype,)
-
-
-def _derivative(
-    upstream: Tensor, kept: Sequence[Any], settings: Sequence[Any], wants: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    (slopes,), (dtype,) = kept, settings
-    return ((slopes * upstream[:, None]).to(dtype),)
-
-
-differentiate(cached_kl_op, _kept, _derivative, name=NAME, count=1)
+differentiate_by_hidden(cached_kl_op, lambda inputs: inputs[6], name=NAME)

@@ -75,6 +75,8 @@ def linear_divergence(
         teacher_lse: (N,) LSE(u/τ) where it is known (`linear_lse`), a constant; it saves the teacher's sums, and not
             its product.
         rows: (N,) bool, the rows to compute; the others' divergences are 0 and cost nothing on a CPU. All where None.
+            In Triton, and on a GPU, they are walked through, and their states must be finite: 0·NaN would reach the
+            weight's gradient.
         grad_mode: "exact", or "sparse": the same value, and a gradient by the student alone that is made of the entries
             with p ≥ ε or q ≥ ε (and the label's, where there is one), which the forward finds. What remains is spread
             evenly, so that the gradient sums to what the exact one sums to. Two products and what is gathered, whatever
@@ -91,7 +93,9 @@ def linear_divergence(
         a student and a teacher of one width, forward and backward, the logits being computed twice (in Triton three
         times, eight products, but for the two KLs); `fused_linear_distillation_loss` takes four. Absolute error in
         float32 under 2e-6 at a KL up to 1. Memory beyond inputs, result and gradients is 128 MB by count, whatever N
-        is, float32 sums of 16-bit gradients apart; in Triton a 64th of the device's memory, 1 GiB at most.
+        is, float32 sums of 16-bit gradients apart; in Triton a 64th of the device's memory, 1 GiB at most. In torch
+        tiles one divergence whose gradient is hidden's alone (a frozen head) takes three products: the forward makes
+        the gradient, and [N, D] of the result's dtype is kept for the backward, which rounds one more of 16 bits.
 
     Raises:
         ValueError: as `linear_logps`, of either model, which is named; rows that are not the same tokens'; vocabularies

@@ -6,6 +6,7 @@ Letters: N tokens, K of them kept, D hidden of each model, V vocabulary, O outpu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tvkd_fast.ops.registered import Gradients, Kept, as_tensors, differentiate,
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 from tvkd_fast.ops.tiles.joint import sparse_walk
 from tvkd_fast.ops.tiles.joint.selected_pairs import SelectedPairs
+from tvkd_fast.ops.tiles.joint.walk import Task
 
 NAME = "linear_joint"
 TENSORS = 10
@@ -93,6 +95,15 @@ def _rule(
     return SelectionRule(eps, row_cap, max_tail=max_tail, max_entries=limit)
 
 
+def _without_left_out(task: Task) -> Task:
+    """The task of the rows that count alone, on a GPU too: a selection waits for the count of its entries anyhow, and
+    what it decides by averages must not average over others."""
+    if task.kept is not None or task.left_in is None:
+        return task
+    kept = task.left_in.nonzero()[:, 0]
+    return task if len(kept) == len(task.left_in) else replace(task, kept=kept)
+
+
 def _sparse_joint(
     hidden: Tensor,
     weight: Tensor,
@@ -134,6 +145,7 @@ def _sparse_joint(
         temperature,
         ignore_index,
     )
+    task = _without_left_out(task)
     rule = _rule(hidden, weight, teacher_hidden, eps, row_cap, max_tail, measure)
     with without_autocast(hidden):
         sums, moments, selected = sparse_walk.select_pairs(task, rule)
@@ -199,6 +211,7 @@ def _sparse_joint_gradients(
         temperature,
         ignore_index,
     )
+    task = _without_left_out(task)
     if task.left_in is not None:
         upstream = upstream.masked_fill(~task.left_in, 0.0)
     known = backend.unpacked(numbers, task.outputs)

@@ -5,7 +5,7 @@ Letters: N tokens, D hidden of each model, V vocabulary, M moments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from tvkd_fast.ops.joint import backend
 from tvkd_fast.ops.joint.joint_op import NAME, SIX, fake_values, task_of, values_of
 from tvkd_fast.ops.joint.pair_input import JointInput
-from tvkd_fast.ops.registered import Kept, differentiate
+from tvkd_fast.ops.registered import differentiate_by_hidden
 from tvkd_fast.ops.tiles.exact import accumulation_dtype
 
 
@@ -55,8 +55,7 @@ def _streamed_joint(
 ) -> tuple[Tensor, Tensor]:
     """The output [1, N], its derivative by hidden [N, D] in the accumulator's dtype; 0 in rows that are left out."""
     task = task_of(
-        # States in the accumulator's dtype, so that the derivative is rounded once, times the upstream gradient.
-        *(hidden.to(accumulation_dtype(hidden.dtype)), weight, bias, teacher_hidden, teacher_weight, teacher_bias),
+        *(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias),
         *(labels, teacher_index, teacher_lse, rows),
         names,
         beta,
@@ -68,7 +67,9 @@ def _streamed_joint(
         temperature,
         ignore_index,
     )
-    ones = task.student.hidden.new_ones((1, hidden.shape[0]))
+    # The derivative is rounded once, times the upstream gradient.
+    task = replace(task, unrounded=True)
+    ones = hidden.new_ones((1, hidden.shape[0]), dtype=task.student.acc)
     if task.left_in is not None:
         ones = ones.masked_fill(~task.left_in, 0.0)
     numbers, grads, _ = backend.joint_known(task, "torch", ones, (True, False, False), (False, False, False))
@@ -85,15 +86,8 @@ def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return values, hidden.new_empty(hidden.shape, dtype=accumulation_dtype(hidden.dtype))
 
 
-def _kept(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Kept:
-    return (output[1],), (inputs[0].dtype,)
+def _left_in(inputs: tuple[Any, ...]) -> Tensor | None:
+    return backend.left_in(inputs[6], inputs[9], inputs[-1])
 
 
-def _derivative(
-    upstream: Tensor, kept: Sequence[Any], settings: Sequence[Any], wants: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    (derivative,), (dtype,) = kept, settings
-    return ((derivative * upstream[0, :, None]).to(dtype),)
-
-
-differentiate(streamed_joint_op, _kept, _derivative, name=NAME, count=1)
+differentiate_by_hidden(streamed_joint_op, _left_in, name=NAME)

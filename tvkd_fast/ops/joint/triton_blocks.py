@@ -64,10 +64,12 @@ class _Walk:
         self.flags = Flags(logs, second.beta is not None, second.variation, second.alpha is not None)
         self.gradients = Gradients(self.hidden, self.head, wants)
         self._found = new_numbers(self.hidden, len(self.hidden))
-        vocab, held = self.head.vocab_size, 3 if task.is_weighted else 2
+        vocab = self.head.vocab_size
+        # A score's third block is a model's logits, beside whose log-sum-exps torch holds the exponentials.
+        held, beside = (3, 1) if task.is_weighted else (2, 0)
 
         def workspace(budget: int) -> Tensor:
-            rows = max(1, min(len(self.hidden), budget // (4 * held * vocab)))
+            rows = max(1, min(len(self.hidden), budget // (4 * (held + beside) * vocab)))
             return self.hidden.new_empty((held, rows, vocab), dtype=torch.float32)
 
         self._products = in_workspace(self.hidden, workspace)
@@ -117,7 +119,7 @@ class _Walk:
         factors = factors_of(weights, sums, values)
         if self.hidden.dtype == torch.float16:
             # The library takes the factor of its sum from the host, which waits for it, once a block.
-            largest = largest_of(weights, sums, values)
+            largest = largest_of(weights, sums, values) * abs(self.head.logit_scale)
             scale = float(torch.where(largest.isfinite(), largest, 0.0).max()) * FLOAT16_SCALE or 1.0
         dlogits = self._z.view(self.hidden.dtype)[:, : self.head.vocab_size]
         block_gradient(
@@ -131,7 +133,7 @@ class _Walk:
         )
         order = torch.arange(rows.start, rows.stop, device=self.hidden.device)
         by_entry = self.hidden.new_full((len(order),), scale, dtype=torch.float64)
-        self.gradients.add(order, self.hidden[rows], dlogits, by_entry)
+        self.gradients.add(order, self.hidden[rows], dlogits, by_entry, scale)
 
     def numbers(self) -> tuple[RowSums, dict[str, Tensor]]:
         """LSEs and moments of all rows."""

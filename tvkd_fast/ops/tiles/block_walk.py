@@ -113,10 +113,10 @@ class BlockWalk:
             grads.hidden.index_copy_(0, rows, by_own.addcmul_(filled[: len(rows), None], by_state))
 
     def mean_rows(self, part: Part) -> Tensor:
-        """Σ_j p_j·J_j·w_j, (R, D), of the rows that lie in the workspace and have no labels."""
+        """Σ_j p_j·J_j·w_j, (R, D), of the rows that lie in the workspace and have no labels; theirs until the next."""
         e = self._block(len(part.rows))
         found = self._by_state(e, self._states[1, : e.shape[1]])
-        return found[: len(part.rows)] / part.total.to(self.acc)[:, None]
+        return found[: len(part.rows)].div_(part.total.to(self.acc)[:, None])
 
     def _by_state(self, e: Tensor, out: Tensor) -> Tensor:
         """Σ_j e_tj·w_j, (R, D) of exponentials [V, R], in `out` as it suits the machine's library."""

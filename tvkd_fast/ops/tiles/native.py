@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -152,3 +152,15 @@ def _compiled() -> Passes | None:
     finally:
         # Numba's OpenMP pool sets the number of the whole process, torch's too, as it comes to be.
         torch.set_num_threads(threads)
+
+
+@lru_cache
+def compiled_module(load: Callable[[], Any], walk: str) -> Any:
+    """The module of a walk's kernels, loaded and compiled once, or None where numba cannot compile them."""
+    try:
+        kernels = load()
+        kernels.compile_all()
+    except Exception as why:  # whatever keeps numba from compiling, torch's passes compute the same
+        _log.warning("numba cannot compile the %s's passes here (%s): they are torch's", walk, why)
+        return None
+    return kernels

@@ -7,9 +7,7 @@ Letters: R rows and C vocabulary entries of a tile.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from torch import Tensor
 from tvkd_fast.ops.joint.row_numbers import Numbers, RowSums
 from tvkd_fast.ops.tiles import native
 
-_log = logging.getLogger("tvkd_fast")
 _MOMENTS = ("forward", "reverse", "entropy", "p2", "p_over_m", "q_over_m", "overlap", "score")
 _TERMS = ("p", "q", "w", "log_p", "p2", "log_p_over_m", "q_over_m", "log_q")
 """The moments and terms in the kernels' order."""
@@ -76,17 +73,12 @@ class PairPasses:
 def passes(z: Tensor) -> PairPasses | None:
     """The compiled passes for tiles like z, or None where only torch's are available."""
     found = native.passes(z)
-    kernels = None if found is None else _kernels()
+    kernels = None if found is None else native.compiled_module(_load, "joint walk")
     return None if found is None or kernels is None else PairPasses(found, kernels)
 
 
-@lru_cache
-def _kernels() -> Any:
-    try:
-        from tvkd_fast.ops.tiles.joint import numba_pairs
+def _load() -> Any:
+    # Imported when asked for: it needs numba.
+    from tvkd_fast.ops.tiles.joint import numba_pairs
 
-        numba_pairs.compile_all()
-    except Exception as why:  # whatever keeps numba from compiling, torch's passes compute the same
-        _log.warning("numba cannot compile the joint walk's passes here (%s): they are torch's", why)
-        return None
     return numba_pairs

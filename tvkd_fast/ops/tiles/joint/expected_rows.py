@@ -5,6 +5,7 @@ Letters: N tokens, K of them kept, R rows of a block, D hidden of the head whose
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,30 +21,23 @@ from tvkd_fast.ops.tiles.joint.walk import WORKSPACE_MB, Block, Room, Task, work
 
 @dataclass(frozen=True)
 class OwnMeans:
-    """Of K rows LSE(z) in two parts, (K,) float64 each, and Σ_j p_j·w_j, [K, D]."""
+    """Of R rows LSE(z) in two parts, (R,) float64 each, and Σ_j p_j·w_j, [R, D], where it is asked for."""
 
     maximum: Tensor
     log_total: Tensor
-    rows: Tensor
+    rows: Tensor | None
 
 
-def own_means(hidden: Tensor, head: Head, kept: Tensor) -> OwnMeans:
-    """Two products, a block of kept rows at a time; the head has no softcap."""
+def own_means(hidden: Tensor, head: Head, kept: Tensor, *, with_rows: bool) -> Iterator[tuple[Tensor, OwnMeans]]:
+    """Which of the kept rows, and their means, a block at a time: one product, two with rows; no softcap."""
     assert head.softcap is None
     nobodys = torch.full_like(hidden[:, 0], -1, dtype=torch.int64)
     walk = BlockWalk(hidden, head, nobodys, 0, (False, False, False))
-    numbers = hidden.new_empty((2, len(kept)), dtype=torch.float64)
-    own = hidden.new_empty((len(kept), hidden.shape[1]), dtype=walk.acc)
-    found = OwnMeans(maximum=numbers[0], log_total=numbers[1], rows=own)
-    start = 0
     for rows in kept.split(walk.most):
         if not len(rows):
             break
-        here = slice(start, start := start + len(rows))
         part = walk.sums(rows)
-        found.maximum[here], found.log_total[here] = part.shift, part.total.log()
-        found.rows[here] = walk.mean_rows(part)
-    return found
+        yield rows, OwnMeans(part.shift, part.total.log(), walk.mean_rows(part) if with_rows else None)
 
 
 @dataclass(frozen=True)
@@ -80,5 +74,12 @@ def teacher_means(teacher: Side, head: Head, kept: Tensor) -> TeacherMeans:
             q = q[:, : len(rows)]
             found.rows[here].addmm_(q.T, head.weight[columns].to(acc))
             if head.bias is not None:
-                found.bias[here].addmv_(q.T, head.bias[columns].to(acc))
+                _add_bias(found.bias[here], q.T, head.bias[columns].to(acc))
     return found
+
+
+def _add_bias(total: Tensor, q: Tensor, bias: Tensor) -> None:
+    """total (R,) += q·b of a tile q [R, C]; where b is −inf a q of 0 adds nothing, and any other −inf."""
+    gone = bias == -torch.inf
+    total.addmv_(q, bias.masked_fill(gone, 0.0))
+    total.masked_fill_(q @ gone.to(q.dtype) > 0.0, -torch.inf)

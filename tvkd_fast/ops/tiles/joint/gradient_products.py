@@ -22,10 +22,10 @@ class Gradients:
     Σ over all rows of dz [C, R] by h·w; a row of the head that no entry names has none.
     """
 
-    def __init__(self, side: Side, wants: Sequence[bool]) -> None:
+    def __init__(self, side: Side, wants: Sequence[bool], *, unrounded: bool = False) -> None:
         want_hidden, want_weight, want_bias = wants
         self.side, head, acc = side, side.head, side.acc
-        self.hidden = torch.zeros_like(side.hidden) if want_hidden else None
+        self.hidden = torch.zeros_like(side.hidden, dtype=acc if unrounded else None) if want_hidden else None
         self.bias = head.bias.new_zeros(head.bias.shape, dtype=acc) if want_bias and head.bias is not None else None
         self.weight = None
         if want_weight:
@@ -76,7 +76,7 @@ class Gradients:
             self._by_states = None
 
     def rounded(self) -> HeadGradients:
-        """The gradients in their inputs' dtypes."""
+        """The gradients in their inputs' dtypes, but for hidden's where it is `unrounded`."""
         dtype = self.side.head.weight.dtype
         if self.weight is not None and self._unwritten and self.side.index is None:
             self.weight.zero_()

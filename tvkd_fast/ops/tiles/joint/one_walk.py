@@ -13,9 +13,7 @@ Letters: R rows of a block and C vocabulary entries of a tile.
 
 from __future__ import annotations
 
-import logging
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ from tvkd_fast.ops.tiles.exact import Tiles, pick_targets
 from tvkd_fast.ops.tiles.joint.selected_pairs import Visited
 from tvkd_fast.ops.tiles.joint.walk import Task
 
-_log = logging.getLogger("tvkd_fast")
 _OUTPUTS = ("logps", "lse", "teacher_lse", "forward_kl", "reverse_kl")
 _TERMS = ("p", "q", "w")
 
@@ -152,17 +149,12 @@ def _f32(x: float) -> Any:
 def passes(z: Tensor) -> Passes | None:
     """The compiled passes for tiles like z, or None where only torch's are available."""
     found = native.passes(z)
-    kernels = None if found is None else _kernels()
+    kernels = None if found is None else native.compiled_module(_load, "sparse joint walk")
     return None if found is None or kernels is None else Passes(found, kernels)
 
 
-@lru_cache
-def _kernels() -> Any:
-    try:
-        from tvkd_fast.ops.tiles.joint import numba_selection
+def _load() -> Any:
+    # Imported when asked for: it needs numba.
+    from tvkd_fast.ops.tiles.joint import numba_selection
 
-        numba_selection.compile_all()
-    except Exception as why:  # whatever keeps numba from compiling, torch's passes compute the same
-        _log.warning("numba cannot compile the sparse joint walk's passes here (%s): they are torch's", why)
-        return None
     return numba_selection

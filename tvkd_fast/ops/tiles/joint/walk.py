@@ -27,6 +27,8 @@ from tvkd_fast.ops.tiles.joint.sides import Side
 
 WORKSPACE_MB = 96
 """MiB of a block's logits; 128 with the states, a tile's temporaries and the library's own buffers."""
+STATES = 8
+"""The workspace holds so many times a block's states, too: they are few but where a vocabulary is small."""
 TILE_FLOATS = 2**19
 """Entries of a tile: those of both models stay in the cache between their product and their pass."""
 BACKWARD_ROWS = 1024
@@ -48,6 +50,8 @@ class Task:
     teacher_lse: Tensor | None = None
     kept: Tensor | None = None
     left_in: Tensor | None = None
+    unrounded: bool = False
+    """Whether the student's gradient by hidden under a known upstream stays in the accumulator's dtype."""
 
     @property
     def teacher(self) -> Side | None:
@@ -199,8 +203,9 @@ class Room:
 def workspace_rows(task: Task, megabytes: int) -> int:
     """The rows whose logits of all models fit; one where not one does."""
     models = 1 if task.teacher is None else 2
-    itemsize = torch.empty(0, dtype=task.student.acc).element_size()
-    return max(1, megabytes * 2**20 // (models * task.student.entries * itemsize))
+    itemsize = task.student.acc.itemsize
+    wide = sum(side.hidden.shape[1] for side in (task.student, *(side for _, side in task.teachers)))
+    return max(1, megabytes * 2**20 // (max(models * task.student.entries, STATES * wide) * itemsize))
 
 
 def joint_sums(task: Task) -> tuple[RowSums, dict[str, Tensor]]:
@@ -304,7 +309,7 @@ def joint_known(
     task: Task, upstream: Tensor, wants: Sequence[bool], teacher_wants: Sequence[bool], workspace_mb: int = 0
 ) -> tuple[RowSums, dict[str, Tensor], HeadGradients, HeadGradients]:
     """`joint_sums`, and in the same visit of every block the gradients under a known upstream, [O, K]."""
-    made = Gradients(task.student, wants)
+    made = Gradients(task.student, wants, unrounded=task.unrounded)
     by_teacher = None if task.teacher is None or not any(teacher_wants) else Gradients(task.teacher, teacher_wants)
     most = workspace_rows(task, workspace_mb or WORKSPACE_MB)
     room = Room(task, most, whole=True, spare=by_teacher is not None)
