@@ -74,8 +74,8 @@ def linear_divergence(
             vocabularies are not the same; q is then the teacher's softmax over these rows alone.
         teacher_lse: (N,) LSE(u/τ) where it is known (`linear_lse`), a constant; it saves the teacher's sums, and not
             its product.
-        rows: (N,) bool, the rows to compute; the others' divergences are 0 and cost nothing on a CPU. All where None. In
-            Triton, and on a GPU, they are walked through, and their states must be finite: 0·NaN would reach the
+        rows: (N,) bool, the rows to compute; the others' divergences are 0 and cost nothing on a CPU. All where None.
+            In Triton, and on a GPU, they are walked through, and their states must be finite: 0·NaN would reach the
             weight's gradient.
         grad_mode: "exact", or "sparse": the same value, and a gradient by the student alone that is made of the entries
             with p ≥ ε or q ≥ ε (and the label's, where there is one), which the forward finds. What remains is spread
