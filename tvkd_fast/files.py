@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import takewhile
 from os.path import expanduser
 from pathlib import Path
@@ -88,14 +89,14 @@ def unfinished(target: Path) -> Path:
 
 def put_in_place(target: Path, what: str) -> None:
     """Let what is whole now take `target`'s place; the old one is put back where it cannot. ValueError then."""
-    old = _put_back(target)
+    old = put_back(target)
     try:
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         unfinished(target).rename(target)
     except OSError as error:
-        _put_back(target)
+        put_back(target)
         raise _refused(target, what, error) from error
     shutil.rmtree(old, ignore_errors=True)
 
@@ -108,8 +109,7 @@ def whole_folder(target: Path, what: str) -> Iterator[Path]:
     to do about it, where the disk refuses; nothing half-written is left.
     """
     partial = unfinished(target)
-    # A kill may have come between two renames.
-    _put_back(target)
+    put_back(target)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -120,12 +120,33 @@ def whole_folder(target: Path, what: str) -> Iterator[Path]:
     put_in_place(target, what)
 
 
-def _put_back(target: Path) -> Path:
-    """Return the place that the old folder is moved to, after moving it back where `target` is missing."""
+def put_back(target: Path) -> Path:
+    """Return the place that the old folder is moved to, after moving it back where `target` is missing: a kill may have
+    come between the two renames of `put_in_place`. Several processes may call this at once."""
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
-        old.rename(target)
+        with suppress(FileNotFoundError):
+            old.rename(target)
     return old
+
+
+@contextmanager
+def written_here_alone(target: Path) -> Iterator[None]:
+    """Refuse, by ValueError, a second process that would write the folder, or what is to take its place, meanwhile.
+
+    A lock ends with its process, whatever ends that; a file system that has none is taken as it is.
+    """
+    with ExitStack() as held:
+        for folder in filter(Path.is_dir, (unfinished(target), target)):
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{target} is being written by another process: wait for it to end") from None
+            except OSError:
+                continue
+        yield
 
 
 def refuse_place(path: Path, what: str, error: OSError) -> ValueError:
@@ -160,6 +181,10 @@ def signed_json(body: dict[str, Any]) -> str:
     return json.dumps(body | {"checksum": checksum}, indent=1) + "\n"
 
 
+class MissingError(ValueError):
+    """There is no such file, as opposed to one that cannot be read."""
+
+
 class Signed(Protocol):
     """What is written as `signed_json`."""
 
@@ -174,7 +199,8 @@ def read_signed(
 ) -> M:
     """What `make` makes of the body of a file that `signed_json` wrote.
 
-    Raises ValueError where it is `missing`, of none of these formats, or damaged: `command` is what to run again.
+    Raises MissingError where it is `missing`, and ValueError where it is of none of these formats, damaged, or cannot
+    be read: `command` is what to run again.
     """
     try:
         text = path.read_bytes().decode()
@@ -189,7 +215,7 @@ def read_signed(
         if made.text() != text:
             raise TypeError("it is not what was written")
     except FileNotFoundError:
-        raise ValueError(missing) from None
+        raise MissingError(missing) from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); run {command} again") from error
     return made

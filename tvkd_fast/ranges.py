@@ -61,6 +61,12 @@ def range_of(field: dataclasses.Field[Any]) -> Range | None:
     return found
 
 
+def changed(config: Any) -> list[str]:
+    """The fields of a config that are not what they are by default, of those whose default is a plain value."""
+    plain = [field for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING]
+    return [field.name for field in plain if getattr(config, field.name) != field.default]
+
+
 def check_numbers(config: Any, group: str = "") -> None:
     """Raise a ValueError for the first number of a config that is not in its range, by its option's name.
 

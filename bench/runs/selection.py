@@ -33,7 +33,7 @@ SETTLING = 1
 
 def run_arm(config: TrainConfig, by: Any, ratio: float, output: Path) -> dict[str, Any]:
     """One arm: seconds per update, and the figures at its end."""
-    data = replace(config.data, select=by, select_ratio=ratio)
+    data = config.data if by == "no" else replace(config.data, select=by, select_ratio=ratio)
     config = replace(config, data=data, output_dir=str(output))
     figures = train(config, show_progress=False)
     lines = [line for line in read_metrics(output / METRICS) if "loss" in line]

@@ -185,6 +185,29 @@ def rejected_table(report: dict[str, Any]) -> str:
     return markdown(["kernel", "architecture", "tile", "breaks"], rows)
 
 
+GOALS = {
+    "loss known": ("exact, coefficients known", 3.2),
+    "exact": ("exact, unknown upstream, within 1 GiB", 3.6),
+    "exact, exponentials kept": ("exact, unknown upstream, exponentials kept (`workspace_mb`)", 3.6),
+    "frozen head": ("frozen head", 2.3),
+    "values": ("values", 1.15),
+    "sparse 2^-14": ("sparse, 2⁻¹⁴, 300 entries per token", 1.5),
+}
+"""What a row of the model is called in the table of goals, and the most that it is to take."""
+GOALS_AT = ("H200 SXM", [8192, 4096, 128256])
+
+
+def goals_table(report: dict[str, Any]) -> str:
+    """The model's products at the goals' chip and shape, beside the goals."""
+    found = {x["algorithm"]: x for x in report["estimates"] if (x["chip"], x["shape"]) == GOALS_AT}
+    rows = []
+    for algorithm, (name, goal) in GOALS.items():
+        x = found[f"tvkd_fast, {algorithm}"]
+        rows.append([name, f"{goal:g}", f"{x['over_product']:.2f}", f"{x['held_mib']:,.0f} MiB"])
+    head = ["8192×4096×128,256, H200", "goal", "by the model", "held beyond inputs and gradients"]
+    return markdown(head, rows) + "\n" + provenance(report["made_by"], "a model, not a measurement")
+
+
 def model_table(report: dict[str, Any]) -> str:
     head = ["shape", "chip", "algorithm", "products", "forward", "backward", "whole over a product", "memory held"]
     rows = [

@@ -49,6 +49,7 @@ TABLES = {
     "census": kernels.census_table,
     "epilogues": kernels.epilogues_table,
     "model": kernels.model_table,
+    "goals": kernels.goals_table,
     "rejected": kernels.rejected_table,
     "demo": runs.demo_table,
     "shaping": runs.shaping_table,

@@ -83,20 +83,10 @@ def test_other_settings_of_values_do_not_matter_to_log_probabilities(scored, com
     assert (cache.manifest.kappa, cache.manifest.value_dtype) == (0.7, "float16")
 
 
-def test_a_killed_addition_leaves_the_old_scores_and_is_gone_on_with(scored, computed, monkeypatch, files):
+def test_a_killed_addition_leaves_the_old_scores_and_is_gone_on_with(scored, computed, killed_at, files):
     before = contents(scored())
     computed.clear()
-    write = scorer_module.ScoreWriter.write
-
-    def killed(self, *shard):
-        if self.pairs >= 14:
-            raise KeyboardInterrupt
-        write(self, *shard)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(scorer_module.ScoreWriter, "write", killed)
-        with pytest.raises(KeyboardInterrupt):
-            scored(keep=["logps"])
+    killed_at(14, lambda: scored(keep=["logps"]))
     assert read_manifest(files / "scores").numbers == ("ref_logps", "lse", "lse_kappa")
     computed.clear()
     found = contents(scored(keep=["logps"]))
@@ -104,6 +94,79 @@ def test_a_killed_addition_leaves_the_old_scores_and_is_gone_on_with(scored, com
     assert all(torch.equal(found[name], x) for name, x in before.items())
     assert found["teacher_logps"].isfinite().all()
     assert found["teacher_logps"].all()
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_second_pass_over_one_folder_is_refused_while_the_first_runs(written, scored, monkeypatch, files):
+    """Before its scores are in place, and behind that, as rewards are added."""
+    order = ["finish", "second"] if written else ["second", "finish"]
+    finish, refused = scorer_module.ScoreWriter.finish, []
+
+    def second():
+        with monkeypatch.context() as patch:
+            patch.setattr(scorer_module.ScoreWriter, "finish", finish)
+            with pytest.raises(ValueError, match=r"scores is being written by another process: wait for it to end"):
+                scored(keep=["logps"])
+        refused.append(True)
+
+    def meanwhile(self):
+        for step in order:
+            finish(self) if step == "finish" else second()
+
+    monkeypatch.setattr(scorer_module.ScoreWriter, "finish", meanwhile)
+    scored()
+    assert refused == [True]
+    monkeypatch.undo()
+    assert read_manifest(files / "scores").finished
+
+
+def test_a_kill_as_added_numbers_take_their_place_loses_none(scored, computed, monkeypatch, files):
+    """Between two renames no folder has the name, and the old numbers lie aside."""
+    before = contents(scored(keep=["values", "states"]))
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name == ".scores.partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            scored(keep=["logps"])
+    assert sorted(path.name for path in files.glob("*scores*")) == [".scores.old", ".scores.partial"]
+    computed.clear()
+    cache = scored(keep=["logps"])
+    assert computed == []
+    assert cache.numbers == ("ref_logps", "lse", "lse_kappa", "teacher_logps", "states")
+    found = contents(cache)
+    assert all(torch.equal(found[name], x) for name, x in before.items() if name != "teacher_head")
+    assert [path.name for path in files.glob("*scores*")] == ["scores"]
+
+
+@pytest.mark.parametrize("sizes", [(4, 9), (9, 4)])
+@pytest.mark.parametrize("keep", [["values"], ["values", "states", "sampled:5"]])
+def test_a_killed_pass_is_gone_on_with_in_shards_of_another_size(keep, sizes, scored, killed_at, files):
+    whole = contents(scored(keep=keep, output_dir=str(files / "whole")))
+    killed_at(18 if sizes[0] == 9 else 4, lambda: scored(keep=keep, pairs_per_shard=sizes[0]))
+    cache = scored(keep=keep, pairs_per_shard=sizes[1])
+    assert [shard.pairs for shard in cache.manifest.shards] == ([4, 9, 9, 2] if sizes[0] == 4 else [9, 9, 4, 2])
+    found = contents(cache)
+    assert found.keys() == whole.keys()
+    for name, x in whole.items():
+        if name != "teacher_head":
+            torch.testing.assert_close(found[name], x)
+
+
+def test_a_killed_addition_does_not_go_on_beside_rows_in_shards_of_another_size(scored, killed_at, files):
+    killed_at(8, lambda: scored(keep=["states", "topk:8"], pairs_per_shard=4))
+    (files / ".scores.partial").rename(files / "aside")
+    scored(keep=["states"])
+    (files / "aside").rename(files / ".scores.partial")
+    with pytest.raises(
+        ValueError, match=r"\.scores\.partial has shards of other sizes than .*delete it and score again"
+    ):
+        scored(keep=["states", "topk:8"])
 
 
 @pytest.mark.parametrize("old", [3, 4])

@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tvkd_fast.commands.eval import EvalConfig, evaluate_policy
 from tvkd_fast.commands.plan import plan
+from tvkd_fast.commands.prepare import prepare
+from tvkd_fast.distributed import World
+from tvkd_fast.evaluation.evaluate import evaluate
 from tvkd_fast.objectives import SCORED, TEACHER, Need, objectives
+from tvkd_fast.scoring.layout import Scores
 from tvkd_fast.training.metrics import METRICS, read_metrics
+from tvkd_fast.training.train_config import micro_batching
 
 OF_REFERENCE = {Need.REFERENCE, Need.REFERENCE_STATES}
-BY_A_PROJECTION = {"projected"}
+BY_WHAT_IS_NOT_SAVED = {"projected": "a projection that is", "okd": "a teacher whose adapters are"}
 """Objectives whose held-out loss is known during a run alone."""
 every = pytest.mark.parametrize("name", objectives())
 
@@ -55,6 +61,22 @@ def test_it_trains_and_is_evaluated(name: str, make_config: Any, run: Any, base:
     assert ("reference" in state["identity"]) == bool(needs & SCORED)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "opd", "dckd", "sparse_kl", "projected", "simpo", "tdpo1"])
+def test_a_reference_answers_where_one_is_needed(name: str, make_config: Any, base: Any) -> None:
+    needs = objectives()[name]().needs
+    config = make_config(objective=name, **base(name))
+    config = replace(config, **settings_of(name, config))
+    made = prepare(config, World(torch.device("cpu")), verbose=False)
+    assert made.held_out is not None
+    batches = list(micro_batching(config).batches(made.held_out, range(len(made.held_out))))
+    asked: list[Any] = []
+    made.policy.model.base_model.register_forward_hook(lambda *_: asked.append(None))
+    evaluate(made.policy, made.held_out, scorer=made.held_out_scorer, objective=config.loss)
+    assert len(asked) == len(batches)
+    scores = Scores() if made.held_out_scorer is None else made.held_out_scorer.of(batches[0])
+    assert (scores.ref_logps is not None) == bool(needs & OF_REFERENCE)
+
+
 @every
 def test_it_is_planned(name: str, make_config: Any, base: Any) -> None:
     needs = objectives()[name]().needs
@@ -75,8 +97,11 @@ def test_a_policy_is_evaluated_by_it(name: str, make_config: Any, base: Any) -> 
     asked = EvalConfig(
         policy=config.policy, reference=reference, teacher=teacher, data=config.data, objective=name, **base(name)
     )
-    if name in BY_A_PROJECTION:
-        with pytest.raises(ValueError, match=rf"{name} measures by a projection that is trained with the policy"):
+    if name in BY_WHAT_IS_NOT_SAVED:
+        by = BY_WHAT_IS_NOT_SAVED[name]
+        with pytest.raises(
+            ValueError, match=rf"{name} measures by {by} trained with the policy .* another --objective"
+        ):
             evaluate_policy(asked)
         return
     assert (evaluate_policy(asked).loss is not None) == (Need.SAMPLER_LOGPS not in needs)

@@ -10,6 +10,7 @@ import pytest
 
 from tvkd_fast.commands.eval import EvalConfig, evaluate_policy
 from tvkd_fast.commands.score import ScoreConfig, score
+from tvkd_fast.objectives.sft import SFT
 from tvkd_fast.training.metrics import METRICS, read_metrics
 
 
@@ -57,7 +58,24 @@ def test_pairs_may_be_held_out(labelled: Any, make_config: Any, run: Any) -> Non
     config.data.eval = make_config().data.eval
     figures = run(config)
     assert figures.loss is None
-    assert figures.pairs > 0
+    alone = evaluate_policy(
+        EvalConfig(
+            policy=str(Path(config.output_dir) / "final"), reference=config.policy, data=config.data, objective="dpo"
+        )
+    )
+    assert figures.reward_accuracy == alone.reward_accuracy
+    assert figures.reward_margin == pytest.approx(alone.reward_margin, rel=1e-4)
+
+
+def test_undesirable_responses_are_not_learned_from_as_chosen_ones(labelled: Any, run: Any) -> None:
+    config = labelled()
+    config = replace(config, objective="sft", loss=SFT(), eval_every=0, data=replace(config.data, eval=None))
+    with pytest.raises(ValueError, match=r"row 1: a response to learn from is undesirable .*take --objective kto"):
+        run(config)
+    rows = len(Path(config.data.train).read_text().splitlines())
+    dropped = replace(config, max_steps=None, pairs_per_step=1, data=replace(config.data, bad_pairs="drop"))
+    run(dropped)
+    assert len(losses(dropped)) == rows // 2
 
 
 def test_what_is_no_labelled_set_is_refused(labelled: Any, make_config: Any, run: Any) -> None:

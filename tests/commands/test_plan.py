@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,8 @@ from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import model_shape
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.planning.footprint import Footprint, PairTokens
+from tvkd_fast.planning.sampler_memory import cache_bytes
+from tvkd_fast.rollout import RolloutConfig
 
 TOKENS = PairTokens(20, 40, 40, 60)
 
@@ -50,6 +53,44 @@ def test_frozen_heads_are_counted_where_distributions_are_compared(make_config, 
     # The two heads stand side by side for a walk.
     assert alone["head's workspace"] == walk + 2 * 4 * shape.head
     assert walk == 128 * 2**20
+
+
+def test_a_sampler_holds_a_whole_policy_and_its_cache(make_config, model_folder):
+    folder = model_folder()
+    policy, shape = load_policy(folder, ModelConfig()), model_shape(folder)
+    config = make_config(objective="opd", rollout=RolloutConfig(max_new_tokens=30))
+    alone, both = (Footprint(config, shape, shape, TOKENS, processes).memory()[1] for processes in (1, 2))
+    assert "policy, whole, to sample" not in alone
+    assert both["policy, whole, to sample"] == alone["policy weights"] == 2 * both["policy weights"]
+    answer = policy.model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    of_a_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in answer.layers)
+    assert 4 * shape.cached == of_a_token
+    # A step's rows of 20 + 30 tokens, of several steps; and no more than go at once, but for one row.
+    for rollout, tokens in (
+        ({}, config.pairs_per_step * 50),
+        ({"every": 3}, 3 * config.pairs_per_step * 50),
+        ({"every": 3, "tokens_at_once": 120}, 120),
+        ({"tokens_at_once": 7}, 50),
+    ):
+        asked = replace(config, rollout=RolloutConfig(max_new_tokens=30, **rollout))
+        assert cache_bytes(asked, shape, 20, config.pairs_per_step, 4) == tokens * of_a_token
+    long = replace(config, rollout=RolloutConfig(max_new_tokens=10**6, tokens_at_once=10**7))
+    moment, held_then = Footprint(long, shape, shape, TOKENS, 1).memory()
+    assert moment == "as responses are sampled"
+    assert held_then["keys and values"] == (20 + 10**6) * config.pairs_per_step * of_a_token
+
+
+def test_samples_of_some_steps_are_counted_in_the_mean(make_config):
+    def step(share):
+        config = make_config(objective="jsd", data_eval=None, rollout=RolloutConfig(share=share, n=5))
+        (line,) = [line for line in plan(config).splitlines() if line.startswith("a step ")]
+        tokens, operations = (float(part.split()[-1].replace(",", "")) for part in re.split(" tokens| float", line)[:2])
+        return tokens, operations
+
+    # At share 1 the lengths are those of samples.
+    (none, of_none), (half, of_half) = step(0.0), step(0.5)
+    assert half == pytest.approx(3 * none, rel=1e-3)
+    assert of_half == pytest.approx(3 * of_none, rel=1e-2)
 
 
 def test_what_is_kept_is_shared_among_processes(make_config, model_folder):

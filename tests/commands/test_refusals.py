@@ -31,6 +31,8 @@ SETTINGS = {
         {"lora": LoraConfig(rank=2, quantize="nf4"), "student_layers": 2},
         "a backbone in four bits cannot be pruned",
     ),
+    "ratio": ({"data_select_ratio": 0.5}, r"select_ratio would be ignored: set --data\.select to .*, or leave --data"),
+    "temperature": ({"data_select_temperature": 0.5}, "select_temperature would be ignored: set"),
     "step": ({"pairs_per_step": 100}, "a step takes 100 pairs and the data has 24"),
     "layers": ({"student_layers": 9}, "9"),
     "targets": ({"lora": LoraConfig(rank=2, targets=["no_such"])}, r"no_such.* Set --lora\.targets"),

@@ -1,6 +1,8 @@
 """Rewards of responses by sequence-classification models: scored once, kept beside other scores, and trained on."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from tvkd_fast.commands.plan import plan
 from tvkd_fast.commands.score import ScoreConfig, score
@@ -129,6 +136,98 @@ def test_models_are_added_and_nothing_is_scored_twice(
     assert manifest is not None
     assert manifest.names == ["one", "two"]
     assert f"rewards           one of {manifest.pairs} pairs, two of {manifest.pairs} pairs" in describe(folder)
+
+
+def test_a_model_under_another_name_is_asked_for_by_it(
+    reward_model: Any, scored: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = reward_model("rm-v1"), reward_model("rm-v2", seed=1)
+    folder = scored(first, other)
+    dataset = load_dataset("train", make_config().data, load_tokenizer(make_config().policy))
+    before = load_rewards(folder, dataset, ["rm-v1", "rm-v2"])
+    monkeypatch.setattr(RewardModel, "rewards", None)
+    Path(other).rename(Path(other).with_name("aside"))
+    Path(first).rename(other)
+    Path(other).with_name("aside").rename(first)
+    scored(first, other)
+    assert torch.equal(load_rewards(folder, dataset, ["rm-v2", "rm-v1"]), before)
+    best = Path(other).rename(Path(other).with_name("rm-best"))
+    scored(str(best))
+    manifest = read_reward_manifest(folder)
+    assert manifest is not None
+    assert manifest.names == ["rm-best", "rm-v1"]
+    assert torch.equal(load_rewards(folder, dataset, ["rm-best", "rm-v1"]), before)
+
+
+def test_models_are_in_memory_one_at_a_time(
+    reward_model: Any, scored: Any, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, loaded = RewardModel.rewards, weakref.WeakSet()  # type: ignore[var-annotated]
+    init, alive = PreTrainedModel.__init__, []
+
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        loaded.add(self)
+
+    def noted(self: RewardModel, pairs: Any) -> Any:
+        gc.collect()
+        # Of a model and its trunk, the one that is whole.
+        alive.append(sum("For" in type(x).__name__ for x in loaded))
+        return of(self, pairs)
+
+    one, two, teacher = reward_model("one"), reward_model("two", seed=1), model_folder(seed=1)
+    monkeypatch.setattr(PreTrainedModel, "__init__", made)
+    monkeypatch.setattr(RewardModel, "rewards", noted)
+    scored(one, two, teacher=teacher)
+    assert set(alive) == {1}
+
+
+def test_one_model_under_two_names_is_refused(reward_model: Any, scored: Any) -> None:
+    with pytest.raises(ValueError, match="one and two are one model: give --reward_model one of them"):
+        scored(reward_model("one"), reward_model("two"))
+
+
+def test_rewards_that_cannot_be_read_are_not_thrown_away(reward_model: Any, scored: Any) -> None:
+    model = reward_model("rm")
+    place = scored(model) / reward_folder.REWARDS
+    manifest, files = place / "manifest.json", sorted(place.glob("*.safetensors"))
+    text = manifest.read_text()
+    for damaged, why in ((text.replace('"format": 1', '"format": 2'), "is of format 2"), (text[:-9], "is damaged")):
+        manifest.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"{why}.* delete {place} to score anew"):
+            scored(model)
+        assert sorted(place.glob("*.safetensors")) == files
+
+
+def test_damaged_rewards_are_named(reward_model: Any, scored: Any) -> None:
+    folder = scored(reward_model("rm"))
+    file = max((folder / reward_folder.REWARDS).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"a file of rm's rewards in .* does not match its checksum"):
+        describe(folder)
+
+
+def test_rewards_stay_with_their_data_alone(reward_model: Any, scored: Any, model_folder: Any) -> None:
+    folder = scored(reward_model("rm"))
+    scored(teacher=model_folder(seed=1))
+    assert (folder / reward_folder.REWARDS).exists()
+    scored(which="eval")
+    assert not (folder / reward_folder.REWARDS).exists()
+
+
+def test_a_full_disk_is_named(reward_model: Any, scored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, model = reward_folder.write_whole, reward_model("rm")
+
+    def full(path: Path, text: str) -> None:
+        if '"file"' in text:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_folder, "write_whole", full)
+        with pytest.raises(ValueError, match=r"could not save rewards to .*No space left.* run it again to resume"):
+            scored(model)
+    scored(model)
 
 
 def test_an_ensemble_is_trained_on_as_columns_are(

@@ -16,11 +16,11 @@ from tvkd_fast.data import MicroBatching
 from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.files import sha256_of, unfinished
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead, load_model, load_tokenizer
+from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
 from tvkd_fast.objectives.divergences.jsd import JSD
 from tvkd_fast.objectives.divergences.sparse_kl import SparseKL
 from tvkd_fast.objectives.states.relational import Relational
-from tvkd_fast.scoring import scorer as scorer_module
 from tvkd_fast.scoring.cache import ScoreCache, describe
 from tvkd_fast.scoring.layout import TOKEN_NAMES
 from tvkd_fast.scoring.manifest import MANIFEST, Part, read_manifest
@@ -162,18 +162,8 @@ def test_states_are_added_to_values(scored, computed):
     assert torch.equal(cache.of(torch.arange(24)).lse, values.of(torch.arange(24)).lse)
 
 
-def test_a_killed_pass_goes_on_with_its_head(scored, computed, monkeypatch, files):
-    write = scorer_module.ScoreWriter.write
-
-    def killed(self, *shard):
-        if self.pairs >= 14:
-            raise KeyboardInterrupt
-        write(self, *shard)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(scorer_module.ScoreWriter, "write", killed)
-        with pytest.raises(KeyboardInterrupt):
-            scored(keep=list(KINDS))
+def test_a_killed_pass_goes_on_with_its_head(scored, computed, killed_at, files):
+    killed_at(14, lambda: scored(keep=list(KINDS)))
     head = unfinished(files / "scores") / HEAD
     inode = head.stat().st_ino
     torn = unfinished(files / "scores") / "topk8-00001.safetensors"
@@ -249,18 +239,54 @@ def test_damaged_missing_or_misshapen_rows_are_refused_by_the_file(kind, scored,
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [
-        ({"keep": ["topk:8"]}, {"keep": ["topk:4"]}, "holds topk:8, and topk:4 would take their place"),
+        (
+            {"keep": ["topk:8"]},
+            {"keep": ["topk:4"]},
+            r"holds topk:8 of the same data under other settings \(topk:4 wanted\)",
+        ),
         (
             {"keep": ["states"]},
             {"keep": ["states"], "states_dtype": "bfloat16"},
-            "holds states in int8, and states in bfloat16 would take their place: give another --output_dir",
+            r"holds states of the same data .* \(states_dtype int8, not bfloat16\), .* give another --output_dir",
         ),
+        ({"keep": ["values", "states"]}, {"kappa": 0.5}, r"\(kappa 1.0, not 0.5\)"),
+        ({"keep": ["values", "topk:8"]}, {"value_dtype": "float16"}, r"\(value_dtype float32, not float16\)"),
+        ({"keep": ["sampled:8"]}, {"model": ModelConfig(dtype="bfloat16")}, r"\(precision float32.*, not bfloat16.*\)"),
     ],
 )
 def test_what_took_a_pass_is_not_replaced(first, then, message, scored, files):
     scored(**first)
+    before = (files / "scores" / MANIFEST).read_bytes()
     with pytest.raises(ValueError, match=message):
         scored(**then)
+    assert (files / "scores" / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("teacher", [{}, {"teacher": None}])
+def test_nor_is_it_for_another_reference(teacher, scored, model_folder):
+    scored(keep=["states"])
+    with pytest.raises(ValueError, match=r"holds states of the same data .* \(reference \w{12}…, not \w{12}…\)"):
+        scored(reference=model_folder(seed=7), **teacher)
+
+
+@pytest.mark.parametrize("file", ["states-00001.safetensors", "scores-00001.safetensors", HEAD, MANIFEST])
+def test_nor_for_a_bit_that_is_damaged(file, scored, files):
+    scored(keep=["states"])
+    damaged = files / "scores" / file
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(ValueError, match=rf"{file} .*damaged.* give another --output_dir, or delete .* to score anew"):
+        scored(keep=["topk:8"])
+    assert (files / "scores" / "states-00000.safetensors").exists()
+
+
+def test_a_killed_run_that_cannot_be_read_is_not_thrown_away(scored, killed_at, files):
+    killed_at(14, lambda: scored(keep=["states"]))
+    manifest = unfinished(files / "scores") / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format": 5', '"format": 6'))
+    with pytest.raises(ValueError, match=r"is of format 6, .* delete .*\.scores\.partial to score anew"):
+        scored(keep=["states"])
+    assert (manifest.parent / "states-00001.safetensors").exists()
 
 
 def test_another_teachers_states_are_made_anew(scored, model_folder, computed):

@@ -20,9 +20,11 @@ from transformers import (
 
 from tvkd_fast.data import collate_pairs
 from tvkd_fast.data.tokenization import TokenizedPair
+from tvkd_fast.distributed import World
 from tvkd_fast.models import FusedLMHead, HeadTransforms, PolicyWithHead, TeacherWithHead, head_transforms, probe_head
 from tvkd_fast.models.lent import adapters_off
 from tvkd_fast.ops import linear_lse
+from tvkd_fast.scoring import OnlineScorer
 
 FAMILIES = {
     "llama": LlamaConfig(**GROUPED, tie_word_embeddings=False),
@@ -124,6 +126,16 @@ class ScaledLlama(LlamaForCausalLM):
         out = super().forward(*args, **kwargs)
         out.logits = out.logits * 1.3
         return out
+
+
+def test_a_gathered_head_is_where_the_states_are(tiny_model):
+    frozen = TeacherWithHead(tiny_model())
+    assert frozen.head.gathered().weight.data_ptr() == frozen.head.weight.data_ptr()
+    elsewhere = World(torch.device("meta"))
+    scorer = OnlineScorer(frozen, frozen, None, elsewhere, of_teacher=["states"], reference_states=True, base=frozen)
+    for head in (scorer.teacher_head, scorer.ref_head, scorer.base_head):
+        assert head.weight.is_meta
+        assert head.weight.shape == frozen.head.weight.shape
 
 
 def test_the_probe_refuses_a_transform_it_does_not_know():

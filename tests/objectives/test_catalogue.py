@@ -12,6 +12,8 @@ from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
 from tvkd_fast.objectives.divergences.tdpo1 import TDPO1
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.mixtures.mixture import Mixture
+from tvkd_fast.objectives.onpolicy.opd import OPD
+from tvkd_fast.objectives.onpolicy.opd_sampled import SampledOPD
 from tvkd_fast.objectives.sft import SFT
 from tvkd_fast.objectives.tvkd import TVKD
 from tvkd_fast.objectives.wpo import WPO
@@ -42,7 +44,7 @@ def test_every_objective_says_its_formula_and_its_source(name: str) -> None:
 
 
 def test_costs_follow_from_needs() -> None:
-    costs = {cls: row(cls)[4:7] for cls in (SFT, DPO, TVKD, WPO, ForwardKL, TDPO1, ADPA)}
+    costs = {cls: row(cls)[4:7] for cls in (SFT, DPO, TVKD, WPO, ForwardKL, TDPO1, ADPA, OPD, SampledOPD)}
     assert costs == {
         SFT: ("0", "3", "1"),
         DPO: ("4 per response", "3", "2"),
@@ -51,4 +53,6 @@ def test_costs_follow_from_needs() -> None:
         ForwardKL: ("D′ + 4 per token", "3 + r", "2"),
         TDPO1: ("not cached", "4 + 2r", "2"),
         ADPA: ("not cached", "5 + 2r", "3"),
+        OPD: ("not cached", "3 + r", "2"),
+        SampledOPD: ("not cached", "4 + r", "2"),
     }

@@ -173,5 +173,7 @@ def test_each_objective_is_a_file_of_its_own() -> None:
     shared = {"__init__", "__main__", "contract", "registry", "catalogue", "joint_numbers", "token_divergence"} | {
         "state_distance",
         "projected_states",
+        "setting_types",
+        "fitting",
     }
     assert {file.stem for file in folder.rglob("*.py")} - shared == set(objectives())

@@ -38,7 +38,7 @@ def test_ten_steps_on_one_batch_lower_its_loss(name: str, tmp_path: Path) -> Non
         output_dir=str(tmp_path / name),
         data=replace(recipe.data, train_limit=2, eval=None, max_length=128),
         optim=replace(recipe.optim, lr=1e-5, warmup_steps=0),
-        rollout=replace(recipe.rollout, n=2, max_new_tokens=12),
+        rollout=replace(recipe.rollout, n=2, max_new_tokens=12) if recipe.sampled_share else recipe.rollout,
         max_steps=10,
         pairs_per_step=2,
         eval_every=0,

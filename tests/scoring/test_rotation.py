@@ -50,5 +50,7 @@ def test_what_is_not_orthogonal_is_refused():
         Rotation(2 * signs, [eye, torch.eye(3)])
     with pytest.raises(ValueError, match="not orthogonal"):
         Rotation(signs, [eye, torch.full((3, 3), torch.nan)])
+    with pytest.raises(ValueError, match=r"factors are square, and one is \[3, 4\]"):
+        Rotation(signs, [eye, torch.eye(3, 4)])
     with pytest.raises(ValueError, match="a rotation of 6 coordinates has factors of 2 x 2"):
         Rotation(signs, [eye, eye])

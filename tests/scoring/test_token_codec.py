@@ -96,3 +96,20 @@ def test_samples_come_back_as_they_were(vocab_size):
     fewer = through(codec, scores, (0, 2))
     assert torch.equal(fewer["sampled_ids"], ids[:2, :2])
     assert through(codec, scores, (1, 1))["sampled_ids"].shape == (0, 0)
+
+
+def test_the_places_of_draws_take_no_memory_a_token():
+    """Spans that begin and end before, at and behind the places that are held."""
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 6, (1000,), generator=draw)
+    drawn = torch.arange(5) < counts[:, None]
+    ids = torch.randint(0, 300, (1000, 5), generator=draw).masked_fill(~drawn, -1)
+    codec = codec_of("sampled:5", None, 300)
+    packed = codec.packed(codec.encode(Scores(sampled_ids=ids, sampled_shares=drawn / counts[:, None])))
+    opened = codec.opened(packed)
+    held = sum(x.nbytes for name, x in opened.items() if name not in packed)
+    assert held <= 1000 // 8
+    for start, end in ((0, 1000), (255, 257), (256, 512), (300, 301), (511, 513), (999, 1000), (1000, 1000)):
+        found = codec.decode(codec.rows(opened, start, end))["sampled_ids"]
+        most = int(counts[start:end].max()) if end > start else 0
+        assert torch.equal(found, ids[start:end, :most])

@@ -36,3 +36,23 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(scorer_module.OnlineScorer, "of", noted)
     return names
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Runs what scores until so many pairs are written, and ends it there as a kill would."""
+
+    def kill(pairs, scoring):
+        write = scorer_module.ScoreWriter.write
+
+        def killed(self, *shard):
+            if self.pairs >= pairs:
+                raise KeyboardInterrupt
+            write(self, *shard)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(scorer_module.ScoreWriter, "write", killed)
+            with pytest.raises(KeyboardInterrupt):
+                scoring()
+
+    return kill

@@ -7,13 +7,22 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
 from tvkd_fast.distributed import World
-from tvkd_fast.training.checkpoint import SHARD_OF_ONE, STATE, CheckpointError, Checkpoints, read_state
+from tvkd_fast.objectives import objectives
+from tvkd_fast.training.checkpoint import (
+    SHARD_OF_ONE,
+    STATE,
+    CheckpointError,
+    Checkpoints,
+    check_same_run,
+    read_state,
+)
 
 ALONE = World(torch.device("cpu"))
 
@@ -233,3 +242,15 @@ def test_the_state_is_plain_json(tmp_path):
     path = save(tmp_path, 1, model, optimizer, {}, keep=1)
     assert set(json.loads((path / STATE).read_text())) == {"step", "score", "processes", "sha256"}
     assert sorted(p.name for p in path.iterdir()) == sorted([SHARD_OF_ONE, STATE])
+
+
+@pytest.mark.parametrize("name", objectives())
+def test_every_objectives_settings_are_the_same_after_a_save(name, tmp_path):
+    kind = objectives()[name]
+    tuples = {key: (0.0, 1.0) for key, hint in get_type_hints(kind).items() if "tuple[float, float]" in str(hint)}
+    assert "clip" in tuples or name != "adpa"
+    settings = kind(**tuples).settings()
+    path = save(tmp_path, 2, *made(), {"identity": {"objective": name, "loss": settings}}, keep=1)
+    check_same_run(path, {"objective": name, "loss": settings})
+    with pytest.raises(CheckpointError, match="made with another loss"):
+        check_same_run(path, {"objective": name, "loss": settings | {"else": 1}})

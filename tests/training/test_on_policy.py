@@ -1,6 +1,8 @@
 """The loop of an on-policy run: rollout, score, step; resume, metrics, refusals."""
 
+import copy
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tvkd_fast.commands import prepare
 from tvkd_fast.commands.refusals import check_run
 from tvkd_fast.data.data_config import DataConfig
+from tvkd_fast.objectives.mixtures.mixture import Mixture
 from tvkd_fast.objectives.onpolicy.opd import OPD
 from tvkd_fast.rollout import ModelSampler, RolloutConfig
 from tvkd_fast.training.metrics import read_metrics
 
+OF_BOTH = {"objective": "mixture", "loss_parts": [{"opd": {}}, {"sft": {}, "weight": 0.1}]}
 CLOCK = {"tokens_per_s", "pairs_per_s", "data_wait", "peak_memory_gb"}
 
 
@@ -36,7 +41,8 @@ def on_policy(make_config):
     def make(**changes):
         defaults = {"objective": "opd", "max_steps": 4, "data_eval": None, "data_max_length": 40}
         settings = changes.pop("rollout", {})
-        rollout = RolloutConfig(**{"n": 2, "max_new_tokens": 6} | settings)
+        default = {"n": 2, "max_new_tokens": 6} if settings.get("share") != 0 else {}
+        rollout = RolloutConfig(**default | settings)
         return replace(make_config(**defaults | changes), rollout=rollout)
 
     return make
@@ -127,6 +133,13 @@ def test_held_out_pairs_are_evaluated_beside_samples(on_policy, run):
         ({"rollout": {"top_p": 0.9, "top_k": 5}}, "top_p 0.9 and top_k 5 would bend it"),
         ({"objective": "dpo", "rollout": {"share": 0.5}}, "dpo compares two responses"),
         ({"objective": "opd_sampled", "rollout": {"share": 0.5}}, "set --rollout.share 1, or choose opd"),
+        ({"objective": "sft", "rollout": {"share": 1.0}}, r"sft reads no other model.*: leave --rollout.share out"),
+        ({"objective": "forward_kl"}, r"rollout.n would be ignored: set --rollout.share above 0, or leave --rollout.n"),
+        ({"rollout": {"share": 0.0, "temperature": 0.5}}, "rollout.temperature would be ignored: set --rollout.share"),
+        (
+            OF_BOTH | {"rollout": {"temperature": 0.7}},
+            "mixture needs samples of the policy's own law, and temperature 0.7 would bend it",
+        ),
         ({"scores": "scores"}, "leave --scores out and set --teacher"),
         ({"teacher": None}, "opd needs a teacher"),
     ],
@@ -134,6 +147,56 @@ def test_held_out_pairs_are_evaluated_beside_samples(on_policy, run):
 def test_runs_that_cannot_sample_are_refused_before_they_begin(changes, message, on_policy):
     with pytest.raises(ValueError, match=message):
         check_run(on_policy(**changes))
+
+
+def test_a_mixture_with_a_part_over_samples_is_over_samples(on_policy, run):
+    config = on_policy(**OF_BOTH, max_steps=2)
+    assert config.sampled_share == 1.0
+    run(config)
+    assert all(line["rollout/age"] == 0 for line in lines(config))
+    assert replace(config, loss=Mixture(parts=[{"forward_kl": {}}, {"sft": {}}])).sampled_share == 0.0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_teacher_of_another_tokenizer_is_refused_before_models_are_loaded(
+    share, on_policy, run, model_folder, train_tokenizer, monkeypatch
+):
+    teacher = model_folder(seed=1, tokenizer=train_tokenizer(["say red green blue"] * 9), vocab_size=404)
+    monkeypatch.setattr(prepare, "_policy", None)
+    with pytest.raises(ValueError, match=r"another tokenizer \(they differ at .*: choose a teacher of the policy's"):
+        run(on_policy(teacher=teacher, objective="jsd", rollout={"share": share}))
+
+
+def test_a_step_that_is_not_finite_leaves_a_record_of_its_samples(on_policy, run, monkeypatch):
+    drawn = []
+    sample = ModelSampler.sample
+    monkeypatch.setattr(
+        ModelSampler, "sample", lambda *given, **more: drawn.append(sample(*given, **more)) or drawn[-1]
+    )
+
+    def broken(*given):
+        out = loss(*given)
+        return replace(out, losses=out.losses * (math.nan if len(drawn) == 2 else 1.0))
+
+    loss = OPD.loss
+    monkeypatch.setattr(OPD, "loss", broken)
+    config = on_policy(log_every=4)
+    with pytest.raises(FloatingPointError, match=r"step 2 .* holds the responses .* for them\. Lower --optim\.lr"):
+        run(config)
+    record = json.loads((Path(config.output_dir) / "nonfinite-step-000001.json").read_text())
+    found = [list(map(int, one["ids"].split())) for one in record["samples"]]
+    assert found == [one.ids for samples in drawn[1] for one in samples]
+    assert sorted({one["pair"] for one in record["samples"]}) == record["pairs"]
+
+
+def test_a_teacher_may_have_a_token_more(on_policy, run, model_folder, chatml):
+    more = copy.deepcopy(chatml)
+    more.add_tokens(["<more>"])
+    settings = {"teacher": model_folder(seed=1, tokenizer=more), "data_eval": on_policy().data.train, "max_steps": 1}
+    assert run(on_policy(**settings)).loss > 0
+    plain = on_policy(**settings | {"teacher": model_folder(seed=1)}, output_dir=on_policy().output_dir + "-plain")
+    run(plain)
+    assert lines(on_policy())[0]["loss"] == lines(plain)[0]["loss"]
 
 
 def test_another_law_is_taken_where_it_is_asked_for_by_name(on_policy):

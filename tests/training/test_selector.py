@@ -15,6 +15,8 @@ from tvkd_fast.data.selection import Selection
 from tvkd_fast.distributed import World
 from tvkd_fast.models import PolicyWithHead, TeacherWithHead
 from tvkd_fast.objectives.dpo import DPO
+from tvkd_fast.objectives.mixtures.mixture import Mixture
+from tvkd_fast.objectives.wpo import WPO
 from tvkd_fast.scoring import OnlineScorer
 from tvkd_fast.training.checkpoint import CheckpointError
 from tvkd_fast.training.metrics import METRICS, read_metrics
@@ -99,5 +101,8 @@ def test_it_is_planned_and_refused_where_it_cannot_be(make_config: Any) -> None:
         plan(make_config(objective="dpo", data_select="learnability", data_select_ratio=0.99))
     with pytest.raises(ValueError, match="sft has none: leave it out"):
         make_config(objective="sft", data_select="easy_reference")
+    for name, loss in (("wpo", WPO()), ("mixture", Mixture(parts=[{"wpo": {}}, {"sft": {}}]))):
+        with pytest.raises(ValueError, match=rf"{name} weighs pairs by the policy's whole distributions: leave it out"):
+            replace(selected, objective=name, loss=loss)
     with pytest.raises(ValueError, match=r"--data.select needs a teacher: set --teacher, or --scores"):
         plan(replace(selected, teacher=None))

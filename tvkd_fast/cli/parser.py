@@ -91,8 +91,8 @@ def make_parser(objective: str = DEFAULT) -> Parser:
         description="Preference distillation (TVKD) at the cost of fine-tuning.",
         epilog="tvkd scores FOLDER prints what is in a folder that score wrote, tvkd plot RUN ... draws the curves of "
         "runs, tvkd replay FILE goes through the pairs of a step that was not finite, and tvkd export CHECKPOINT makes "
-        "a model of a run's checkpoint. In a checkout, tvkd bench head, values, step or divergence times the head "
-        "beside its peers (each has --help).",
+        "a model of a run's checkpoint. In a checkout, tvkd bench head, values, step, divergence or rollout times "
+        "each beside its peers (--help says how).",
         allow_abbrev=False,
     )
     parser.objective = objective

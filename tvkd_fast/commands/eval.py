@@ -28,7 +28,7 @@ from tvkd_fast.models import (
 )
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import DEFAULT, SCORED, Need, Objective, settings_of
-from tvkd_fast.objectives.contract import check_labels, check_rewards, check_teacher_reference
+from tvkd_fast.objectives.checks.fitting import check_labels, check_rewards, check_teacher_reference
 from tvkd_fast.ranges import at_least, check_numbers, number
 from tvkd_fast.training.train_config import micro_batching
 

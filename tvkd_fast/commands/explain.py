@@ -27,7 +27,7 @@ from tvkd_fast.models import (
     load_tokenizer,
 )
 from tvkd_fast.models.settings import ModelConfig
-from tvkd_fast.objectives.contract import check_teacher_reference
+from tvkd_fast.objectives.checks.fitting import check_teacher_reference
 from tvkd_fast.objectives.tvkd import TVKD
 from tvkd_fast.ranges import at_least, check_numbers, number
 

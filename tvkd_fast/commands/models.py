@@ -163,11 +163,7 @@ class FrozenModels:
         )
 
     def _tokens(
-        self,
-        teacher: Teacher,
-        tokenizer: PreTrainedTokenizerBase,
-        dataset: PairDataset,
-        config: RunConfig,
+        self, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, dataset: PairDataset, config: RunConfig
     ) -> TeacherTokens:
         own = retokenize(
             dataset,
@@ -216,12 +212,13 @@ def load_policy(
     sharing: Sharing | None = None,
     frozen: bool = False,
     lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> PolicyWithHead:
     """A model on the run's device and in its precision, pruned to `layers` where given, and shared by processes.
 
-    With `lora.rank` its adapters are what learns.
+    With `lora.rank` its adapters are what learns, from a start that the seed draws.
     """
-    return _made(PolicyWithHead, name, config, layers, sharing, frozen=frozen, lora=lora)
+    return _made(PolicyWithHead, name, config, layers, sharing, frozen=frozen, lora=lora, seed=seed)
 
 
 def load_frozen(
@@ -311,6 +308,7 @@ def _made(
     *,
     frozen: bool,
     lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> P:
     """Make a model, and shard it over the processes where there are several. Each process reads its own shards alone
     where the model's files allow it; otherwise each loads the whole model first."""
@@ -325,7 +323,7 @@ def _made(
     if frozen:
         freeze(policy)
     elif lora is not None and lora.rank:
-        add_lora(policy, lora_of(lora))
+        add_lora(policy, replace(lora_of(lora), seed=str(seed)))
     if not frozen:
         checkpoint_activations(policy, config.activation_checkpointing)
     if config.compile:
@@ -340,7 +338,8 @@ def _made(
             reduce_always=sharing.parallel.reduce == "micro_batch",
         )
         if empty is not None:
-            fill(policy.model, empty.places, torch.device("cpu") if offload else sharing.world.device)
+            device = torch.device("cpu") if offload else sharing.world.device
+            fill(policy.model, empty.places, device, seed=str(seed))
     return policy
 
 

@@ -57,12 +57,16 @@ def plan(config: TrainConfig) -> str:
     if config.needs & TEACHER and config.teacher is not None and config.scores is None:
         teacher = model_shape(config.teacher, trust_remote_code=trust)
     tokens, pairs, source = _tokens(config, policy)
-    responses = config.pairs_per_step * (config.rollout.n if config.sampled_share == 1 else 1)
+    share = config.sampled_share
+    # In the mean, and of a step that samples.
+    responses = config.pairs_per_step * (1 + share * (config.rollout.n - 1))
+    most = config.pairs_per_step * (config.rollout.n if share else 1)
     passes = pairs_of_epochs(config.epochs, pairs) / config.pairs_taken if pairs else None
     steps = config.max_steps or (math.ceil(passes) if passes else None)
-    learned = replace(config, pairs_per_step=responses)
+    learned = replace(config, pairs_per_step=most)
     found = Footprint(learned, policy, teacher, tokens, int(os.environ.get("WORLD_SIZE", config.nproc)))
-    per_step, operations = responses * tokens.of(config.model.packing, compares(config)), found.arithmetic()
+    per_step = responses * tokens.of(config.model.packing, compares(config))
+    operations = found.arithmetic() * responses / most
     lines = [
         f"objective   {config.objective}: {config.loss.describe()}",
         f"policy      {_shape_line(policy)}",
@@ -86,7 +90,7 @@ def _rollout_line(config: TrainConfig) -> str:
     share = "" if config.sampled_share == 1 else f" in {config.sampled_share:.0%} of the steps"
     return (
         f"rollout     responses per prompt: {rollout.n}, of at most {rollout.max_new_tokens} tokens{share}; the "
-        "sampler's own passes and cache are not counted"
+        "sampler's own passes are not counted"
     )
 
 

@@ -25,7 +25,7 @@ from tvkd_fast.commands.models import (
     precision,
     sharing_of,
 )
-from tvkd_fast.commands.refusals import check_readable
+from tvkd_fast.commands.refusals import check_readable, check_sampled_tokens
 from tvkd_fast.data import PairDataset
 from tvkd_fast.data.tokenization import PairTokenizer
 from tvkd_fast.distributed import World, compile_blocks
@@ -38,6 +38,7 @@ from tvkd_fast.models import (
     longest_sequence,
     model_config,
 )
+from tvkd_fast.models.parts.beside import draw_beside
 from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.rollout import PolicySampler, Sampler
 from tvkd_fast.rollout.prompts import prompt_dataset
@@ -46,6 +47,8 @@ from tvkd_fast.training.train_config import TrainConfig, micro_batching
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_OF_REFERENCE = frozenset({Need.REFERENCE, Need.REFERENCE_STATES})
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Prepared:
 def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
     tokenizer = load_tokenizer(config.policy, trust_remote_code=config.model.trust_remote_code)
     stops = load_stop_ids(config.policy, trust_remote_code=config.model.trust_remote_code)
+    check_sampled_tokens(config, tokenizer)
     if config.sampled_share == 1:
         room = room_of(config, model_config(config.policy, trust_remote_code=config.model.trust_remote_code))
         dataset = prompt_dataset(config.data, tokenizer, stop_ids=stops, max_length=room, verbose=verbose)
@@ -114,6 +118,7 @@ def prepare(config: TrainConfig, world: World, *, verbose: bool) -> Prepared:
         if config.loss.trains_beside:
             one = next(iter(micro_batching(config).batches(dataset, range(1))))
             config.loss.attach(policy, models.teacher, lambda: scorer.of(one.to(world.device)))
+            draw_beside(policy, config.seed)
         if config.scores is not None:
             # What was loaded to be compared or to score the held-out pairs is not needed any longer.
             models.reference = models.teacher = online.reference = online.teacher = None
@@ -159,6 +164,7 @@ def _policy(config: TrainConfig, world: World, *, frozen: bool = False) -> Polic
         sharing=sharing_of(config, world, config.loss),
         frozen=frozen,
         lora=config.lora,
+        seed=config.seed,
     )
 
 
@@ -175,7 +181,10 @@ def frozen_models(
         needs=needs,
         sharing=sharing,
     )
-    if models.reference is None and config.scores is None and needs & {Need.REFERENCE, Need.REFERENCE_STATES}:
+    if config.sampled_share:
+        # `check_sampled_tokens` has found it to read the policy's, and prompts have no text to write anew.
+        models.teacher_tokenizer = None
+    if models.reference is None and config.scores is None and needs & _OF_REFERENCE:
         models.reference = policy_at_start(config, policy, world)
     return models
 
@@ -204,7 +213,8 @@ def held_out_scorer_of(
 ) -> Scorer:
     """Scores of the held-out pairs, made once: the policy changes under evaluation, reference and teacher do not."""
     # Here the policy is still its own reference, also when the run is resumed later on.
-    scorer = replace(models, reference=models.reference or policy).scorer(held_out, config, verbose=verbose)
+    reference = models.reference or policy if config.loss.needs & _OF_REFERENCE else None
+    scorer = replace(models, reference=reference).scorer(held_out, config, verbose=verbose)
     if config.eval_scores is not None:
         cache = fitting_cache(config.eval_scores, config, held_out, expected, scorer, config.loss.needs)
         return CachedScorer(cache, kept_per_token(config.loss.needs))
@@ -218,6 +228,8 @@ def held_out_scorer_of(
         # States are not held in memory: the frozen models are run at every evaluation.
         if models.reference is None and Need.REFERENCE in config.loss.needs:
             scorer.reference = policy_at_start(config, policy, world)
+        return scorer
+    if not scorer.names:
         return scorer
     names = {name: expected[name] for name in ("teacher", "teacher_reference", "reference")}
     names["kappa"] = config.loss.teacher_kappa

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from tvkd_fast.data import PairDataset, check_positions, check_token_ids
+from tvkd_fast.data.data_config import DataConfig
 from tvkd_fast.distributed import check_compiler, check_replicas
 from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.models import Lora, PolicyWithHead, add_lora, empty_of_family, load_tokenizer, longest_sequence
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
-from tvkd_fast.objectives import TEACHER, Need
+from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.objectives.contract import NOT_CACHED
+from tvkd_fast.ranges import changed
 from tvkd_fast.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def check_run(config: TrainConfig) -> None:
             raise ValueError(f"{name} is not installed: pip install {name}, or leave it out of --trackers")
     check_lora(config.lora, processes=processes, layers=config.student_layers)
     check_distributions(config)
+    check_selected(config.data)
     check_rollout(config)
     if config.loss.trains_beside and processes > 1:
         raise ValueError(
@@ -75,6 +78,16 @@ def check_distributions(config: TrainConfig) -> None:
         )
 
 
+def check_selected(data: DataConfig) -> None:
+    """Raise ValueError where the rule of a selection is set, and nothing is selected."""
+    unread = [name for name in changed(data) if name in ("select_ratio", "select_temperature")]
+    if data.selection is None and unread:
+        raise ValueError(
+            f"no pairs are selected, and {unread[0]} would be ignored: set --data.select to learnability or "
+            f"easy_reference, or leave --data.{unread[0]} out"
+        )
+
+
 def check_rollout(config: TrainConfig) -> None:
     """Raise ValueError where a run cannot learn from samples of its policy, or its objective needs more of them."""
     share, rollout, name = config.sampled_share, config.rollout, config.objective
@@ -84,7 +97,18 @@ def check_rollout(config: TrainConfig) -> None:
             "have not: set --rollout.share 1, or choose opd"
         )
     if not share:
+        unread = [setting for setting in changed(rollout) if setting != "share"]
+        if unread:
+            raise ValueError(
+                f"{name} samples nothing at share 0, and rollout.{unread[0]} would be ignored: set --rollout.share "
+                f"above 0, or leave --rollout.{unread[0]} out"
+            )
         return
+    if not config.loss.on_policy and config.loss.needs.isdisjoint(SCORED):
+        raise ValueError(
+            f"{name} reads no other model, and there is nothing to learn from the policy's own samples by it: leave "
+            "--rollout.share out, or choose an objective with a teacher, such as opd, reverse_kl or jsd"
+        )
     if config.data.selection is not None:
         raise ValueError(
             "pairs are selected by their responses, and the run has yet to sample them: leave --data.select out"
@@ -197,6 +221,21 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, config: 
         f"{len(ours):,}; they differ at {odd!r}): what it says would be of other tokens. Choose a reference of the "
         f"{whose}'s family"
     )
+
+
+def check_sampled_tokens(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where a teacher is to read what the policy samples, and a token of the policy's, or its id, is
+    none of the teacher's. Tokens that the teacher has besides, and rows that pad its head, are in nobody's way."""
+    if not config.sampled_share or config.teacher is None or not config.needs & TEACHER:
+        return
+    theirs = load_tokenizer(config.teacher, trust_remote_code=config.model.trust_remote_code).get_vocab()
+    odd = next((token for token, i in tokenizer.get_vocab().items() if theirs.get(token) != i), None)
+    if odd is not None:
+        raise ValueError(
+            f"the teacher {config.teacher} reads what the policy samples token by token, and has another tokenizer "
+            f"(they differ at {odd!r}): choose a teacher of the policy's tokenizer, or set --rollout.share 0 and an "
+            "objective over a teacher's values or log-probabilities"
+        )
 
 
 def check_readable(dataset: PairDataset, policy: PolicyWithHead, whose: str) -> None:

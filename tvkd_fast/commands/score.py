@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +28,7 @@ from tvkd_fast.data import PairDataset, check_token_ids, retokenize
 from tvkd_fast.data.data_config import DataConfig, load_dataset
 from tvkd_fast.distributed import World, is_main_process
 from tvkd_fast.distributed.parallel_config import ParallelConfig
-from tvkd_fast.files import at_home
+from tvkd_fast.files import at_home, written_here_alone
 from tvkd_fast.models import (
     PolicyWithHead,
     fingerprint_model,
@@ -36,7 +39,7 @@ from tvkd_fast.models import (
 from tvkd_fast.models.settings import ModelConfig
 from tvkd_fast.objectives import SCORED, Need, objectives
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
-from tvkd_fast.scoring.adding import check_beside, joined, leave_out, scores_to_keep
+from tvkd_fast.scoring.adding import joined, leave_out, scores_to_keep
 from tvkd_fast.scoring.cache import ScoreCache, check_score_folder
 from tvkd_fast.scoring.kinds import check_kinds, token_kinds
 from tvkd_fast.scoring.reward_folder import RewardMember, rewards_to_disk
@@ -113,8 +116,9 @@ class ScoreConfig:
 
 def score(config: ScoreConfig, *, show_progress: bool = True) -> ScoreCache:
     """`tvkd score`: run reference and teacher once over the data and keep their scores."""
-    check_score_folder(Path(config.output_dir))
-    with world_of(config) as world:
+    folder = Path(config.output_dir)
+    check_score_folder(folder)
+    with world_of(config) as world, written_here_alone(folder) if world.first else nullcontext():
         return _score(config, world, verbose=show_progress and world.first)
 
 
@@ -130,6 +134,8 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
         verbose=verbose,
         read=config.data.reader(rewards=False, labels=None),
     )
+    # Before other models: of a reward model is known whether it can be read, and it is let go of again.
+    readers = [reward_reader(name, dataset, tokenizer, config) for name in config.reward_model]
     sharing = sharing_of(config, world)
     if token_kinds(config.keep) and config.parallel.vocabulary == "auto":
         # No process has whole logits, or the head to keep, while the vocabulary is shared.
@@ -140,9 +146,9 @@ def _score(config: ScoreConfig, world: World, *, verbose: bool) -> ScoreCache:
             config.policy, config.model, layers=config.student_layers, sharing=sharing, frozen=True
         )
     scorer = models.scorer(dataset, config, verbose=verbose)
-    readers = [reward_reader(name, dataset, tokenizer, config) for name in config.reward_model]
     dataset.texts.clear()
     cache = _of_frozen(config, dataset, tokenizer, models, scorer, world, verbose)
+    del models, scorer
     if readers:
         rewards_to_disk(
             dataset,
@@ -179,7 +185,6 @@ def _of_frozen(
     if "states" in config.keep:
         rotation = ROTATION if config.states_dtype == "int8" else None
         manifest = replace(manifest, states_dtype=config.states_dtype, rotation=rotation)
-    check_beside(config.output_dir, manifest)
     held = scores_to_keep(config.output_dir, dataset, manifest) if world.first else None
     names, manifest = world.broadcast(((), manifest) if held is None else (held.numbers, joined(held, manifest)))
     if not leave_out(scorer, names):
@@ -199,15 +204,14 @@ def _of_frozen(
 
 def reward_reader(
     name: str, dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, config: ScoreConfig
-) -> tuple[RewardMember, RewardModel]:
-    """A reward model with the dataset in its tokens, and what identifies its rewards. Every process holds the model."""
+) -> tuple[RewardMember, Callable[[], RewardModel]]:
+    """What identifies a model's rewards, and what loads it with the dataset in its tokens, in every process.
+
+    Raises the errors of loading at once.
+    """
     trust = config.model.trust_remote_code
-    model = load_reward_model(
-        name,
-        dtype=getattr(torch, config.model.dtype),
-        device=resolve_device(config.model),
-        trust_remote_code=trust,
-    )
+    load = partial(load_reward_model, name, dtype=getattr(torch, config.model.dtype), trust_remote_code=trust)
+    model = load()
     own = retokenize(
         dataset,
         tokenizer,
@@ -221,7 +225,8 @@ def reward_reader(
     check_token_ids(own, model.get_input_embeddings().num_embeddings)
     autocast = torch.bfloat16 if config.model.autocast == "bfloat16" else None
     member = RewardMember(last_part(name), fingerprint_model(model), own.fingerprint, precision(config.model))
-    return member, RewardModel(model, own, config.tokens_per_micro_batch, autocast)
+    device = resolve_device(config.model)
+    return member, lambda: RewardModel(load(device=device), own, config.tokens_per_micro_batch, autocast)
 
 
 def last_part(name: str) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tvkd_fast.data import MicroBatching, PairDataset, build_dataset
-from tvkd_fast.data.reading.formats import ReadRow, to_preference, to_response
-from tvkd_fast.data.reading.labelled import labelled_or_paired, to_labelled, unpaired
+from tvkd_fast.data.reading.formats import ReadRow, to_preference
+from tvkd_fast.data.reading.labelled import labelled_or_paired, to_chosen, to_labelled, unpaired
 from tvkd_fast.data.reading.rewards import with_rewards
 from tvkd_fast.data.selection import By, Selection
 from tvkd_fast.files import at_home
@@ -85,7 +85,7 @@ class DataConfig:
             return to_labelled if labels else labelled_or_paired
         if rewards:
             return with_rewards(self.rewards)
-        return to_preference if paired else to_response
+        return to_preference if paired else to_chosen
 
 
 def load_dataset(

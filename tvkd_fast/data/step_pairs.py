@@ -31,6 +31,10 @@ class StepPairs:
         """This process's micro-batches of any pairs."""
         return self.batching.share(pairs, indices, rank=self.rank, size=self.size, chosen_only=self.chosen_only)
 
+    def samples(self, step: int) -> list[tuple[int, list[int]]]:
+        """The pairs whose prompts the step has sampled for, and the token ids of each response."""
+        return []
+
     def metrics(self, busy: float) -> dict[str, float]:
         """What is to be shown of the steps since the last call, which took `busy` seconds."""
         return {}

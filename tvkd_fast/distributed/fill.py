@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device: torch.device) -> None:
+def fill(
+    model: PreTrainedModel, places: Mapping[str, tuple[Path, str]], device: torch.device, *, seed: str = "0"
+) -> None:
     """Give a sharded model on the meta device its memory on `device`, and read its own rows of every weight.
 
     `places` gives the file of each parameter or saved buffer, and its name there, by name; adapters are in
-    none, and begin as `add_lora` has them begin.
+    none, and begin as `add_lora` has them begin under this seed.
     """
     model.to_empty(device=device)
     opened = once_opened()
     for name, target in saved_tensors(model).items():
         if is_adapter(name):
-            own = adapter_start(name, target)[_own(target)]
+            own = adapter_start(name, target, seed)[_own(target)]
         else:
             path, key = places[without_adapter(name)]
             own = opened(path).get_slice(key)[_own(target)]

@@ -132,10 +132,13 @@ class FusedLMHead(nn.Linear):
         which under FSDP2 it is inside its root's forward alone."""
         return Head(self.weight, self.bias, self.transforms.softcap, self.transforms.logit_scale)
 
-    def gathered(self) -> Head:
-        """`whole` outside a forward, and detached; of a sharded weight a copy that every process has: a collective."""
+    def gathered(self, device: torch.device | None = None) -> Head:
+        """`whole` outside a forward, and detached; of a sharded weight a copy that every process has: a collective.
+
+        It is on `device`, where given: that of the states, while offloaded shards are on the host.
+        """
         head = self.whole
-        weight, bias = (None if x is None else _full(x.detach()) for x in (head.weight, head.bias))
+        weight, bias = (None if x is None else _full(x.detach()).to(device) for x in (head.weight, head.bias))
         assert weight is not None
         return replace(head, weight=weight, bias=bias)
 

@@ -42,10 +42,12 @@ class Lora:
     alpha: float
     targets: Sequence[str] | None = None
     """Names of the linear layers that get one, such as q_proj; all of the backbone where not given."""
+    seed: str = "0"
+    """What A is drawn by, beside the layer's name."""
 
 
 def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
-    """Freeze the policy, in place, and put adapters beside its products: A drawn by its name alone, B zero.
+    """Freeze the policy, in place, and put adapters beside its products: A drawn by seed and name, B zero.
 
     Needs peft. Raises ValueError where it is not installed, where no layer has such a name, and for the head.
     """
@@ -74,7 +76,7 @@ def add_lora(policy: PolicyWithHead, lora: Lora) -> None:
             ) from error
         raise ValueError(f"{said} Set --lora.targets to names of linear layers") from error
     _check_can_merge(model)
-    draw_adapters(model)
+    draw_adapters(model, lora.seed)
     _check_runs(model)
 
 
@@ -116,21 +118,22 @@ def _adapted_weight(model: nn.Module, layer: str) -> str:
 
 
 @torch.no_grad()
-def draw_adapters(model: nn.Module) -> None:
-    """Draw A from a seed of its name, so that every process and run starts from the same one, and set B to zero.
-    Adapters on the meta device are left alone."""
+def draw_adapters(model: nn.Module, seed: str = "0") -> None:
+    """Draw A by the seed and its name, so that every process starts from the same one, and set B to zero. Adapters on
+    the meta device are left alone."""
     for name, parameter in model.named_parameters():
         if is_adapter(name) and not parameter.is_meta:
-            parameter.copy_(adapter_start(name, parameter))
+            parameter.copy_(adapter_start(name, parameter, seed))
 
 
-def adapter_start(name: str, like: Tensor) -> Tensor:
+def adapter_start(name: str, like: Tensor, seed: str = "0") -> Tensor:
     """Return the initial value of an adapter's weight, [r, in] or [out, r], whole and on the CPU."""
     if "lora_B" in name:
         return torch.zeros(like.shape, dtype=like.dtype)
     # By the layer's name and the letter: what the run calls its adapter decides nothing.
-    seed = sha256(name.replace(f".{ADAPTER}.", ".default.").encode()).digest()[:7]
-    draw = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+    of_layer = name.replace(f".{ADAPTER}.", ".default.")
+    digest = sha256(f"adapter:{seed}:{of_layer}".encode()).digest()[:7]
+    draw = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     # As peft draws it: uniform, as wide as a linear layer's own.
     bound = 1 / math.sqrt(like.shape[1])
     return torch.empty(like.shape).uniform_(-bound, bound, generator=draw).to(like.dtype)

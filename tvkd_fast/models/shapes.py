@@ -55,6 +55,8 @@ class ModelShape:
     adapted: tuple[tuple[str, int], ...]
     """Each layer that can have an adapter: its name, and the parameters of one of rank 1 (rank r has r times as many).
     """
+    cached: int
+    """Numbers that a cache of keys and values holds of a token, as if no layer had a window."""
 
     @property
     def head(self) -> int:
@@ -131,7 +133,17 @@ def model_shape(name: str, *, layers: int | None = None, trust_remote_code: bool
         positions=longest_sequence(model.config),
         tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         adapted=adapter_sizes(model),
+        cached=_cached(model.config.get_text_config()),
     )
+
+
+def _cached(config: Any) -> int:
+    """Keys and values of a token in all layers; 0 for a family without attention."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
 
 
 def longest_sequence(config: Any) -> int:

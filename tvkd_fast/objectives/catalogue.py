@@ -124,7 +124,8 @@ def _of_all(walk: Joint, objective: Objective) -> bool:
 
 
 def _on_disk(objective: Objective, needs: list[Need]) -> str:
-    if objective.changes_input or objective.teacher_lora is not None or not NOT_CACHED.isdisjoint(needs):
+    new = objective.changes_input or objective.on_policy or objective.teacher_lora is not None
+    if new or not (NOT_CACHED | {Need.SAMPLER_LOGPS}).isdisjoint(needs):
         return "not cached"
     tokens = [_KEPT_PER_TOKEN[need] for need in needs if need in _KEPT_PER_TOKEN]
     response = sum(_KEPT_PER_RESPONSE.get(need, 0) for need in needs)

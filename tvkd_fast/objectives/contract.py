@@ -314,7 +314,14 @@ class Objective:
 
     def without(self, missing: Collection[Need]) -> Objective | None:
         """The objective whose margins are shown where `missing` numbers are not known; None where there is none."""
-        return None if self.needs & frozenset(missing) else self
+        if not self.needs & frozenset(missing):
+            return self
+        return None if self.fallback is None else self.fallback.without(missing)
+
+    @property
+    def fallback(self) -> Objective | None:
+        """The objective whose rewards stand in where numbers that this one needs are missing; none by default."""
+        return None
 
     def describe(self) -> str:
         """The settings in a line, as a plan shows them."""
@@ -350,50 +357,3 @@ def distributions(scores: Scores) -> Distributions:
     if scores.sampled_ids is not None and scores.sampled_shares is not None:
         kept["sampled"] = scores.sampled_ids, scores.sampled_shares
     return Distributions({whose: (hidden, head) for whose, (hidden, head) in found.items() if head is not None}, kept)
-
-
-def check_teacher_reference(teacher: str | None, teacher_reference: str | None, objective: Objective) -> None:
-    """Raise ValueError where a teacher's own reference is wanted and missing, or given and not wanted."""
-    base, rewards = Need.BASE_STATES in objective.needs, Need.TEACHER_REWARDS in objective.needs
-    if teacher is not None and (rewards or base) and teacher_reference is None:
-        what = objective.name if base else "value_from='implicit_reward'"
-        raise ValueError(
-            f"{what} is what the teacher gained over its own reference, the model that it was before DPO: set "
-            "--teacher_reference"
-        )
-    if teacher_reference is not None and not ((rewards or base) and teacher is not None):
-        raise ValueError(
-            "--teacher_reference serves --teacher, by --loss.value_from implicit_reward or --loss.base: set all or none"
-        )
-
-
-def check_labels(unpair: bool, objective: Objective) -> None:
-    """Raise ValueError where single responses are made of pairs, or labelled, and the objective compares two."""
-    if {Need.LABELS, Need.REJECTED} <= objective.needs:
-        raise ValueError(
-            f"{objective.name} would read labels of single responses and compare two: take parts that do one of these"
-        )
-    if unpair and Need.LABELS not in objective.needs:
-        raise ValueError(f"{objective.name} reads no labels: leave --data.unpair out, or take --objective kto")
-
-
-def check_selection(by: str, objective: Objective) -> None:
-    """Raise ValueError where pairs are to be selected by a loss that a pair has not by itself."""
-    own = objective.per_pair and Need.REJECTED in objective.needs and not objective.joint and not objective.alone
-    if by != "no" and not own:
-        raise ValueError(
-            f"--data.select {by} goes by a pair's own loss from its log-probabilities, and {objective.name} has none: "
-            "leave it out, or choose another --objective"
-        )
-
-
-def check_rewards(names: list[str] | None, objective: Objective) -> None:
-    """Raise ValueError where rewards are named that the objective does not read, or more than it takes."""
-    if names is None:
-        return
-    if Need.REWARDS not in objective.needs:
-        raise ValueError(f"{objective.name} reads no rewards: leave --data.rewards out, or choose another --objective")
-    if len(names) > 1 and not objective.several_rewards:
-        raise ValueError(
-            f"{objective.name} reads one reward and --data.rewards names {len(names)}: name one, such as [{names[0]}]"
-        )

@@ -7,12 +7,11 @@ Letters: P pairs, 2P responses, chosen first.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import tvkd_loss
-from tvkd_fast.objectives.contract import TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
 from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, number
@@ -44,8 +43,6 @@ class DaDPO(Objective):
         out = tvkd_loss(policy.logps, ref_logps, teacher_logps - ref_logps, beta=beta, alpha=self.beta_teacher)
         return ObjectiveOutput(out.losses, out.margins, out.chosen_rewards, out.rejected_rewards, out.shaping_margins)
 
-    def without(self, missing: Collection[Need]) -> Objective | None:
-        """Rewards are DPO's, with or without a teacher."""
-        if not self.needs & frozenset(missing):
-            return self
-        return DPO(beta=self.beta_ref + self.beta_teacher).without(frozenset(missing) - TEACHER)
+    @property
+    def fallback(self) -> Objective:
+        return DPO(beta=self.beta_ref + self.beta_teacher)

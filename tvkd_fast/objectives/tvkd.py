@@ -5,7 +5,6 @@ Letters: P pairs, 2P responses, chosen first; M teacher states.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import shaping_returns, tvkd_loss
-from tvkd_fast.objectives.contract import TEACHER, Need, Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
 from tvkd_fast.ops import soft_values
@@ -90,11 +89,9 @@ class TVKD(Objective):
         """b."""
         return self.beta if self.value_scale is None else self.value_scale
 
-    def without(self, missing: Collection[Need]) -> Objective | None:
-        """Rewards are DPO's, with or without a teacher."""
-        if not self.needs & frozenset(missing):
-            return self
-        return DPO(beta=self.beta, label_smoothing=self.label_smoothing).without(frozenset(missing) - TEACHER)
+    @property
+    def fallback(self) -> Objective:
+        return DPO(beta=self.beta, label_smoothing=self.label_smoothing)
 
     def describe(self) -> str:
         return (

@@ -19,6 +19,7 @@ from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.objectives.divergences.joint_numbers import SCORE
 from tvkd_fast.ops.tiles.forward_gradients import WORKSPACE_MB, row_bytes
 from tvkd_fast.planning.activations import Activations, count_activations
+from tvkd_fast.planning.sampler_memory import cache_bytes, whole_copy
 from tvkd_fast.training.train_config import TrainConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -74,11 +75,16 @@ class Footprint:
         has its embedding's beside it. A shared embedding looks up all processes' tokens as a forward begins.
         """
         kept = self._gathered if self._offloads else self._kept | self._gathered
+        kept |= whole_copy(self.config, self._weights, self.processes)
         moments = {
             "as a forward begins": kept | self._looked_up | self._so_far,
             "as a backward begins": kept | self._forward | self._so_far,
             "as a backward ends": kept | self._gradients | ({} if self.config.lora.rank else self._looked_up),
         }
+        if self.config.sampled_share:
+            rows = self.config.pairs_per_step / self.processes
+            cache = cache_bytes(self.config, self.policy, self.tokens.prompt, rows, self._compute)
+            moments["as responses are sampled"] = kept | {"keys and values": cache}
         return max(moments.items(), key=lambda moment: sum(moment[1].values()))
 
     def host_memory(self) -> dict[str, float]:
@@ -251,10 +257,8 @@ class Footprint:
     def _kept(self) -> dict[str, float]:
         """Return the memory that is held from step to step, by part."""
         config, size = self.config, _BYTES[self.config.model.dtype] / self._group
-        adapters = self.learning if config.lora.rank else 0
-        packed = self.policy.blocks if config.lora.quantize == "nf4" else 0
         parts = {
-            "policy weights": (self.policy.parameters - packed + adapters) * size + packed * BITS_PER_WEIGHT / 8,
+            "policy weights": self._weights / self._group,
             "AdamW's two moments": 2 * self.learning * size,
         }
         if config.loss.needs & _OF_REFERENCE and config.scores is None and not config.lora.rank:
@@ -270,6 +274,14 @@ class Footprint:
         if self._group > 1 and heads:
             parts["frozen heads, whole"] = heads * _BYTES[config.model.dtype]
         return parts
+
+    @property
+    def _weights(self) -> float:
+        """Return the bytes of the whole policy."""
+        lora, size = self.config.lora, _BYTES[self.config.model.dtype]
+        packed = self.policy.blocks if lora.quantize == "nf4" else 0
+        adapters = self.learning if lora.rank else 0
+        return (self.policy.parameters - packed + adapters) * size + packed * BITS_PER_WEIGHT / 8
 
     @property
     def _frozen_heads(self) -> int:

@@ -56,6 +56,8 @@ class Rollouts:
         self.steps, self.world, self.scorer = steps, world, scorer
         self._held: dict[int, Responses] = {}
         """Responses of the steps that are to come, by step."""
+        self._taken: dict[int, Responses] = {}
+        """Responses of the steps since the last call of `metrics`, by step."""
         self._sampled_at = 0
         self._reset()
 
@@ -65,7 +67,7 @@ class Rollouts:
             return self.given.batches(step)
         if step not in self._held:
             self._sample(step)
-        responses = self._held[step]
+        responses = self._taken[step] = self._held[step]
         self._held = {later: x for later, x in self._held.items() if later > step}
         self._ages.append(step - self._sampled_at)
         pairs = [
@@ -74,6 +76,15 @@ class Rollouts:
             for sample in of_prompt
         ]
         return self.given.share(pairs, range(len(pairs)))
+
+    def samples(self, step: int) -> list[tuple[int, list[int]]]:
+        """The pairs whose prompts a step since the last call of `metrics` has sampled for, and the token ids of each
+        response."""
+        taken = self._taken.get(step)
+        if taken is None:
+            return []
+        of_pairs = zip(self.given.pairs(step), taken, strict=True)
+        return [(pair, sample.ids) for pair, samples in of_pairs for sample in samples]
 
     def _samples(self, step: int) -> bool:
         return self.config.samples(self.share, self.seed, step)
@@ -123,6 +134,7 @@ class Rollouts:
 
     def _reset(self) -> None:
         self._counts, self._seconds, self._ages = SampleCounts(), 0.0, list[int]()
+        self._taken.clear()
 
     def state(self, step: int) -> dict[str, Any]:
         """The samples that wait for later steps, drawn from weights that are gone by then."""

@@ -26,7 +26,9 @@ from torch import Tensor
 from tvkd_fast.data.dataset import PairDataset
 from tvkd_fast.data.tokenization import TokenizedPair
 from tvkd_fast.files import (
+    MissingError,
     is_whole,
+    put_back,
     put_in_place,
     refuse_place,
     sha256_of,
@@ -38,7 +40,7 @@ from tvkd_fast.files import (
 from tvkd_fast.scoring.kinds import TOKEN_KINDS, token_kinds
 from tvkd_fast.scoring.layout import NAMES, RESPONSE_NAMES, STATE_NAMES, ScoreLayout, Scores, in_order, states_of
 from tvkd_fast.scoring.manifest import MANIFEST, Part, ScoreManifest, Shard, read_manifest
-from tvkd_fast.scoring.reward_folder import REWARDS, read_reward_manifest
+from tvkd_fast.scoring.reward_folder import REWARDS, check_rewards, read_reward_manifest, rewards_may_be_of
 from tvkd_fast.scoring.token_codec import Codec, Rows
 from tvkd_fast.scoring.token_files import HEAD, PATTERNS, TokenFiles, link_parts, read_tokens, token_bytes, write_tokens
 from tvkd_fast.transfer import to_device
@@ -160,7 +162,7 @@ class ScoreCache:
                 )
             if found != value:
                 raise ValueError(
-                    f"the score cache was made with another {name} ({_short(found)}, wanted {_short(value)}): run "
+                    f"the score cache was made with another {name} ({short(found)}, wanted {short(value)}): run "
                     "`tvkd score` again with this run's settings, or give --scores the folder that belongs to it"
                 )
 
@@ -195,8 +197,10 @@ class ScoreWriter:
     def _resumed(self, manifest: ScoreManifest) -> ScoreManifest:
         try:
             found = read_manifest(self.partial, finished=False)
-        except ValueError:
+        except MissingError:
             return manifest
+        except ValueError as error:
+            raise ValueError(f"{error}. Where that does not help, delete {self.partial} to score anew") from error
         if not found.same_numbers(manifest) or not (found.head is None or is_whole(self.partial, found.head)):
             return manifest
         shards = takewhile(
@@ -257,10 +261,12 @@ class ScoreWriter:
                 path.unlink()
 
     def finish(self) -> None:
-        """Put the whole cache in its place, with the rewards that are there."""
+        """Put the whole cache in its place, with the rewards of the same data that are there."""
         assert self.manifest.finished
-        if (self.folder / REWARDS).is_dir():
-            shutil.copytree(self.folder / REWARDS, self.partial / REWARDS, dirs_exist_ok=True)
+        shutil.rmtree(self.partial / REWARDS, ignore_errors=True)
+        if rewards_may_be_of(self.folder, self.manifest.dataset):
+            with self._saving():
+                shutil.copytree(self.folder / REWARDS, self.partial / REWARDS, copy_function=_copied)
         put_in_place(self.folder, "scores")
 
 
@@ -300,6 +306,7 @@ def describe(folder: str | Path) -> str:
             )
     rewards = read_reward_manifest(folder)
     if rewards is not None:
+        check_rewards(folder, rewards.members)
         lines["rewards"] = ", ".join(f"{one.name} of {one.pairs:,} pairs" for one in rewards.members)
     return "\n".join(f"{name:<18}{text}" for name, text in lines.items())
 
@@ -344,7 +351,12 @@ def _teacher_states(pieces: Sequence[Scores], otherwise: Tensor) -> Tensor:
 
 
 def check_score_folder(folder: Path) -> None:
-    """Raise ValueError where scores cannot be written there, or something else would have to give way to them."""
+    """Raise ValueError where scores cannot be written there, or something else would have to give way to them. Scores
+    that a kill left aside, as others were to take their place, are there again."""
+    try:
+        put_back(folder)
+    except OSError as error:
+        raise refuse_place(folder, "folder", error) from error
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give --output_dir a folder of its own")
     if folder.exists() and not _only_scores(folder):
@@ -354,6 +366,11 @@ def check_score_folder(folder: Path) -> None:
         unfinished(folder).mkdir(exist_ok=True)
     except OSError as error:
         raise refuse_place(folder, "folder", error) from error
+
+
+def _copied(source: str, target: str) -> None:
+    shutil.copy2(source, target)
+    to_disk(Path(target))
 
 
 def _only_scores(folder: Path) -> bool:
@@ -366,6 +383,7 @@ def _kind(fingerprint: object) -> str:
     return str(fingerprint).rpartition(":")[0]
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Return a field of a manifest as an error names it: of a fingerprint the first digits."""
     text = str(value).rpartition(":")[2]
     return f"{text[:12]}…" if isinstance(value, str) and len(text) > 12 else str(value)

@@ -9,7 +9,8 @@ Letters: P pairs, K reward models.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from os.path import expanduser
 from pathlib import Path
@@ -23,13 +24,14 @@ from tqdm import tqdm
 
 from tvkd_fast.data import PairDataset
 from tvkd_fast.distributed import World
-from tvkd_fast.files import read_signed, sha256_of, signed_json, to_disk, whole_files, write_whole
+from tvkd_fast.files import MissingError, read_signed, sha256_of, signed_json, to_disk, whole_files, write_whole
 
 REWARDS = "rewards"
 """The folder within a folder of scores."""
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 _TENSOR = "rewards"
+_COMMAND = "`tvkd score --reward_model`"
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,29 @@ class RewardReader(Protocol):
 def read_reward_manifest(folder: str | Path) -> RewardManifest | None:
     """What a folder of scores holds of reward models; None where it holds nothing. ValueError where it is damaged."""
     path = Path(expanduser(folder)) / REWARDS / _MANIFEST
-    if not path.exists():
+    try:
+        return read_signed(path, _made, formats=(_FORMAT,), command=_COMMAND, missing="")
+    except MissingError:
         return None
-    return read_signed(path, _made, formats=(_FORMAT,), command="`tvkd score --reward_model`", missing="")
+
+
+def rewards_may_be_of(folder: str | Path, dataset: str) -> bool:
+    """Whether a folder of scores holds rewards of the dataset of this fingerprint, or some that cannot be read."""
+    try:
+        manifest = read_reward_manifest(folder)
+    except ValueError:
+        return True
+    return manifest is not None and manifest.dataset == dataset
+
+
+def check_rewards(folder: str | Path, members: Iterable[RewardMember]) -> None:
+    """Raise ValueError where a file of these models' rewards is missing or differs from its checksum."""
+    place = Path(expanduser(folder)) / REWARDS
+    for member in members:
+        if whole_files(place, member.shards) != member.shards:
+            raise ValueError(
+                f"a file of {member.name}'s rewards in {place} does not match its checksum: run {_COMMAND} again"
+            )
 
 
 def load_rewards(folder: str | Path, dataset: PairDataset, names: Sequence[str]) -> Tensor:
@@ -109,7 +131,6 @@ def load_rewards(folder: str | Path, dataset: PairDataset, names: Sequence[str])
     Raises ValueError where the folder was made of other data, lacks one of them, or is damaged.
     """
     manifest = read_reward_manifest(folder)
-    again = "run `tvkd score --reward_model` again"
     held = [] if manifest is None else manifest.names
     missing = [name for name in names if name not in held]
     if manifest is None or missing:
@@ -118,70 +139,85 @@ def load_rewards(folder: str | Path, dataset: PairDataset, names: Sequence[str])
             "`tvkd score --reward_model` and the other settings as before"
         )
     if manifest.dataset != dataset.fingerprint:
-        raise ValueError(f"the rewards at {folder} were made of other data: {again}")
+        raise ValueError(f"the rewards at {folder} were made of other data: run {_COMMAND} again")
     by_name = {member.name: member for member in manifest.members}
+    check_rewards(folder, [by_name[name] for name in names])
     place = Path(expanduser(folder)) / REWARDS
-    found = []
-    for name in names:
-        shards = by_name[name].shards
-        if whole_files(place, shards) != shards:
-            raise ValueError(f"a file of {name}'s rewards in {place} does not match its checksum: {again}")
-        found.append(torch.cat([load_file(place / shard.file)[_TENSOR] for shard in shards]))
-    return torch.stack(found)
+    files = [[place / shard.file for shard in by_name[name].shards] for name in names]
+    return torch.stack([torch.cat([load_file(file)[_TENSOR] for file in of_one]) for of_one in files])
 
 
 def rewards_to_disk(
     dataset: PairDataset,
-    readers: Sequence[tuple[RewardMember, RewardReader]],
+    readers: Sequence[tuple[RewardMember, Callable[[], RewardReader]]],
     folder: str | Path,
     *,
     pairs_per_shard: int,
     world: World,
     progress: bool = False,
 ) -> RewardManifest:
-    """Score the dataset by each reward model into the folder, which the first process writes; what is there of the same
-    data and models is not computed again. Raises ValueError for a reward that is no finite number."""
+    """Score the dataset by each reward model, loaded as its turn comes, into a folder that the first process writes.
+
+    What is there of the same data and models is not computed again, whatever the model was called. Raises ValueError
+    for a reward that is no finite number, for one model twice, and where the disk refuses.
+    """
+    keys = [member.key for member, _ in readers]
+    twice = [member.name for member, _ in readers if keys.count(member.key) > 1]
+    if twice:
+        raise ValueError(f"{' and '.join(twice)} are one model: give --reward_model one of them")
     place = Path(expanduser(folder)) / REWARDS
     manifest = world.broadcast(_kept(place, dataset, [member for member, _ in readers]) if world.first else None)
     assert manifest is not None
-    for wanted, reader in readers:
+    for wanted, load in readers:
         which = next(i for i, member in enumerate(manifest.members) if member.same_numbers(wanted))
         member = manifest.members[which]
         what, done = f"rewards of {member.name}", member.pairs
+        reader = load() if done < len(dataset) else None
         with tqdm(total=len(dataset), initial=done, desc=what, unit="pair", disable=not progress) as bar:
             for first in range(member.pairs, len(dataset), pairs_per_shard):
                 pairs = range(first, min(first + pairs_per_shard, len(dataset)))
+                assert reader is not None
                 rewards = _of_all(reader, pairs, world)
                 _check_finite(rewards, pairs, dataset, member.name)
                 if world.first:
-                    shard = _write(place, f"{member.key}-{first:09d}.safetensors", rewards)
-                    member = replace(member, shards=(*member.shards, shard))
-                    members = (*manifest.members[:which], member, *manifest.members[which + 1 :])
-                    manifest = replace(manifest, members=members)
-                    write_whole(place / _MANIFEST, manifest.text())
+                    with _saving(place):
+                        shard = _write(place / f"{member.key}-{first:09d}.safetensors", rewards)
+                        member = replace(member, shards=(*member.shards, shard))
+                        members = (*manifest.members[:which], member, *manifest.members[which + 1 :])
+                        manifest = replace(manifest, members=members)
+                        write_whole(place / _MANIFEST, manifest.text())
                 bar.update(len(pairs))
+        # The next one needs its memory.
+        del reader
     return world.broadcast(manifest if world.first else None) or manifest
 
 
 def _kept(place: Path, dataset: PairDataset, wanted: Sequence[RewardMember]) -> RewardManifest:
-    """What is there of the same dataset, with the wanted models behind it that are not."""
+    """What is there of the same dataset, under the names that are wanted now, with the wanted models behind it that are
+    not. ValueError where what is there cannot be read: it may be rewards that took a pass each."""
     try:
         found = read_reward_manifest(place.parent)
-    except ValueError:
-        found = None
+    except ValueError as error:
+        raise ValueError(f"{error}. Where that does not help, delete {place} to score anew") from error
     if found is None or found.dataset != dataset.fingerprint:
         found = RewardManifest(dataset.fingerprint, len(dataset))
-    members = [replace(member, shards=whole_files(place, member.shards)) for member in found.members]
-    for one in wanted:
-        if not any(one.same_numbers(member) for member in members):
-            # Other weights or tokens of the same name take its place.
-            members = [member for member in members if member.name != one.name] + [one]
-    place.mkdir(parents=True, exist_ok=True)
+    names = {one.key: one.name for one in wanted}
+    members = [
+        replace(member, name=names.get(member.key, member.name), shards=whole_files(place, member.shards))
+        for member in found.members
+    ]
+    # Other weights or tokens of the same name take its place.
+    members = [member for member in members if member.key in names or member.name not in names.values()]
+    held = {member.key for member in members}
+    kept = replace(found, members=(*members, *(one for one in wanted if one.key not in held)))
     named = {_MANIFEST, *(shard.file for member in members for shard in member.shards)}
-    for path in place.iterdir():
-        if path.name not in named:
-            path.unlink()
-    return replace(found, members=tuple(members))
+    with _saving(place):
+        place.mkdir(parents=True, exist_ok=True)
+        write_whole(place / _MANIFEST, kept.text())
+        for path in place.iterdir():
+            if path.name not in named:
+                path.unlink()
+    return kept
 
 
 def _of_all(reader: RewardReader, pairs: range, world: World) -> Tensor:
@@ -203,15 +239,20 @@ def _check_finite(rewards: Tensor, pairs: range, dataset: PairDataset, name: str
         )
 
 
-def _write(place: Path, file: str, rewards: Tensor) -> RewardShard:
+@contextmanager
+def _saving(place: Path) -> Iterator[None]:
     try:
-        save_file({_TENSOR: rewards}, place / file)
-        to_disk(place / file)
+        yield
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"could not save rewards to {place}: {error}. Free some space and run it again to resume"
         ) from error
-    return RewardShard(file, len(rewards), sha256_of(place / file))
+
+
+def _write(path: Path, rewards: Tensor) -> RewardShard:
+    save_file({_TENSOR: rewards}, path)
+    to_disk(path)
+    return RewardShard(path.name, len(rewards), sha256_of(path))
 
 
 def _made(body: dict[str, Any]) -> RewardManifest:

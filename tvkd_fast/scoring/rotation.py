@@ -25,7 +25,8 @@ _TOLERANCE = 1e-10
 class Rotation:
     """x ↦ (F₁ ⊗ F₂ ⊗ …)·(s ⊙ x) for signs s (D,) and square factors whose sizes multiply to D.
 
-    Raises ValueError where it is not orthogonal: logits, and distances between states, would not stay what they are.
+    Raises ValueError where it is none or not orthogonal: logits, and distances between states, would not stay what they
+    are.
     """
 
     def __init__(self, signs: Tensor, factors: Sequence[Tensor]) -> None:
@@ -34,6 +35,8 @@ class Rotation:
             sizes = " x ".join(str(len(factor)) for factor in self.factors)
             raise ValueError(f"a rotation of {len(signs)} coordinates has factors of {sizes}")
         for factor in self.factors:
+            if factor.shape != (len(factor), len(factor)):
+                raise ValueError(f"a rotation's factors are square, and one is {list(factor.shape)}")
             off = (factor @ factor.T - torch.eye(len(factor), dtype=torch.float64)).abs().max()
             if not off <= _TOLERANCE:
                 raise ValueError(f"the rotation is not orthogonal: its product with its transpose is off by {off:.1e}")

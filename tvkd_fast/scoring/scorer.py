@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from tvkd_fast.data import MicroBatching, PairBatch, PairDataset
 from tvkd_fast.distributed import World
+from tvkd_fast.files import unfinished
 from tvkd_fast.losses import running_sums, segment_sums
 from tvkd_fast.models import FusedLMHead, PolicyWithHead, TeacherWithHead, WithoutAdapters
 from tvkd_fast.scoring.cache import ScoreCache, ScoreWriter
@@ -114,13 +115,14 @@ class OnlineScorer:
         self.reference, self.teacher, self.teacher_tokens = reference, teacher, teacher_tokens
         self.world, self.of_teacher = world, of_teacher
         self.base = base
+        device = None if world is None else world.device
         self.teacher_head = None
         if teacher is not None and "states" in of_teacher:
-            self.teacher_head = teacher.policies[0].head.gathered()
+            self.teacher_head = teacher.policies[0].head.gathered(device)
         self.teacher_learns = False
         """Whether the numbers of a batch have a gradient by what learns in the teacher."""
-        self.ref_head = reference.head.gathered() if reference_states and reference is not None else None
-        self.base_head = None if base is None else base.head.gathered()
+        self.ref_head = reference.head.gathered(device) if reference_states and reference is not None else None
+        self.base_head = None if base is None else base.head.gathered(device)
 
     def asking(self, of_teacher: Collection[str]) -> OnlineScorer:
         """The same models, the teacher asked for these numbers; no teacher where they are none."""
@@ -281,8 +283,8 @@ def score_to_disk(
 ) -> ScoreCache:
     """Score the dataset shard by shard into a folder, which the first process writes.
 
-    A rerun after a kill resumes after the last whole shard. `held`, of the first process, are scores of the same
-    dataset that are written beside those of the scorer, which computes the others alone.
+    A rerun after a kill resumes after the last whole shard, whatever the size of the next. `held`, of the first
+    process, are scores of the same dataset that are written beside the scorer's, which computes the others alone.
     """
     layout = scorer.layout(dataset)
     codecs, head = _codecs(scorer, manifest)
@@ -292,30 +294,30 @@ def score_to_disk(
     writer = ScoreWriter(folder, manifest, layout, dataset.pair_digests, head) if world.first else None
     # What is held of tokens stays in its files, and so their pairs stay together.
     grid = [shard.pairs for shard in held.manifest.shards] if held is not None and held.tokens is not None else None
-    grid, start = world.broadcast((grid, 0 if writer is None else writer.pairs))
-    with _bar(len(dataset), start, progress) as bar:
-        for place, pairs in enumerate(_shards(len(dataset), pairs_per_shard, grid)):
-            if pairs.start < start:
-                continue
+    grid, done = world.broadcast((grid, [] if writer is None else [shard.pairs for shard in writer.manifest.shards]))
+    if grid is not None and grid[: len(done)] != done:
+        partial = unfinished(Path(folder))
+        raise ValueError(f"{partial} has shards of other sizes than {folder}: delete it and score again")
+    with _bar(len(dataset), sum(done), progress) as bar:
+        for pairs in _shards(len(dataset), sum(done), pairs_per_shard, grid):
             scores, tokens = _score_pairs(dataset, layout, pairs, scorer, codecs, batching, world, bar)
             if writer is None:
                 continue
-            if held is None:
-                writer.write(scores, tokens)
-            else:
-                linked = (Path(folder), held.manifest.shards[place].beside) if grid else None
-                writer.write(_beside(held.between(pairs.start, pairs.stop), scores), tokens, linked)
+            assert pairs.start == writer.pairs
+            beside = held.manifest.shards[len(writer.manifest.shards)].beside if held and grid else None
+            if held is not None:
+                scores = _beside(held.between(pairs.start, pairs.stop), scores)
+            writer.write(scores, tokens, None if beside is None else (Path(folder), beside))
     if writer is not None:
         writer.finish()
     world.barrier()
     return ScoreCache.load(folder, dataset)
 
 
-def _shards(count: int, size: int, grid: list[int] | None) -> Iterator[range]:
-    """The pairs of each shard: as many as in `grid`, or `size` of them."""
-    ends = [0, *(accumulate(grid) if grid else (min(end, count) for end in range(size, count + size, size)))]
-    for first, last in pairwise(ends):
-        yield range(first, last)
+def _shards(count: int, start: int, size: int, grid: list[int] | None) -> Iterator[range]:
+    """The pairs of each shard from `start` on: up to the ends of `grid`, or `size` of them."""
+    ends = accumulate(grid) if grid else (min(end, count) for end in range(start + size, count + size, size))
+    return starmap(range, pairwise([start, *(end for end in ends if end > start)]))
 
 
 def _codecs(scorer: OnlineScorer, manifest: ScoreManifest) -> tuple[dict[str, Codec], Callable[[Path], Part] | None]:

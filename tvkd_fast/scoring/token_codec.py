@@ -20,6 +20,8 @@ StatesDtype = Literal["int8", "bfloat16"]
 Rows = Mapping[str, Tensor]
 """Tensors by name, of one row per token each."""
 _LEVELS = 127
+_BLOCK = 256
+"""Tokens between two places of a file of draws that are held in memory: one for each would be eight bytes a token."""
 
 
 class Codec(Protocol):
@@ -118,11 +120,14 @@ class SampledCodec:
         return found | {"distinct": drawn.sum(1).to(torch.uint8)}
 
     def opened(self, packed: Rows) -> Rows:
-        return {**packed, "bounds": torch.nn.functional.pad(packed["distinct"].long().cumsum(0), (1, 0))}
+        distinct = packed["distinct"].flatten()
+        of_blocks = torch.nn.functional.pad(distinct, (0, -len(distinct) % _BLOCK)).view(-1, _BLOCK).sum(1)
+        return {**packed, "firsts": torch.nn.functional.pad(of_blocks.cumsum(0), (1, 0))}
 
     def rows(self, opened: Rows, start: int, end: int) -> Rows:
-        first, last = (int(opened["bounds"][place]) for place in (start, end))
-        distinct = opened["distinct"][start:end].long()
+        block, distinct = start // _BLOCK, opened["distinct"][start:end].long()
+        first = int(opened["firsts"][block] + opened["distinct"][block * _BLOCK : start].sum())
+        last = first + int(distinct.sum())
         places = torch.arange(self.draws).expand(len(distinct), -1)
         drawn = places < distinct[:, None]
         return {

@@ -164,7 +164,8 @@ def _check_shapes(folder: Path, manifest: ScoreManifest, files: TokenFiles) -> N
                 wanted = {"ids": (tokens, k), "logps": (tokens, k), "tail": (tokens,)}
             elif kind_of(name) == "sampled":
                 drawn = int(rows["distinct"].sum())
-                wanted = {"ids": (drawn,), "counts": (drawn,), "distinct": (tokens,), "bounds": (tokens + 1,)}
+                wanted = {"ids": (drawn,), "counts": (drawn,), "distinct": (tokens,)}
+                wanted["firsts"] = tuple(rows["firsts"].shape)
             if {key: tuple(x.shape) for key, x in rows.items()} != wanted:
                 raise ValueError(f"{folder / file_of(name, i)} does not match the manifest: run `tvkd score` again")
 

@@ -248,6 +248,8 @@ def read_state(path: Path) -> dict[str, Any]:
 def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
     """Raises CheckpointError, with what differs, where the checkpoint is of another run than this one."""
     found = dict(read_state(path)["identity"])
+    # As the checkpoint reads it back, with lists for tuples.
+    identity = json.loads(json.dumps(identity))
     if isinstance(found.get("loss"), dict) and found.get("objective") == identity.get("objective"):
         # Before objectives had settings of their own, every run recorded all of TVKD's.
         found["loss"] = {key: x for key, x in found["loss"].items() if key in identity.get("loss", {})}

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from tvkd_fast._compat import skips_on_device
+from tvkd_fast.distributed import full_tensor
 from tvkd_fast.models.parts.beside import Beside
 from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, SHARE, Range, at_least, check_numbers, number
 
@@ -39,6 +41,22 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip the policy's gradients to a joint norm (0: to none), and those of each group beside it by themselves.
+
+    What learns beside a policy would shorten its steps otherwise. Returns the policy's norm before, and whether all
+    norms are finite, () each.
+    """
+    policy = [p for group in optimizer.param_groups if "lr_ratio" not in group for p in group["params"]]
+    beside = [group["params"] for group in optimizer.param_groups if "lr_ratio" in group]
+    most = clip_norm if clip_norm > 0 else float("inf")
+    norms = [full_tensor(clip_grad_norm_(parameters, most)) for parameters in (policy, *beside)]
+    finite = torch.isfinite(norms[0])
+    for norm in norms[1:]:
+        finite = finite & torch.isfinite(norm)
+    return norms[0], finite
 
 
 def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
@@ -90,7 +108,7 @@ class OptimConfig:
     final_lr_ratio: float = number(0.1, SHARE)
     """Learning rate at the last step over the peak."""
     clip_norm: float = number(1.0, NOT_NEGATIVE)
-    """Largest gradient norm; 0 leaves it alone."""
+    """Largest gradient norm, of the policy and of each thing that learns beside it by itself; 0 leaves them alone."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim")

@@ -18,16 +18,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from tvkd_fast.data import PairBatch
-from tvkd_fast.distributed import World, full_tensor, sync_gradients
+from tvkd_fast.distributed import World, sync_gradients
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import Factors, Objective, ObjectiveOutput
 from tvkd_fast.ops import unchecked
 from tvkd_fast.scoring import Scorer
 from tvkd_fast.training.baseline import with_baseline
-from tvkd_fast.training.optim import update
+from tvkd_fast.training.optim import clip_gradients, update
 from tvkd_fast.transfer import to_device
 
 
@@ -49,7 +48,7 @@ class StepOutput:
     loss: Tensor
     """The loss of the whole step, the same in every process."""
     grad_norm: Tensor
-    """Likewise, before it was clipped."""
+    """The policy's, likewise, before it was clipped."""
     outputs: list[ObjectiveOutput]
     """One per micro-batch of this process whose pairs were compared."""
     length_differences: list[Tensor]
@@ -103,10 +102,9 @@ def train_step(
                 loss = numbers.logps.sum()
             loss.backward()
             losses.append(loss.detach() / world.size)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = full_tensor(clip_grad_norm_(parameters, clip_norm if clip_norm > 0 else float("inf")))
+    grad_norm, finite = clip_gradients(optimizer, clip_norm)
     loss = world.all_reduce(torch.stack(losses).sum())
-    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    finite = finite & torch.isfinite(loss)
     update(optimizer, finite)
     if not skip_nonfinite and not bool(finite):
         pairs = world.all_gather([int(i) for batch in batches for i in batch.pairs])

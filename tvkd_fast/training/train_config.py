@@ -11,7 +11,7 @@ from tvkd_fast.distributed.parallel_config import ParallelConfig
 from tvkd_fast.files import at_home
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
 from tvkd_fast.objectives import DEFAULT, TEACHER, Need, Objective, settings_of
-from tvkd_fast.objectives.contract import check_labels, check_rewards, check_selection, check_teacher_reference
+from tvkd_fast.objectives.checks.fitting import check_labels, check_rewards, check_selection, check_teacher_reference
 from tvkd_fast.ops import HeadGradient
 from tvkd_fast.ranges import POSITIVE, at_least, check_numbers, number
 from tvkd_fast.rollout.rollout_config import RolloutConfig

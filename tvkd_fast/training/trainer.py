@@ -213,14 +213,16 @@ class Trainer:
             return
         self.checkpoints.wait()
         path, pairs = self.folder / NONFINITE.format(step), sorted(self._pairs(step))
+        samples = [{"pair": i, "ids": " ".join(map(str, ids))} for i, ids in self.data.samples(step)]
         if self.world.first:
             record = {"step": step, "pairs": pairs, "config": to_record(self.config)}
+            record |= {"samples": samples} if samples else {}
             with written(path, RESUMES):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=2) + "\n")
-        raise FloatingPointError(self._nonfinite(step, pairs, path, later))
+        raise FloatingPointError(self._nonfinite(step, pairs, path, later, sampled=bool(samples)))
 
-    def _nonfinite(self, step: int, pairs: list[int], record: Path, later: int) -> str:
+    def _nonfinite(self, step: int, pairs: list[int], record: Path, later: int, *, sampled: bool) -> str:
         """Describe a step that is not finite: which step, which rows, what was done after it, and what to try."""
         rows = list(dict.fromkeys(self.dataset[i].row for i in pairs))
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
@@ -230,11 +232,13 @@ class Trainer:
         replay = (
             "" if Need.REJECTED not in self.config.loss.needs else f"`tvkd replay {record}` says which of them it is. "
         )
+        remedy = "Take out a row that is not finite alone; else lower"
+        if sampled:
+            replay, remedy = f"{record} holds the responses that were sampled for them. ", "Lower"
         return (
             f"the loss or the gradient of step {step + 1} is NaN or inf, and the weights were left as they were before "
-            f"it{after}. Its rows: {', '.join(rows[:NAMED_ROWS])}{more}. {replay}Take out a row that is not finite "
-            "alone; else lower --optim.lr or raise --optim.warmup_steps, or pass such steps over by --nonfinite skip "
-            f"({kept})"
+            f"it{after}. Its rows: {', '.join(rows[:NAMED_ROWS])}{more}. {replay}{remedy} --optim.lr or raise "
+            f"--optim.warmup_steps, or pass such steps over by --nonfinite skip ({kept})"
         )
 
     def _speed(self, tokens: int, response_tokens: int, pairs: int, busy: float, waited: float) -> dict[str, float]:
@@ -355,17 +359,12 @@ def _trajectory(config: TrainConfig) -> dict[str, Any]:
     names = ("objective", "seed", "pairs_per_step", "max_steps", "epochs")
     return {name: getattr(config, name) for name in names} | {
         "loss": config.loss.settings(),
-        "optim": _plain(config.optim),
+        "optim": asdict(config.optim),
         "head": asdict(config.head),
         "lora": asdict(config.lora),
-        **({"rollout": _plain(config.rollout)} if config.sampled_share else {}),
+        **({"rollout": asdict(config.rollout)} if config.sampled_share else {}),
         **({} if config.data.selection is None else {"selection": asdict(config.data.selection)}),
     }
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """Return the config as JSON reads it back, with lists for tuples."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def _due(step: int, every: int) -> bool:

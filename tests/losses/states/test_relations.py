@@ -70,6 +70,17 @@ def test_equal_states_and_zeros_have_finite_gradients(relation: str) -> None:
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_autocast_rounds_nothing(relation: str, clouds: SimpleNamespace) -> None:
+    hidden, teacher = (clouds.states(n, n, torch.float32).requires_grad_() for n in (6, 11))
+    found = []
+    for on in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            values = relational_distances(hidden, teacher, clouds.lengths, relation=relation)
+        found.append([values, *torch.autograd.grad(values.sum(), hidden)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_the_teacher_gets_no_gradient(clouds: SimpleNamespace) -> None:
     teacher = clouds.states(6, 1).requires_grad_()
     assert not relational_distances(clouds.states(6, 0), teacher, clouds.lengths).requires_grad

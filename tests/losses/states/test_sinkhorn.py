@@ -99,6 +99,16 @@ def test_rows_of_cosines_are_its_formula(clouds: SimpleNamespace) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
+def test_autocast_rounds_nothing(clouds: SimpleNamespace) -> None:
+    hidden, teacher = (clouds.states(n, n, torch.float32).requires_grad_() for n in (6, 11))
+    found = []
+    for on in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            values = transport_distances(hidden, teacher, clouds.lengths)
+        found.append([values, *torch.autograd.grad(values.sum(), hidden)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_a_response_does_not_depend_on_the_others(clouds: SimpleNamespace) -> None:
     hidden, teacher = clouds.states(6, 0), clouds.states(11, 1)
     whole = transport_distances(hidden, teacher, clouds.lengths)

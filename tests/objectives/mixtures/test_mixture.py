@@ -113,6 +113,11 @@ def test_without_a_teacher_the_preference_part_is_shown() -> None:
     assert found.without(found.needs) is None
 
 
+def test_settings_are_taken_as_yaml_writes_them() -> None:
+    ((part, _),) = Mixture(parts=[{"adpa": {"clip": [0, 1], "advantage_weight": 1}}]).objectives
+    assert part.settings() == {"likelihood_weight": 1.0, "advantage_weight": 1.0, "clip": (0.0, 1.0)}
+
+
 @pytest.mark.parametrize(
     ("parts", "problem"),
     [
@@ -125,6 +130,15 @@ def test_without_a_teacher_the_preference_part_is_shown() -> None:
         ([{"sft": {"beta": 0.9}}], "beta is no setting of sft, which has none"),
         ([{"dpo": {"beta": -1}}], "beta must be a positive number"),
         ([{"forward_kl": {"responses": "all"}}], "responses of forward_kl must be one of chosen, both, got 'all'"),
+        (
+            [{"adpa": {"clip": [0, "a"]}}],
+            "clip of adpa must be a list of 2, a number and a number or null, got [0, 'a']",
+        ),
+        ([{"adpa": {"clip": 1}}], "clip of adpa must be a list of 2, a number and a number or null, got 1"),
+        ([{"dpo": {"beta": True}}], "beta of dpo must be a number, got True"),
+        ([{"dpo": {"beta": [0.1]}}], "beta of dpo must be a number, got [0.1]"),
+        ([{"dpo": {"beta": None}}], "beta of dpo must be a number, got None"),
+        ([{"ipo": {"per_token": "yes"}}], "per_token of ipo must be true or false, got 'yes'"),
         ([{"dpo": 0.1}], "the settings of dpo are a mapping"),
         ([{"dpo": {}, "sft": {}}], "a part of a mixture is one objective and its weight"),
         (["dpo"], "a part of a mixture is one objective and its weight"),

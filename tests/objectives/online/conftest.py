@@ -28,7 +28,15 @@ def steps_of(pairs: list[TokenizedPair], tiny_model: Any, in_float64: Any) -> Ca
     # What a family makes of its config in float32 is float64 from its first model on.
     in_float64(tiny_model(0))
 
-    def train(found: Any, *, steps: int = 1, tokens: int = 2048, packing: Any = "shared", lr: float = 1e-2) -> Any:
+    def train(
+        found: Any,
+        *,
+        steps: int = 1,
+        tokens: int = 2048,
+        packing: Any = "shared",
+        lr: float = 1e-2,
+        clip_norm: float = 0.0,
+    ) -> Any:
         policy = PolicyWithHead(in_float64(tiny_model(0)), packing=packing)
         teacher = TeacherWithHead(in_float64(tiny_model(1, hidden_size=48)), packing=packing)
         scorer = OnlineScorer(None, teacher, of_teacher=of_teacher(found.needs))
@@ -48,7 +56,7 @@ def steps_of(pairs: list[TokenizedPair], tiny_model: Any, in_float64: Any) -> Ca
             batches = [
                 found.changed(batch, 0, step) for batch in MicroBatching(packing, tokens).batches(pairs, range(4))
             ]
-            losses.append(train_step(policy, scorer, batches, optimizer, found, clip_norm=0.0).loss)
+            losses.append(train_step(policy, scorer, batches, optimizer, found, clip_norm=clip_norm).loss)
         return SimpleNamespace(policy=policy, teacher=teacher, losses=losses, gradients=gradients, count=len(batches))
 
     return train

@@ -1,6 +1,8 @@
 """MixKD: the divergence on mixed embeddings against the same done row by row, and what a mixture depends on."""
 
+import random
 from collections.abc import Callable
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,3 +79,10 @@ def test_a_mixture_depends_on_seed_step_and_pair_alone(pairs: list[TokenizedPair
 def test_scores_on_disk_are_refused(make_config: Any, run: Any) -> None:
     with pytest.raises(ValueError, match=r"mixkd changes the input of every step, .*: leave --scores out, and set"):
         run(make_config(objective="mixkd", scores="scores"))
+
+
+def test_shares_have_noise_of_their_own() -> None:
+    """What orders an epoch's pairs is a hash of three numbers too."""
+    digest = sha256(b"0:1:2").digest()
+    assert drawn_share(1.0, 0, 1, 2) != random.Random(int.from_bytes(digest[:8], "big")).betavariate(1.0, 1.0)
+    assert drawn_share(1.0, 0, 1, 2) == drawn_share(1.0, 0, 1, 2) != drawn_share(1.0, 1, 1, 2)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tvkd_fast.commands.prepare import prepare
 from tvkd_fast.data import TokenizedPair, packed_length
-from tvkd_fast.models import fingerprint_weights, load_model
+from tvkd_fast.distributed import World
+from tvkd_fast.models import fingerprint_weights, is_adapter, load_model
+from tvkd_fast.models.settings import LoraConfig
 from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
 from tvkd_fast.objectives.online.okd import OKD
 from tvkd_fast.training.metrics import METRICS, read_metrics
@@ -18,13 +21,14 @@ from tvkd_fast.training.metrics import METRICS, read_metrics
 pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
 
 
-def test_with_frozen_adapters_it_is_the_divergence(steps_of: Callable[..., SimpleNamespace]) -> None:
-    found = steps_of(OKD(teacher_lr_ratio=0.0, responses="both"), steps=3)
-    plain = steps_of(ForwardKL(responses="both"), steps=3)
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-3])
+def test_with_frozen_adapters_it_is_the_divergence(steps_of: Callable[..., SimpleNamespace], clip_norm: float) -> None:
+    found = steps_of(OKD(teacher_lr_ratio=0.0, responses="both"), steps=3, clip_norm=clip_norm)
+    plain = steps_of(ForwardKL(responses="both"), steps=3, clip_norm=clip_norm)
     torch.testing.assert_close(found.losses, plain.losses, rtol=1e-12, atol=1e-14)
     for name, parameter in plain.policy.named_parameters():
         torch.testing.assert_close(found.policy.get_parameter(name), parameter, rtol=1e-9, atol=1e-12)
-    learning = steps_of(OKD(responses="both"), steps=3)
+    learning = steps_of(OKD(responses="both"), steps=3, clip_norm=clip_norm)
     assert learning.losses[0] == found.losses[0]
     # Both sides move towards each other.
     assert learning.losses[2] < found.losses[2]
@@ -74,6 +78,26 @@ def test_a_run_resumes_bit_for_bit_with_the_teachers_adapters(make_config: Any, 
     assert losses[0] == losses[1]
     finals = [fingerprint_weights(load_model(files / name / "final")) for name in ("whole", "cut")]
     assert finals[0] == finals[1]
+
+
+def test_seed_and_owner_decide_where_adapters_begin(make_config: Any) -> None:
+    def of_seed(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        lora = LoraConfig(rank=8)
+        config = make_config(objective="okd", seed=seed, lora=lora, teacher=make_config().policy, data_eval=None)
+        policy = prepare(config, World(torch.device("cpu")), verbose=False).policy
+        named = dict(policy.named_parameters())
+        own = {name: x.detach() for name, x in named.items() if is_adapter(name) and "lora_A" in name}
+        beside = {name.replace("/", "."): x.detach() for name, x in named.items() if "/lora_A/" in name}
+        return own, {name.removeprefix("beside.teacher."): x for name, x in beside.items()}
+
+    (own, teachers), (again, teachers_again), (other, teachers_other) = map(of_seed, (3, 3, 4))
+    assert own.keys() == teachers.keys()
+    assert own
+    for name, adapter in own.items():
+        assert torch.equal(adapter, again[name])
+        assert torch.equal(teachers[name], teachers_again[name])
+        found = (adapter, other[name], teachers[name], teachers_other[name])
+        assert len({tuple(x.flatten().tolist()) for x in found}) == 4
 
 
 def test_what_is_refused(make_config: Any, run: Any) -> None:

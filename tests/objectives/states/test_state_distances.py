@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tvkd_fast.commands.export import export
+from tvkd_fast.commands.prepare import prepare
 from tvkd_fast.commands.score import ScoreConfig, score
+from tvkd_fast.distributed import World
 from tvkd_fast.losses.states import relational_distances, transport_distances
 from tvkd_fast.models import PolicyWithHead, fingerprint_weights, load_model
 from tvkd_fast.objectives.mixtures.mixture import Mixture
@@ -115,3 +117,16 @@ def test_a_mixture_holds_none_of_them(name: str) -> None:
 def test_without_its_projection_a_policy_is_not_measured(tiny_model: Any) -> None:
     with pytest.raises(ValueError, match=r"projected measures by a projection that is trained with the policy"):
         Projected().projection(PolicyWithHead(tiny_model(0)))
+
+
+def test_the_seed_decides_where_a_projection_begins(make_config: Any) -> None:
+    def of_seed(seed: int) -> Tensor:
+        config = make_config(objective="projected", seed=seed, data_eval=None)
+        policy = prepare(config, World(torch.device("cpu")), verbose=False).policy
+        return policy.get_parameter("beside.projection.weight").detach()
+
+    first, again, other = map(of_seed, (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    # As wide as a linear layer's own.
+    assert 0.9 < first.abs().max() * first.shape[1] ** 0.5 <= 1

@@ -13,7 +13,6 @@ from tvkd_fast.data.reading.labelled import unpaired
 from tvkd_fast.evaluation.held_out import evaluate_labelled
 from tvkd_fast.models import PolicyWithHead
 from tvkd_fast.objectives import PolicyNumbers
-from tvkd_fast.objectives.contract import check_labels
 from tvkd_fast.objectives.mixtures.mixture import Mixture
 from tvkd_fast.objectives.unpaired.kto import KTO
 from tvkd_fast.scoring import OnlineScorer, Scores
@@ -123,9 +122,11 @@ def test_rewards_of_the_right_sign_are_counted(batch_of: Any) -> None:
     torch.testing.assert_close(losses, wanted)
 
 
-def test_labels_and_pairs_are_not_mixed() -> None:
-    with pytest.raises(ValueError, match="would read labels of single responses and compare two"):
-        check_labels(False, Mixture(parts=[{"kto": {}}, {"dpo": {}}]))
+@pytest.mark.parametrize("other", ["dpo", "sft", "forward_kl"])
+def test_a_part_that_reads_no_labels_does_not_stand_beside_it(other: str) -> None:
+    with pytest.raises(ValueError, match=rf"kto reads single responses with labels, and {other} would take .*: leave"):
+        Mixture(parts=[{other: {}}, {"kto": {}}])
+    assert Mixture(parts=[{"kto": {}}, {"kto": {"beta": 0.3}}, {other: {}, "weight": 0}]).needs == KTO().needs
 
 
 def test_weights_of_nothing_are_refused() -> None:

@@ -33,6 +33,14 @@ def to_labelled(record: Mapping[str, Any], row: str) -> Preference:
     return replace(to_response(record, row), desirable=bool(label))
 
 
+def to_chosen(record: Mapping[str, Any], row: str) -> Preference:
+    """A row of one response, or of two, of which the chosen one is learned from. BadPair where its label is false."""
+    if is_single(record) and record.get(LABEL) == 0:
+        remedy = "Leave such rows out, by --data.bad_pairs drop too, or take --objective kto, which reads labels"
+        raise BadPair(row, "a response to learn from is undesirable", f"{LABEL} is {record[LABEL]!r}", remedy)
+    return to_response(record, row)
+
+
 def unpaired(record: Mapping[str, Any], row: str) -> list[Preference]:
     """The chosen response of a pair as a desirable one and the rejected one as another; a labelled row as it is."""
     if is_single(record):

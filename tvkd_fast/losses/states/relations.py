@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tvkd_fast.losses.states.responses import check_same_tokens, padded
+from tvkd_fast.losses.states.responses import check_same_tokens, padded, products
 
 Relation = Literal["cosine", "gram", "distance"]
 _SMALLEST = 1e-12
@@ -65,7 +65,7 @@ def relational_distances(
         errors = (cosines(ours) - cosines(theirs)).square() * both
         return errors.sum((1, 2)) / both.sum((1, 2))
     if relation == "gram":
-        ours, theirs = ours @ ours.mT, theirs @ theirs.mT
+        ours, theirs = products(ours, ours), products(theirs, theirs)
         product = (ours * theirs).sum((1, 2))
         return 1 - product / (_norms(ours) * _norms(theirs)).clamp(min=_SMALLEST)
     pairs = both & ~torch.eye(both.shape[1], dtype=torch.bool, device=both.device)
@@ -78,7 +78,7 @@ def relational_distances(
 def cosines(states: Tensor) -> Tensor:
     """[S, T, D] states to the [S, T, T] cosines between them; 0 for a state of zeros. Differentiable."""
     units = F.normalize(states, dim=-1)
-    return units @ units.mT
+    return products(units, units)
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -90,6 +90,6 @@ def _relative_distances(states: Tensor, filled: Tensor, pairs: Tensor, count: Te
     # About their mean, so that squares of what all states share do not cancel.
     states = states - states.sum(1, keepdim=True) / filled.sum(1)[:, None, None]
     squares = states.square().sum(-1)
-    squared = squares[:, :, None] + squares[:, None, :] - 2 * states @ states.mT
+    squared = squares[:, :, None] + squares[:, None, :] - 2 * products(states, states)
     distances = squared.where(pairs, 1.0).clamp(min=_SMALLEST).sqrt() * pairs
     return distances / (distances.sum((1, 2)) / count).clamp(min=_SMALLEST)[:, None, None]

@@ -32,6 +32,15 @@ def padded(states: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return rows.view(*filled.shape, states.shape[1]), to_device(filled, states.device)
 
 
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """[S, n, D] and [S, m, D] to the [S, n, m] x_i·y_j, in their own dtype within autocast too, where a policy's states
+    are compared. Differentiable."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return x @ y.mT
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ y.mT
+
+
 def means(of_tokens: Tensor, filled: Tensor) -> Tensor:
     """(S,) means over the filled places of [S, T] numbers, which are finite elsewhere. Differentiable."""
     return (of_tokens * filled).sum(-1) / filled.sum(-1)

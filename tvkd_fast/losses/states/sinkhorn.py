@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tvkd_fast.losses.states.relations import cosines
-from tvkd_fast.losses.states.responses import check_same_tokens, padded
+from tvkd_fast.losses.states.responses import check_same_tokens, padded, products
 
 _SMALLEST = 1e-12
 """The least mean squared distance that is taken for a unit."""
@@ -161,5 +161,5 @@ def transport_distances(
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """[S, n, D] and [S, m, D] points to [S, n, m], never below 0. Differentiable."""
-    squared = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :] - 2 * x @ y.mT
+    squared = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :] - 2 * products(x, y)
     return squared.clamp(min=0)

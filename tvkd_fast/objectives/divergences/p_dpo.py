@@ -5,7 +5,6 @@ Letters: P pairs, 2P responses, chosen first.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,8 +44,6 @@ class PDPO(Objective):
         losses = sigmoid_losses(chosen - rejected) + self.kl_weight * (of_chosen + of_rejected)
         return ObjectiveOutput.of(losses, chosen, rejected)
 
-    def without(self, missing: Collection[Need]) -> Objective | None:
-        """Rewards that are shown are DPO's."""
-        if not self.needs & frozenset(missing):
-            return self
-        return DPO(beta=self.beta).without(missing)
+    @property
+    def fallback(self) -> Objective:
+        return DPO(beta=self.beta)

@@ -5,7 +5,6 @@ Letters: P pairs, 2P responses, chosen first.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,8 +52,6 @@ class TDPO1(Objective):
         chosen, rejected = (ratios + drifts).chunk(2)
         return self.beta * (chosen - rejected)
 
-    def without(self, missing: Collection[Need]) -> Objective | None:
-        """Rewards that are shown are DPO's."""
-        if not self.needs & frozenset(missing):
-            return self
-        return DPO(beta=self.beta).without(missing)
+    @property
+    def fallback(self) -> Objective:
+        return DPO(beta=self.beta)

@@ -1,4 +1,4 @@
-"""What the divergences between policy and teacher on given responses have in common.
+"""What the sums over response tokens, such as divergences between policy and teacher, have in common.
 
 Letters: P pairs, N response tokens.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from tvkd_fast.data import PairBatch
+from tvkd_fast.losses import segment_sums
 from tvkd_fast.objectives.contract import Divisor, Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.divergences.joint_numbers import Joint
 from tvkd_fast.ranges import POSITIVE, number
@@ -16,11 +19,34 @@ from tvkd_fast.scoring.layout import Scores
 
 
 @dataclass(kw_only=True)
-class TokenDivergence(Objective):
-    """A divergence of every response token between the policy's distribution and the teacher's."""
+class TokenSum(Objective):
+    """A number of every response token, by the policy's distribution and the teacher's, summed over tokens."""
 
     responses: Literal["chosen", "both"] = "chosen"
     """Whose tokens: the chosen responses', or the rejected ones' as well."""
+
+    @property
+    def divided_by(self) -> Divisor:  # type: ignore[override]
+        return "chosen_tokens" if self.responses == "chosen" else "tokens"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        both = {Need.REJECTED} if self.responses == "both" else set()
+        return frozenset({Need.TEACHER_STATES} | both)
+
+    def of_tokens(self, numbers: Tensor, batch: PairBatch) -> ObjectiveOutput:
+        """The output whose losses are sums of `numbers` (N,) over the tokens of the responses that count."""
+        of_responses = segment_sums(numbers, batch.cu_seqlens)
+        if self.responses == "chosen":
+            return ObjectiveOutput(of_responses[: batch.num_pairs])
+        chosen, rejected = of_responses.chunk(2)
+        return ObjectiveOutput(chosen + rejected)
+
+
+@dataclass(kw_only=True)
+class TokenDivergence(TokenSum):
+    """A divergence of every response token between the policy's distribution and the teacher's."""
+
     temperature: float = number(1.0, POSITIVE)
     """τ > 0, by which both models' logits are divided."""
 
@@ -34,15 +60,6 @@ class TokenDivergence(Objective):
         return 0.5
 
     @property
-    def divided_by(self) -> Divisor:  # type: ignore[override]
-        return "chosen_tokens" if self.responses == "chosen" else "tokens"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        both = {Need.REJECTED} if self.responses == "both" else set()
-        return frozenset({Need.TEACHER_STATES} | both)
-
-    @property
     def divergence(self) -> Joint:
         """The number of a token that is summed."""
         return Joint(self.kind, beta=self.share, temperature=self.temperature, responses=self.responses)
@@ -52,8 +69,4 @@ class TokenDivergence(Objective):
         return (self.divergence,)
 
     def loss(self, policy: PolicyNumbers, scores: Scores, batch: PairBatch) -> ObjectiveOutput:
-        of_responses = policy.summed(self.divergence, batch)
-        if self.responses == "chosen":
-            return ObjectiveOutput(of_responses[: batch.num_pairs])
-        chosen, rejected = of_responses.chunk(2)
-        return ObjectiveOutput(chosen + rejected)
+        return self.of_tokens(policy.joint[self.divergence], batch)

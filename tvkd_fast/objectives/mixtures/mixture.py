@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
 from tvkd_fast.data import PairBatch
 from tvkd_fast.objectives.contract import Factors, Need, Objective, ObjectiveOutput, PolicyNumbers
 from tvkd_fast.objectives.divergences.joint_numbers import Joint
+from tvkd_fast.objectives.mixtures.setting_types import in_words, is_of
 from tvkd_fast.objectives.registry import objective, objective_named, settings_names
 from tvkd_fast.scoring.layout import Scores
 
@@ -60,6 +61,7 @@ class Mixture(Objective):
         # Parts of no weight are neither computed nor scored.
         self.objectives = tuple((part, weight) for part, weight in found if weight)
         self._check_teachers()
+        self._check_labels()
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -83,6 +85,10 @@ class Mixture(Objective):
             key for part, _ in self.objectives if not part.linear for key in part.joint if key not in part.linear_joint
         }
         return tuple(key for key in self.joint if key not in bent)
+
+    @property
+    def on_policy(self) -> bool:  # type: ignore[override]
+        return any(part.on_policy for part, _ in self.objectives)
 
     @property
     def several_rewards(self) -> bool:  # type: ignore[override]
@@ -134,6 +140,15 @@ class Mixture(Objective):
                 "scores one of them: give both the same value_from"
             )
 
+    def _check_labels(self) -> None:
+        labelled = [part.name for part, _ in self.objectives if Need.LABELS in part.needs]
+        others = [part.name for part, _ in self.objectives if Need.LABELS not in part.needs]
+        if labelled and others:
+            raise ValueError(
+                f"{labelled[0]} reads single responses with labels, and {others[0]} would take all of them for chosen "
+                f"ones, the undesirable too: leave {others[0]} out, or take dpo in place of {labelled[0]}"
+            )
+
 
 def _read(part: Any) -> tuple[Objective, float]:
     """An objective and its weight. Raises ValueError, in one line, for what is neither."""
@@ -150,14 +165,13 @@ def _read(part: Any) -> tuple[Objective, float]:
     settings = part[name] or {}
     if not isinstance(settings, Mapping):
         raise ValueError(f"the settings of {name} are a mapping, {{{name}: {{beta: 0.1}}}}, got {settings!r}")
-    own = settings_names(cls)
-    for setting in settings:
+    own, kinds = settings_names(cls), get_type_hints(cls)
+    for setting, value in settings.items():
         if setting not in own:
             has = f"has {', '.join(own)}" if own else "has none"
             raise ValueError(f"{setting} is no setting of {name}, which {has}")
-        kind, value = get_type_hints(cls)[setting], settings[setting]
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise ValueError(f"{setting} of {name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        if not is_of(kinds[setting], value):
+            raise ValueError(f"{setting} of {name} must be {in_words(kinds[setting])}, got {value!r}")
     return cls(**settings), float(weight)
 
 

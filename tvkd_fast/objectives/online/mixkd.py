@@ -67,5 +67,5 @@ class MixKD(TokenDivergence):
 
 def drawn_share(concentration: float, seed: int, step: int, pair: int) -> float:
     """A draw of Beta(a, a), the same whoever makes it."""
-    digest = sha256(f"{seed}:{step}:{pair}".encode()).digest()
+    digest = sha256(f"mixed share:{seed}:{step}:{pair}".encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big")).betavariate(concentration, concentration)

@@ -11,8 +11,10 @@ from typing import Literal
 
 from torch import nn
 
+from tvkd_fast.data import PairBatch
 from tvkd_fast.models import Lora, PolicyWithHead, TeacherWithHead, add_lora
 from tvkd_fast.models.parts.beside import LearningAdapters
+from tvkd_fast.objectives.contract import Factors, PolicyNumbers
 from tvkd_fast.objectives.divergences.joint_numbers import Joint
 from tvkd_fast.objectives.divergences.token_divergence import TokenDivergence
 from tvkd_fast.objectives.registry import objective
@@ -49,6 +51,16 @@ class OKD(TokenDivergence):
     @property
     def teacher_lora(self) -> Lora:
         return Lora(self.teacher_rank, 2.0 * self.teacher_rank if self.teacher_alpha is None else self.teacher_alpha)
+
+    def numbers(
+        self, policy: PolicyWithHead, scores: Scores, batch: PairBatch, factors: Factors | None = None
+    ) -> PolicyNumbers:
+        if BESIDE not in policy.beside:
+            raise ValueError(
+                f"{self.name} measures by a teacher whose adapters are trained with the policy and are no part of the "
+                "saved model: read eval/loss in the run's metrics, or evaluate by another --objective"
+            )
+        return super().numbers(policy, scores, batch, factors)
 
     def attach(self, policy: PolicyWithHead, teacher: nn.Module | None, scores: Callable[[], Scores]) -> None:
         assert isinstance(teacher, TeacherWithHead)

@@ -5,7 +5,6 @@ Letters: P pairs, 2P responses, chosen first.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from tvkd_fast.data import PairBatch
@@ -38,8 +37,6 @@ class DistilledDPO(Objective):
         losses = distillation_errors(chosen - rejected, batch.rewards[:1]).squeeze(0)
         return ObjectiveOutput.of(losses, chosen, rejected)
 
-    def without(self, missing: Collection[Need]) -> Objective | None:
-        """Rewards that are shown are DPO's."""
-        if not self.needs & frozenset(missing):
-            return self
-        return DPO(beta=self.beta).without(missing)
+    @property
+    def fallback(self) -> Objective:
+        return DPO(beta=self.beta)

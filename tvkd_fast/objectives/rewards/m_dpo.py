@@ -5,7 +5,6 @@ Letters: P pairs, 2P responses, chosen first.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,8 +58,6 @@ class MDPO(Objective):
         perplexities = torch.exp(-scores.teacher_logps / scores.teacher_lengths(batch))
         return torch.exp(-perplexities / self.score_temperature)
 
-    def without(self, missing: Collection[Need]) -> Objective | None:
-        """Rewards that are shown are DPO's."""
-        if not self.needs & frozenset(missing):
-            return self
-        return DPO(beta=self.beta).without(missing)
+    @property
+    def fallback(self) -> Objective:
+        return DPO(beta=self.beta)

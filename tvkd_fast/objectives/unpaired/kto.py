@@ -12,6 +12,7 @@ import torch
 from tvkd_fast.data import PairBatch
 from tvkd_fast.losses import labelled_losses
 from tvkd_fast.objectives.contract import Need, Objective, ObjectiveOutput, PolicyNumbers
+from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.registry import objective
 from tvkd_fast.ranges import NOT_NEGATIVE, POSITIVE, number
 from tvkd_fast.scoring.layout import Scores
@@ -52,3 +53,8 @@ class KTO(Objective):
         losses = labelled_losses(rewards - self.beta * batch.baseline.to(rewards.dtype), batch.desirable)
         weights = torch.where(batch.desirable, self.desirable_weight, self.undesirable_weight)
         return ObjectiveOutput(weights * losses)
+
+    @property
+    def fallback(self) -> Objective:
+        """Of pairs, which have no labels, rewards are DPO's."""
+        return DPO(beta=self.beta)
