@@ -35,7 +35,8 @@ from tvkd_fast.objectives.dpo import DPO
 from tvkd_fast.objectives.tvkd import TVKD
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.manifest import ScoreManifest
-from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, score_dataset, score_to_disk
+from tvkd_fast.scoring.score_passes import score_dataset, score_to_disk
+from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer
 from tvkd_fast.training.optim import OptimConfig, make_optimizer
 from tvkd_fast.training.step import train_step
 

@@ -82,7 +82,7 @@ def test_a_sampler_holds_a_whole_policy_and_its_cache(make_config, model_folder)
 
 def test_samples_of_some_steps_are_counted_in_the_mean(make_config):
     def step(share):
-        config = make_config(objective="jsd", data_eval=None, rollout=RolloutConfig(share=share, n=5))
+        config = make_config(objective="jsd", data_eval=None, rollout=RolloutConfig(share=share, n=5 if share else 1))
         (line,) = [line for line in plan(config).splitlines() if line.startswith("a step ")]
         tokens, operations = (float(part.split()[-1].replace(",", "")) for part in re.split(" tokens| float", line)[:2])
         return tokens, operations

@@ -42,7 +42,8 @@ from tvkd_fast.models.parts.beside import draw_beside
 from tvkd_fast.objectives import SCORED, TEACHER, Need
 from tvkd_fast.rollout import PolicySampler, Sampler
 from tvkd_fast.rollout.prompts import prompt_dataset
-from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer, score_dataset
+from tvkd_fast.scoring.score_passes import score_dataset
+from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer
 from tvkd_fast.training.train_config import TrainConfig, micro_batching
 
 if TYPE_CHECKING:

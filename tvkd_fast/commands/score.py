@@ -44,7 +44,8 @@ from tvkd_fast.scoring.cache import ScoreCache, check_score_folder
 from tvkd_fast.scoring.kinds import check_kinds, token_kinds
 from tvkd_fast.scoring.reward_folder import RewardMember, rewards_to_disk
 from tvkd_fast.scoring.reward_model import RewardModel, load_reward_model
-from tvkd_fast.scoring.scorer import OnlineScorer, score_to_disk
+from tvkd_fast.scoring.score_passes import score_to_disk
+from tvkd_fast.scoring.scorer import OnlineScorer
 from tvkd_fast.scoring.token_codec import StatesDtype
 from tvkd_fast.training.train_config import micro_batching
 

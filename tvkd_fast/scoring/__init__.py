@@ -3,7 +3,8 @@
 from tvkd_fast.scoring.cache import ScoreCache, ScoreWriter, describe
 from tvkd_fast.scoring.layout import ScoreLayout, Scores
 from tvkd_fast.scoring.manifest import ScoreManifest, read_manifest
-from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer, score_dataset, score_to_disk
+from tvkd_fast.scoring.score_passes import score_dataset, score_to_disk
+from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, Scorer
 
 __all__ = [
     "CachedScorer",
