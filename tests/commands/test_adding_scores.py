@@ -12,7 +12,7 @@ from tvkd_fast.data.data_config import load_dataset
 from tvkd_fast.models import load_model, load_tokenizer
 from tvkd_fast.objectives.dadpo import DaDPO
 from tvkd_fast.objectives.rewards.m_dpo import MDPO
-from tvkd_fast.scoring import scorer as scorer_module
+from tvkd_fast.scoring import score_passes
 from tvkd_fast.scoring.cache import describe
 from tvkd_fast.scoring.manifest import MANIFEST, read_manifest
 from tvkd_fast.training.metrics import read_metrics
@@ -100,11 +100,11 @@ def test_a_killed_addition_leaves_the_old_scores_and_is_gone_on_with(scored, com
 def test_a_second_pass_over_one_folder_is_refused_while_the_first_runs(written, scored, monkeypatch, files):
     """Before its scores are in place, and behind that, as rewards are added."""
     order = ["finish", "second"] if written else ["second", "finish"]
-    finish, refused = scorer_module.ScoreWriter.finish, []
+    finish, refused = score_passes.ScoreWriter.finish, []
 
     def second():
         with monkeypatch.context() as patch:
-            patch.setattr(scorer_module.ScoreWriter, "finish", finish)
+            patch.setattr(score_passes.ScoreWriter, "finish", finish)
             with pytest.raises(ValueError, match=r"scores is being written by another process: wait for it to end"):
                 scored(keep=["logps"])
         refused.append(True)
@@ -113,7 +113,7 @@ def test_a_second_pass_over_one_folder_is_refused_while_the_first_runs(written, 
         for step in order:
             finish(self) if step == "finish" else second()
 
-    monkeypatch.setattr(scorer_module.ScoreWriter, "finish", meanwhile)
+    monkeypatch.setattr(score_passes.ScoreWriter, "finish", meanwhile)
     scored()
     assert refused == [True]
     monkeypatch.undo()

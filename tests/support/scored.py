@@ -3,6 +3,7 @@
 import pytest
 
 from tvkd_fast.commands.score import ScoreConfig, score
+from tvkd_fast.scoring import score_passes
 from tvkd_fast.scoring import scorer as scorer_module
 
 
@@ -43,7 +44,7 @@ def killed_at(monkeypatch):
     """Runs what scores until so many pairs are written, and ends it there as a kill would."""
 
     def kill(pairs, scoring):
-        write = scorer_module.ScoreWriter.write
+        write = score_passes.ScoreWriter.write
 
         def killed(self, *shard):
             if self.pairs >= pairs:
@@ -51,7 +52,7 @@ def killed_at(monkeypatch):
             write(self, *shard)
 
         with monkeypatch.context() as patch:
-            patch.setattr(scorer_module.ScoreWriter, "write", killed)
+            patch.setattr(score_passes.ScoreWriter, "write", killed)
             with pytest.raises(KeyboardInterrupt):
                 scoring()
 
