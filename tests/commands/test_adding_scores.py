@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resumed import losses
 
 from tvkd_fast.commands.score import ScoreConfig
 from tvkd_fast.data.data_config import load_dataset
@@ -15,11 +16,6 @@ from tvkd_fast.objectives.rewards.m_dpo import MDPO
 from tvkd_fast.scoring import score_passes
 from tvkd_fast.scoring.cache import describe
 from tvkd_fast.scoring.manifest import MANIFEST, read_manifest
-from tvkd_fast.training.metrics import read_metrics
-
-
-def losses(config):
-    return [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
 
 
 def contents(cache):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resumed import losses
 from safetensors.torch import load_file
 
 from tvkd_fast.commands.eval import EvalConfig, evaluate_policy
@@ -18,11 +19,6 @@ from tvkd_fast.objectives.tvkd import TVKD
 from tvkd_fast.scoring.cache import ScoreCache
 from tvkd_fast.scoring.scorer import OnlineScorer
 from tvkd_fast.training import trainer as trainer_module
-from tvkd_fast.training.metrics import read_metrics
-
-
-def losses(config):
-    return [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture

@@ -1,20 +1,19 @@
 """Runs of objectives over whole distributions: from a cache as online, with adapters, and what is refused."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from resumed import losses
 
 from tvkd_fast.commands.train import check_run
 from tvkd_fast.models.settings import LoraConfig
 from tvkd_fast.ops import HeadGradient
-from tvkd_fast.training.metrics import METRICS, read_metrics
 
 
-def losses(config):
-    return torch.tensor([x["loss"] for x in read_metrics(Path(config.output_dir) / METRICS) if "loss" in x])
+def losses_of(config):
+    return torch.tensor(losses(config))
 
 
 @pytest.mark.parametrize("name", ["dckd", "forward_kl", "mixture"])
@@ -27,7 +26,7 @@ def test_a_cache_of_states_trains_as_the_teacher_does(name, make_config, run, sc
     cached = replace(online, teacher=None, scores=folder, output_dir=str(tmp_path / "cached"))
     run(cached)
     # States are rounded to 8 bits of their mantissa, and nothing else differs.
-    torch.testing.assert_close(losses(cached), losses(online), rtol=2e-3, atol=0.0)
+    torch.testing.assert_close(losses_of(cached), losses_of(online), rtol=2e-3, atol=0.0)
 
 
 def test_a_cache_without_states_is_refused_with_what_adds_them(make_config, run, scored, tmp_path):
@@ -43,7 +42,7 @@ def test_adapters_are_trained_towards_whole_distributions(name, make_config, run
     pytest.importorskip("peft")
     config = make_config(objective=name, lora=LoraConfig(rank=2), eval_every=3, optim_lr=3e-2, optim_warmup_steps=0)
     figures = run(config if name == "jsd" else replace(config, teacher=None))
-    found = losses(config)
+    found = losses_of(config)
     assert figures.loss is not None
     assert found[-1] < found[0]
 
@@ -78,5 +77,5 @@ def test_a_setting_of_the_loss_reaches_the_walk(make_config, run):
     for mixing in (0.1, 1.0):
         config = make_config(objective="jsd", loss_mixing=mixing, max_steps=1)
         run(replace(config, resume=False))
-        found.append(losses(config)[0])
+        found.append(losses_of(config)[0])
     assert found[0] < 0.5 * found[1]

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from resumed import losses
 
 from tvkd_fast.commands.eval import EvalConfig, evaluate_policy
 from tvkd_fast.commands.score import ScoreConfig, score
 from tvkd_fast.objectives.sft import SFT
-from tvkd_fast.training.metrics import METRICS, read_metrics
 
 
 @pytest.fixture
@@ -30,10 +30,6 @@ def labelled(make_config: Any, write_jsonl: Callable[..., Path]) -> Callable[...
         return config
 
     return make
-
-
-def losses(config: Any) -> list[float]:
-    return [line["loss"] for line in read_metrics(Path(config.output_dir) / METRICS) if "loss" in line]
 
 
 def test_a_run_on_scores_is_the_online_run(labelled: Any, run: Any, tmp_path: Path) -> None:

@@ -6,18 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from resumed import check_resumes, losses
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tvkd_fast.commands.models import load_policy
 from tvkd_fast.models import fingerprint_weights, load_model, load_tokenizer, merged, save_model
 from tvkd_fast.models.settings import LoraConfig, ModelConfig
-from tvkd_fast.training.metrics import read_metrics
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
-
-
-def losses(config):
-    return [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
 
 
 def test_adapters_learn_beside_a_frozen_policy_that_is_its_own_reference(make_config, run):
@@ -53,18 +49,7 @@ def test_a_reference_that_is_held_says_the_same(make_config, run, files):
 
 
 def test_a_run_of_adapters_resumes_bit_for_bit(make_config, run, files):
-    whole = make_config(lora=LoraConfig(rank=2), output_dir=str(files / "whole"), save_every=3)
-    cut = make_config(lora=LoraConfig(rank=2), output_dir=str(files / "cut"), save_every=3)
-    run(whole)
-    run(cut)
-    newest = files / "cut" / "checkpoints" / "step-000006"
-    for file in newest.iterdir():
-        file.unlink()
-    with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
-        run(cut)
-    assert losses(whole) == losses(cut)
-    finals = [fingerprint_weights(load_model(files / name / "final")) for name in ("whole", "cut")]
-    assert finals[0] == finals[1]
+    check_resumes(make_config, run, files, lora=LoraConfig(rank=2))
 
 
 def test_only_adapters_learn_and_every_start_is_the_same(model_folder):
@@ -118,16 +103,7 @@ def test_a_backbone_in_four_bits_learns_through_its_adapters(make_config, run):
 
 def test_four_bits_resume_bit_for_bit(make_config, run, files):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'tvkd_fast[qlora]'")
-    lora = LoraConfig(rank=2, quantize="nf4")
-    whole = make_config(lora=lora, output_dir=str(files / "whole"), save_every=3)
-    cut = make_config(lora=lora, output_dir=str(files / "cut"), save_every=3)
-    run(whole)
-    run(cut)
-    for file in (files / "cut" / "checkpoints" / "step-000006").iterdir():
-        file.unlink()
-    with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
-        run(cut)
-    assert losses(whole) == losses(cut)
+    check_resumes(make_config, run, files, lora=LoraConfig(rank=2, quantize="nf4"))
 
 
 @pytest.mark.parametrize(

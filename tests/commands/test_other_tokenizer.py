@@ -2,10 +2,10 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from resumed import losses
 from safetensors.torch import load_file
 
 from tvkd_fast.commands.eval import EvalConfig, evaluate_policy
@@ -18,11 +18,6 @@ from tvkd_fast.objectives import PolicyNumbers
 from tvkd_fast.scoring.cache import describe
 from tvkd_fast.scoring.manifest import read_manifest
 from tvkd_fast.training.checkpoint import CheckpointError
-from tvkd_fast.training.metrics import read_metrics
-
-
-def losses(config):
-    return [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")

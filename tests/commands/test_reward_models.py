@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from resumed import losses
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -25,7 +26,6 @@ from tvkd_fast.models import load_tokenizer
 from tvkd_fast.scoring import describe, reward_folder
 from tvkd_fast.scoring.reward_folder import load_rewards, read_reward_manifest
 from tvkd_fast.scoring.reward_model import RewardModel, load_reward_model, rewards_of
-from tvkd_fast.training.metrics import METRICS, read_metrics
 
 SIZES = {
     "hidden_size": 16,
@@ -258,11 +258,7 @@ def test_an_ensemble_is_trained_on_as_columns_are(
         data=replace(config.data, rewards=["one", "two"]),
     )
     assert run(columns).loss == pytest.approx(figures.loss, rel=1e-6)
-    lines = [
-        [line["loss"] for line in read_metrics(Path(one.output_dir) / METRICS) if "loss" in line]
-        for one in (config, columns)
-    ]
-    assert lines[0] == pytest.approx(lines[1], rel=1e-6)
+    assert losses(config) == pytest.approx(losses(columns), rel=1e-6)
 
 
 def test_what_a_folder_lacks_is_named(reward_model: Any, scored: Any, make_config: Any, run: Any) -> None:

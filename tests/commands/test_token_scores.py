@@ -3,10 +3,10 @@
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from resumed import losses
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +26,6 @@ from tvkd_fast.scoring.layout import TOKEN_NAMES
 from tvkd_fast.scoring.manifest import MANIFEST, Part, read_manifest
 from tvkd_fast.scoring.scorer import CachedScorer, OnlineScorer, RewardTeacher
 from tvkd_fast.scoring.token_files import HEAD
-from tvkd_fast.training.metrics import read_metrics
 
 KINDS = ("states", "topk:8", "sampled:20")
 
@@ -120,10 +119,7 @@ def test_a_run_on_what_is_kept_is_the_online_run(loss, kind, off, scored, make_c
     scored(keep=[kind])
     run(online)
     run(cached)
-    found, wanted = (
-        [line["loss"] for line in read_metrics(Path(config.output_dir) / "metrics.jsonl") if "loss" in line]
-        for config in (cached, online)
-    )
+    found, wanted = losses(cached), losses(online)
     assert len(wanted) == 6
     assert found == pytest.approx(wanted, rel=off)
     assert wanted[0] != pytest.approx(wanted[-1], rel=2e-2)

@@ -29,6 +29,14 @@ from tvkd_fast.objectives.wpo import WPO
 from tvkd_fast.ops import linear_joint
 from tvkd_fast.scoring import Scores
 
+ON_A_CPU: dict[str, Any] = {
+    "max_length": 40,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+}
+
 
 @pytest.fixture
 def theirs(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., tuple[Tensor, PolicyNumbers, Scores]]:
@@ -38,15 +46,7 @@ def theirs(tmp_path: Path, folders: tuple[str, str]) -> Callable[..., tuple[Tens
     rows = [{"prompt": f"{i}: say it.", "chosen": " it" * (1 + i % 3), "rejected": f" no {i}"} for i in range(4)]
 
     def make(**options: Any) -> tuple[Tensor, PolicyNumbers, Scores]:
-        args = DPOConfig(
-            str(tmp_path),
-            max_length=40,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            **options,
-        )
+        args = DPOConfig(str(tmp_path), **ON_A_CPU, **options)
         policy, reference = map(AutoModelForCausalLM.from_pretrained, folders)
         trainer = DPOTrainer(
             model=policy,
@@ -101,11 +101,7 @@ def test_kto_is_trls(tmp_path: Path, folders: tuple[str, str]) -> None:
     policy, reference = map(AutoModelForCausalLM.from_pretrained, folders)
     args = KTOConfig(
         str(tmp_path),
-        max_length=40,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
+        **ON_A_CPU,
         per_device_train_batch_size=4,
         train_sampling_strategy="sequential",
         beta=0.3,

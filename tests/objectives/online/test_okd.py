@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from resumed import check_resumes
 from torch import Tensor
 
 from tvkd_fast.commands.prepare import prepare
 from tvkd_fast.data import TokenizedPair, packed_length
 from tvkd_fast.distributed import World
-from tvkd_fast.models import fingerprint_weights, is_adapter, load_model
+from tvkd_fast.models import is_adapter
 from tvkd_fast.models.settings import LoraConfig
 from tvkd_fast.objectives.divergences.forward_kl import ForwardKL
 from tvkd_fast.objectives.online.okd import OKD
-from tvkd_fast.training.metrics import METRICS, read_metrics
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'tvkd_fast[lora]'")
 
@@ -65,19 +65,7 @@ def test_loss_and_all_gradients_are_those_of_whole_logits(
 
 
 def test_a_run_resumes_bit_for_bit_with_the_teachers_adapters(make_config: Any, run: Any, files: Path) -> None:
-    whole, cut = (make_config(objective="okd", output_dir=str(files / name), save_every=3) for name in ("whole", "cut"))
-    run(whole)
-    run(cut)
-    for file in (files / "cut" / "checkpoints" / "step-000006").iterdir():
-        file.unlink()
-    with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
-        run(cut)
-    losses = [
-        [line["loss"] for line in read_metrics(files / name / METRICS) if "loss" in line] for name in ("whole", "cut")
-    ]
-    assert losses[0] == losses[1]
-    finals = [fingerprint_weights(load_model(files / name / "final")) for name in ("whole", "cut")]
-    assert finals[0] == finals[1]
+    check_resumes(make_config, run, files, objective="okd")
 
 
 def test_seed_and_owner_decide_where_adapters_begin(make_config: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from resumed import check_resumes, losses
 from torch import Tensor
 
 from tvkd_fast.commands.export import export
@@ -19,7 +20,6 @@ from tvkd_fast.objectives.states.projected import Projected
 from tvkd_fast.objectives.states.relational import Relational
 from tvkd_fast.objectives.states.transport import Transport
 from tvkd_fast.scoring import Scores
-from tvkd_fast.training.metrics import METRICS, read_metrics
 
 
 def test_relational_is_its_formula(is_its_formula_from_states: Callable[..., Any]) -> None:
@@ -63,19 +63,7 @@ def test_transport_is_its_formula(is_its_formula_from_states: Callable[..., Any]
 
 
 def test_a_run_with_a_projection_resumes_bit_for_bit(make_config: Any, run: Any, files: Path) -> None:
-    whole, cut = (
-        make_config(objective="projected", output_dir=str(files / name), save_every=3) for name in ("whole", "cut")
-    )
-    run(whole)
-    run(cut)
-    for file in (files / "cut" / "checkpoints" / "step-000006").iterdir():
-        file.unlink()
-    with pytest.warns(UserWarning, match="step-000006 is not a whole checkpoint"):
-        run(cut)
-    losses = [
-        [line["loss"] for line in read_metrics(files / name / METRICS) if "loss" in line] for name in ("whole", "cut")
-    ]
-    assert losses[0] == losses[1]
+    check_resumes(make_config, run, files, objective="projected")
     # What was trained beside the policy is no part of a model that is made of a checkpoint.
     exported = export(files / "whole" / "checkpoints" / "step-000006")
     assert fingerprint_weights(load_model(exported)) == fingerprint_weights(load_model(files / "whole" / "final"))
@@ -89,13 +77,10 @@ def test_states_on_disk_serve_as_the_teacher_does(dtype: Any, make_config: Any, 
         ScoreConfig(output_dir=str(files / "scores"), keep=["states"], states_dtype=dtype, **asked), show_progress=False
     )
     on_disk = {"scores": str(files / "scores"), "teacher": None, "data_eval": None, "max_steps": 2}
+    cached = make_config(objective="relational", output_dir=str(files / "cached"), **on_disk)
     run(online)
-    run(make_config(objective="relational", output_dir=str(files / "cached"), **on_disk))
-    losses = [
-        [line["loss"] for line in read_metrics(folder / METRICS) if "loss" in line]
-        for folder in (Path(online.output_dir), files / "cached")
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    run(cached)
+    assert losses(cached) == pytest.approx(losses(online), rel=1e-3)
     projected = make_config(objective="projected", output_dir=str(files / "projected"), **on_disk)
     if dtype == "bfloat16":
         run(projected)

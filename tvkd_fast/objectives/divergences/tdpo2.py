@@ -1,4 +1,4 @@
-"""TDPO2: TDPO1 whose rejected response alone is held to the reference, by a weight (arXiv 2404.11999).
+"""TDPO2: TDPO1 in which the rejected response alone pays for straying from the reference (arXiv 2404.11999).
 
 Letters: P pairs, 2P responses, chosen first.
 """
